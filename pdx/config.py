@@ -1,0 +1,183 @@
+"""All settings of pdx, in one frozen object. The only module that reads the environment.
+
+Precedence: command line > PDX_* variables > YAML file > default. Unknown keys are errors that suggest the nearest
+known one. Secrets come from a file named by PDX_KEY_FILE (mode 0600), never from a flag or kv_transfer_config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pdx.errors import ConfigError
+from pdx.wire import Budgets
+
+KEY_BYTES_MIN = 16
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one host's daemon and of the engines that attach to it."""
+
+    run_dir: str = ""  # sockets, lock and log of the host's pdxd; default: per-user directory
+    arena: str = "1GiB"  # shared memory for KV; checked against the machine before it is taken
+    extent: str = ""  # size of an extent; default: an eighth of the arena, 64 MiB at most
+    chunk_tokens: int = 256  # unit of space and transfer
+    host: str = "127.0.0.1"  # address that peers reach this host by
+    router: str = ""  # zmq endpoint of the router, e.g. tcp://127.0.0.1:5700
+    key_file: str = ""  # cluster key; required off loopback
+    linger_s: float = 60.0  # pdxd exits this long after its last client
+    lease_s: float = 30.0  # an engine that renews nothing for so long loses its leases (to quarantine)
+    handoff_share: float = 0.9  # a prompt needing more of the arena than this is refused
+    digest_mode: bool = False  # blake3 of every page on both sides of a handoff; for proofs
+    poison: bool = False  # fill freed slots with 0xDB; for tests
+    budgets: Budgets = Budgets()
+
+    def __post_init__(self) -> None:
+        parse_size(self.arena, key="arena")
+        if self.extent:
+            parse_size(self.extent, key="extent")
+        if not 0.05 <= self.handoff_share <= 1.0:
+            raise ConfigError(f"handoff_share must be between 0.05 and 1, not {self.handoff_share}")
+        if self.chunk_tokens < 1:
+            raise ConfigError(f"chunk_tokens must be positive, not {self.chunk_tokens}")
+
+    @property
+    def arena_bytes(self) -> int:
+        return parse_size(self.arena, key="arena")
+
+    @property
+    def extent_bytes(self) -> int:
+        if self.extent:
+            return parse_size(self.extent, key="extent")
+        return min(64 << 20, self.arena_bytes // 8)
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run_dir or default_run_dir())
+
+
+def load(
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    yaml_file: str | None = None,
+) -> Config:
+    """The resolved configuration. Raises ConfigError naming the source and key that is wrong."""
+    environ = os.environ if environ is None else environ
+    merged: dict[str, Any] = {}
+    yaml_file = yaml_file or environ.get("PDX_CONFIG")
+    if yaml_file:
+        merged.update(_checked(_read_yaml(yaml_file), source=yaml_file))
+    merged.update(_checked(_from_environ(environ), source="environment"))
+    merged.update(_checked({k: v for k, v in (overrides or {}).items() if v is not None}, source="command line"))
+    try:
+        return msgspec.convert(merged, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"configuration: {error}") from error
+
+
+def shown(config: Config) -> str:
+    """The resolved configuration for logs, one key a line."""
+    values = msgspec.to_builtins(config)
+    return "\n".join(f"  {key} = {value}" for key, value in values.items())
+
+
+def parse_size(text: str, *, key: str) -> int:
+    """Bytes of "512MiB", "1.5G", "4096". Raises ConfigError."""
+    match = _SIZE.match(str(text))
+    if not match:
+        raise ConfigError(f"{key}: {text!r} is not a size; write e.g. 512MiB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def default_run_dir() -> str:
+    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/pdx-{os.getuid()}"  # noqa: S108 - made 0700 and owner-checked
+    return str(Path(base) / "pdx") if "XDG_RUNTIME_DIR" in os.environ else base
+
+
+def ensure_run_dir(path: Path) -> Path:
+    """Makes the run directory 0700. Raises ConfigError if it belongs to, or is open to, somebody else."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.getuid():
+        raise ConfigError(f"run directory {path} belongs to uid {status.st_uid}; set PDX_RUN_DIR to one of your own")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise ConfigError(f"run directory {path} is open to others: chmod 700 {path}")
+    return path
+
+
+def cluster_key(config: Config) -> bytes:
+    """The key that signs handles. Off loopback it must come from a file; on loopback the run directory keeps one."""
+    if config.key_file:
+        return _read_key(Path(config.key_file))
+    if not is_loopback(config.host):
+        raise ConfigError(
+            f"host {config.host} is not loopback and no cluster key is set: write 32 random bytes to a 0600 file on "
+            "every host and set PDX_KEY_FILE"
+        )
+    return _read_key(_local_key_file(ensure_run_dir(config.run_path)))
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _local_key_file(run_dir: Path) -> Path:
+    path = run_dir / "cluster.key"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(32))
+    return path
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        key = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cluster key {path}: {error.strerror}") from error
+    if mode & 0o077:
+        raise ConfigError(f"cluster key {path} is readable by others: chmod 600 {path}")
+    if len(key) < KEY_BYTES_MIN:
+        raise ConfigError(f"cluster key {path} has {len(key)} bytes; write at least {KEY_BYTES_MIN} random ones")
+    return key
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    known = {name for name in environ if name.startswith("PDX_")} - {"PDX_CONFIG"}
+    return {name[4:].lower(): environ[name] for name in known}
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        import yaml
+
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings")
+    return loaded
+
+
+def _checked(values: dict[str, Any], *, source: str) -> dict[str, Any]:
+    known = [field.name for field in msgspec.structs.fields(Config)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise ConfigError(f"{source}: unknown key {key!r}{hint}")
+    return values

@@ -1,0 +1,67 @@
+"""Every exception pdx raises, by whose fault it is. The whole tree stands on this page.
+
+Foreign errors (OSError, zmq.ZMQError, msgspec errors) are translated where they enter, with `from`.
+"""
+
+
+class PdxError(Exception):
+    """Base of all errors raised by pdx on purpose."""
+
+
+class ConfigError(PdxError):
+    """The operator's configuration cannot work. The message names the key and the fix; start nothing."""
+
+
+class Refused(PdxError):
+    """A layout, fingerprint, model or request pdx does not support today. Never guess: stop or recompute."""
+
+
+class MissingExtra(PdxError):
+    """An optional dependency is not installed. The message names the extra that carries it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} is not installed: pip install 'pdx-kv[{extra}]'")
+
+
+class MemoryShort(ConfigError):
+    """The arena asked for does not fit in this machine's memory or cgroup. Choose a smaller --arena."""
+
+
+class WireError(PdxError):
+    """The other side sent bytes that are no message of ours. Drop them, count a strike against the peer."""
+
+
+class VersionMismatch(WireError):
+    """The other side speaks another wire version. Upgrade one of the two; nothing was decoded."""
+
+
+class HandleError(PdxError):
+    """A transfer handle is forged, expired, replayed or meant for somebody else. Serve without it."""
+
+
+class DaemonGone(PdxError):
+    """pdxd does not answer or has died. Unmap, serve without a cache, attach again with backoff."""
+
+
+class IllegalTransition(PdxError):
+    """Our own bug: an event that a state table does not allow. The state has not changed."""
+
+
+class IntegrityError(PdxError):
+    """Our own bug: the accounting of slots, leases or index does not add up."""
+
+
+class TransportError(PdxError):
+    """Base of what a lane can report."""
+
+
+class PeerGone(TransportError):
+    """The peer vanished or the connection broke. Every put under way has failed; connect again later."""
+
+
+class ClosedTransport(TransportError):
+    """This side closed the transport or channel before the call. Fix the caller."""
+
+
+class UnknownTransport(TransportError):
+    """No lane of that URL scheme. The message lists the known schemes and why others are absent."""

@@ -1,0 +1,65 @@
+"""Names for content: namespaces, block keys and identifiers. Pure functions on bytes.
+
+A block's key is (namespace, block hash). The namespace digests the *content* fingerprint, so two models, dtypes,
+block sizes or weight epochs can never meet under one key. Block hashes are the engine's own: opaque bytes here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+NAMESPACE_BYTES = 16
+HASH_BYTES_MAX = 64  # sha256 gives 32; an engine with longer hashes is refused rather than truncated
+
+
+class ContentFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the bytes of a block mean, wherever they were computed. Part of every key."""
+
+    model: str  # the engine's model name: for people; `weights` is what tells two models apart
+    weights: str  # hex digest of the weight files' names, sizes and headers, and of config overrides
+    weight_epoch: int  # raised by a weight update or an in-place LoRA replacement
+    dtype: str
+    block_tokens: int
+    hash_algorithm: str  # with its seed, e.g. "sha256_cbor/vllm-none-hash"
+
+
+class LayoutFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a block lies in memory. Compared between the two sides of every pair: match, or do not pair."""
+
+    engine: str  # "vllm 0.32.0"
+    attention: str  # kernel family and ISA, e.g. "CPU_ATTN/vec"
+    layers: int
+    page_bytes: int
+    block_tokens: int
+    packing: str  # physical order of one page, e.g. "LBHNC K|V 3x64 bfloat16"
+    kv_groups: int
+    rank: int
+    world_size: int
+
+
+def namespace_of(content: ContentFingerprint) -> bytes:
+    """The 16-byte name under which this content's blocks are indexed."""
+    return _digest(content)[:NAMESPACE_BYTES]
+
+
+def layout_id(layout: LayoutFingerprint) -> str:
+    """A short hex name of a layout, for comparison and logs."""
+    return _digest(layout).hex()[:16]
+
+
+def _digest(value: msgspec.Struct) -> bytes:
+    canonical = msgspec.json.encode(value, order="deterministic")
+    return hashlib.blake2b(canonical, digest_size=32, person=b"pdx-fingerprint").digest()
+
+
+def tail_hash(previous_block_hash: bytes, tokens: list[int]) -> bytes:
+    """Names an unfull last block: its predecessor's hash and its tokens. Empty when there are no tail tokens.
+
+    Tails are never indexed; both engines compute this so that a tail is used only for the very same prompt.
+    """
+    if not tokens:
+        return b""
+    packed = b"".join(token.to_bytes(8, "little") for token in tokens)
+    return hashlib.blake2b(previous_block_hash + packed, digest_size=32, person=b"pdx-tail").digest()

@@ -1,0 +1,343 @@
+"""Every message pdx processes exchange, with its version. tests/golden pins their bytes.
+
+A frame is b"PDX", one version byte, then one MessagePack map tagged by "type". The version is checked before the
+body is decoded. Conversations, each with its own union so that a socket decodes only what may arrive on it:
+
+    ATTACH   engine or tool -> pdxd on a Unix socket (the arena's file descriptor comes back)
+    ENGINE   engine -> pdxd     TO_ENGINE  pdxd -> engine      ZeroMQ over ipc
+    PEER     pdxd <-> pdxd      ZeroMQ over tcp; bytes of KV never travel here
+    NOTICE   what a lane delivers after a put's bytes have landed
+    ROUTER   pdxd -> router     TO_DAEMON  router -> pdxd      ZeroMQ over tcp
+    TOOL     pdx kv ... -> pdxd TO_TOOL    pdxd -> tool
+
+Durations are seconds on the reader's own clock; `*_ns` are the sender's monotonic clock, for timelines only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from pdx.errors import VersionMismatch, WireError
+from pdx.keys import ContentFingerprint, LayoutFingerprint
+from pdx.layout import PageLayout, Place
+
+WIRE_VERSION = 1
+MAGIC = b"PDX"
+# 1 M tokens in 16-token blocks are 65,536 hashes of 32 bytes: 2 MiB, twice over for places.
+FRAME_BYTES_MAX = 8 << 20
+
+
+class Message(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """Base of all messages: frozen, tagged with the class name in snake case, unknown fields refused."""
+
+
+Role = Literal["prefill", "decode", "both"]
+
+
+class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the fleet knows of one engine."""
+
+    engine_id: str
+    role: Role
+    model: str
+    url: str = ""  # the OpenAI-compatible HTTP server; empty: not to be routed to
+    content: ContentFingerprint
+    layout: LayoutFingerprint
+
+
+class DaemonRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How to reach one pdxd. A restarted daemon has a new incarnation."""
+
+    daemon_id: str
+    incarnation: int
+    control: str  # zmq endpoint of its peer socket
+    lanes: list[str]  # lane endpoints, best first
+
+
+class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How long each side of a handoff may take. Durations: every process counts them on its own clock."""
+
+    grant_s: float = 10.0  # from RESERVE to GRANT
+    slab_s: float = 15.0  # between two slabs, and from GRANT to the first
+    total_s: float = 120.0  # from RESERVE to COMMIT
+    claim_s: float = 3.0  # from COMMIT until the decode engine owns the pages
+
+
+# --- ATTACH ---------------------------------------------------------------------------------------------------
+
+
+class Attach(Message, tag="attach"):
+    kind: Literal["scheduler", "worker", "tool"]
+    engine: EngineInfo | None = None  # scheduler and worker
+    pages: PageLayout | None = None  # worker
+    router: str = ""  # where this engine wants to be announced; scheduler
+
+
+class Attached(Message, tag="attached"):
+    """The arena's descriptor rides beside this message when `kind` was "worker"."""
+
+    daemon: DaemonRef
+    session: int  # prefix of this client's ZeroMQ identity
+    socket: str  # ipc endpoint of the ENGINE or TOOL conversation
+    arena_bytes: int
+    fence_offset: int  # the u64 in the control page where this worker publishes its last finished step
+    digest_mode: bool
+    lease_s: float
+
+
+class AttachRefused(Message, tag="attach_refused"):
+    reason: str
+
+
+# --- ENGINE ---------------------------------------------------------------------------------------------------
+
+
+class OpenSend(Message, tag="open_send"):
+    """A request that will be prefilled here and decoded elsewhere. Sent once, before its first forward."""
+
+    request_id: str
+    handle: str
+    block_hashes: list[bytes]  # full blocks of the prompt, in order
+    prompt_tokens: int
+    tail_hash: bytes  # keys.tail_hash of the tokens after the last full block; empty: no tail
+
+
+class FilledEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    handoff_id: bytes
+    blocks: list[int]
+
+
+class Filled(Message, tag="filled"):
+    """The worker has copied one layer of these blocks into their slots (checksums are in the slot headers)."""
+
+    step: int
+    step_started_ns: int
+    layer: int
+    filled_ns: int
+    entries: list[FilledEntry]
+
+
+class OpenLoad(Message, tag="open_load"):
+    """A request with a handle reached the decode engine: what of its prompt is, or will be, in the arena?"""
+
+    request_id: str
+    handle: str
+    block_hashes: list[bytes]
+    prompt_tokens: int
+    tail_hash: bytes
+
+
+class LetGo(Message, tag="let_go"):
+    """The engine's side of `handoff_id` is over. No step after `fence` touches its slots.
+
+    Answers SendEnded and LoadEnded, and is sent unasked when a request finishes, aborts or has loaded.
+    """
+
+    handoff_id: bytes
+    side: Literal["send", "load"]
+    fence: int
+    ok: bool
+    reason: str = ""
+    pages: int = 0  # pages copied and verified
+    exposed_ns: int = 0  # load: from the scheduler's ask to the last page verified
+    done_ns: int = 0
+
+
+class Renew(Message, tag="renew"):
+    """These handoffs' requests still live in this engine."""
+
+    handoff_ids: list[bytes]
+    running: int = 0
+    waiting: int = 0
+
+
+class SendOpened(Message, tag="send_opened"):
+    """One claim for the whole prompt stands. `places[i]` is None where the store holds block i already."""
+
+    request_id: str
+    handoff_id: bytes
+    places: list[Place | None]  # full blocks, then the tail if there is one
+
+
+class SendEnded(Message, tag="send_ended"):
+    """Save no more pages for this handoff; answer LetGo. Also the reply to an OpenSend that can't be served."""
+
+    request_id: str
+    handoff_id: bytes
+    reason: str
+
+
+class LoadOpened(Message, tag="load_opened"):
+    """The answer to OpenLoad. "wait": ask again, the handoff waits for slots. "absent": compute it yourself."""
+
+    request_id: str
+    handoff_id: bytes
+    status: Literal["granted", "wait", "absent"]
+    places: list[Place] = []  # leading blocks of the prompt, the tail last if it is among them
+    reason: str = ""
+
+
+class LoadEnded(Message, tag="load_ended"):
+    """The rest of this handoff will not come; answer LetGo. Layers that have landed stay readable until then."""
+
+    handoff_id: bytes
+    reason: str
+
+
+# --- PEER -----------------------------------------------------------------------------------------------------
+
+
+class PeerMessage(Message):
+    """Any mismatch of these four is dropped and counted, never answered."""
+
+    handoff_id: bytes
+    attempt: int
+    lease_epoch: int  # the receiver's number for its grant; 0 before GRANT
+    incarnation: int  # of the sending daemon
+
+
+class Reserve(PeerMessage, tag="reserve"):
+    handle: str
+    source: DaemonRef
+    namespace: bytes
+    layout_id: str
+    pages: PageLayout
+    block_hashes: list[bytes]
+    tail_hash: bytes
+
+
+class Grant(PeerMessage, tag="grant"):
+    has: list[int]  # blocks the receiver holds ready and has leased: not to be sent
+    wanted: list[int]
+    places: list[Place]  # of `wanted`, in the receiver's arena
+    window: int  # the lane window that admits puts into `places`
+
+
+class Wait(PeerMessage, tag="wait"):
+    ahead: int  # reservations before this one
+
+
+class Refuse(PeerMessage, tag="refuse"):
+    reason: str
+
+
+class Commit(PeerMessage, tag="commit"):
+    pages: int  # how many the sender has put
+    checksum: int  # xxh3-64 over the page checksums, by block, then layer
+
+
+class Committed(PeerMessage, tag="committed"):
+    """The receiver holds every page and has checked the checksum of checksums."""
+
+
+class Fail(PeerMessage, tag="fail"):
+    reason: str
+
+
+class Cancel(PeerMessage, tag="cancel"):
+    """Stop posting puts, drain those under way, answer Drained."""
+
+    reason: str
+
+
+class Drained(PeerMessage, tag="drained"):
+    """No put of this handoff is, or will be, under way."""
+
+
+# --- NOTICE ---------------------------------------------------------------------------------------------------
+
+
+class Landed(Message, tag="landed"):
+    handoff_id: bytes
+    attempt: int
+    lease_epoch: int
+    layer: int
+    blocks: list[int]
+    checksums: bytes  # 8 bytes a block
+    digests: bytes  # 32 bytes a block, or empty
+
+
+# --- ROUTER ---------------------------------------------------------------------------------------------------
+
+
+class EngineLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    engine_id: str
+    running: int = 0
+    waiting: int = 0
+
+
+class Announce(Message, tag="announce"):
+    """Everything a daemon serves, sent every ANNOUNCE_S and at once on change. An engine left out has left."""
+
+    daemon: DaemonRef
+    engines: list[EngineInfo]
+    loads: list[EngineLoad] = []
+    reservations_waiting: int = 0
+    leaving: bool = False
+
+
+class Welcome(Message, tag="welcome"):
+    """The router's answer to Announce: proof for the daemon that somebody listens."""
+
+    router_id: str
+    warnings: list[str] = []
+
+
+class CancelHandoff(Message, tag="cancel_handoff"):
+    """The client left or the pair failed: end this handoff on your side."""
+
+    handoff_id: bytes
+    attempt: int
+    reason: str
+
+
+# --- TOOL -----------------------------------------------------------------------------------------------------
+
+
+class Ask(Message, tag="ask"):
+    verb: Literal["stats", "health", "trace", "check"]
+    handoff_id: bytes = b""
+
+
+class Answer(Message, tag="answer"):
+    body: dict[str, Any] = {}
+    error: str = ""
+
+
+ATTACH = Attach
+TO_ATTACH = Attached | AttachRefused
+ENGINE = OpenSend | Filled | OpenLoad | LetGo | Renew | Ask
+TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
+PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Fail | Cancel | Drained
+NOTICE = Landed
+ROUTER = Announce
+TO_DAEMON = Welcome | CancelHandoff
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    return MAGIC + bytes((WIRE_VERSION,)) + _encoder.encode(message)
+
+
+def decoder_of(union: type[T] | Any) -> Callable[[bytes | memoryview], T]:
+    """A function from frame to message for one conversation. It raises WireError or VersionMismatch, nothing else."""
+    body_decoder = msgspec.msgpack.Decoder(union)
+
+    def decode(frame: bytes | memoryview) -> T:
+        if len(frame) > FRAME_BYTES_MAX:
+            raise WireError(f"frame of {len(frame)} bytes is over the limit of {FRAME_BYTES_MAX}")
+        if len(frame) < 5 or bytes(frame[:3]) != MAGIC:
+            raise WireError("not a pdx frame")
+        if frame[3] != WIRE_VERSION:
+            raise VersionMismatch(f"peer speaks wire version {frame[3]}, this side {WIRE_VERSION}")
+        try:
+            return body_decoder.decode(memoryview(frame)[4:])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise WireError(f"malformed {getattr(union, '__name__', 'message')}: {error}") from error
+
+    return decode
