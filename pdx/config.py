@@ -6,6 +6,7 @@ known one. Secrets come from a file named by PDX_KEY_FILE (mode 0600), never fro
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -64,6 +65,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def run_path(self) -> Path:
         return Path(self.run_dir or default_run_dir())
+
+
+# Command-line flags of the programs that take settings; the names are Config's.
+FLAGS = {
+    "run_dir": "directory of this host's sockets, lock and log (0700)",
+    "arena": "shared memory for KV, e.g. 512MiB or 16GiB (default 1GiB)",
+    "extent": "size of an extent (default: an eighth of the arena, 64MiB at most)",
+    "host": "address that peers reach this host by (default 127.0.0.1)",
+    "key_file": "file with the cluster key, mode 0600; required off loopback",
+    "linger_s": "seconds to stay after the last client has left (default 60)",
+    "lease_s": "seconds until a silent engine loses its leases (default 30)",
+    "handoff_share": "largest part of the arena that one prompt may take (default 0.9)",
+    "digest_mode": "true: blake3 of every page on both sides of a handoff",
+    "poison": "true: overwrite freed slots (for tests)",
+}
 
 
 def load(
@@ -134,12 +150,16 @@ def is_loopback(host: str) -> bool:
 
 def _local_key_file(run_dir: Path) -> Path:
     path = run_dir / "cluster.key"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+    if path.exists():
         return path
+    # Several processes may come here at once: each writes its own file, one link wins, nobody reads half a key.
+    temporary = run_dir / f"cluster.key.{os.getpid()}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(secrets.token_bytes(32))
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, path)
+    temporary.unlink()
     return path
 
 

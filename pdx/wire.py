@@ -200,8 +200,7 @@ class PeerMessage(Message):
 
 
 class Reserve(PeerMessage, tag="reserve"):
-    handle: str
-    source: DaemonRef
+    handle: str  # names both daemons
     namespace: bytes
     layout_id: str
     pages: PageLayout

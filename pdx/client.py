@@ -1,0 +1,294 @@
+"""All of pdxd that engines and tools import: find or start the daemon, attach, map the arena, exchange messages.
+
+A DaemonClient belongs to one thread. It never blocks an engine: `send` queues, `poll` takes what is there. When the
+daemon dies the client turns `alive = False` for good; `Attachment` makes a new one with backoff, and the engine serves
+without a cache in between.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from pdx import config as configuration
+from pdx.buffer.arena import Arena
+from pdx.config import Config
+from pdx.errors import ConfigError, DaemonGone, Refused, WireError
+from pdx.wire import (
+    TO_ATTACH,
+    TO_ENGINE,
+    Answer,
+    Ask,
+    Attach,
+    Attached,
+    AttachRefused,
+    Message,
+    decoder_of,
+    encode,
+)
+
+log = logging.getLogger("pdx.client")
+
+SOCKET_NAME = "pdxd.sock"
+STARTER_LOCK_NAME = "start.lock"
+LOG_NAME = "pdxd.log"
+ANSWER_BYTES_MAX = 64 << 10
+SEND_QUEUE_MAX = 10_000
+CONNECT_RETRY_S = 0.05
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
+REATTACH_DEADLINE_S = 1.0  # an engine must not stop for longer to look for a daemon that was lost
+
+_decode_attach = decoder_of(TO_ATTACH)
+_decode = decoder_of(TO_ENGINE)
+
+
+class DaemonClient:
+    """One process's connection to the host's pdxd. One thread only."""
+
+    def __init__(self, connection: socket.socket, attached: Attached, descriptor: int | None) -> None:
+        self.attached = attached
+        self.arena: Arena | None = None
+        self._connection = connection
+        self._alive = True
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, str(attached.session).encode())
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
+        self._socket.connect(attached.socket)
+        if descriptor is not None:
+            try:
+                self.arena = Arena.attach(descriptor, attached.arena_bytes)
+            except BaseException:
+                self.close()
+                raise
+
+    @classmethod
+    def attach(
+        cls, config: Config, hello: Attach, *, deadline_s: float = 60.0, start: bool = True
+    ) -> DaemonClient:
+        """Attaches to the daemon of config.run_path, starting one if none runs and `start` is set.
+
+        Raises DaemonGone if none answers in time, ConfigError if one can't be started as configured, Refused if it
+        turned this client away (the message says why).
+        """
+        run_dir = configuration.ensure_run_dir(config.run_path)
+        deadline = time.monotonic() + deadline_s
+        connection = _connect(run_dir, config, deadline, start=start)
+        try:
+            connection.settimeout(max(0.1, deadline - time.monotonic()))
+            connection.send(encode(hello))
+            frame, descriptors, _, _ = socket.recv_fds(connection, ANSWER_BYTES_MAX, 1)
+            if not frame:
+                raise DaemonGone(f"pdxd in {run_dir} closed the connection")
+            answer = _decode_attach(frame)
+        except OSError as error:
+            connection.close()
+            raise DaemonGone(f"pdxd in {run_dir} does not answer: {error}") from error
+        except BaseException:
+            connection.close()
+            raise
+        if isinstance(answer, AttachRefused):
+            connection.close()
+            raise Refused(answer.reason)
+        connection.setblocking(False)
+        return cls(connection, answer, descriptors[0] if descriptors else None)
+
+    @property
+    def alive(self) -> bool:
+        """False once the daemon's end of the connection is closed. Checked on every call: microseconds."""
+        if self._alive and select.select([self._connection], [], [], 0)[0]:
+            self._alive = False  # the daemon never writes here after its answer: readable means EOF
+        return self._alive
+
+    def send(self, message: Message) -> None:
+        """Queues a message; never blocks. Raises DaemonGone if the daemon died or stopped reading long ago."""
+        if not self.alive:
+            raise DaemonGone("pdxd has died")
+        try:
+            self._socket.send(encode(message), zmq.DONTWAIT)
+        except zmq.Again as error:
+            raise DaemonGone("pdxd does not read its messages") from error
+
+    def poll(self) -> list[Message]:
+        """Messages that have arrived; never blocks. Malformed ones are dropped with a log line."""
+        messages: list[Message] = []
+        while True:
+            try:
+                messages.append(_decode(self._socket.recv(zmq.DONTWAIT)))
+            except zmq.Again:
+                return messages
+            except WireError as error:
+                log.warning("dropped a message from pdxd: %s", error)
+
+    def wait(self, timeout_s: float) -> list[Message]:
+        """Like poll, but waits at most `timeout_s` for the first message."""
+        self._socket.poll(timeout_s * 1000)
+        return self.poll()
+
+    def publish_fence(self, step: int) -> None:
+        """Worker: step `step` is over, and with it every access to slots that belonged to it. Steps only grow."""
+        assert self.arena is not None
+        self.arena.set_fence(self.attached.fence_offset, step)
+
+    def ask(self, question: Ask, *, timeout_s: float = 5.0) -> Answer:
+        """For tools: one question, one answer. Raises DaemonGone after `timeout_s`."""
+        self.send(question)
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0 and self.alive:
+            for message in self.wait(min(left, 0.2)):
+                if isinstance(message, Answer):
+                    return message
+        raise DaemonGone(f"pdxd did not answer {question.verb!r} within {timeout_s:g} s")
+
+    def close(self) -> None:
+        """Unmaps the arena, then says goodbye by closing the connection (in this order: see daemon.sessions)."""
+        self._alive = False
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
+        self._socket.close(0)
+        self._context.term()
+        self._connection.close()
+
+    def __enter__(self) -> DaemonClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Attachment:
+    """Keeps a client attached over daemon restarts. One thread only; `client(now)` costs microseconds while alive."""
+
+    def __init__(self, config: Config, hello: Attach) -> None:
+        self._config = config
+        self._hello = hello
+        self._client: DaemonClient | None = None
+        self._next_try_at = 0.0
+        self._backoff_s = BACKOFF_FIRST_S
+        self._attached_before = False
+
+    def client(self, now: float) -> DaemonClient | None:
+        """The live client, or None while there is no daemon. The first call may take as long as starting one does.
+
+        Raises ConfigError or Refused only on the first call; later such answers count as "no daemon".
+        """
+        if self._client is not None:
+            if self._client.alive:
+                return self._client
+            log.warning("lost pdxd: serving without it")
+            self._client.close()
+            self._client = None
+            self._next_try_at = now + self._backoff_s
+        if now < self._next_try_at:
+            return None
+        return self._try(now)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _try(self, now: float) -> DaemonClient | None:
+        if not self._attached_before:
+            self._client = DaemonClient.attach(self._config, self._hello)
+            self._attached_before = True
+            return self._client
+        try:
+            # `start`: whoever lost the daemon first starts the next one; the others find it. Starting is detached
+            # and takes longer than our deadline; a later try finds it serving.
+            self._client = DaemonClient.attach(self._config, self._hello, deadline_s=REATTACH_DEADLINE_S)
+        except (DaemonGone, ConfigError, Refused) as error:
+            log.info("no pdxd yet: %s", error)
+            # Both processes of an engine and all engines of a host lose a daemon together: jitter spreads them.
+            self._next_try_at = now + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311
+            self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
+            return None
+        log.warning("attached to pdxd again")
+        self._backoff_s = BACKOFF_FIRST_S
+        return self._client
+
+
+def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool) -> socket.socket:
+    """Connects to the daemon's socket, starting the daemon at most once."""
+    starter: subprocess.Popen[bytes] | None = None
+    pause = select.poll()
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            connection.connect(str(run_dir / SOCKET_NAME))
+        except OSError:
+            connection.close()
+        else:
+            return connection
+        if start and starter is None:
+            starter = _start_daemon(run_dir, config)
+        if starter is not None and starter.poll() not in (None, 0):
+            raise ConfigError(f"pdxd could not start: {_last_line(run_dir / LOG_NAME)}")
+        if time.monotonic() > deadline:
+            raise DaemonGone(f"no pdxd answers in {run_dir}")
+        pause.poll(CONNECT_RETRY_S * 1000)
+
+
+def _start_daemon(run_dir: Path, config: Config) -> subprocess.Popen[bytes] | None:
+    """Starts a detached daemon, unless another client holds the starter's lock and is doing so."""
+    with (run_dir / STARTER_LOCK_NAME).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        settings = {name: getattr(config, name) for name in configuration.FLAGS if getattr(config, name) != ""}
+        defaults = Config()
+        flags = [
+            f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in settings.items()
+            if value != getattr(defaults, name)
+        ]
+        flags = [*[f for f in flags if not f.startswith("--run-dir")], f"--run-dir={run_dir}"]
+        with (run_dir / LOG_NAME).open("ab") as log_file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "pdx.daemon.main", *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
+                cwd="/",
+                env=_daemon_environment(),
+                # The starter's lock goes along: nobody else starts one until this one has failed or taken over.
+                pass_fds=[lock.fileno()],
+            )
+
+
+def _daemon_environment() -> dict[str, str]:
+    """The environment, with a path by which the child finds this very package."""
+    environment = dict(os.environ)
+    package_root = str(Path(__file__).resolve().parent.parent)
+    paths = [package_root, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    return environment
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return "no log"
+    return lines[-1] if lines else "empty log"
+
+
+def describe(attached: Attached) -> str:
+    """One line for an engine's log: which daemon, how large, which lanes."""
+    builtin = msgspec.to_builtins(attached.daemon)
+    return f"pdxd {builtin['daemon_id']} arena {attached.arena_bytes >> 20} MiB lanes {','.join(builtin['lanes'])}"

@@ -1,0 +1,101 @@
+"""Tells routers which engines this daemon serves: every second, and at once on change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import zmq
+
+from pdx.daemon.sessions import Engine
+from pdx.errors import WireError
+from pdx.wire import TO_DAEMON, Announce, CancelHandoff, DaemonRef, EngineLoad, Welcome, decoder_of, encode
+
+ANNOUNCE_S = 1.0
+ROUTERS_MAX = 16
+
+_decode = decoder_of(TO_DAEMON)
+
+
+class Announcer:
+    """One DEALER per router that any engine named. Owned by the control thread."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], poller: zmq.Poller, me: DaemonRef, counters: Counter[str]
+    ) -> None:
+        self._context = context
+        self._poller = poller
+        self._me = me
+        self._counters = counters
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._due_at = 0.0
+        self.welcomed: set[str] = set()
+
+    def changed(self) -> None:
+        """Something a router should know at once."""
+        self._due_at = 0.0
+
+    def tick(self, engines: Iterable[Engine], *, reservations_waiting: int, now: float) -> None:
+        if now < self._due_at:
+            return
+        self._due_at = now + ANNOUNCE_S
+        complete = [engine for engine in engines if engine.complete and engine.router]
+        for endpoint in {engine.router for engine in complete} - set(self._sockets):
+            self._connect(endpoint)
+        for endpoint, socket in self._sockets.items():
+            mine = [engine for engine in complete if engine.router == endpoint]
+            self._send(socket, mine, reservations_waiting, leaving=False)
+
+    def handle_ready(self, ready: dict[object, int], cancel: Callable[[CancelHandoff], None]) -> None:
+        for endpoint, socket in self._sockets.items():
+            if socket not in ready:
+                continue
+            while True:
+                try:
+                    message = _decode(socket.recv(zmq.DONTWAIT))
+                except zmq.Again:
+                    break
+                except WireError:
+                    self._counters["bad_frames"] += 1
+                    continue
+                match message:
+                    case Welcome():
+                        self.welcomed.add(endpoint)
+                    case CancelHandoff():
+                        cancel(message)
+
+    def close(self) -> None:
+        """Says goodbye, waiting at most a moment for it to leave."""
+        for socket in self._sockets.values():
+            self._send(socket, [], 0, leaving=True)
+            self._poller.unregister(socket)
+            socket.close(100)
+        self._sockets.clear()
+
+    def _connect(self, endpoint: str) -> None:
+        if len(self._sockets) >= ROUTERS_MAX:
+            self._counters["routers_refused"] += 1
+            return
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 16)  # announcements are state: old ones are worth nothing
+        socket.setsockopt(zmq.IDENTITY, f"{self._me.daemon_id}/{self._me.incarnation}".encode())
+        socket.connect(endpoint)
+        self._poller.register(socket, zmq.POLLIN)
+        self._sockets[endpoint] = socket
+
+    def _send(
+        self, socket: zmq.Socket[bytes], engines: list[Engine], reservations_waiting: int, *, leaving: bool
+    ) -> None:
+        loads = [EngineLoad(engine_id=e.info.engine_id, running=e.running, waiting=e.waiting) for e in engines]
+        message = Announce(
+            daemon=self._me,
+            engines=[engine.info for engine in engines],
+            loads=loads,
+            reservations_waiting=reservations_waiting,
+            leaving=leaving,
+        )
+        try:
+            socket.send(encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            self._counters["announces_dropped"] += 1

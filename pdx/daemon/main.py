@@ -1,0 +1,111 @@
+"""pdxd: the per-host daemon. This file only wires; start reading at `service`."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from pdx import __version__, config
+from pdx.errors import ConfigError, PdxError
+
+LOCK_NAME = "pdxd.lock"
+INFO_NAME = "pdxd.json"
+
+log = logging.getLogger("pdxd")
+
+EXAMPLES = """examples:
+  pdxd                                        one daemon for this user, 1 GiB arena
+  pdxd --arena 16GiB --linger-s 3600          more room, outlives its last engine by an hour
+  PDX_KEY_FILE=/etc/pdx.key pdxd --host 10.0.0.5   reachable by other hosts
+
+Engines start a daemon by themselves when none runs; start one by hand to choose its size."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a daemon until a signal, or until it has lingered alone. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="pdxd", description="pdx's per-host daemon.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"pdxd {__version__}")
+    for name, help_text in config.FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=help_text)
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    options = vars(parser.parse_args(argv))
+    logging.basicConfig(
+        level=options.pop("log_level").upper(), format="%(levelname)s %(asctime)s [pdxd %(process)d] %(message)s"
+    )
+    try:
+        return _serve(config.load(options))
+    except PdxError as error:
+        print(f"pdxd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
+
+def _serve(settings: config.Config) -> int:
+    run_dir = config.ensure_run_dir(settings.run_path)
+    with (run_dir / LOCK_NAME).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"a pdxd runs already in {run_dir}; use it, or choose another --run-dir"
+            ) from None
+        _run_locked(settings, run_dir)
+    return 0
+
+
+def _run_locked(settings: config.Config, run_dir: Path) -> None:
+    # Imported here so that --help stays light.
+    from pdx.buffer.arena import Arena
+    from pdx.buffer.store import Store
+    from pdx.daemon.service import Service
+    from pdx.transport.registry import open_lane
+
+    key = config.cluster_key(settings)
+    log.info("configuration:\n%s", config.shown(settings))
+    arena = Arena.create(settings.arena_bytes)
+    lane = open_lane(f"tcp://{settings.host}:0", key=key, name=str(run_dir))
+    try:
+        store = Store(
+            arena,
+            extent_bytes=settings.extent_bytes,
+            handoff_share=settings.handoff_share,
+            poison=settings.poison,
+        )
+        service = Service(settings, store, [lane], run_dir=run_dir, key=key)
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: service.stop())
+            _publish(run_dir, service)
+            log.info("serving: arena %d MiB, control %s, lane %s", settings.arena_bytes >> 20, service.me.control,
+                     lane.endpoint)  # fmt: skip
+            service.run()
+        finally:
+            service.close()
+            (run_dir / INFO_NAME).unlink(missing_ok=True)
+    finally:
+        lane.close(drain_s=0.0)
+        arena.close()
+    log.info("gone")
+
+
+def _publish(run_dir: Path, service: object) -> None:
+    """pdxd.json: where this daemon is, for people and tests. Written whole or not at all."""
+    me = service.me  # type: ignore[attr-defined]
+    info = {"pid": os.getpid(), "daemon_id": me.daemon_id, "control": me.control, "lanes": me.lanes}
+    temporary = run_dir / f"{INFO_NAME}.{os.getpid()}"
+    temporary.write_text(json.dumps(info))
+    temporary.replace(run_dir / INFO_NAME)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Outgoing ZeroMQ connections of a daemon: one DEALER per peer daemon, watched so that a death is noticed at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from pdx.wire import DaemonRef, Message, encode
+
+PEERS_MAX = 1024
+# A peer that stops reading must not make us hold its messages for ever: 10,000 are minutes of control traffic.
+SEND_QUEUE_MAX = 10_000
+
+
+class Peers:
+    """Sends to peer daemons and reports those whose connection broke. Owned by the control thread."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], poller: zmq.Poller, counters: Counter[str]) -> None:
+        self._context = context
+        self._poller = poller
+        self._counters = counters
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._monitors: dict[zmq.Socket[bytes], str] = {}
+
+    def send(self, peer: DaemonRef, message: Message) -> None:
+        """Queues a message; never blocks. What can't be queued is counted and lost: budgets cover it."""
+        try:
+            self._socket(peer.control).send(encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            self._counters["peer_messages_dropped"] += 1
+
+    def handle_ready(self, ready: dict[object, int], lost: Callable[[str], None]) -> None:
+        """Reads connection events of the sockets that the poller found readable."""
+        for monitor, control in list(self._monitors.items()):
+            if monitor not in ready:
+                continue
+            event = recv_monitor_message(monitor, zmq.DONTWAIT)["event"]
+            if event == zmq.EVENT_DISCONNECTED:
+                self._forget(control)
+                lost(control)
+
+    def close(self) -> None:
+        for control in list(self._sockets):
+            self._forget(control)
+
+    def _socket(self, control: str) -> zmq.Socket[bytes]:
+        socket = self._sockets.get(control)
+        if socket is None:
+            if len(self._sockets) >= PEERS_MAX:
+                self._forget(next(iter(self._sockets)))
+            socket = self._context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
+            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            socket.connect(control)
+            self._poller.register(monitor, zmq.POLLIN)
+            self._sockets[control] = socket
+            self._monitors[monitor] = control
+        return socket
+
+    def _forget(self, control: str) -> None:
+        """Drops the connection with all it had queued: a peer that comes back is a new incarnation."""
+        socket = self._sockets.pop(control)
+        monitor = next(m for m, c in self._monitors.items() if c == control)
+        del self._monitors[monitor]
+        self._poller.unregister(monitor)
+        socket.disable_monitor()
+        monitor.close(0)
+        socket.close(0)

@@ -1,0 +1,324 @@
+"""The control thread of pdxd: one loop over all sockets, which owns every piece of state.
+
+It only receives, decodes and dispatches. What a message means is the mover's business (handoffs), the sessions'
+(who is attached) or the verbs' (questions).
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+
+import zmq
+
+from pdx.buffer.store import Store
+from pdx.config import Config
+from pdx.daemon.announcer import Announcer
+from pdx.daemon.door import Door
+from pdx.daemon.mover import Mover, Ports
+from pdx.daemon.peers import SEND_QUEUE_MAX, Peers
+from pdx.daemon.sessions import Engine, Session, Sessions
+from pdx.daemon.trace import Tracer
+from pdx.daemon.verbs import answer
+from pdx.errors import Refused, WireError
+from pdx.transport.api import Lane
+from pdx.wire import (
+    ENGINE,
+    PEER,
+    Ask,
+    Attached,
+    AttachRefused,
+    CancelHandoff,
+    DaemonRef,
+    Filled,
+    LetGo,
+    Message,
+    OpenLoad,
+    OpenSend,
+    Renew,
+    decoder_of,
+    encode,
+)
+
+TICK_S = 0.1
+FENCE_TICK_S = 0.002  # while an engine's fence is awaited
+BURST = 256  # messages taken from one socket before the others get their turn
+IPC_NAME = "pdxd.ipc"
+
+_decode_engine = decoder_of(ENGINE)
+_decode_peer = decoder_of(PEER)
+
+
+class Service:
+    """Everything of a running daemon, wired. `run` returns when told to stop or when nobody needs it any more."""
+
+    def __init__(self, config: Config, store: Store, lanes: list[Lane], *, run_dir: Path, key: bytes) -> None:
+        self._config = config
+        self._store = store
+        self._lanes = lanes
+        self._context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._counters: Counter[str] = Counter()
+        self._tracer = Tracer()
+        self._sessions = Sessions()
+        self._hellos: dict[int, socket.socket] = {}  # connections that have not said hello yet
+        self._connections: dict[int, Session] = {}
+        self._to_self: list[Message] = []
+        self._ipc = f"ipc://{run_dir / IPC_NAME}"
+        self._door = Door(run_dir)
+        self._clients = self._bind(self._ipc)
+        self._peer_socket = self._bind(f"tcp://{config.host}:0")
+        self.me = DaemonRef(
+            daemon_id=secrets.token_hex(6),
+            incarnation=secrets.randbits(63),
+            control=self._peer_socket.getsockopt_string(zmq.LAST_ENDPOINT),
+            lanes=[lane.endpoint for lane in lanes],
+        )
+        self._peers = Peers(self._context, self._poller, self._counters)
+        self._announcer = Announcer(self._context, self._poller, self.me, self._counters)
+        for lane in lanes:
+            self._poller.register(lane.fileno(), zmq.POLLIN)
+        self._poller.register(self._door.listener, zmq.POLLIN)
+        self._mover = Mover(store, self._ports(key))
+        self._alone_since = time.monotonic()
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Ends `run` soon. Safe from a signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
+        while not self._stopping:
+            pending = self._mover.fences_pending or self._to_self
+            self._step(0.0 if self._to_self else FENCE_TICK_S if pending else TICK_S)
+            if self._lingered_out():
+                return
+
+    def close(self) -> None:
+        """Says goodbye to routers and closes every socket. The caller closes lanes and arena."""
+        self._announcer.close()
+        self._peers.close()
+        self._door.close()
+        for connection in [*self._hellos.values(), *(s.connection for s in self._sessions.by_number.values())]:
+            connection.close()
+        self._clients.close(0)
+        self._peer_socket.close(0)
+        self._context.term()
+        Path(self._ipc.removeprefix("ipc://")).unlink(missing_ok=True)
+
+    # --- the loop ---------------------------------------------------------------------------------------------
+
+    def _step(self, timeout_s: float) -> None:
+        ready = dict(self._poller.poll(timeout_s * 1000))
+        now = time.monotonic()
+        looped, self._to_self = self._to_self, []
+        for message in looped:
+            self._mover.peer_message(message, now)  # type: ignore[arg-type]
+        for lane in self._lanes:
+            if lane.fileno() in ready:
+                self._mover.lane_events(lane.take_events(), now)
+        if self._clients in ready:
+            self._take_clients(now)
+        if self._peer_socket in ready:
+            self._take_peers(now)
+        self._peers.handle_ready(ready, lambda control: self._mover.peer_lost(control, now))
+        self._announcer.handle_ready(ready, lambda message: self._cancel(message, now))
+        if self._door.listener.fileno() in ready:
+            self._welcome()
+        for descriptor in [d for d in ready if d in self._hellos]:
+            self._hello(self._hellos.pop(descriptor))
+        for descriptor in [d for d in ready if d in self._connections]:
+            self._ended(self._connections.pop(descriptor), now)
+        self._mover.tick(now)
+        self._announcer.tick(
+            self._sessions.engines.values(), reservations_waiting=self._mover.reservations_waiting, now=now
+        )
+
+    def _take_clients(self, now: float) -> None:
+        for _ in range(BURST):
+            try:
+                identity, frame = self._clients.recv_multipart(zmq.DONTWAIT)
+                message = _decode_engine(frame)
+            except zmq.Again:
+                return
+            except (WireError, ValueError):
+                self._counters["bad_frames"] += 1
+                continue
+            session = self._sessions.by_number.get(int(identity)) if identity.isdigit() else None
+            if session is None:
+                self._counters["frames_of_strangers"] += 1
+                continue
+            self._from_client(session, message, now)
+
+    def _from_client(self, session: Session, message: ENGINE, now: float) -> None:
+        engine = self._sessions.engines.get(session.engine_id)
+        match message:
+            case Ask():
+                reply = answer(message, service=self)
+                self._clients.send_multipart([session.identity, encode(reply)], zmq.DONTWAIT)
+            case Filled():
+                self._mover.filled(message, now)
+            case LetGo():
+                self._mover.let_go(message, now)
+            case Renew():
+                if engine is not None:
+                    engine.running, engine.waiting = message.running, message.waiting
+                self._mover.renew(message.handoff_ids, now)
+            case OpenSend() if engine is not None and engine.complete:
+                self._mover.open_send(engine, message, now)
+            case OpenLoad() if engine is not None and engine.complete:
+                self._mover.open_load(engine, message, now)
+            case _:
+                self._counters["messages_before_attach"] += 1
+
+    def _take_peers(self, now: float) -> None:
+        for _ in range(BURST):
+            try:
+                frames = self._peer_socket.recv_multipart(zmq.DONTWAIT)
+                self._mover.peer_message(_decode_peer(frames[-1]), now)
+            except zmq.Again:
+                return
+            except WireError:
+                self._counters["bad_frames"] += 1
+
+    def _cancel(self, message: CancelHandoff, now: float) -> None:
+        self._mover.cancel(message.handoff_id, message.attempt, message.reason, now)
+
+    # --- attaching --------------------------------------------------------------------------------------------
+
+    def _welcome(self) -> None:
+        connection = self._door.accept()
+        if connection is not None:
+            self._hellos[connection.fileno()] = connection
+            self._poller.register(connection.fileno(), zmq.POLLIN)
+
+    def _hello(self, connection: socket.socket) -> None:
+        try:
+            hello = Door.read_hello(connection)
+            if hello is None:
+                raise WireError("left without a word")
+            session = self._sessions.attach(hello, connection)
+        except BlockingIOError:
+            self._hellos[connection.fileno()] = connection
+            return
+        except Refused as error:
+            self._turn_away(connection, str(error))
+            return
+        except WireError as error:
+            self._counters["bad_frames"] += 1
+            self._turn_away(connection, str(error))
+            return
+        attached = Attached(
+            daemon=self.me,
+            session=session.number,
+            socket=self._ipc,
+            arena_bytes=len(self._store.arena.memory),
+            fence_offset=session.fence_offset,
+            digest_mode=self._config.digest_mode,
+            lease_s=self._config.lease_s,
+        )
+        if session.kind == "worker":
+            self._store.arena.set_fence(session.fence_offset, 0)
+        self._connections[connection.fileno()] = session
+        try:
+            Door.answer(connection, attached, self._store.arena.fd if session.kind == "worker" else None)
+        except WireError:
+            self._counters["bad_frames"] += 1  # its EOF comes next
+        self._announcer.changed()
+
+    def _turn_away(self, connection: socket.socket, reason: str) -> None:
+        self._poller.unregister(connection.fileno())
+        try:
+            Door.answer(connection, AttachRefused(reason=reason))
+        except WireError:
+            self._counters["bad_frames"] += 1
+        connection.close()
+
+    def _ended(self, session: Session, now: float) -> None:
+        self._poller.unregister(session.connection.fileno())
+        session.connection.close()
+        engine = self._sessions.detach(session)
+        if engine is not None:
+            if engine.worker is None:
+                self._mover.engine_gone(session.engine_id, now)
+            else:
+                self._mover.engine_failing(session.engine_id, now)
+            self._announcer.changed()
+        if not self._sessions.by_number:
+            self._alone_since = now
+
+    def _lingered_out(self) -> bool:
+        if self._sessions.by_number or self._hellos:
+            return False
+        return time.monotonic() - self._alone_since > self._config.linger_s
+
+    # --- the mover's ports ------------------------------------------------------------------------------------
+
+    def _ports(self, key: bytes) -> Ports:
+        return Ports(
+            me=self.me,
+            cluster_key=key,
+            to_engine=self._to_engine,
+            to_peer=self._to_peer,
+            engine=self._sessions.engines.get,
+            fence_passed=self._fence_passed,
+            lanes={lane.scheme: (lane, lane.register(self._store.arena.memory)) for lane in self._lanes},
+            tracer=self._tracer,
+            counters=self._counters,
+            lease_s=self._config.lease_s,
+            digest_mode=self._config.digest_mode,
+        )
+
+    def _to_engine(self, engine_id: str, message: Message) -> None:
+        engine: Engine | None = self._sessions.engines.get(engine_id)
+        if engine is None or engine.scheduler is None:
+            return
+        try:
+            self._clients.send_multipart([engine.scheduler.identity, encode(message)], zmq.DONTWAIT)
+        except zmq.Again:
+            self._counters["engine_messages_dropped"] += 1
+
+    def _to_peer(self, peer: DaemonRef, message: Message) -> None:
+        if peer.daemon_id == self.me.daemon_id:
+            self._to_self.append(message)
+        else:
+            self._peers.send(peer, message)
+
+    def _fence_passed(self, engine_id: str, step: int) -> bool:
+        engine = self._sessions.engines.get(engine_id)
+        if engine is None or engine.worker is None:
+            return True
+        return self._store.arena.fence(engine.worker.fence_offset) >= step
+
+    def _bind(self, endpoint: str) -> zmq.Socket[bytes]:
+        bound = self._context.socket(zmq.ROUTER)
+        bound.setsockopt(zmq.LINGER, 0)
+        bound.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
+        bound.bind(endpoint)
+        self._poller.register(bound, zmq.POLLIN)
+        return bound
+
+    # --- for the verbs ----------------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> Counter[str]:
+        return self._counters
+
+    @property
+    def store(self) -> Store:
+        return self._store
+
+    @property
+    def mover(self) -> Mover:
+        return self._mover
+
+    @property
+    def sessions(self) -> Sessions:
+        return self._sessions
+
+    @property
+    def tracer(self) -> Tracer:
+        return self._tracer

@@ -1,0 +1,107 @@
+"""Who is attached: one session per process, two sessions (scheduler and worker) per engine.
+
+The kernel tells us of a session's end by the EOF of its Unix socket. A client closes that socket only after it has
+unmapped the arena, and a dying process loses its memory before its files, so EOF means: this process touches no slot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from dataclasses import dataclass, field
+
+from pdx.errors import Refused
+from pdx.layout import CONTROL_FENCES, PageLayout
+from pdx.wire import Attach, EngineInfo
+
+ENGINES_MAX = 128
+
+
+@dataclass(eq=False)
+class Session:
+    """One attached process."""
+
+    number: int
+    kind: str
+    connection: socket.socket
+    engine_id: str = ""
+    fence_offset: int = 0
+
+    @property
+    def identity(self) -> bytes:
+        return str(self.number).encode()
+
+
+@dataclass(eq=False)
+class Engine:
+    """One engine of this host, complete when both of its processes are attached."""
+
+    info: EngineInfo
+    router: str = ""
+    pages: PageLayout | None = None
+    scheduler: Session | None = None
+    worker: Session | None = None
+    running: int = 0
+    waiting: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.scheduler is not None and self.worker is not None
+
+
+@dataclass
+class Sessions:
+    """All sessions and engines. Owned by the control thread."""
+
+    by_number: dict[int, Session] = field(default_factory=dict)
+    engines: dict[str, Engine] = field(default_factory=dict)
+    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    def attach(self, hello: Attach, connection: socket.socket) -> Session:
+        """Raises Refused: two engines of one name, an engine whose halves differ, too many engines."""
+        session = Session(next(self._numbers), hello.kind, connection)
+        if hello.kind != "tool":
+            self._join_engine(session, hello)
+        self.by_number[session.number] = session
+        return session
+
+    def detach(self, session: Session) -> Engine | None:
+        """Forgets a session. Returns its engine, which is no longer complete."""
+        self.by_number.pop(session.number, None)
+        engine = self.engines.get(session.engine_id)
+        if engine is None:
+            return None
+        if engine.scheduler is session:
+            engine.scheduler = None
+        if engine.worker is session:
+            engine.worker = None
+        if engine.scheduler is None and engine.worker is None:
+            del self.engines[session.engine_id]
+        return engine
+
+    def _join_engine(self, session: Session, hello: Attach) -> None:
+        if hello.engine is None or (hello.kind == "worker") != (hello.pages is not None):
+            raise Refused(f"{hello.kind} attached without describing its engine")
+        name = hello.engine.engine_id
+        engine = self.engines.get(name)
+        if engine is not None and getattr(engine, hello.kind) is not None:
+            raise Refused(f"an engine called {name!r} is attached already: give each engine its own engine_id")
+        if engine is None:
+            if len(self.engines) >= ENGINES_MAX:
+                raise Refused(f"this daemon serves at most {ENGINES_MAX} engines")
+            engine = Engine(hello.engine)
+        if hello.kind == "worker":
+            session.fence_offset = self._free_fence()
+            engine.worker, engine.pages = session, hello.pages
+            engine.info = hello.engine  # only the worker has seen the real caches
+        else:
+            engine.scheduler, engine.router = session, hello.router
+        session.engine_id = name
+        self.engines[name] = engine
+
+    def _free_fence(self) -> int:
+        taken = {session.fence_offset for session in self.by_number.values() if session.kind == "worker"}
+        for word in range(CONTROL_FENCES):
+            if word * 8 not in taken:
+                return word * 8
+        raise Refused(f"this daemon serves at most {CONTROL_FENCES} workers")

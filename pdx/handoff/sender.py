@@ -1,0 +1,230 @@
+"""The sending half of a handoff: events in, actions out. No sockets, no store, no clock of its own.
+
+It knows which pages exist (filled by the engine, or held by the store from the start), which ones the receiver wants,
+and which puts are under way. It never decides where pages lie: the driver knows the places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pdx.handoff.actions import (
+    Abandon,
+    Action,
+    Ended,
+    Publish,
+    Put,
+    RevokeEngine,
+    SendCommit,
+    StopPuts,
+    ToEngine,
+    ToPeer,
+)
+from pdx.handoff.handle import TransferHandle
+from pdx.handoff.states import SENDING, Sending, after
+from pdx.layout import Place
+from pdx.wire import Cancel, Drained, Fail, PeerMessage, SendEnded, SendOpened
+
+
+class Sender:
+    """One handoff, sending side. Every method returns the actions to take, in order."""
+
+    def __init__(
+        self, handle: TransferHandle, *, request_id: str, blocks: int, layers: int, incarnation: int, now: float
+    ) -> None:
+        self.handle = handle
+        self.request_id = request_id
+        self.state = Sending.CLAIMING
+        self.reason = ""  # why it failed; empty while it has not
+        self.lease_epoch = 0
+        self.blocks = blocks
+        self._layers = layers
+        self._incarnation = incarnation
+        self._filled = [0] * blocks  # bit l: layer l of this block is in its slot
+        self._sent = [0] * blocks
+        self._whole = (1 << layers) - 1
+        self._wanted: frozenset[int] = frozenset()
+        self._published = False
+        self._engine_holds = True
+        self._puts_open = 0
+        self._puts_made = 0
+        self._started_at = now
+        self._progress_at = now
+
+    # --- events from this host ---
+
+    def claimed(self, places: Sequence[Place], fresh: frozenset[int], reserve: PeerMessage, *, now: float) -> list[Action]:
+        """One claim for all blocks stands; those not in `fresh` are whole already. `reserve` is the message to send."""
+        self.state = after(SENDING, self.state, "claimed")
+        for block in range(self.blocks):
+            if block not in fresh:
+                self._filled[block] = self._whole
+        self._progress_at = now
+        opened = SendOpened(
+            request_id=self.request_id,
+            handoff_id=self.handle.handoff_id,
+            places=[place if block in fresh else None for block, place in enumerate(places)],
+        )
+        return [ToEngine(opened), ToPeer(reserve), *self._publish_if_whole()]
+
+    def filled(self, layer: int, blocks: Iterable[int], *, now: float) -> list[Action]:
+        """The engine has copied this layer of these blocks into their slots."""
+        if self.state in (Sending.CLAIMING, Sending.DRAINING, Sending.ENDED):
+            return []
+        bit = 1 << layer
+        ready = [b for b in blocks if 0 <= b < self.blocks and 0 <= layer < self._layers and not self._filled[b] & bit]
+        for block in ready:
+            self._filled[block] |= bit
+        self._progress_at = now
+        actions = self._publish_if_whole()
+        if self.state is Sending.SENDING:
+            actions += self._put(layer, [b for b in ready if b in self._wanted])
+            actions += self._commit_if_all_sent()
+        return actions
+
+    def put_ended(self, *, ok: bool, reason: str, now: float) -> list[Action]:
+        """One Put action has come to its end: its slots are no longer read by it."""
+        self._puts_open -= 1
+        self._progress_at = now
+        if self.state is Sending.DRAINING:
+            return self._drained_if_quiet()
+        if not ok:
+            return self.fail(f"put failed: {reason}", tell_peer=True)
+        return self._commit_if_all_sent()
+
+    def engine_let_go(self, *, ok: bool, reason: str) -> list[Action]:
+        """The engine's steps no longer touch the slots. Not ok: it won't fill the rest either."""
+        self._engine_holds = False
+        if self.state is Sending.SETTLED:
+            return self._end()
+        if self._published or self.state in (Sending.DRAINING, Sending.ENDED):
+            return []
+        why = reason if not ok else "the engine let go before every page was filled"
+        return self.fail(f"prefill engine: {why}", tell_peer=True)
+
+    # --- messages from the receiving daemon ---
+
+    def granted(self, *, has: Iterable[int], wanted: Iterable[int], lease_epoch: int, now: float) -> list[Action]:
+        if self.state is not Sending.RESERVING:
+            return []
+        has_set, wanted_set = frozenset(has), frozenset(wanted)
+        if has_set & wanted_set or has_set | wanted_set != frozenset(range(self.blocks)):
+            return self.fail("GRANT does not cover the prompt", tell_peer=True)
+        self.state = after(SENDING, self.state, "granted")
+        self.lease_epoch = lease_epoch
+        self._wanted = wanted_set
+        self._progress_at = now
+        actions: list[Action] = []
+        for layer in range(self._layers):
+            actions += self._put(layer, [b for b in sorted(wanted_set) if self._filled[b] >> layer & 1])
+        return actions + self._commit_if_all_sent()
+
+    def waiting(self, *, now: float) -> list[Action]:
+        """The receiver's arena is full and we are in its queue: not progress, the grant budget goes on."""
+        return []
+
+    def committed(self) -> list[Action]:
+        if self.state is not Sending.COMMITTING:
+            return []
+        self.state = after(SENDING, self.state, "committed")
+        return [] if self._engine_holds else self._end()
+
+    # --- ends ---
+
+    def fail(self, reason: str, *, tell_peer: bool) -> list[Action]:
+        """Any failure of either side, the network, a budget or the router. Idempotent."""
+        if self.state in (Sending.SETTLED, Sending.DRAINING, Sending.ENDED):
+            return []
+        self.reason = reason
+        was_claiming = self.state is Sending.CLAIMING
+        self.state = after(SENDING, self.state, "fail")
+        ended = SendEnded(request_id=self.request_id, handoff_id=self.handle.handoff_id, reason=reason)
+        actions: list[Action] = [ToEngine(ended)]
+        if was_claiming:
+            return [*actions, Ended(reason)]
+        if tell_peer:
+            actions.append(ToPeer(Fail(**self._ids(), reason=reason)))
+        actions.append(StopPuts())
+        if not self._published:
+            actions.append(Abandon())
+            if self._engine_holds:
+                actions.append(RevokeEngine())
+        return actions + self._drained_if_quiet()
+
+    def cancelled_by_peer(self, message: Cancel) -> list[Action]:
+        """CANCEL asks for an answer even when this half has failed already."""
+        actions = self.fail(f"peer: {message.reason}", tell_peer=False)
+        return actions if self._puts_open else [*actions, ToPeer(Drained(**self._ids()))]
+
+    def tick(self, *, now: float) -> list[Action]:
+        """Budgets. Call it a few times a second."""
+        budgets = self.handle.budgets
+        waited, silent = now - self._started_at, now - self._progress_at
+        if self.state in (Sending.CLAIMING, Sending.RESERVING) and waited > budgets.grant_s:
+            return self.fail(f"no GRANT within {budgets.grant_s:g} s ({self.state.value})", tell_peer=True)
+        if self.state in (Sending.SENDING, Sending.COMMITTING):
+            if silent > budgets.slab_s:
+                return self.fail(f"no progress for {budgets.slab_s:g} s ({self.state.value})", tell_peer=True)
+            if waited > budgets.total_s:
+                return self.fail(f"not finished within {budgets.total_s:g} s", tell_peer=True)
+        return []
+
+    @property
+    def pages_put(self) -> int:
+        return self._puts_made
+
+    @property
+    def wanted(self) -> frozenset[int]:
+        return self._wanted
+
+    def __repr__(self) -> str:
+        filled = sum(bits.bit_count() for bits in self._filled)
+        return (
+            f"<Sender {self.handle.handoff_id.hex()[:8]} {self.state.value}: {filled}/{self.blocks * self._layers} "
+            f"pages filled, {self._puts_made} put, {self._puts_open} puts open{', ' + self.reason if self.reason else ''}>"
+        )
+
+    # --- steps ---
+
+    def _put(self, layer: int, blocks: list[int]) -> list[Action]:
+        bit = 1 << layer
+        blocks = [b for b in blocks if not self._sent[b] & bit]
+        if not blocks:
+            return []
+        for block in blocks:
+            self._sent[block] |= bit
+        self._puts_open += 1
+        self._puts_made += len(blocks)
+        return [Put(layer, tuple(blocks))]
+
+    def _publish_if_whole(self) -> list[Action]:
+        if self._published or any(bits != self._whole for bits in self._filled):
+            return []
+        self._published = True
+        return [Publish()]
+
+    def _commit_if_all_sent(self) -> list[Action]:
+        if self.state is not Sending.SENDING or self._puts_open or not self._published:
+            return []
+        if any(self._sent[block] != self._whole for block in self._wanted):
+            return []
+        self.state = after(SENDING, self.state, "all_sent")
+        return [SendCommit(pages=self._puts_made)]
+
+    def _drained_if_quiet(self) -> list[Action]:
+        if self.state is not Sending.DRAINING or self._puts_open:
+            return []
+        self.state = after(SENDING, self.state, "drained")
+        return [ToPeer(Drained(**self._ids())), Ended(self.reason)]
+
+    def _end(self) -> list[Action]:
+        self.state = after(SENDING, self.state, "let_go")
+        return [Ended("")]
+
+    def _ids(self) -> dict[str, object]:
+        return {
+            "handoff_id": self.handle.handoff_id,
+            "attempt": self.handle.attempt,
+            "lease_epoch": self.lease_epoch,
+            "incarnation": self._incarnation,
+        }
