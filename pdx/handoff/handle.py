@@ -54,6 +54,8 @@ def verify(text: str, cluster_key: bytes, *, now_unix_s: float) -> TransferHandl
         raw = base64.b64decode(text.encode("ascii"), altchars=b"-_", validate=True)
     except (binascii.Error, UnicodeEncodeError, ValueError) as error:
         raise HandleError("handle is not base64") from error
+    if base64.urlsafe_b64encode(raw) != text.encode("ascii"):
+        raise HandleError("handle is not canonical base64")
     mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
     if not hmac.compare_digest(mac, _mac(body, cluster_key)):
         raise HandleError("handle is not signed by this cluster's key")

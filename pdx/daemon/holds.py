@@ -1,0 +1,72 @@
+"""Engines' rights to slots: from SEND_OPENED or LOAD_OPENED until the engine lets go and its fence has passed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from pdx.buffer.lease import Lease
+from pdx.daemon.ports import Desk, HandoffKey
+from pdx.wire import LetGo
+
+
+@dataclass(eq=False)
+class Hold:
+    """One engine's lease in one handoff. `key` is None for a load served from the cache alone."""
+
+    handoff_id: bytes
+    side: Literal["send", "load"]
+    engine_id: str
+    lease: Lease
+    key: HandoffKey | None = None
+
+
+class Holds:
+    """All of them. Owned by the control thread."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._holds: dict[tuple[bytes, str], Hold] = {}
+        self._letting_go: list[tuple[Hold, LetGo]] = []
+
+    def add(self, hold: Hold) -> None:
+        self._holds[hold.handoff_id, hold.side] = hold
+
+    def get(self, handoff_id: bytes, side: str) -> Hold | None:
+        return self._holds.get((handoff_id, side))
+
+    def of_engine(self, engine_id: str) -> list[Hold]:
+        return [hold for hold in self._holds.values() if hold.engine_id == engine_id]
+
+    def of_lease(self, lease: Lease) -> Hold | None:
+        return next((hold for hold in self._holds.values() if hold.lease is lease), None)
+
+    def renew(self, handoff_ids: Iterable[bytes], now: float) -> None:
+        for handoff_id in handoff_ids:
+            for side in ("send", "load"):
+                hold = self._holds.get((handoff_id, side))
+                if hold is not None:
+                    self._desk.store.renew(hold.lease, now=now, ttl_s=self._desk.ports.lease_s)
+
+    def let_go(self, hold: Hold, message: LetGo) -> None:
+        """The engine promises to be done after `message.fence`; `passed` returns the hold once that is so."""
+        self._letting_go.append((hold, message))
+
+    def passed(self) -> list[tuple[Hold, LetGo]]:
+        """Holds whose fence has passed, removed from the books: end their leases now."""
+        fence_passed = self._desk.ports.fence_passed
+        done = [(h, m) for h, m in self._letting_go if fence_passed(h.engine_id, m.fence)]
+        self._letting_go = [pair for pair in self._letting_go if pair not in done]
+        for hold, _ in done:
+            self._holds.pop((hold.handoff_id, hold.side), None)
+        return done
+
+    def remove(self, hold: Hold) -> None:
+        """For the hold of an engine that is gone: no fence to wait for."""
+        self._holds.pop((hold.handoff_id, hold.side), None)
+        self._letting_go = [(h, m) for h, m in self._letting_go if h is not hold]
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._letting_go)

@@ -1,0 +1,98 @@
+"""What the handoff drivers share: the store, the way out, and the memory of what has ended."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pdx.buffer.lease import Lease, LeaseState
+from pdx.buffer.store import Store
+from pdx.daemon.sessions import Engine
+from pdx.daemon.trace import Tracer
+from pdx.errors import HandleError
+from pdx.handoff.handle import SeenHandles, TransferHandle, verify
+from pdx.keys import layout_id, namespace_of
+from pdx.transport.api import Lane, Region
+from pdx.wire import DaemonRef, Message
+
+HandoffKey = tuple[bytes, int]  # handoff id, attempt
+
+# Each is ~100 bytes; at 500 handoffs a second they reach back two minutes, a handoff's whole budget.
+TOMBSTONES_MAX = 65_536
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The drivers' way to the world, so that the same code runs in pdxd and in a simulation."""
+
+    me: DaemonRef
+    cluster_key: bytes
+    to_engine: Callable[[str, Message], None]  # engine id, message
+    to_peer: Callable[[DaemonRef, Message], None]
+    engine: Callable[[str], Engine | None]
+    fence_passed: Callable[[str, int], bool]  # engine id, step
+    lanes: dict[str, tuple[Lane, Region]]  # by URL scheme, best first
+    tracer: Tracer
+    counters: Counter[str]
+    lease_s: float
+    digest_mode: bool
+    wall_clock: Callable[[], float] = time.time
+    trace_clock_ns: Callable[[], int] = time.monotonic_ns
+
+
+@dataclass
+class Desk:
+    """Ports, store and tombstones in one place. Owned by the control thread."""
+
+    store: Store
+    ports: Ports
+    seen: SeenHandles = field(default_factory=SeenHandles)
+    tombstones: dict[HandoffKey, str] = field(default_factory=dict)
+
+    def verified(self, text: str, *, daemon: str, use: str = "") -> TransferHandle:
+        """The handle, if it is good for this daemon. `use` marks it used on that side. Raises HandleError."""
+        now_unix_s = self.ports.wall_clock()
+        handle = verify(text, self.ports.cluster_key, now_unix_s=now_unix_s)
+        named: DaemonRef = getattr(handle, daemon)
+        me = self.ports.me
+        if (named.daemon_id, named.incarnation) != (me.daemon_id, me.incarnation):
+            raise HandleError("handle names another daemon, or an earlier life of this one")
+        if use:
+            if (handle.handoff_id, handle.attempt) in self.tombstones:
+                raise HandleError("this handoff has ended already")
+            self.seen.use(handle, use, now_unix_s=now_unix_s)
+        return handle
+
+    def ids(self, handle: TransferHandle, *, lease_epoch: int) -> dict[str, object]:
+        """The four fields of every PeerMessage."""
+        return {
+            "handoff_id": handle.handoff_id,
+            "attempt": handle.attempt,
+            "lease_epoch": lease_epoch,
+            "incarnation": self.ports.me.incarnation,
+        }
+
+    def end_lease(self, lease: Lease) -> None:
+        """For a holder that is known to be quiet, whether or not it still had the right."""
+        if lease.state is LeaseState.QUARANTINED:
+            self.store.quiesce(lease)
+        else:
+            self.store.release(lease)
+
+    def bury(self, key: HandoffKey, reason: str) -> None:
+        self.tombstones[key] = reason
+        if len(self.tombstones) > TOMBSTONES_MAX:
+            del self.tombstones[next(iter(self.tombstones))]
+
+    def stale(self, message: Message) -> None:
+        self.ports.counters[f"stale_{type(message).__name__.lower()}"] += 1
+
+    def trace(self, key: HandoffKey, what: str, **details: object) -> None:
+        self.ports.tracer.note(key[0], what, self.ports.trace_clock_ns(), **details)
+
+
+def space_of(engine: Engine) -> bytes:
+    """Under which name the store keeps an engine's blocks: same content *and* same layout, or never shared."""
+    return namespace_of(engine.info.content) + bytes.fromhex(layout_id(engine.info.layout))

@@ -1,0 +1,374 @@
+"""Drives the receiving halves and the decode engine's loads. The course of a half is decided in handoff.receiver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdx.buffer.claim import Claim
+from pdx.buffer.lease import Lease, Owner
+from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.ports import Desk, HandoffKey, space_of
+from pdx.daemon.sending import Outgoing, checksum_of_checksums
+from pdx.daemon.sessions import Engine
+from pdx.errors import HandleError, Refused, WireError
+from pdx.handoff import actions as do
+from pdx.handoff.receiver import Receiver
+from pdx.handoff.states import Receiving as State
+from pdx.keys import layout_id, namespace_of
+from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, Place
+from pdx.transport.api import Span
+from pdx.wire import (
+    NOTICE,
+    Commit,
+    Drained,
+    Fail,
+    Grant,
+    Landed,
+    LoadOpened,
+    OpenLoad,
+    PeerMessage,
+    Reserve,
+    decoder_of,
+)
+
+# A decode request may overtake its RESERVE by the time a connection takes; an id unknown for longer is absent.
+UNKNOWN_HANDOFF_WAIT_S = 0.5
+FORGET_ASKED_S = 10.0
+
+_decode_notice = decoder_of(NOTICE)
+
+
+@dataclass(eq=False)
+class Incoming:
+    """One receiving half. With `paired`, both halves live in this daemon and share the sender's slots."""
+
+    key: HandoffKey
+    receiver: Receiver
+    reserve: Reserve
+    paired: Outgoing | None = None
+    own_claim: Claim | None = None
+    wire: Lease | None = None  # holds the slots while puts may write them, and until the engine came or won't
+    window: int = 0
+
+    @property
+    def claim(self) -> Claim | None:
+        return self.paired.claim if self.paired else self.own_claim
+
+    @property
+    def places(self) -> Sequence[Place]:
+        return self.claim.places if self.claim else ()
+
+
+class Receiving:
+    """All receiving halves of this daemon. Owned by the control thread."""
+
+    def __init__(self, desk: Desk, holds: Holds) -> None:
+        self._desk = desk
+        self._holds = holds
+        self.records: dict[HandoffKey, Incoming] = {}
+        self._windows: dict[int, Incoming] = {}
+        self._first_asked: dict[bytes, float] = {}
+        self._epochs = 0
+
+    # --- from the sending daemon ---
+
+    def reserve(self, message: Reserve, paired: Outgoing | None, now: float) -> Incoming | None:
+        """A new half that waits for room; None if it needs none: refused, or sharing the slots of `paired`."""
+        ports = self._desk.ports
+        try:
+            handle = self._desk.verified(message.handle, daemon="decode_daemon", use="receive")
+            named = (handle.handoff_id, handle.attempt, handle.prefill_daemon.incarnation)
+            if named != (message.handoff_id, message.attempt, message.incarnation):
+                raise HandleError("RESERVE does not match its handle")
+        except HandleError:
+            ports.counters["handles_refused"] += 1
+            return None
+        self._epochs += 1
+        receiver = Receiver(
+            handle,
+            blocks=len(message.block_hashes) + bool(message.tail_hash),
+            layers=message.pages.layers,
+            lease_epoch=self._epochs,
+            incarnation=ports.me.incarnation,
+            now=now,
+        )
+        record = Incoming((handle.handoff_id, handle.attempt), receiver, message, paired)
+        self.records[record.key] = record
+        self._desk.trace(record.key, "reserve", blocks=receiver.blocks)
+        mismatch = self._mismatch(message, handle.decode_engine)
+        if mismatch:
+            self.act(record, receiver.refuse(mismatch), now)
+            return None
+        if paired is not None:
+            self._share(record, paired, now)
+            return None
+        return record
+
+    def claim(self, record: Incoming, now: float) -> bool:
+        """Tries to claim the whole prompt. True if this half need not wait (any more): granted, or over."""
+        message, handle = record.reserve, record.receiver.handle
+        engine = self._desk.ports.engine(handle.decode_engine)
+        if engine is None:
+            self.act(record, record.receiver.refuse("the decode engine has left"), now)
+            return True
+        try:
+            claim = self._desk.store.claim(
+                Owner("wire", handle.handoff_id.hex()),
+                space_of(engine),
+                message.pages,
+                message.block_hashes,
+                tail=bool(message.tail_hash),
+                now=now,
+                ttl_s=float("inf"),  # the machine's budgets end it
+            )
+        except Refused as error:
+            self.act(record, record.receiver.refuse(str(error)), now)
+            return True
+        if claim is None:
+            return False
+        record.own_claim, record.wire = claim, claim.lease
+        self._grant(record, claim, window=self._open_window(record, claim), now=now)
+        return True
+
+    def message(self, record: Incoming, message: PeerMessage, now: float) -> None:
+        match message:
+            case Commit() if message.lease_epoch == record.receiver.lease_epoch:
+                self._desk.trace(record.key, "commit")
+                self.act(record, record.receiver.commit(message), now)
+            case Fail():
+                self.act(record, record.receiver.failed_by_peer(message), now)
+            case Drained():
+                pass  # a receiver-checked lane's window closes without it
+            case _:
+                self._desk.stale(message)
+
+    # --- from the lanes ---
+
+    def arrived(self, window: int, notice: bytes, now: float) -> None:
+        record = self._windows.get(window)
+        try:
+            landed = _decode_notice(notice)
+        except WireError:
+            self._desk.ports.counters["bad_notices"] += 1
+            return
+        if record is None or not _fits(landed, record):
+            self._desk.ports.counters["stale_notices"] += 1
+            return
+        memory, pages = self._desk.store.arena.memory, record.reserve.pages
+        for n, block in enumerate(landed.blocks):
+            place = record.places[block]
+            start = place.checksum_offset(landed.layer)
+            memory[start : start + CHECKSUM_BYTES] = landed.checksums[n * CHECKSUM_BYTES :][:CHECKSUM_BYTES]
+            if landed.digests:
+                start = place.digest_offset(pages, landed.layer)
+                memory[start : start + DIGEST_BYTES] = landed.digests[n * DIGEST_BYTES :][:DIGEST_BYTES]
+        self.pages_landed(record, landed.layer, landed.blocks, now)
+
+    def pages_landed(self, record: Incoming, layer: int, blocks: Sequence[int], now: float) -> None:
+        """Bytes and checksums of these pages are in the slots: let the engine see them, and count."""
+        self._desk.trace(record.key, "landed", layer=layer, pages=len(blocks), block=min(blocks, default=-1))
+        for block, layers in record.receiver.landed(layer, blocks, now=now):
+            self._desk.store.arena.set_watermark(record.places[block].header_offset, layers)
+        self._desk.ports.counters["pages_landed"] += len(blocks)
+        self.act(record, record.receiver.check(), now)
+
+    def window_closed(self, window: int, now: float) -> None:
+        record = self._windows.pop(window, None)
+        if record is not None:
+            self.act(record, record.receiver.window_closed(), now)
+
+    # --- from the decode engine ---
+
+    def open_load(self, engine: Engine, message: OpenLoad, now: float) -> None:
+        """Answers what of the prompt is here, or will be; "wait" asks the engine to come again."""
+        try:
+            handle = self._desk.verified(message.handle, daemon="decode_daemon")
+            if handle.decode_engine != engine.info.engine_id:
+                raise HandleError(f"handle is for engine {handle.decode_engine!r}")
+        except HandleError as error:
+            self._desk.ports.counters["handles_refused"] += 1
+            self._answer(engine, message, b"", "absent", reason=f"handle refused: {error}")
+            return
+        key = (handle.handoff_id, handle.attempt)
+        record = self.records.get(key)
+        if record is None:
+            self._open_unknown(engine, message, key, now)
+        elif record.receiver.state is State.WAITING:
+            self._answer(engine, message, handle.handoff_id, "wait", reason="the arena is full")
+        else:
+            self._open_known(engine, message, record, now)
+
+    def tick(self, now: float) -> None:
+        for record in list(self.records.values()):
+            self.act(record, record.receiver.tick(now=now), now)
+        self._first_asked = {k: t for k, t in self._first_asked.items() if now - t < FORGET_ASKED_S}
+
+    # --- carrying out actions ---
+
+    def act(self, record: Incoming, actions: Sequence[do.Action], now: float) -> None:
+        for action in actions:
+            self._carry_out(record, action, now)
+
+    def _carry_out(self, record: Incoming, action: do.Action, now: float) -> None:
+        ports, handle = self._desk.ports, record.receiver.handle
+        match action:
+            case do.ToPeer(message):
+                ports.to_peer(handle.prefill_daemon, message)
+            case do.ToEngine(message):
+                ports.to_engine(handle.decode_engine, message)
+            case do.Publish():
+                if record.own_claim is not None:
+                    self._desk.store.commit(record.own_claim)
+            case do.Abandon():
+                if record.own_claim is not None:
+                    self._desk.store.abandon(record.own_claim)
+            case do.RevokeEngine():
+                hold = self._holds.get(record.key[0], "load")
+                if hold is not None:
+                    self._desk.store.revoke(hold.lease)
+            case do.CheckCommit(expected):
+                self._check_commit(record, expected, now)
+            case do.CloseWindow():
+                for _, region in ports.lanes.values():
+                    region.close_window(record.window)
+            case do.Ended(reason):
+                self._forget(record, reason)
+            case _:
+                raise AssertionError(f"not a receiver's action: {action}")
+
+    def _check_commit(self, record: Incoming, expected: int, now: float) -> None:
+        found = checksum_of_checksums(
+            self._desk.store.arena.memory, record.places, record.receiver.wanted, record.reserve.pages.layers
+        )
+        if found != expected:
+            self._desk.ports.counters["commit_mismatches"] += 1
+        self.act(record, record.receiver.checked(ok=found == expected, now=now), now)
+
+    def _forget(self, record: Incoming, reason: str) -> None:
+        self._desk.trace(record.key, "receive_ended", reason=reason)
+        self._desk.ports.counters["receives_failed" if reason else "receives_settled"] += 1
+        self.records.pop(record.key, None)
+        self._desk.bury(record.key, reason)
+        if record.wire is not None:
+            self._desk.end_lease(record.wire)
+
+    # --- steps ---
+
+    def _mismatch(self, message: Reserve, decode_engine: str) -> str:
+        engine = self._desk.ports.engine(decode_engine)
+        if engine is None or engine.pages is None:
+            return f"engine {decode_engine!r} is not attached here"
+        if message.namespace != namespace_of(engine.info.content):
+            return "model contents differ"
+        if message.layout_id != layout_id(engine.info.layout) or message.pages != engine.pages:
+            return "KV layouts differ"
+        return ""
+
+    def _share(self, record: Incoming, paired: Outgoing, now: float) -> None:
+        """Both engines use this daemon: the receiver reads the very slots that the sender fills."""
+        assert paired.claim is not None
+        owner = Owner("wire", record.key[0].hex() + "/receive")
+        record.wire = self._desk.store.lease(paired.claim, owner, now=now, ttl_s=float("inf"))
+        self._grant(record, paired.claim, window=0, now=now)
+
+    def _grant(self, record: Incoming, claim: Claim, *, window: int, now: float) -> None:
+        receiver = record.receiver
+        record.window = window
+        wanted = sorted(claim.fresh)
+        grant = Grant(
+            **self._desk.ids(receiver.handle, lease_epoch=receiver.lease_epoch),
+            has=[block for block in range(receiver.blocks) if block not in claim.fresh],
+            wanted=wanted,
+            places=[claim.places[block] for block in wanted],
+            window=window,
+        )
+        self._desk.trace(record.key, "grant", wanted=len(wanted))
+        self.act(record, receiver.claimed(wanted, grant, windowed=record.paired is None, now=now), now)
+
+    def _open_window(self, record: Incoming, claim: Claim) -> int:
+        pages = record.reserve.pages
+        spans = [
+            Span(claim.places[block].page_offset(pages, layer), pages.page_bytes)
+            for block in sorted(claim.fresh)
+            for layer in range(pages.layers)
+        ]
+        _, region = next(iter(self._desk.ports.lanes.values()))
+        window = region.open_window(spans)
+        self._windows[window] = record
+        return window
+
+    def _open_known(self, engine: Engine, message: OpenLoad, record: Incoming, now: float) -> None:
+        reserve, handoff_id = record.reserve, record.key[0]
+        same = message.block_hashes == reserve.block_hashes and message.tail_hash == reserve.tail_hash
+        common = record.receiver.blocks if same else _common(message.block_hashes, reserve.block_hashes)
+        sender_failed = record.paired is not None and record.paired.sender.reason != ""
+        if not common or record.claim is None or sender_failed or not record.receiver.engine_opened():
+            self._answer(engine, message, handoff_id, "absent", reason=record.receiver.reason or "another prompt")
+            return
+        engine_id = engine.info.engine_id
+        lease = self._desk.store.lease(
+            record.claim, Owner("session", engine_id), now=now, ttl_s=self._desk.ports.lease_s
+        )
+        self._holds.add(Hold(handoff_id, "load", engine_id, lease, record.key))
+        self._desk.trace(record.key, "open_load", places=common)
+        self._answer(engine, message, handoff_id, "granted", places=record.places[:common])
+
+    def _open_unknown(self, engine: Engine, message: OpenLoad, key: HandoffKey, now: float) -> None:
+        """No such handoff here: wait a moment for its RESERVE, then serve what the cache has of the prompt."""
+        handoff_id = key[0]
+        asked = self._first_asked.setdefault(handoff_id, now)
+        if key not in self._desk.tombstones and now - asked < UNKNOWN_HANDOFF_WAIT_S:
+            self._answer(engine, message, handoff_id, "wait", reason="not reserved yet")
+            return
+        if key not in self._desk.tombstones:
+            self._desk.bury(key, "never reserved")
+        reason = self._desk.tombstones[key] or "over"
+        if self._holds.get(handoff_id, "load") is not None:
+            self._answer(engine, message, handoff_id, "absent", reason=reason)
+            return
+        owner = Owner("session", engine.info.engine_id)
+        read = self._desk.store.read(
+            owner, space_of(engine), message.block_hashes, now=now, ttl_s=self._desk.ports.lease_s
+        )
+        if read is None:
+            self._answer(engine, message, handoff_id, "absent", reason=reason)
+            return
+        self._holds.add(Hold(handoff_id, "load", engine.info.engine_id, read.lease))
+        self._answer(engine, message, handoff_id, "granted", places=read.places)
+
+    def _answer(
+        self,
+        engine: Engine,
+        message: OpenLoad,
+        handoff_id: bytes,
+        status: str,
+        *,
+        places: Sequence[Place] = (),
+        reason: str = "",
+    ) -> None:
+        answer = LoadOpened(
+            request_id=message.request_id,
+            handoff_id=handoff_id,
+            status=status,  # type: ignore[arg-type]
+            places=list(places),
+            reason=reason,
+        )
+        self._desk.ports.to_engine(engine.info.engine_id, answer)
+
+
+def _fits(landed: Landed, record: Incoming) -> bool:
+    return (
+        record.key == (landed.handoff_id, landed.attempt)
+        and landed.lease_epoch == record.receiver.lease_epoch
+        and 0 <= landed.layer < record.reserve.pages.layers
+        and len(landed.checksums) == len(landed.blocks) * CHECKSUM_BYTES
+        and len(landed.digests) in (0, len(landed.blocks) * DIGEST_BYTES)
+        and record.receiver.wanted.issuperset(landed.blocks)
+    )
+
+
+def _common(ours: Sequence[bytes], theirs: Sequence[bytes]) -> int:
+    """How many leading hashes agree."""
+    pairs = zip(ours, theirs, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

@@ -1,0 +1,318 @@
+"""Drives the sending halves: claims, puts, messages. What comes next is decided in handoff.sender, not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import xxhash
+
+from pdx.buffer.claim import Claim
+from pdx.buffer.lease import Lease, Owner
+from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.ports import Desk, HandoffKey, space_of
+from pdx.daemon.sessions import Engine
+from pdx.errors import HandleError, Refused
+from pdx.handoff import actions as do
+from pdx.handoff.sender import Sender
+from pdx.keys import layout_id, namespace_of
+from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, PageLayout, Place
+from pdx.transport.api import Copy
+from pdx.wire import (
+    Cancel,
+    Commit,
+    Committed,
+    Filled,
+    Grant,
+    Landed,
+    OpenSend,
+    PeerMessage,
+    Refuse,
+    Reserve,
+    SendEnded,
+    Wait,
+    encode,
+)
+
+
+@dataclass(eq=False)
+class Outgoing:
+    """One sending half: our slots, and where their pages go."""
+
+    key: HandoffKey
+    sender: Sender
+    request: OpenSend
+    engine: Engine
+    pages: PageLayout
+    claim: Claim | None = None
+    wire: Lease | None = None  # holds the slots while puts may read them
+    channel: int = -1
+    window: int = 0
+    targets: dict[int, Place] = field(default_factory=dict)  # block -> place in the receiver's arena
+
+
+class Sending:
+    """All sending halves of this daemon. Owned by the control thread."""
+
+    def __init__(self, desk: Desk, holds: Holds, land_here: Callable[[Outgoing, do.Put, float], bool]) -> None:
+        """`land_here` takes a put whose receiver is this very daemon; it returns False if it is another one."""
+        self._desk = desk
+        self._holds = holds
+        self._land_here = land_here
+        self.records: dict[HandoffKey, Outgoing] = {}
+        self._puts: dict[int, Outgoing] = {}  # lane ticket -> record
+
+    # --- from the engine ---
+
+    def open(self, engine: Engine, message: OpenSend, now: float) -> Outgoing | None:
+        """A new half that waits for room; None if the handle is no good, which the engine is told at once."""
+        assert engine.pages is not None
+        ports = self._desk.ports
+        try:
+            handle = self._desk.verified(message.handle, daemon="prefill_daemon", use="send")
+        except HandleError as error:
+            ports.counters["handles_refused"] += 1
+            reason = f"handle refused: {error}"
+            ports.to_engine(
+                engine.info.engine_id, SendEnded(request_id=message.request_id, handoff_id=b"", reason=reason)
+            )
+            return None
+        key = (handle.handoff_id, handle.attempt)
+        sender = Sender(
+            handle,
+            request_id=message.request_id,
+            blocks=len(message.block_hashes) + bool(message.tail_hash),
+            layers=engine.pages.layers,
+            incarnation=ports.me.incarnation,
+            now=now,
+        )
+        record = Outgoing(key, sender, message, engine, engine.pages)
+        self.records[key] = record
+        self._desk.trace(key, "open_send", blocks=sender.blocks, prompt_tokens=message.prompt_tokens)
+        return record
+
+    def claim(self, record: Outgoing, now: float) -> bool:
+        """Tries to claim the whole prompt. True if this half need not wait (any more): claimed, or over."""
+        message, store = record.request, self._desk.store
+        engine_id = record.engine.info.engine_id
+        try:
+            claim = store.claim(
+                Owner("session", engine_id),
+                space_of(record.engine),
+                record.pages,
+                message.block_hashes,
+                tail=bool(message.tail_hash),
+                now=now,
+                ttl_s=self._desk.ports.lease_s,
+            )
+        except Refused as error:
+            self.act(record, record.sender.fail(str(error), tell_peer=False), now)
+            return True
+        if claim is None:
+            return False
+        handoff_id = record.key[0]
+        record.claim = claim
+        record.wire = store.lease(claim, Owner("wire", handoff_id.hex()), now=now, ttl_s=float("inf"))
+        self._holds.add(Hold(handoff_id, "send", engine_id, claim.lease, record.key))
+        self._desk.trace(record.key, "claimed", fresh=len(claim.fresh))
+        reserve = Reserve(
+            **self._desk.ids(record.sender.handle, lease_epoch=0),
+            handle=message.handle,
+            namespace=namespace_of(record.engine.info.content),
+            layout_id=layout_id(record.engine.info.layout),
+            pages=record.pages,
+            block_hashes=message.block_hashes,
+            tail_hash=message.tail_hash,
+        )
+        self.act(record, record.sender.claimed(claim.places, claim.fresh, reserve, now=now), now)
+        return True
+
+    def filled(self, message: Filled, now: float) -> None:
+        for entry in message.entries:
+            hold = self._holds.get(entry.handoff_id, "send")
+            record = self.records.get(hold.key) if hold and hold.key else None
+            if record is None:
+                self._desk.ports.counters["stale_filled"] += 1
+                continue
+            self._desk.ports.tracer.note(
+                entry.handoff_id,
+                "filled",
+                message.filled_ns,
+                step=message.step,
+                step_started_ns=message.step_started_ns,
+                layer=message.layer,
+                pages=len(entry.blocks),
+                block=min(entry.blocks, default=-1),
+            )
+            self._holds.renew([entry.handoff_id], now)
+            self.act(record, record.sender.filled(message.layer, entry.blocks, now=now), now)
+
+    # --- from the receiving daemon and the lanes ---
+
+    def message(self, record: Outgoing, message: PeerMessage, now: float) -> None:
+        sender = record.sender
+        match message:
+            case Grant():
+                record.window = message.window
+                record.targets = dict(zip(message.wanted, message.places, strict=False))
+                self._desk.trace(record.key, "granted", has=len(message.has), wanted=len(message.wanted))
+                actions = sender.granted(
+                    has=message.has, wanted=message.wanted, lease_epoch=message.lease_epoch, now=now
+                )
+            case Refuse():
+                actions = sender.fail(f"refused by decode: {message.reason}", tell_peer=False)
+            case Cancel():
+                actions = sender.cancelled_by_peer(message)
+            case Committed():
+                actions = sender.committed()
+            case Wait():
+                self._desk.trace(record.key, "wait", ahead=message.ahead)
+                actions = []
+            case _:
+                self._desk.stale(message)
+                actions = []
+        self.act(record, actions, now)
+
+    def put_ended(self, ticket: int, now: float, *, ok: bool, reason: str = "") -> None:
+        record = self._puts.pop(ticket, None)
+        if record is not None:
+            self._desk.trace(record.key, "sent" if ok else "put_failed")
+            self.act(record, record.sender.put_ended(ok=ok, reason=reason, now=now), now)
+
+    def channel_lost(self, channel: int, reason: str, now: float) -> None:
+        for record in [r for r in self.records.values() if r.channel == channel]:
+            self.act(record, record.sender.fail(f"lane lost: {reason}", tell_peer=True), now)
+
+    # --- carrying out actions ---
+
+    def act(self, record: Outgoing, actions: Sequence[do.Action], now: float) -> None:
+        for action in actions:
+            self._carry_out(record, action, now)
+
+    def _carry_out(self, record: Outgoing, action: do.Action, now: float) -> None:
+        ports, handle = self._desk.ports, record.sender.handle
+        match action:
+            case do.ToPeer(message):
+                ports.to_peer(handle.decode_daemon, message)
+            case do.ToEngine(message):
+                ports.to_engine(record.engine.info.engine_id, message)
+            case do.Put():
+                self._put(record, action, now)
+            case do.StopPuts():
+                for lane, _ in ports.lanes.values():
+                    lane.cancel(record.key[0])
+            case do.Publish():
+                assert record.claim is not None
+                self._desk.store.commit(record.claim)
+            case do.Abandon():
+                assert record.claim is not None
+                self._desk.store.abandon(record.claim)
+            case do.RevokeEngine():
+                hold = self._holds.get(record.key[0], "send")
+                if hold is not None:
+                    self._desk.store.revoke(hold.lease)
+            case do.SendCommit(pages):
+                self._send_commit(record, pages)
+            case do.Ended(reason):
+                self._forget(record, reason)
+            case _:
+                raise AssertionError(f"not a sender's action: {action}")
+
+    def _put(self, record: Outgoing, action: do.Put, now: float) -> None:
+        self._desk.trace(record.key, "put", layer=action.layer, pages=len(action.blocks), block=action.blocks[0])
+        if self._land_here(record, action, now):
+            self.act(record, record.sender.put_ended(ok=True, reason="", now=now), now)
+            return
+        ports = self._desk.ports
+        scheme = self._lane_of(record)
+        if scheme is None:
+            reason = f"no common lane: peer offers {record.sender.handle.decode_daemon.lanes}"
+            self.act(record, record.sender.put_ended(ok=False, reason=reason, now=now), now)
+            return
+        lane, region = ports.lanes[scheme]
+        ticket = lane.put(
+            record.channel,
+            region=region,
+            window=record.window,
+            copies=self._copies(record, action),
+            notice=self._notice(record, action),
+            queue=record.key[0],
+            urgency=float(action.layer),
+        )
+        self._puts[ticket] = record
+        ports.counters["pages_put"] += len(action.blocks)
+        ports.counters["bytes_put"] += len(action.blocks) * record.pages.page_bytes
+
+    def _lane_of(self, record: Outgoing) -> str | None:
+        """The first lane of the peer's that we have too; connected at the pair's first put."""
+        for endpoint in record.sender.handle.decode_daemon.lanes:
+            scheme = endpoint.partition("://")[0]
+            if scheme in self._desk.ports.lanes:
+                if record.channel < 0:
+                    record.channel = self._desk.ports.lanes[scheme][0].connect(endpoint)
+                    self._desk.trace(record.key, "lane", endpoint=endpoint)
+                return scheme
+        return None
+
+    def _copies(self, record: Outgoing, action: do.Put) -> list[Copy]:
+        """Pages that lie side by side on both sides travel as one span."""
+        assert record.claim is not None
+        copies: list[Copy] = []
+        size = record.pages.page_bytes
+        for block in action.blocks:
+            source = record.claim.places[block].page_offset(record.pages, action.layer)
+            target = record.targets[block].page_offset(record.pages, action.layer)
+            last = copies[-1] if copies else None
+            if last and last.source_offset + last.length == source and last.target_offset + last.length == target:
+                copies[-1] = Copy(last.source_offset, last.target_offset, last.length + size)
+            else:
+                copies.append(Copy(source, target, size))
+        return copies
+
+    def _notice(self, record: Outgoing, action: do.Put) -> bytes:
+        assert record.claim is not None
+        memory, layer = self._desk.store.arena.memory, action.layer
+        places = [record.claim.places[block] for block in action.blocks]
+        checksums = [memory[(o := p.checksum_offset(layer)) : o + CHECKSUM_BYTES] for p in places]
+        digests = []
+        if self._desk.ports.digest_mode:
+            digests = [memory[(o := p.digest_offset(record.pages, layer)) : o + DIGEST_BYTES] for p in places]
+        return encode(
+            Landed(
+                handoff_id=record.key[0],
+                attempt=record.key[1],
+                lease_epoch=record.sender.lease_epoch,
+                layer=layer,
+                blocks=list(action.blocks),
+                checksums=b"".join(checksums),
+                digests=b"".join(digests),
+            )
+        )
+
+    def _send_commit(self, record: Outgoing, pages: int) -> None:
+        assert record.claim is not None
+        self._desk.trace(record.key, "commit")
+        checksum = checksum_of_checksums(
+            self._desk.store.arena.memory, record.claim.places, record.sender.wanted, record.pages.layers
+        )
+        ids = self._desk.ids(record.sender.handle, lease_epoch=record.sender.lease_epoch)
+        self._desk.ports.to_peer(record.sender.handle.decode_daemon, Commit(**ids, pages=pages, checksum=checksum))
+
+    def _forget(self, record: Outgoing, reason: str) -> None:
+        self._desk.trace(record.key, "send_ended", reason=reason)
+        self._desk.ports.counters["sends_failed" if reason else "sends_settled"] += 1
+        self.records.pop(record.key, None)
+        self._desk.bury(record.key, reason)
+        if record.wire is not None:
+            self._desk.end_lease(record.wire)
+
+
+def checksum_of_checksums(
+    memory: memoryview, places: Sequence[Place], blocks: frozenset[int], layers: int
+) -> int:
+    """xxh3-64 over the checksums of these blocks' pages, by block, then layer. Both daemons compute it."""
+    digest = xxhash.xxh3_64()
+    for block in sorted(blocks):
+        start = places[block].checksum_offset(0)
+        digest.update(memory[start : start + layers * CHECKSUM_BYTES])
+    return digest.intdigest()

@@ -1,0 +1,67 @@
+"""One value of every message, with every field set: golden bytes, fuzzing and round trips all start from these."""
+
+from __future__ import annotations
+
+from pdx import wire
+from pdx.keys import ContentFingerprint, LayoutFingerprint
+from pdx.layout import PageLayout, Place
+
+ID = bytes(range(16))
+CONTENT = ContentFingerprint(
+    model="smol", weights="ab12", weight_epoch=3, dtype="bfloat16", block_tokens=128, hash_algorithm="sha256_cbor/none"
+)
+LAYOUT = LayoutFingerprint(
+    engine="vllm 0.32.0", attention="CPU_ATTN/vec", layers=30, page_bytes=98304, block_tokens=128,
+    packing="LBHNC", kv_groups=1, rank=0, world_size=1,
+)  # fmt: skip
+PAGES = PageLayout(layers=30, page_bytes=98304, chunk_blocks=2)
+PLACE = Place(slot_offset=4096, slot_blocks=2, position=1, header_offset=1280, generation=7)
+ENGINE = wire.EngineInfo(
+    engine_id="prefill-0", role="prefill", model="smol", url="http://127.0.0.1:8101", content=CONTENT, layout=LAYOUT
+)
+DAEMON = wire.DaemonRef(
+    daemon_id="d0", incarnation=99, control="tcp://127.0.0.1:7000", lanes=["tcp://127.0.0.1:7001"]
+)
+PEER = {"handoff_id": ID, "attempt": 1, "lease_epoch": 5, "incarnation": 99}
+
+SAMPLES: list[wire.Message] = [
+    wire.Attach(kind="worker", engine=ENGINE, pages=PAGES, router="tcp://127.0.0.1:5700"),
+    wire.Attached(
+        daemon=DAEMON, session=4, socket="ipc:///run/pdx/pdxd.ipc", arena_bytes=1 << 30, fence_offset=8,
+        digest_mode=True, lease_s=30.0,
+    ),
+    wire.AttachRefused(reason="two engines of one name"),
+    wire.OpenSend(request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32),
+    wire.Filled(
+        step=9, step_started_ns=1, layer=2, filled_ns=3, entries=[wire.FilledEntry(handoff_id=ID, blocks=[0, 1])]
+    ),
+    wire.OpenLoad(request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32),
+    wire.LetGo(handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, exposed_ns=5, done_ns=6),
+    wire.Renew(handoff_ids=[ID], running=1, waiting=2),
+    wire.SendOpened(request_id="r", handoff_id=ID, places=[PLACE, None]),
+    wire.SendEnded(request_id="r", handoff_id=ID, reason="budget"),
+    wire.LoadOpened(request_id="r", handoff_id=ID, status="granted", places=[PLACE], reason=""),
+    wire.LoadEnded(handoff_id=ID, reason="peer died"),
+    wire.Reserve(
+        **PEER, handle="h", namespace=ID, layout_id="00ff", pages=PAGES, block_hashes=[b"a" * 32], tail_hash=b"t" * 32
+    ),
+    wire.Grant(**PEER, has=[0], wanted=[1], places=[PLACE], window=1 << 60),
+    wire.Wait(**PEER, ahead=3),
+    wire.Refuse(**PEER, reason="KV layouts differ"),
+    wire.Commit(**PEER, pages=60, checksum=(1 << 64) - 1),
+    wire.Committed(**PEER),
+    wire.Fail(**PEER, reason="engine died"),
+    wire.Cancel(**PEER, reason="client left"),
+    wire.Drained(**PEER),
+    wire.Landed(
+        handoff_id=ID, attempt=1, lease_epoch=5, layer=2, blocks=[0, 1], checksums=bytes(16), digests=bytes(64)
+    ),
+    wire.Announce(
+        daemon=DAEMON, engines=[ENGINE], loads=[wire.EngineLoad(engine_id="prefill-0", running=1, waiting=2)],
+        reservations_waiting=1, leaving=False,
+    ),
+    wire.Welcome(router_id="r0", warnings=["no decode engine"]),
+    wire.CancelHandoff(handoff_id=ID, attempt=1, reason="client left"),
+    wire.Ask(verb="trace", handoff_id=ID),
+    wire.Answer(body={"a": 1}, error=""),
+]  # fmt: skip
