@@ -71,6 +71,7 @@ class DaemonClient:
             try:
                 self.arena = Arena.attach(descriptor, attached.arena_bytes)
             except BaseException:
+                os.close(descriptor)
                 self.close()
                 raise
 

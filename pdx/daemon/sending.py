@@ -60,6 +60,7 @@ class Sending:
         self._holds = holds
         self._land_here = land_here
         self.records: dict[HandoffKey, Outgoing] = {}
+        self._by_handoff: dict[bytes, Outgoing] = {}  # engines know no attempts: one at a time per handoff
         self._puts: dict[int, Outgoing] = {}  # lane ticket -> record
 
     # --- from the engine ---
@@ -87,7 +88,7 @@ class Sending:
             now=now,
         )
         record = Outgoing(key, sender, message, engine, engine.pages)
-        self.records[key] = record
+        self.records[key] = self._by_handoff[handle.handoff_id] = record
         self._desk.trace(key, "open_send", blocks=sender.blocks, prompt_tokens=message.prompt_tokens)
         return record
 
@@ -129,8 +130,7 @@ class Sending:
 
     def filled(self, message: Filled, now: float) -> None:
         for entry in message.entries:
-            hold = self._holds.get(entry.handoff_id, "send")
-            record = self.records.get(hold.key) if hold and hold.key else None
+            record = self._by_handoff.get(entry.handoff_id)
             if record is None:
                 self._desk.ports.counters["stale_filled"] += 1
                 continue
@@ -302,6 +302,8 @@ class Sending:
         self._desk.trace(record.key, "send_ended", reason=reason)
         self._desk.ports.counters["sends_failed" if reason else "sends_settled"] += 1
         self.records.pop(record.key, None)
+        if self._by_handoff.get(record.key[0]) is record:
+            del self._by_handoff[record.key[0]]
         self._desk.bury(record.key, reason)
         if record.wire is not None:
             self._desk.end_lease(record.wire)

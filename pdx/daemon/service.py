@@ -126,12 +126,13 @@ class Service:
             self._take_peers(now)
         self._peers.handle_ready(ready, lambda control: self._mover.peer_lost(control, now))
         self._announcer.handle_ready(ready, lambda message: self._cancel(message, now))
-        if self._door.listener.fileno() in ready:
-            self._welcome()
-        for descriptor in [d for d in ready if d in self._hellos]:
-            self._hello(self._hellos.pop(descriptor))
+        # Ends first, then hellos, then new connections: each step may reuse a descriptor that the one before closed.
         for descriptor in [d for d in ready if d in self._connections]:
             self._ended(self._connections.pop(descriptor), now)
+        for descriptor in [d for d in ready if d in self._hellos]:
+            self._hello(self._hellos.pop(descriptor))
+        if self._door.listener.fileno() in ready:
+            self._welcome()
         self._mover.tick(now)
         self._announcer.tick(
             self._sessions.engines.values(), reservations_waiting=self._mover.reservations_waiting, now=now

@@ -48,28 +48,23 @@ def mint(handle: TransferHandle, cluster_key: bytes) -> str:
 
 def verify(text: str, cluster_key: bytes, *, now_unix_s: float) -> TransferHandle:
     """Decodes a handle. Raises HandleError unless it is well formed, signed by this key and fresh."""
-    if len(text) > HANDLE_CHARS_MAX:
-        raise HandleError("handle is too long")
-    try:
-        raw = base64.b64decode(text.encode("ascii"), altchars=b"-_", validate=True)
-    except (binascii.Error, UnicodeEncodeError, ValueError) as error:
-        raise HandleError("handle is not base64") from error
-    if base64.urlsafe_b64encode(raw) != text.encode("ascii"):
-        raise HandleError("handle is not canonical base64")
-    mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
+    mac, body = _split(text)
     if not hmac.compare_digest(mac, _mac(body, cluster_key)):
         raise HandleError("handle is not signed by this cluster's key")
-    try:
-        handle = msgspec.msgpack.decode(body, type=TransferHandle)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise HandleError(f"handle is malformed: {error}") from error
-    if len(handle.handoff_id) != HANDOFF_ID_BYTES:
-        raise HandleError("handoff id has the wrong length")
+    handle = _decoded(body)
     if now_unix_s > handle.expires_unix_s:
         raise HandleError("handle has expired")
     if handle.issued_unix_s > now_unix_s + CLOCK_SKEW_S:
         raise HandleError("handle comes from the future: check the hosts' clocks")
     return handle
+
+
+def peek(text: str) -> TransferHandle:
+    """Decodes a handle without verifying it, for engines: they have no key, and their daemon verifies.
+
+    Raises HandleError unless it is well formed.
+    """
+    return _decoded(_split(text)[1])
 
 
 class SeenHandles:
@@ -86,6 +81,28 @@ class SeenHandles:
         self._expiry[key] = handle.expires_unix_s
         if len(self._expiry) % 256 == 0:
             self._expiry = {k: t for k, t in self._expiry.items() if t >= now_unix_s}
+
+
+def _split(text: str) -> tuple[bytes, bytes]:
+    if len(text) > HANDLE_CHARS_MAX:
+        raise HandleError("handle is too long")
+    try:
+        raw = base64.b64decode(text.encode("ascii"), altchars=b"-_", validate=True)
+    except (binascii.Error, UnicodeEncodeError, ValueError) as error:
+        raise HandleError("handle is not base64") from error
+    if base64.urlsafe_b64encode(raw) != text.encode("ascii"):
+        raise HandleError("handle is not canonical base64")
+    return raw[:_MAC_BYTES], raw[_MAC_BYTES:]
+
+
+def _decoded(body: bytes) -> TransferHandle:
+    try:
+        handle = msgspec.msgpack.decode(body, type=TransferHandle)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise HandleError(f"handle is malformed: {error}") from error
+    if len(handle.handoff_id) != HANDOFF_ID_BYTES:
+        raise HandleError("handoff id has the wrong length")
+    return handle
 
 
 def _mac(body: bytes, cluster_key: bytes) -> bytes:

@@ -93,14 +93,17 @@ class Sender:
         return self._commit_if_all_sent()
 
     def engine_let_go(self, *, ok: bool, reason: str) -> list[Action]:
-        """The engine's steps no longer touch the slots. Not ok: it won't fill the rest either."""
+        """The engine's steps no longer touch the slots. Not ok: it won't fill the rest either.
+
+        With ok, its last bells may still be on their way (scheduler and worker ring on different sockets); should
+        one be lost, the slab budget ends the handoff.
+        """
         self._engine_holds = False
         if self.state is Sending.SETTLED:
             return self._end()
-        if self._published or self.state in (Sending.DRAINING, Sending.ENDED):
+        if ok or self._published:
             return []
-        why = reason if not ok else "the engine let go before every page was filled"
-        return self.fail(f"prefill engine: {why}", tell_peer=True)
+        return self.fail(f"prefill engine: {reason}", tell_peer=True)
 
     # --- messages from the receiving daemon ---
 

@@ -139,7 +139,18 @@ def test_failure_after_publish_keeps_the_blocks_as_cache() -> None:
     assert "Abandon" not in kinds(sender.fail("peer died", tell_peer=False))
 
 
-def test_engine_letting_go_early_fails_the_handoff() -> None:
+def test_bells_may_ring_after_the_engine_let_go() -> None:
+    """LET_GO and FILLED travel on different sockets."""
+    sender = make_sender()
+    sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
+    assert sender.engine_let_go(ok=True, reason="") == []
+    assert kinds(fill_all(sender)) == ["Put", "Publish", "Put"]
+    sender.put_ended(ok=True, reason="", now=0.2)
+    sender.put_ended(ok=True, reason="", now=0.2)
+    assert sender.committed() == [do.Ended("")]
+
+
+def test_engine_giving_up_fails_the_handoff() -> None:
     sender = make_sender()
     actions = sender.engine_let_go(ok=False, reason="request aborted")
     assert kinds(actions) == ["SendEnded", "Fail", "StopPuts", "Abandon", "Drained", "Ended"]

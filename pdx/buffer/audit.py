@@ -1,0 +1,87 @@
+"""Whether a store's accounts add up. Reads everything, changes nothing; any finding is a bug of ours."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from pdx.buffer.evict import Policy
+from pdx.buffer.extents import Extent, Extents
+from pdx.buffer.index import Index
+from pdx.buffer.lease import Lease, LeaseState
+from pdx.buffer.slots import Slot, SlotState
+from pdx.errors import IntegrityError
+
+
+def check_accounts(
+    extents: Extents, slots: Mapping[int, Slot], leases: Mapping[int, Lease], index: Index, policy: Policy
+) -> None:
+    """Raises IntegrityError with the first thing that is wrong."""
+    _check_units(extents, slots)
+    _check_holds(slots, leases)
+    _check_states(slots, policy)
+    _check_index(slots, index)
+
+
+def _check_units(extents: Extents, slots: Mapping[int, Slot]) -> None:
+    """Every unit of every taken extent is in exactly one slot or free piece, and the sums say so."""
+    taken = [extent for pool in extents.pools.values() for extent in pool.extents]
+    _require(len(taken) + len(extents.untaken) == extents.total, "extents are lost or counted twice")
+    _require(len({extent.start for extent in taken + extents.untaken}) == extents.total, "an extent is in two places")
+    for pool in extents.pools.values():
+        _require(bool(pool.extents), f"{pool.plan.layout} has a pool without extents")
+        units = Counter(
+            (extent, first_unit + step) for extent, first_unit, size in pool.pieces() for step in range(size)
+        )
+        _require(pool.free_units == units.total(), f"{pool.free_units} units said free, {units.total()} in pieces")
+        used: Counter[Extent] = Counter()
+        idle: Counter[Extent] = Counter()
+        for slot in slots.values():
+            if slot.layout == pool.plan.layout:
+                units.update((slot.run.extent, slot.run.first_unit + step) for step in range(slot.blocks))
+                used[slot.run.extent] += slot.blocks
+                idle[slot.run.extent] += slot.blocks * slot.idle
+        everything = {(extent, unit) for extent in pool.extents for unit in range(pool.units)}
+        _require(units == Counter(everything), "a unit is lost, or in two slots or pieces")
+        for extent in pool.extents:
+            _require(extent.used_units == used[extent] > 0, f"{extent} has {used[extent]} units in slots")
+            _require(extent.idle_units == idle[extent], f"{extent} has {idle[extent]} units in idle slots")
+    for extent in extents.untaken:
+        _require(extent.used_units == extent.idle_units == 0, f"{extent} is untaken")
+
+
+def _check_holds(slots: Mapping[int, Slot], leases: Mapping[int, Lease]) -> None:
+    holds = Counter(slot for lease in leases.values() for slot in lease.slots)
+    for lease in leases.values():
+        _require(lease.state is not LeaseState.ENDED, f"{lease} is still listed")
+        _require(len(set(lease.slots)) == len(lease.slots), f"{lease} holds a slot twice")
+    for slot in holds:
+        _require(slots.get(slot.run.offset) is slot, f"{slot} is held, but free")
+    for slot in slots.values():
+        _require(slot.holds == holds[slot], f"{slot} is in {holds[slot]} leases")
+
+
+def _check_states(slots: Mapping[int, Slot], policy: Policy) -> None:
+    for offset, slot in slots.items():
+        _require(slot.run.offset == offset, f"{slot} is listed at {offset:#x}")
+        _require(slot.state is not SlotState.FREE, f"{slot} is still listed")
+        _require(slot.state is SlotState.READY or slot.holds > 0, f"{slot} has no lease")
+        _require(slot.indexed > 0 or slot.holds > 0, f"{slot} is of no use to anybody")
+    idle = {slot for slot in slots.values() if slot.idle}
+    _require(set(policy.victims()) == idle and len(policy) == len(idle), "the policy's slots are not the idle ones")
+
+
+def _check_index(slots: Mapping[int, Slot], index: Index) -> None:
+    indexed: Counter[Slot] = Counter()
+    for key, (slot, position) in index.items():
+        _require(slots.get(slot.run.offset) is slot, f"the index leads to {slot}")
+        _require(slot.state is SlotState.READY, f"the index leads to {slot}")
+        _require(slot.keys[position] == key, f"the index leads to position {position} of {slot}, which is not it")
+        indexed[slot] += 1
+    for slot in slots.values():
+        _require(slot.indexed == indexed[slot], f"{indexed[slot]} keys lead to {slot}")
+
+
+def _require(truth: bool, complaint: str) -> None:
+    if not truth:
+        raise IntegrityError(complaint)

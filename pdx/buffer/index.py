@@ -1,0 +1,52 @@
+"""Where the store has a block: (namespace, block hash) -> (slot, position). Only finds; decides nothing about slots.
+
+The first to enter a block wins: a second copy of the same content stays out and dies with its holders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pdx.buffer.slots import BlockKey, Slot
+
+
+class Index:
+    """One thread. Every entry is counted in its slot's `indexed`."""
+
+    def __init__(self) -> None:
+        self._entries: dict[BlockKey, tuple[Slot, int]] = {}
+
+    def add(self, slot: Slot) -> None:
+        """Enters each of the slot's blocks that is not known yet."""
+        for position, key in enumerate(slot.keys):
+            if key is not None and key not in self._entries:
+                self._entries[key] = (slot, position)
+                slot.indexed += 1
+
+    def remove(self, slot: Slot) -> None:
+        """Afterwards no lookup finds the slot."""
+        for key in slot.keys:
+            if key is not None and key in self._entries and self._entries[key][0] is slot:
+                del self._entries[key]
+        slot.indexed = 0
+
+    def find(self, namespace: bytes, block_hashes: Sequence[bytes]) -> list[tuple[Slot, int] | None]:
+        """For each hash its slot and position, or None."""
+        get = self._entries.get
+        return [get((namespace, block_hash)) for block_hash in block_hashes]
+
+    def leading(self, namespace: bytes, block_hashes: Sequence[bytes]) -> list[tuple[Slot, int]]:
+        """The same up to the first unknown hash: later blocks are of no use without it."""
+        found = []
+        for block_hash in block_hashes:
+            entry = self._entries.get((namespace, block_hash))
+            if entry is None:
+                break
+            found.append(entry)
+        return found
+
+    def items(self) -> Iterator[tuple[BlockKey, tuple[Slot, int]]]:
+        return iter(self._entries.items())
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,339 @@
+"""The buffer manager: one host's KV blocks in one arena. All changes of slots, leases and index go through here.
+
+A prompt gets all of its room or none of it (`claim`), is filled, then committed or abandoned. Leases hold slots; a
+slot without holds is cache if lookups can find it, and free if not. Nothing waits and nothing is timed here: a claim
+that does not fit returns None, and `now` is an argument, in seconds of the caller's monotonic clock.
+
+Namespaces are opaque: blocks of equal namespace and hash are interchangeable, so the caller makes it name the layout
+too. One thread owns a Store; others touch only the bytes of places it has handed out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from pdx.buffer.arena import Arena
+from pdx.buffer.audit import check_accounts
+from pdx.buffer.claim import Claim, ReadClaim
+from pdx.buffer.evict import Lru, Policy
+from pdx.buffer.extents import Extents, is_clearable
+from pdx.buffer.index import Index
+from pdx.buffer.lease import Lease, LeaseState, Owner
+from pdx.buffer.slots import BlockKey, Slot, SlotEvent, SlotState
+from pdx.errors import IllegalTransition, Refused
+from pdx.layout import PageLayout, Place
+
+POISON = 0xDB
+_GENERATION_MAX = (1 << 32) - 1  # a header has 32 bits for it; 0 means never claimed
+
+_TAKEN = (SlotState.FILLING, SlotState.READY, SlotState.QUARANTINE)
+_UNENDED = (LeaseState.LIVE, LeaseState.QUARANTINED)
+
+Spot = tuple[Slot, int]  # one block: its slot and its position there
+
+
+class Store:
+    """The facade of pdx.buffer. The arena is borrowed: close it after the store's last use.
+
+    `handoff_share` bounds what one prompt may take of the arena. `poison` overwrites freed slots, for tests.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        *,
+        extent_bytes: int,
+        handoff_share: float,
+        poison: bool = False,
+        policy: Policy | None = None,
+    ) -> None:
+        self.arena = arena
+        self.handoff_share = handoff_share
+        self.extents = Extents(arena_bytes=len(arena.memory), extent_bytes=extent_bytes)
+        self.index = Index()
+        self.slots: dict[int, Slot] = {}  # all that are not free, by offset
+        self.leases: dict[int, Lease] = {}  # all that have not ended, by id
+        self.policy: Policy = Lru() if policy is None else policy
+        self.evicted_blocks = 0
+        self._poison = poison
+        self._generation = 0
+        self._lease_id = 0
+
+    def claim(
+        self,
+        owner: Owner,
+        namespace: bytes,
+        pages: PageLayout,
+        block_hashes: Sequence[bytes],
+        *,
+        tail: bool,
+        now: float,
+        ttl_s: float,
+    ) -> Claim | None:
+        """Room for a whole prompt under one lease; headers carry the new generation before this returns.
+
+        Blocks that are ready are shared, all others get fresh slots, for which idle slots are evicted. None, with
+        nothing evicted, if it does not fit now: try again when a lease has ended. Raises Refused if it never can.
+        """
+        self._check_possible(pages, len(block_hashes) + tail)
+        found = self._find_ready(namespace, pages, block_hashes) + [None] * tail
+        fresh = frozenset(index for index, spot in enumerate(found) if spot is None)
+        shared = _distinct(spot for spot in found if spot)
+        # Held before room is made, or what was just found would be what gets evicted.
+        self._hold(shared)
+        if not self._make_room(pages, len(fresh)):
+            self._unhold(shared)
+            return None
+        keys: list[BlockKey | None] = [(namespace, block_hash) for block_hash in block_hashes] + [None] * tail
+        spots = self._fill_gaps(pages, found, keys)
+        fresh_slots = _distinct(spots[index] for index in sorted(fresh))
+        self._hold(fresh_slots)
+        lease = self._grant(owner, _distinct(spots), now + ttl_s)
+        return Claim(lease, _places(spots), fresh, tail, fresh_slots)
+
+    def read(
+        self, owner: Owner, namespace: bytes, block_hashes: Sequence[bytes], *, now: float, ttl_s: float
+    ) -> ReadClaim | None:
+        """A lease on the leading blocks that are ready; None if not even the first is."""
+        spots = self.index.leading(namespace, block_hashes)
+        if not spots:
+            return None
+        slots = _distinct(spots)
+        self._hold(slots)
+        return ReadClaim(self._grant(owner, slots, now + ttl_s), _places(spots))
+
+    def lease(self, source: Claim | ReadClaim | Sequence[Place], owner: Owner, *, now: float, ttl_s: float) -> Lease:
+        """One more lease, over the slots of a claim or of these places, independent of those that stand.
+
+        Raises IllegalTransition, changing nothing, if one of the slots has been given up.
+        """
+        slots = source.lease.slots if isinstance(source, Claim | ReadClaim) else self._slots_at(source)
+        for slot in slots:
+            if slot.state not in (SlotState.FILLING, SlotState.READY):
+                raise IllegalTransition(f"lease of {slot}")
+        self._hold(slots)
+        return self._grant(owner, slots, now + ttl_s)
+
+    def commit(self, claim: Claim) -> None:
+        """The fresh blocks are whole: lookups find those that nobody else committed first.
+
+        Raises IllegalTransition, changing nothing, if they were committed, abandoned or given up before.
+        """
+        self._check_all(claim.fresh_slots, "commit")
+        for slot in claim.fresh_slots:
+            slot.on("commit")
+            self.index.add(slot)
+
+    def abandon(self, claim: Claim) -> None:
+        """The fresh blocks will never be whole. Their slots are free when the last hold ends. Raises like commit."""
+        self._check_all(claim.fresh_slots, "abandon")
+        for slot in claim.fresh_slots:
+            slot.on("abandon")
+
+    def release(self, lease: Lease) -> None:
+        """The holder is done and quiet. No-op on an ended lease; raises IllegalTransition on a quarantined one."""
+        if lease.state is not LeaseState.ENDED:
+            lease.on("release")
+            self._end(lease)
+
+    def renew(self, lease: Lease, *, now: float, ttl_s: float) -> bool:
+        """False, changing nothing, if the lease is no longer live: the holder must stop and fall quiet."""
+        return lease.renew(now + ttl_s)
+
+    def expire(self, now: float) -> list[Lease]:
+        """Takes the rights of leases whose time is over, and returns them. Their holds stay until `quiesce`."""
+        expired = [
+            lease for lease in self.leases.values() if lease.state is LeaseState.LIVE and lease.expires_at <= now
+        ]
+        for lease in expired:
+            lease.on("expire")
+        return expired
+
+    def revoke(self, lease: Lease) -> None:
+        """Takes a live lease's right before its time is over, as `expire` would. No-op on any other."""
+        if lease.state is LeaseState.LIVE:
+            lease.on("expire")
+
+    def quiesce(self, lease: Lease) -> None:
+        """The holder of a quarantined lease can touch its slots no more. No-op on an ended lease.
+
+        Raises IllegalTransition on a live one.
+        """
+        if lease.state is not LeaseState.ENDED:
+            lease.on("quiesce")
+            self._end(lease)
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for people and metrics; values are plain data."""
+        extents = self.extents
+        return {
+            "arena_bytes": len(self.arena.memory),
+            "used_bytes": sum(slot.blocks * slot.layout.unit_bytes for slot in self.slots.values()),
+            "extents": {"total": extents.total, "untaken": len(extents.untaken)},
+            "slots": _counts(self.slots.values(), _TAKEN),
+            "leases": _counts(self.leases.values(), _UNENDED),
+            "units": {
+                f"{pages.layers} x {pages.page_bytes} B / {pages.chunk_blocks}": {
+                    "total": len(pool.extents) * pool.units,
+                    "free": pool.free_units,
+                    "idle": sum(extent.idle_units for extent in pool.extents),
+                }
+                for pages, pool in extents.pools.items()
+            },
+            "indexed_blocks": len(self.index),
+            "evicted_blocks": self.evicted_blocks,
+        }
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless units, holds, states and index add up. Takes time linear in all of them."""
+        check_accounts(self.extents, self.slots, self.leases, self.index, self.policy)
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"{count} {state}" for state, count in _counts(self.slots.values(), _TAKEN).items())
+        return f"<Store {states} slots, {len(self.leases)} leases, {len(self.index)} blocks indexed>"
+
+    def _check_possible(self, pages: PageLayout, blocks: int) -> None:
+        allowed = int(self.extents.capacity(pages) * self.handoff_share)
+        if blocks > allowed:
+            raise Refused(
+                f"a prompt of {blocks} blocks of {pages.block_bytes} bytes never fits: one handoff may take {allowed} "
+                "of this arena; raise arena or handoff_share"
+            )
+
+    def _find_ready(self, namespace: bytes, pages: PageLayout, block_hashes: Sequence[bytes]) -> list[Spot | None]:
+        found = self.index.find(namespace, block_hashes)
+        return [spot if spot and spot[0].layout == pages else None for spot in found]
+
+    def _make_room(self, pages: PageLayout, blocks: int) -> bool:
+        """Evicts in the policy's order until `blocks` fit, of other layouts whole extents. All or nothing."""
+        extents = self.extents
+        if extents.free(pages) >= blocks:
+            return True
+        if extents.reachable(pages) < blocks:
+            return False
+        victims = tuple(self.policy.victims())
+        for victim in victims:
+            if extents.free(pages) >= blocks:
+                break
+            if not victim.idle:
+                continue  # gone already, with its extent
+            if victim.layout == pages:
+                self._evict(victim)
+            elif is_clearable(victim.run.extent):
+                for neighbour in [slot for slot in victims if slot.run.extent is victim.run.extent and slot.idle]:
+                    self._evict(neighbour)
+        return True
+
+    def _evict(self, slot: Slot) -> None:
+        self._leave_idle(slot)
+        self.evicted_blocks += slot.indexed
+        self._drop(slot)
+
+    def _fill_gaps(
+        self, pages: PageLayout, found: Sequence[Spot | None], keys: Sequence[BlockKey | None]
+    ) -> list[Spot]:
+        """`found` with every gap filled by new slots, in state filling. A tail shares no slot with full blocks."""
+        self._generation = self._generation % _GENERATION_MAX + 1
+        spots: list[Spot] = []
+
+        def kind(index: int) -> tuple[bool, bool]:
+            return found[index] is None, keys[index] is None
+
+        for (missing, _), group in groupby(range(len(found)), key=kind):
+            indexes = list(group)
+            if missing:
+                spots += self._new_slots(pages, keys[indexes[0] : indexes[-1] + 1])
+            else:
+                spots += [spot for index in indexes if (spot := found[index])]
+        return spots
+
+    def _new_slots(self, pages: PageLayout, keys: Sequence[BlockKey | None]) -> list[Spot]:
+        spots: list[Spot] = []
+        for run in self.extents.take(pages, len(keys)):
+            start = len(spots)
+            slot = Slot(run, self._generation, tuple(keys[start : start + run.blocks]))
+            slot.on("claim")
+            for place in slot.places:
+                self.arena.reset(place.header_offset, pages, place.generation)
+            self.slots[run.offset] = slot
+            spots += [(slot, position) for position in range(run.blocks)]
+        return spots
+
+    def _slots_at(self, places: Sequence[Place]) -> tuple[Slot, ...]:
+        slots: dict[Slot, None] = {}
+        for place in places:
+            slot = self.slots.get(place.slot_offset)
+            if slot is None or slot.generation != place.generation:
+                raise IllegalTransition(f"lease of {place}, whose slot has been used again")
+            slots[slot] = None
+        return tuple(slots)
+
+    def _check_all(self, slots: Sequence[Slot], event: SlotEvent) -> None:
+        for slot in slots:
+            if not slot.allows(event):
+                raise IllegalTransition(f"{event} of {slot}")
+
+    def _grant(self, owner: Owner, slots: tuple[Slot, ...], expires_at: float) -> Lease:
+        """A lease over slots that are held for it already."""
+        self._lease_id += 1
+        lease = Lease(self._lease_id, owner, slots, expires_at)
+        self.leases[lease.lease_id] = lease
+        return lease
+
+    def _end(self, lease: Lease) -> None:
+        del self.leases[lease.lease_id]
+        self._unhold(lease.slots)
+
+    def _hold(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            if slot.idle:
+                self._leave_idle(slot)
+            slot.holds += 1
+
+    def _unhold(self, slots: Sequence[Slot]) -> None:
+        now_idle = []
+        for slot in slots:
+            slot.holds -= 1
+            if slot.holds:
+                continue
+            if slot.state is SlotState.READY and slot.indexed:
+                slot.run.extent.idle_units += slot.blocks
+                now_idle.append(slot)
+            else:
+                self._drop(slot)
+        self.policy.touched(now_idle)
+
+    def _leave_idle(self, slot: Slot) -> None:
+        slot.run.extent.idle_units -= slot.blocks
+        self.policy.removed(slot)
+
+    def _drop(self, slot: Slot) -> None:
+        """Frees a slot that nobody holds, from whatever state its last holder left it in."""
+        if slot.state is SlotState.FILLING:
+            slot.on("abandon")  # nobody is left to fill it
+        elif slot.state is SlotState.READY:
+            slot.on("drop")
+            self.index.remove(slot)
+        slot.on("drain")
+        if self._poison:
+            size_bytes = slot.blocks * slot.layout.unit_bytes
+            self.arena.memory[slot.run.offset : slot.run.offset + size_bytes] = bytes([POISON]) * size_bytes
+        del self.slots[slot.run.offset]
+        self.extents.give(slot.run)
+
+
+def _distinct(spots: Iterable[Spot]) -> tuple[Slot, ...]:
+    return tuple(dict.fromkeys(slot for slot, _ in spots))
+
+
+def _places(spots: Iterable[Spot]) -> tuple[Place, ...]:
+    return tuple(slot.places[position] for slot, position in spots)
+
+
+def _counts(things: Iterable[Slot] | Iterable[Lease], states: Sequence[SlotState | LeaseState]) -> dict[str, int]:
+    """How many are in each state, zeros included: a metric must not vanish."""
+    present = Counter(thing.state for thing in things)
+    return {state.value: present[state] for state in states}

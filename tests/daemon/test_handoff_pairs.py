@@ -1,0 +1,233 @@
+"""Handoffs between real pdxd processes: over tcp and inside one daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, Prompt, fleet_in, prompt_of, until
+from pdx.wire import DaemonRef, LoadEnded, SendEnded, SendOpened
+
+DAEMON_OF_OTHERS = DaemonRef(daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=["tcp://127.0.0.1:9"])
+
+
+@pytest.fixture(params=["tcp", "same daemon"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Fleet, BareEngine, BareEngine]]:
+    with fleet_in(tmp_path) as fleet:
+        first = fleet.daemon()
+        second = fleet.daemon() if request.param == "tcp" else first
+        yield fleet, fleet.engine(first, "P"), fleet.engine(second, "D")
+        for daemon in fleet.daemons:
+            if daemon.process.poll() is None:
+                daemon.wait_unleased()
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32, 100])
+def test_every_page_arrives(pair: tuple[Fleet, BareEngine, BareEngine], tokens: int) -> None:
+    fleet, prefill, decode = pair
+    prompt, handle = prompt_of(tokens), fleet.handle(prefill, decode)
+    prefill.prefill(prompt, handle)
+    assert decode.load(prompt, handle) == len(prompt.names)
+
+
+def test_decode_reads_along_while_prefill_computes(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:
+    fleet, prefill, decode = pair
+    prompt, handle = prompt_of(70), fleet.handle(prefill, decode)
+    opened = prefill.open_send(prompt, handle)
+    loaded = decode.open_load(prompt, handle)
+    assert len(loaded.places) == 5
+    assert decode.pages_present(loaded, prompt) == 0
+    prefill.fill(opened, prompt, [0, 1], range(1))
+    until(lambda: decode.pages_present(loaded, prompt) == 2, "the first layer of two blocks is there")
+    prefill.fill(opened, prompt, [0, 1], range(1, PAGES.layers))
+    prefill.fill(opened, prompt, [2, 3, 4])
+    prefill.let_go(opened.handoff_id, "send")
+    until(lambda: decode.pages_present(loaded, prompt) == 15, "all are there")
+    decode.let_go(loaded.handoff_id, "load")
+
+
+def test_shared_prefixes_are_sent_and_saved_once(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:
+    fleet, prefill, decode = pair
+    first, second = prompt_of(64), Prompt([*prompt_of(48).tokens, *range(900, 940)])
+    for prompt in (first, second):
+        handle = fleet.handle(prefill, decode)
+        opened = prefill.prefill(prompt, handle)
+        assert decode.load(prompt, handle) == len(prompt.names)
+    assert [place is None for place in opened.places] == [True] * 3 + [False] * 3
+    if prefill.daemon is not decode.daemon:
+        assert prefill.daemon.counter("pages_put") == (4 + 3) * PAGES.layers
+
+
+def test_many_at_once_and_more_than_fit(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:
+    """The arena holds about 150 blocks; 12 prompts of 40 take turns, and cache is evicted for them."""
+    fleet, prefill, decode = pair
+    prompts = [prompt_of(640, seed) for seed in range(12)]
+    handles = [fleet.handle(prefill, decode) for _ in prompts]
+    for prompt, handle in zip(prompts, handles, strict=True):
+        prefill.prefill(prompt, handle)
+        assert decode.load(prompt, handle) == 40
+    assert decode.daemon.stats()["store"]["evicted_blocks"] > 0
+
+
+def test_a_full_arena_makes_them_wait_in_order(tmp_path: Path) -> None:
+    with fleet_in(tmp_path) as fleet:
+        daemon = fleet.daemon()
+        prefill, decode = fleet.engine(daemon, "P"), fleet.engine(daemon, "D")
+        prompts = [prompt_of(16 * 80, seed) for seed in range(2)]
+        handles = [fleet.handle(prefill, decode) for _ in prompts]
+        opened = prefill.open_send(prompts[0], handles[0])
+        prefill.ask_send(prompts[1], handles[1])
+        until(lambda: daemon.stats()["reservations_waiting"] == 1, "the second waits")
+        prefill.fill(opened, prompts[0], list(range(80)))
+        prefill.let_go(opened.handoff_id, "send")
+        assert decode.load(prompts[0], handles[0]) == 80
+        second = prefill.expect(SendOpened)
+        prefill.fill(second, prompts[1], list(range(80)))
+        prefill.let_go(second.handoff_id, "send")
+        assert decode.load(prompts[1], handles[1]) == 80
+        daemon.wait_unleased()
+
+
+def test_a_prompt_larger_than_the_arena_is_refused_in_one_sentence(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:
+    fleet, prefill, decode = pair
+    prompt, handle = prompt_of(16 * 1000), fleet.handle(prefill, decode)
+    prefill.ask_send(prompt, handle)
+    assert "never fits" in prefill.expect(SendEnded).reason
+    assert decode.load(prompt, handle) == 0
+
+
+def test_the_tail_of_another_prompt_is_not_used(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:
+    fleet, prefill, decode = pair
+    handle = fleet.handle(prefill, decode)
+    prefill.prefill(prompt_of(40), handle)
+    other = Prompt([*prompt_of(32).tokens, 1, 2, 3])
+    assert decode.load(other, handle) == 2
+
+
+@pytest.mark.parametrize("change", ["forged", "expired", "other daemon", "replayed"])
+def test_bad_handles_serve_without(pair: tuple[Fleet, BareEngine, BareEngine], change: str) -> None:
+    fleet, prefill, decode = pair
+    prompt = prompt_of(40)
+    handle = fleet.handle(prefill, decode)
+    if change == "forged":
+        handle = handle[:-8] + "AAAAAAAA"
+    elif change == "expired":
+        handle = fleet.handle(prefill, decode, issued_unix_s=1.0)
+    elif change == "other daemon":
+        handle = fleet.handle(prefill, decode, prefill_daemon=DAEMON_OF_OTHERS, decode_daemon=DAEMON_OF_OTHERS)
+    else:
+        prefill.prefill(prompt, handle)
+        assert decode.load(prompt, handle) == 3
+        decode.daemon.wait_unleased()
+        prefill.daemon.wait_unleased()
+    prefill.ask_send(prompt, handle)
+    assert "handle refused" in prefill.expect(SendEnded).reason
+    assert decode.load(prompt, handle) == (2 if change == "replayed" else 0), "cache may serve, the tail may not"
+
+
+def test_engines_that_differ_are_not_paired(tmp_path: Path) -> None:
+    with fleet_in(tmp_path) as fleet:
+        first, second = fleet.daemon(), fleet.daemon()
+        prefill = fleet.engine(first, "P", layout="vec")
+        other_layout, other_model = fleet.engine(second, "D1", layout="amx"), fleet.engine(second, "D2", model="n")
+        for decode, reason in ((other_layout, "KV layouts differ"), (other_model, "model contents differ")):
+            handle = fleet.handle(prefill, decode)
+            prefill.open_send(prompt_of(40), handle)
+            assert reason in prefill.expect_failed_send().reason
+            assert decode.load(prompt_of(40), handle) == 0
+        first.wait_unleased()
+        second.wait_unleased()
+
+
+# --- failures -------------------------------------------------------------------------------------------------
+
+
+def test_prefill_engine_dies_in_mid_prompt(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:
+    fleet, prefill, decode = pair
+    prompt, handle = prompt_of(64), fleet.handle(prefill, decode)
+    opened = prefill.open_send(prompt, handle)
+    loaded = decode.open_load(prompt, handle)
+    prefill.fill(opened, prompt, [0, 1])
+    prefill.close()
+    assert "died" in decode.expect_failed_load().reason
+    assert decode.pages_present(loaded, prompt) <= 6
+
+
+def test_decode_engine_dies_while_it_loads(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:
+    fleet, prefill, decode = pair
+    prompt, handle = prompt_of(64), fleet.handle(prefill, decode)
+    opened = prefill.open_send(prompt, handle)
+    decode.open_load(prompt, handle)
+    prefill.fill(opened, prompt, [0, 1])
+    decode.close()
+    prefill.expect_failed_send()
+    prefill.fill(opened, prompt, [2, 3])  # late, harmless
+
+
+@pytest.mark.parametrize("victim", ["prefill", "decode"])
+def test_a_daemon_dies(tmp_path: Path, victim: str) -> None:
+    with fleet_in(tmp_path) as fleet:
+        daemons = {"prefill": fleet.daemon(), "decode": fleet.daemon()}
+        prefill, decode = fleet.engine(daemons["prefill"], "P"), fleet.engine(daemons["decode"], "D")
+        prompt, handle = prompt_of(64), fleet.handle(prefill, decode)
+        opened = prefill.open_send(prompt, handle)
+        decode.open_load(prompt, handle)
+        prefill.fill(opened, prompt, [0, 1])
+        daemons[victim].kill()
+        survivor: Daemon = daemons["decode" if victim == "prefill" else "prefill"]
+        if victim == "prefill":
+            until(lambda: not prefill.worker.alive, "the engine notices")
+            decode.expect_failed_load()
+        else:
+            prefill.expect_failed_send()
+        survivor.wait_unleased()
+
+
+def test_a_silent_prefill_engine_loses_its_lease_but_not_the_quarantine(tmp_path: Path) -> None:
+    """SIGSTOP past every budget, then SIGCONT: its late writes touch slots that nobody else was given."""
+    with fleet_in(tmp_path) as fleet:
+        daemon = fleet.daemon(lease_s="0.3")
+        prefill, decode = fleet.engine(daemon, "P"), fleet.engine(daemon, "D")
+        prompt, handle = prompt_of(64), fleet.handle(prefill, decode)
+        opened = prefill.open_send(prompt, handle)
+        loaded = decode.open_load(prompt, handle)
+        decode.expect(LoadEnded)
+        decode.let_go(loaded.handoff_id, "load", ok=False)
+        until(lambda: daemon.stats()["store"]["slots"]["quarantine"] > 0, "its slots are in quarantine")
+        others = prompt_of(16 * 100, seed=3)
+        other_handle = fleet.handle(prefill, decode)
+        other = prefill.open_send(others, other_handle)
+        held = {place.slot_offset for place in opened.places if place}
+        assert held.isdisjoint({place.slot_offset for place in other.places if place})
+        prefill.fill(opened, prompt, [0, 1, 2, 3])  # awake again, and late
+        prefill.fill(other, others, list(range(100)))
+        prefill.let_go(other.handoff_id, "send")
+        assert decode.load(others, other_handle) == 100
+        assert daemon.stats()["store"]["slots"]["quarantine"] > 0
+        prefill.let_go(opened.handoff_id, "send", ok=False)
+        daemon.wait_unleased()
+
+
+def test_a_fence_that_has_not_passed_keeps_the_slots(tmp_path: Path) -> None:
+    with fleet_in(tmp_path) as fleet:
+        daemon = fleet.daemon()
+        prefill, decode = fleet.engine(daemon, "P"), fleet.engine(daemon, "D")
+        opened = prefill.open_send(prompt_of(64), fleet.handle(prefill, decode))
+        prefill.let_go(opened.handoff_id, "send", ok=False, fence=5)
+        assert daemon.stats()["store"]["leases"]["live"] + daemon.stats()["store"]["leases"]["quarantined"] > 0
+        prefill.worker.publish_fence(5)
+        daemon.wait_unleased()
+
+
+@pytest.mark.parametrize("silent", ["prefill never fills", "decode never comes"])
+def test_budgets_end_what_nobody_finishes(pair: tuple[Fleet, BareEngine, BareEngine], silent: str) -> None:
+    fleet, prefill, decode = pair
+    prompt, handle = prompt_of(64), fleet.handle(prefill, decode, QUICK)
+    if silent == "prefill never fills":
+        prefill.open_send(prompt, handle)
+        prefill.expect_failed_send()
+    else:
+        prefill.prefill(prompt, handle)
+

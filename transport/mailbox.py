@@ -1,0 +1,79 @@
+"""The events a lane's threads leave for the control thread. Owns the deque and the eventfd that announces it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable
+
+from pdx.transport.api import Event
+
+# Only peers can fill the mailbox without limit (notices); past this their connections wait. 64 Ki notices of a few
+# hundred bytes are some 20 MiB.
+EVENTS_MAX = 1 << 16
+
+
+class Mailbox:
+    """Many writers, one reader. add() from any thread; take() and close() from the control thread."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._announced = False
+        # A Condition's lock is reentrant: close() may come from a signal handler while take() holds it.
+        self._room = threading.Condition()
+        self._is_closed = False
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def add(self, event: Event) -> None:
+        self._events.append(event)
+        self.announce()
+
+    def add_all(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.add(event)
+
+    def announce(self) -> None:
+        """Makes the descriptor readable."""
+        if not self._announced:
+            self._announced = True
+            if self._descriptor >= 0:
+                os.eventfd_write(self._descriptor, 1)
+
+    def take(self) -> list[Event]:
+        if self._descriptor >= 0:
+            try:
+                os.eventfd_read(self._descriptor)
+            except BlockingIOError:
+                pass
+        # After the read and before the drain: a writer that still sees True has appended what we drain now.
+        self._announced = False
+        taken = [self._events.popleft() for _ in range(len(self._events))]
+        if len(taken) >= EVENTS_MAX:
+            with self._room:
+                self._room.notify_all()
+        return taken
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Holds a peer back while the control thread is behind. False if it still is after `timeout_s`, or closing."""
+        if len(self._events) < EVENTS_MAX:
+            return True
+        with self._room:
+            self._room.wait_for(lambda: self._is_closed or len(self._events) < EVENTS_MAX, timeout_s)
+        return not self._is_closed and len(self._events) < EVENTS_MAX
+
+    def stop_waiting(self) -> None:
+        """Sends away whoever waits for room."""
+        with self._room:
+            self._is_closed = True
+            self._room.notify_all()
+
+    def close(self) -> None:
+        """Idempotent. What was added can still be taken."""
+        self.stop_waiting()
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)

@@ -1,0 +1,101 @@
+"""TCP sockets as the lane wants them: options, and exact reads and writes under kernel timeouts.
+
+Sockets stay blocking and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO, MSG_WAITALL): a frame costs two or
+three system calls and holds the GIL in none of them. shutdown() from another thread ends any call at once.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from pdx.errors import ConfigError, PeerGone
+
+# A peer that moves no byte in mid-frame for so long holds a window, or our memory, that others wait for.
+STALL_S = 5.0
+# Unacknowledged bytes, or silence on an idle connection, for about so long mean that the peer's host is gone.
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 4
+USER_TIMEOUT_MS = 10_000
+# Queued but unsent bytes are bytes that an urgent put cannot overtake: one frame. The kernel sizes the socket buffers
+# itself, since fixed ones of 0.4 to 4 MiB were measured no faster on loopback and would cap links of high latency.
+NOTSENT_LOWAT_BYTES = 256 << 10
+
+
+def tune(connection: socket.socket, stall_s: float = STALL_S) -> None:
+    """Every single connect, send and receive call on it ends after `stall_s` at the latest."""
+    connection.settimeout(None)
+    timeval = struct.pack("@ll", int(stall_s), int(stall_s % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+
+
+def parse_endpoint(endpoint: str) -> tuple[str, int]:
+    """Host and port of tcp://host:port. Raises ConfigError."""
+    try:
+        parts = urlsplit(endpoint)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"{endpoint!r} is not tcp://host:port: {error}") from error
+    if parts.scheme != "tcp" or not host or port is None or parts.path or parts.query:
+        raise ConfigError(f"{endpoint!r} is not tcp://host:port")
+    return host, port
+
+
+def send_exactly(connection: socket.socket, buffers: Sequence[bytes | memoryview], total_bytes: int) -> None:
+    """Raises PeerGone if the peer takes not a byte for the socket's stall time, OSError if the connection breaks."""
+    try:
+        sent_bytes = connection.sendmsg(buffers)
+        while sent_bytes < total_bytes:
+            buffers = _without_first(buffers, sent_bytes)
+            total_bytes -= sent_bytes
+            sent_bytes = connection.sendmsg(buffers)
+    except BlockingIOError as error:
+        raise PeerGone("peer takes no bytes any more") from error
+
+
+def receive_exactly(
+    connection: socket.socket, buffers: Sequence[memoryview], total_bytes: int, stall_s: float = STALL_S
+) -> None:
+    """Fills the buffers. Raises PeerGone on end of stream, or if it takes longer than `stall_s` (twice that at worst)."""
+    started_s = time.monotonic()
+    try:
+        received_bytes = connection.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
+        while received_bytes < total_bytes:
+            if received_bytes == 0:
+                raise PeerGone("peer closed the connection in mid-frame")
+            if time.monotonic() >= started_s + stall_s:
+                raise PeerGone(f"peer did not finish its frame in {stall_s:g} s")
+            buffers = _without_first(buffers, received_bytes)
+            total_bytes -= received_bytes
+            received_bytes = connection.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
+    except BlockingIOError as error:
+        raise PeerGone(f"peer did not finish its frame in {stall_s:g} s") from error
+
+
+def shut(connection: socket.socket) -> None:
+    """Ends the connection and wakes whoever is blocked on it. The descriptor stays its owner's to close."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # not connected any more, which is what was asked for
+
+
+def _without_first(buffers: Sequence[bytes | memoryview], skip_bytes: int) -> list[memoryview]:
+    rest: list[memoryview] = []
+    for buffer in buffers:
+        if skip_bytes >= len(buffer):
+            skip_bytes -= len(buffer)
+        else:
+            rest.append(memoryview(buffer)[skip_bytes:])
+            skip_bytes = 0
+    return rest

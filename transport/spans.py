@@ -1,0 +1,55 @@
+"""Sets of byte ranges and whether they cover another. Integers only; knows nothing of memory or peers."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+
+from pdx.transport.api import Copy, Span
+
+
+class SpanSet:
+    """Immutable union of spans. Touching spans are merged, so a range may run across several of them."""
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for span in sorted(spans, key=lambda span: span.offset):
+            if span.length == 0:
+                continue
+            end = span.offset + span.length
+            if self._ends and span.offset <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            else:
+                self._starts.append(span.offset)
+                self._ends.append(end)
+
+    def covers(self, span: Span) -> bool:
+        """Whether every byte of a non-empty `span` lies in this set."""
+        index = bisect_right(self._starts, span.offset) - 1
+        return index >= 0 and span.offset + span.length <= self._ends[index]
+
+
+def check_inside(spans: Iterable[Span], region_bytes: int) -> None:
+    """Raises ValueError unless every span lies inside a region of `region_bytes`."""
+    for span in spans:
+        if span.offset < 0 or span.length < 0 or span.offset + span.length > region_bytes:
+            raise ValueError(f"span {span.offset}+{span.length} lies outside the region of {region_bytes} bytes")
+
+
+def joined(copies: Sequence[Copy]) -> list[Copy]:
+    """The same copies in the same order, neighbours on both sides made one and empty ones left out."""
+    result: list[Copy] = []
+    for copy in copies:
+        if copy.length == 0:
+            continue
+        if result:
+            last = result[-1]
+            if (
+                last.source_offset + last.length == copy.source_offset
+                and last.target_offset + last.length == copy.target_offset
+            ):
+                result[-1] = Copy(last.source_offset, last.target_offset, last.length + copy.length)
+                continue
+        result.append(copy)
+    return result

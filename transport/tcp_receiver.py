@@ -1,0 +1,233 @@
+"""The receiving side of the tcp lane: who may connect, and where their bytes may go.
+
+One thread accepts and owns all accepted connections; each of these has a thread that greets the peer and then, frame
+by frame, checks window and spans **before** it lets the kernel write the payload straight into the region.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+
+from pdx.errors import PeerGone, TransportError, WireError
+from pdx.transport.frames import (
+    FRAME_BYTES_MAX,
+    HEAD_BYTES,
+    NOTICE_BYTES_MAX,
+    SPAN_BYTES,
+    SPANS_MAX,
+    Head,
+    decode_head,
+    decode_spans,
+)
+from pdx.transport.handshake import greet_as_acceptor
+from pdx.transport.mailbox import Mailbox
+from pdx.transport.sockets import receive_exactly, shut, tune
+from pdx.transport.windows import WindowTable
+
+logger = logging.getLogger(__name__)
+
+# One connection a peer; each costs a thread and, once it needs them, 320 KiB of buffers.
+CONNECTIONS_MAX = 256
+# How often ended connections are swept up when no new one arrives.
+SWEEP_S = 1.0
+# Out of descriptors, accept() fails at once and for ever: don't spin on it.
+ACCEPT_RETRY_S = 0.1
+# Ends of connection threads are waited for no longer than this; shutdown() wakes them at once.
+JOIN_S = 5.0
+
+
+class TcpListener:
+    """Constructor, stop() and join() are the control thread's; `listening` belongs to the listener from now on."""
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        *,
+        key: bytes | None,
+        windows: WindowTable,
+        mailbox: Mailbox,
+        name: str,
+        stall_s: float,
+    ) -> None:
+        self.refused_count = 0
+        self._stall_s = stall_s
+        self._listening = listening
+        self._key = key
+        self._windows = windows
+        self._mailbox = mailbox
+        self._name = name
+        self._connections: list[_Connection] = []
+        self._is_stopped = False
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name=f"{name}-accept", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends all connections now. Takes no time; join() waits for the end."""
+        self._is_stopped = True
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether all threads ended in time. Frees what they used."""
+        self._thread.join(max(0.0, timeout_s))
+        if self._thread.is_alive():
+            return False
+        wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
+        return not self._connections
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._listening, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        try:
+            while not self._is_stopped:
+                ready = {descriptor for descriptor, _ in poll.poll(SWEEP_S * 1000)}
+                self._sweep()
+                if self._listening.fileno() in ready:
+                    self._accept()
+        except Exception:
+            logger.exception("%s: accepting failed; no new peers until restart", self._name)
+        finally:
+            self._listening.close()
+            self._end_connections()
+
+    def _accept(self) -> None:
+        try:
+            accepted, address = self._listening.accept()
+        except OSError as error:  # the peer has gone already, or descriptors ran out: neither is the end of the lane
+            logger.warning("%s: accept failed: %s", self._name, error)
+            select.select([self._wake], [], [], ACCEPT_RETRY_S)
+            return
+        if len(self._connections) >= CONNECTIONS_MAX:
+            self.refused_count += 1
+            logger.warning("%s: refused %s: %d connections are open", self._name, address, CONNECTIONS_MAX)
+            accepted.close()
+            return
+        peer = f"{address[0]}:{address[1]}"
+        connection = _Connection(accepted, peer, self._key, self._windows, self._mailbox, self._stall_s)
+        connection.start(f"{self._name}-receive")
+        self._connections.append(connection)
+
+    def _sweep(self) -> None:
+        ended = [connection for connection in self._connections if not connection.is_alive()]
+        for connection in ended:
+            self._connections.remove(connection)
+            self.refused_count += connection.was_refused
+            connection.close()
+
+    def _end_connections(self) -> None:
+        deadline_s = time.monotonic() + JOIN_S
+        for connection in self._connections:
+            connection.shut()
+        for connection in self._connections:
+            connection.join(deadline_s - time.monotonic())
+        self._sweep()
+
+
+class _Connection:
+    """One accepted connection. Made, shut and closed by the listener's thread; run by its own."""
+
+    def __init__(
+        self,
+        accepted: socket.socket,
+        peer: str,
+        key: bytes | None,
+        windows: WindowTable,
+        mailbox: Mailbox,
+        stall_s: float,
+    ) -> None:
+        self.was_refused = False
+        self._socket = accepted
+        self._peer = peer
+        self._key = key
+        self._windows = windows
+        self._mailbox = mailbox
+        self._stall_s = stall_s
+        self._head = memoryview(bytearray(HEAD_BYTES))
+        self._spans = memoryview(bytearray(SPANS_MAX * SPAN_BYTES))
+        self._notice = memoryview(bytearray(NOTICE_BYTES_MAX))
+        self._scratch: memoryview | None = None
+
+    def start(self, name: str) -> None:
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def shut(self) -> None:
+        shut(self._socket)
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(max(0.0, timeout_s))
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _run(self) -> None:
+        try:
+            tune(self._socket, self._stall_s)
+            greet_as_acceptor(self._socket, self._key)
+            while self._wait_for_head():
+                self._receive_frame(decode_head(self._head))
+        except (WireError, TransportError) as error:
+            self.was_refused = isinstance(error, WireError)
+            logger.warning("dropped the connection from %s: %s", self._peer, error)
+        except OSError as error:
+            logger.info("connection from %s broke: %s", self._peer, error)
+        except Exception:
+            logger.exception("connection from %s failed", self._peer)
+        finally:
+            shut(self._socket)  # tells the peer at once; the listener closes later
+
+    def _wait_for_head(self) -> bool:
+        """False at the end of the stream. Idle connections may be silent for ever; a head once begun must end soon."""
+        if not self._mailbox.wait_for_room(self._stall_s):
+            raise PeerGone("we are too far behind to take its notices")
+        while True:
+            try:
+                received_bytes = self._socket.recv_into(self._head, HEAD_BYTES, socket.MSG_WAITALL)
+            except BlockingIOError:
+                continue
+            if 0 < received_bytes < HEAD_BYTES:
+                self._receive([self._head[received_bytes:]], HEAD_BYTES - received_bytes)
+            return received_bytes > 0
+
+    def _receive_frame(self, head: Head) -> None:
+        raw_spans = self._spans[: head.span_count * SPAN_BYTES]
+        if raw_spans:
+            self._receive([raw_spans], len(raw_spans))
+        targets = self._windows.admit(head.window, decode_spans(raw_spans, head))
+        if targets is None:
+            self._receive_body(head, [self._scratch_of(head.payload_bytes)])
+            return
+        landed_bytes, notice = 0, None
+        try:
+            notice = self._receive_body(head, targets)
+            landed_bytes = head.payload_bytes
+        finally:
+            self._windows.end_frame(head.window, landed_bytes=landed_bytes, notice=notice)
+
+    def _receive_body(self, head: Head, targets: list[memoryview]) -> bytes | None:
+        """Payload to the targets; the notice, if this is a put's last frame, is returned."""
+        notice = self._notice[: head.notice_bytes]
+        total_bytes = head.payload_bytes + head.notice_bytes
+        if total_bytes:
+            self._receive([*targets, notice], total_bytes)
+        return bytes(notice) if head.is_last else None
+
+    def _receive(self, buffers: list[memoryview], total_bytes: int) -> None:
+        receive_exactly(self._socket, buffers, total_bytes, self._stall_s)
+
+    def _scratch_of(self, length_bytes: int) -> memoryview:
+        if self._scratch is None:
+            self._scratch = memoryview(bytearray(FRAME_BYTES_MAX))
+        return self._scratch[:length_bytes]

@@ -1,0 +1,184 @@
+"""An outgoing connection of the tcp lane: one socket, one thread, one outbox.
+
+The control thread adds and cancels puts; the channel's own thread connects, greets, and sends frame after frame
+straight from the region's memory. They share the outbox under one lock, held for microseconds and never while
+sending. The thread waits in poll() only when there is nothing to send; then the peer's hanging up wakes it too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+
+from pdx.errors import PeerGone, TransportError, WireError
+from pdx.transport.api import PeerLost, PutFailed
+from pdx.transport.frames import Head, encode_frame_start
+from pdx.transport.handshake import greet_as_connector
+from pdx.transport.mailbox import Mailbox
+from pdx.transport.outbox import Frame, Outbox, Put
+from pdx.transport.sockets import parse_endpoint, send_exactly, shut, tune
+
+logger = logging.getLogger(__name__)
+
+
+class TcpChannel:
+    """Public methods are the control thread's; the rest runs in the thread that the constructor starts."""
+
+    def __init__(self, number: int, endpoint: str, *, key: bytes | None, mailbox: Mailbox, name: str) -> None:
+        self.number = number
+        self.endpoint = endpoint
+        self.bytes_sent = 0
+        self._key = key
+        self._mailbox = mailbox
+        # Reentrant, because abort() may come from a signal handler while the control thread is in put().
+        self._lock = threading.RLock()
+        self._outbox = Outbox()
+        self._is_idle = False  # the thread waits, or will wait, for the wake descriptor
+        self._is_ending = False  # stop when the outbox is empty
+        self._stop_reason: str | None = None  # stop now; set once
+        self._is_ours_to_end = False  # ended on purpose: no PeerLost
+        self._lost_reason: str | None = None
+        self._socket: socket.socket | None = None
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name=f"{name}-send-{number}", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        return self._lost_reason is not None
+
+    def put(self, put: Put, urgency: float) -> None:
+        with self._lock:
+            failed = (
+                PutFailed(put.ticket, self._lost_reason)
+                if self._lost_reason is not None
+                else self._outbox.add(put, urgency)
+            )
+            self._wake_if_idle()
+        if failed is not None:
+            self._mailbox.add(failed)
+
+    def cancel(self, queue: bytes) -> None:
+        with self._lock:
+            failed = self._outbox.cancel(queue, "cancelled")
+        self._mailbox.add_all(failed)
+
+    def finish(self) -> None:
+        """Ends the channel once everything queued is sent."""
+        with self._lock:
+            self._is_ending = self._is_ours_to_end = True
+            self._wake_if_idle()
+
+    def stop(self, reason: str, *, is_ours: bool) -> None:
+        """Ends the channel now; `is_ours`: without PeerLost. Takes no time; join() waits for the end."""
+        with self._lock:
+            self._stop_reason = self._stop_reason or reason
+            self._is_ours_to_end = self._is_ours_to_end or is_ours
+            if self._socket is not None:
+                shut(self._socket)
+            self._wake_if_idle()
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether the thread ended in time. Frees what it used."""
+        self._thread.join(max(0.0, timeout_s))
+        if self._thread.is_alive():
+            return False
+        with self._lock:
+            wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
+        return True
+
+    def _wake_if_idle(self) -> None:
+        if self._is_idle:
+            self._is_idle = False
+            os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        try:
+            connection = self._connect()
+            greet_as_connector(connection, self._key)
+            self._send_frames(connection)
+            reason = "channel closed"
+        except (OSError, TransportError, WireError) as error:
+            reason = str(error)
+        except Exception as error:
+            logger.exception("channel to %s failed", self.endpoint)
+            reason = f"internal error: {error!r}"
+        self._end(self._stop_reason or reason)
+
+    def _connect(self) -> socket.socket:
+        host, port = parse_endpoint(self.endpoint)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        connection = socket.socket(family, kind, protocol)
+        with self._lock:
+            self._socket = connection
+            self._check_not_stopped()
+        tune(connection)
+        try:
+            connection.connect(address)
+        except BlockingIOError as error:
+            raise PeerGone(f"no answer from {self.endpoint}") from error
+        with self._lock:
+            self._check_not_stopped()  # a stop before connect() had begun could not interrupt it
+        return connection
+
+    def _send_frames(self, connection: socket.socket) -> None:
+        poll = select.poll()
+        poll.register(connection, select.POLLIN | select.POLLRDHUP)
+        poll.register(self._wake, select.POLLIN)
+        while True:
+            with self._lock:
+                self._check_not_stopped()
+                frame = self._outbox.next_frame()
+                if frame is None and self._is_ending:
+                    return
+                self._is_idle = frame is None
+            if frame is None:
+                self._wait(poll, connection)
+            else:
+                self._send(connection, frame)
+
+    def _send(self, connection: socket.socket, frame: Frame) -> None:
+        put = frame.put
+        notice = put.notice if frame.is_last else b""
+        start = encode_frame_start(
+            Head(frame.is_last, put.window, put.ticket, len(frame.targets), frame.payload_bytes, len(notice)),
+            frame.targets,
+        )
+        total_bytes = len(start) + frame.payload_bytes + len(notice)
+        send_exactly(connection, [start, *frame.sources, notice], total_bytes)
+        with self._lock:
+            self.bytes_sent += frame.payload_bytes
+            end = self._outbox.frame_sent(frame)
+        if end is not None:
+            self._mailbox.add(end)
+
+    def _wait(self, poll: select.poll, connection: socket.socket) -> None:
+        """Until there is something to do. No deadline of its own: keep-alive ends a dead connection."""
+        for descriptor, _ in poll.poll():
+            if descriptor == self._wake:
+                os.eventfd_read(self._wake)
+            elif connection.recv(1):
+                raise WireError("peer talks where it should only listen")
+            else:
+                raise PeerGone("peer closed the connection")
+
+    def _check_not_stopped(self) -> None:
+        if self._stop_reason is not None:
+            raise PeerGone(self._stop_reason)
+
+    def _end(self, reason: str) -> None:
+        with self._lock:
+            self._lost_reason = reason
+            self._is_idle = False  # nobody is left to be woken
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+            failed = self._outbox.fail_all(reason)
+            self._mailbox.add_all(failed)
+            if not self._is_ours_to_end:
+                self._mailbox.add(PeerLost(self.number, self.endpoint, reason))
