@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 import zmq
 
+from pdx.curve import lock
 from pdx.daemon.sessions import Engine
 from pdx.errors import WireError
 from pdx.wire import TO_DAEMON, Announce, CancelHandoff, DaemonRef, EngineLoad, Welcome, decoder_of, encode
 
 ANNOUNCE_S = 1.0
 ROUTERS_MAX = 16
+SILENT_ROUTER_S = 10.0
+
+log = logging.getLogger("pdxd")
 
 _decode = decoder_of(TO_DAEMON)
 
@@ -21,15 +26,22 @@ class Announcer:
     """One DEALER per router that any engine named. Owned by the control thread."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], poller: zmq.Poller, me: DaemonRef, counters: Counter[str]
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        poller: zmq.Poller,
+        me: DaemonRef,
+        counters: Counter[str],
+        *,
+        cluster_key: bytes,
     ) -> None:
+        self._cluster_key = cluster_key
         self._context = context
         self._poller = poller
         self._me = me
         self._counters = counters
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._due_at = 0.0
-        self.welcomed: set[str] = set()
+        self._unanswered_since: dict[str, float] = {}  # router endpoint -> first announcement without a welcome
 
     def changed(self) -> None:
         """Something a router should know at once."""
@@ -45,6 +57,7 @@ class Announcer:
         for endpoint, socket in self._sockets.items():
             mine = [engine for engine in complete if engine.router == endpoint]
             self._send(socket, mine, reservations_waiting, leaving=False)
+            self._complain_if_silent(endpoint, now)
 
     def handle_ready(self, ready: dict[object, int], cancel: Callable[[CancelHandoff], None]) -> None:
         for endpoint, socket in self._sockets.items():
@@ -60,7 +73,7 @@ class Announcer:
                     continue
                 match message:
                     case Welcome():
-                        self.welcomed.add(endpoint)
+                        self._unanswered_since.pop(endpoint, None)
                     case CancelHandoff():
                         cancel(message)
 
@@ -72,6 +85,12 @@ class Announcer:
             socket.close(100)
         self._sockets.clear()
 
+    def _complain_if_silent(self, endpoint: str, now: float) -> None:
+        since = self._unanswered_since.setdefault(endpoint, now)
+        if now - since > SILENT_ROUTER_S:
+            self._unanswered_since[endpoint] = now + SILENT_ROUTER_S * 5  # once a minute is enough
+            log.warning("router %s does not answer: is it up, and does it use this cluster key (PDX_KEY_FILE)?", endpoint)
+
     def _connect(self, endpoint: str) -> None:
         if len(self._sockets) >= ROUTERS_MAX:
             self._counters["routers_refused"] += 1
@@ -80,6 +99,7 @@ class Announcer:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 16)  # announcements are state: old ones are worth nothing
         socket.setsockopt(zmq.IDENTITY, f"{self._me.daemon_id}/{self._me.incarnation}".encode())
+        lock(socket, self._cluster_key, server=False)
         socket.connect(endpoint)
         self._poller.register(socket, zmq.POLLIN)
         self._sockets[endpoint] = socket

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from pdx.curve import lock
 from pdx.wire import DaemonRef, Message, encode
 
 PEERS_MAX = 1024
@@ -18,8 +19,16 @@ SEND_QUEUE_MAX = 10_000
 class Peers:
     """Sends to peer daemons and reports those whose connection broke. Owned by the control thread."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], poller: zmq.Poller, counters: Counter[str]) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        poller: zmq.Poller,
+        counters: Counter[str],
+        *,
+        cluster_key: bytes,
+    ) -> None:
         self._context = context
+        self._cluster_key = cluster_key
         self._poller = poller
         self._counters = counters
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
@@ -54,6 +63,7 @@ class Peers:
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
+            lock(socket, self._cluster_key, server=False)
             monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             socket.connect(control)
             self._poller.register(monitor, zmq.POLLIN)

@@ -16,6 +16,7 @@ import zmq
 
 from pdx.buffer.store import Store
 from pdx.config import Config
+from pdx.curve import lock
 from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
 from pdx.daemon.mover import Mover, Ports
@@ -70,15 +71,15 @@ class Service:
         self._ipc = f"ipc://{run_dir / IPC_NAME}"
         self._door = Door(run_dir)
         self._clients = self._bind(self._ipc)
-        self._peer_socket = self._bind(f"tcp://{config.host}:0")
+        self._peer_socket = self._bind(f"tcp://{config.host}:0", cluster_key=key)
         self.me = DaemonRef(
             daemon_id=secrets.token_hex(6),
             incarnation=secrets.randbits(63),
             control=self._peer_socket.getsockopt_string(zmq.LAST_ENDPOINT),
             lanes=[lane.endpoint for lane in lanes],
         )
-        self._peers = Peers(self._context, self._poller, self._counters)
-        self._announcer = Announcer(self._context, self._poller, self.me, self._counters)
+        self._peers = Peers(self._context, self._poller, self._counters, cluster_key=key)
+        self._announcer = Announcer(self._context, self._poller, self.me, self._counters, cluster_key=key)
         for lane in lanes:
             self._poller.register(lane.fileno(), zmq.POLLIN)
         self._poller.register(self._door.listener, zmq.POLLIN)
@@ -294,8 +295,10 @@ class Service:
             return True
         return self._store.arena.fence(engine.worker.fence_offset) >= step
 
-    def _bind(self, endpoint: str) -> zmq.Socket[bytes]:
+    def _bind(self, endpoint: str, *, cluster_key: bytes | None = None) -> zmq.Socket[bytes]:
         bound = self._context.socket(zmq.ROUTER)
+        if cluster_key is not None:
+            lock(bound, cluster_key, server=True)
         bound.setsockopt(zmq.LINGER, 0)
         bound.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
         bound.bind(endpoint)

@@ -1,0 +1,24 @@
+"""Locks ZeroMQ connections with the cluster key: CURVE, both sides holding the key pair derived from it.
+
+The public half is never published: whoever can open a connection knows the cluster key. Used on every tcp socket of
+the control plane, on loopback too, so that what is tested is what runs between hosts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import zmq
+from zmq.utils import z85
+
+
+def lock(socket: zmq.Socket[Any], cluster_key: bytes, *, server: bool) -> None:
+    """Call before bind or connect. A peer with another key is ignored by ZeroMQ, without a word to either side."""
+    secret = z85.encode(hashlib.blake2b(cluster_key, digest_size=32, person=b"pdx-curve").digest())
+    public = zmq.curve_public(secret)
+    socket.curve_secretkey, socket.curve_publickey = secret, public
+    if server:
+        socket.curve_server = True
+    else:
+        socket.curve_serverkey = public
