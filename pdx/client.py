@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import zmq
@@ -41,7 +42,7 @@ from pdx.wire import (
 log = logging.getLogger("pdx.client")
 
 SOCKET_NAME = "pdxd.sock"
-STARTER_LOCK_NAME = "start.lock"
+LOCK_NAME = "pdxd.lock"
 LOG_NAME = "pdxd.log"
 ANSWER_BYTES_MAX = 64 << 10
 SEND_QUEUE_MAX = 10_000
@@ -224,7 +225,7 @@ class Attachment:
 
 def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool) -> socket.socket:
     """Connects to the daemon's socket, starting the daemon at most once."""
-    starter: subprocess.Popen[bytes] | None = None
+    started = False
     pause = select.poll()
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -234,42 +235,51 @@ def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool) -> 
             connection.close()
         else:
             return connection
-        if start and starter is None:
-            starter = _start_daemon(run_dir, config)
-        if starter is not None and starter.poll() not in (None, 0):
-            raise ConfigError(f"pdxd could not start: {_last_line(run_dir / LOG_NAME)}")
+        if start:
+            with (run_dir / LOCK_NAME).open("a") as lock:
+                if _locked(lock):
+                    # Nobody is a daemon here, or about to be one.
+                    if started:
+                        raise ConfigError(f"pdxd could not start: {_last_line(run_dir / LOG_NAME)}")
+                    _start_daemon(run_dir, config, lock)
+                    started = True
         if time.monotonic() > deadline:
             raise DaemonGone(f"no pdxd answers in {run_dir}")
         pause.poll(CONNECT_RETRY_S * 1000)
 
 
-def _start_daemon(run_dir: Path, config: Config) -> subprocess.Popen[bytes] | None:
-    """Starts a detached daemon, unless another client holds the starter's lock and is doing so."""
-    with (run_dir / STARTER_LOCK_NAME).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        settings = {name: getattr(config, name) for name in configuration.FLAGS if getattr(config, name) != ""}
-        defaults = Config()
-        flags = [
-            f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
-            for name, value in settings.items()
-            if value != getattr(defaults, name)
-        ]
-        flags = [*[f for f in flags if not f.startswith("--run-dir")], f"--run-dir={run_dir}"]
-        with (run_dir / LOG_NAME).open("ab") as log_file:
-            return subprocess.Popen(
-                [sys.executable, "-m", "pdx.daemon.main", *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                start_new_session=True,
-                cwd="/",
-                env=_daemon_environment(),
-                # The starter's lock goes along: nobody else starts one until this one has failed or taken over.
-                pass_fds=[lock.fileno()],
-            )
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _start_daemon(run_dir: Path, config: Config, lock: IO[str]) -> None:
+    """Starts a daemon that is no child of ours and inherits the lock, so that nobody else starts one meanwhile."""
+    defaults = Config()
+    flags = [f"--run-dir={run_dir}", f"--lock-fd={lock.fileno()}"]
+    for name in configuration.FLAGS:
+        value = getattr(config, name)
+        if name != "run_dir" and value != getattr(defaults, name):
+            flags.append(f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}")
+    command = [sys.executable, "-m", "pdx.daemon.main", *flags]
+    with (run_dir / LOG_NAME).open("ab") as log_file:
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _DETACH, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            cwd="/",
+            env=_daemon_environment(),
+            pass_fds=[lock.fileno()],
+            check=True,
+        )
+
+
+# Forks, so that the daemon is adopted by init and an engine has no zombie to reap; leaves the terminal's session.
+_DETACH = "import os, sys; os.fork() and os._exit(0); os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def _daemon_environment() -> dict[str, str]:
@@ -286,7 +296,7 @@ def _last_line(path: Path) -> str:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         return "no log"
-    return lines[-1] if lines else "empty log"
+    return lines[-1].removeprefix("pdxd: ") if lines else "empty log"
 
 
 def describe(attached: Attached) -> str:

@@ -36,13 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"pdxd {__version__}")
     for name, help_text in config.FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=help_text)
+    parser.add_argument("--lock-fd", type=int, help=argparse.SUPPRESS)  # the lock of the client that starts us
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     options = vars(parser.parse_args(argv))
     logging.basicConfig(
         level=options.pop("log_level").upper(), format="%(levelname)s %(asctime)s [pdxd %(process)d] %(message)s"
     )
     try:
-        return _serve(config.load(options))
+        lock_fd = options.pop("lock_fd")
+        return _serve(config.load(options), lock_fd)
     except PdxError as error:
         print(f"pdxd: {error}", file=sys.stderr)
         return 2
@@ -50,15 +52,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _serve(settings: config.Config) -> int:
+def _serve(settings: config.Config, lock_fd: int | None) -> int:
     run_dir = config.ensure_run_dir(settings.run_path)
-    with (run_dir / LOCK_NAME).open("a") as lock:
+    with os.fdopen(lock_fd, "a") if lock_fd is not None else (run_dir / LOCK_NAME).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
-                f"a pdxd runs already in {run_dir}; use it, or choose another --run-dir"
-            ) from None
+            raise ConfigError(f"a pdxd runs already in {run_dir}; use it, or choose another --run-dir") from None
         _run_locked(settings, run_dir)
     return 0
 

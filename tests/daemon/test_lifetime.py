@@ -1,0 +1,205 @@
+"""A daemon's life: found or started, alone or shared, lingering, dying, coming back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from daemon.fleet import DEADLINE_S, PAGES, Daemon, Fleet, fleet_in, prompt_of, until
+from pdx.client import Attachment, DaemonClient
+from pdx.config import Config, load
+from pdx.errors import ConfigError, DaemonGone, Refused
+from pdx.wire import Ask, Attach
+from wire_samples import ENGINE
+
+TOOL = Attach(kind="tool")
+WORKER = Attach(kind="worker", engine=ENGINE, pages=PAGES)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with fleet_in(tmp_path) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Iterator[Config]:
+    """Settings of a run directory in which nobody runs; whatever was started there is gone afterwards."""
+    config = load({"run_dir": str(tmp_path / "run"), "arena": "4MiB", "linger_s": "0.2"}, environ={})
+    yield config
+    until(lambda: not daemons_in(config), "the started daemon lingers out")
+
+
+def daemons_in(config: Config) -> list[psutil.Process]:
+    def ours(process: psutil.Process) -> bool:
+        try:
+            return f"--run-dir={config.run_path}" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
+
+    return [process for process in psutil.process_iter() if ours(process)]
+
+
+def test_the_first_client_starts_a_detached_daemon_and_the_others_share_it(settings: Config) -> None:
+    with DaemonClient.attach(settings, TOOL) as first, DaemonClient.attach(settings, TOOL) as second:
+        assert first.attached.daemon == second.attached.daemon
+        (daemon,) = daemons_in(settings)
+        assert os.getsid(daemon.pid) == daemon.pid, "a session of its own: no terminal's Ctrl-C reaches it"
+        assert stat.S_IMODE(settings.run_path.stat().st_mode) == 0o700
+
+
+def test_it_lingers_for_a_client_that_comes_back_then_exits_and_cleans_up(settings: Config) -> None:
+    DaemonClient.attach(settings, TOOL).close()
+    with DaemonClient.attach(settings, TOOL, start=False) as again:
+        assert again.alive
+    until(lambda: not daemons_in(settings), "it exits")
+    assert not {"pdxd.sock", "pdxd.ipc", "pdxd.json"} & set(os.listdir(settings.run_path))
+
+
+def test_clients_racing_to_start_make_one_daemon(settings: Config) -> None:
+    code = "from pdx.client import *; import sys, pathlib; from pdx.config import load; from pdx.wire import Attach;"
+    code += f"c = DaemonClient.attach(load({{'run_dir': {str(settings.run_path)!r}, 'arena': '4MiB', 'linger_s': '1'}}, environ={{}}), Attach(kind='tool'));"
+    code += "print(c.attached.daemon.daemon_id); c.close()"
+    racers = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    outputs = [racer.communicate(timeout=DEADLINE_S) for racer in racers]
+    assert len({out for out, _ in outputs}) == 1, outputs
+
+
+def test_a_daemon_that_cannot_start_says_why_to_its_client(settings: Config, tmp_path: Path) -> None:
+    huge = load({"run_dir": str(tmp_path / "run"), "arena": "900TiB"}, environ={})
+    with pytest.raises(ConfigError, match="could not start: an arena of .* does not fit"):
+        DaemonClient.attach(huge, TOOL, deadline_s=10)
+
+
+def test_no_daemon_and_none_to_be_started(settings: Config) -> None:
+    with pytest.raises(DaemonGone, match="no pdxd answers"):
+        DaemonClient.attach(settings, TOOL, deadline_s=0.1, start=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arena", "900TiB"], "does not fit"),
+        (["--arena", "lots"], "arena: 'lots' is not a size; write e.g. 512MiB"),
+        (["--host", "10.1.2.3"], "PDX_KEY_FILE"),
+        (["--run-dir", "/"], "run directory / is open to others"),
+    ],
+)
+def test_bad_settings_get_one_clear_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "pdx.daemon.main", "--run-dir", str(tmp_path / "r"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("pdxd: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_variables_and_keys_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'arean', did you mean 'arena'"):
+        load({}, environ={"PDX_AREAN": "1GiB"})
+    (tmp_path / "c.yaml").write_text("chunk_token: 5")
+    with pytest.raises(ConfigError, match="did you mean 'chunk_tokens'"):
+        load({}, environ={}, yaml_file=str(tmp_path / "c.yaml"))
+
+
+def test_command_line_over_environment_over_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("arena: 1MiB\nlinger_s: 1\nlease_s: 1\n")
+    environ = {"PDX_CONFIG": str(tmp_path / "c.yaml"), "PDX_LINGER_S": "2", "PDX_LEASE_S": "2"}
+    config = load({"lease_s": "3"}, environ=environ)
+    assert (config.arena, config.linger_s, config.lease_s) == ("1MiB", 2.0, 3.0)
+
+
+def test_a_second_daemon_in_the_same_place_is_refused(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    command = [sys.executable, "-m", "pdx.daemon.main", "--run-dir", str(daemon.run_dir), "--arena", "4MiB"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 2
+    assert "a pdxd runs already" in done.stderr
+
+
+def test_an_engine_name_is_taken_once(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    with DaemonClient.attach(daemon.config, WORKER):
+        with pytest.raises(Refused, match="attached already"):
+            DaemonClient.attach(daemon.config, WORKER)
+    until(lambda: "prefill-0" not in daemon.stats()["engines"], "the name is free again")
+    DaemonClient.attach(daemon.config, WORKER).close()
+
+
+def test_a_client_cannot_shrink_grow_or_unseal_the_arena(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    with DaemonClient.attach(daemon.config, WORKER) as client:
+        assert client.arena is not None
+        for size in (0, 4096, client.attached.arena_bytes * 2):
+            with pytest.raises(PermissionError):
+                os.ftruncate(client.arena.fd, size)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(client.arena.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    daemon.check()
+
+
+@pytest.mark.parametrize("hello", [b"", b"hello", b"PDX\x07xx", b"PDX\x01\xc1", b"PDX\x01" + bytes(60_000)])
+def test_strangers_at_the_door_hurt_nobody(fleet: Fleet, hello: bytes) -> None:
+    daemon = fleet.daemon()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.connect(str(daemon.run_dir / "pdxd.sock"))
+        stranger.send(hello)
+        stranger.settimeout(DEADLINE_S)
+        stranger.recv(1000)
+    silent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    silent.connect(str(daemon.run_dir / "pdxd.sock"))
+    assert daemon.tool.ask(Ask(verb="health")).body["daemon"] == daemon.ref.daemon_id
+    silent.close()
+    daemon.check()
+
+
+def test_an_attachment_survives_the_daemon(settings: Config) -> None:
+    attachment = Attachment(settings, TOOL)
+    try:
+        first = attachment.client(time.monotonic())
+        assert first is not None
+        (daemon,) = daemons_in(settings)
+        os.kill(daemon.pid, signal.SIGKILL)
+        until(lambda: attachment.client(time.monotonic()) is not first, "the loss is noticed")
+        second = until(lambda: attachment.client(time.monotonic()), "attached again")
+        assert isinstance(second, DaemonClient)
+        assert second.attached.daemon.incarnation != first.attached.daemon.incarnation
+        with pytest.raises(DaemonGone):
+            first.send(Ask(verb="health"))
+    finally:
+        attachment.close()
+
+
+def test_pages_survive_the_engine_that_computed_them(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    prefill, decode = fleet.engine(daemon, "P"), fleet.engine(daemon, "D")
+    prompt = prompt_of(64)
+    handle = fleet.handle(prefill, decode)
+    prefill.prefill(prompt, handle)
+    assert decode.load(prompt, handle) == 4
+    daemon.wait_unleased()
+    prefill.close()
+    reborn = fleet.engine(daemon, "P2")
+    opened = reborn.open_send(prompt, fleet.handle(reborn, decode))
+    assert opened.places == [None] * 4
+    reborn.let_go(opened.handoff_id, "send")
+
+
+def test_stop_by_signal_is_clean(fleet: Fleet) -> None:
+    daemon: Daemon = fleet.daemon()
+    daemon.process.send_signal(signal.SIGINT)
+    assert daemon.process.wait(5) == 0
+    assert not {"pdxd.sock", "pdxd.ipc", "pdxd.json"} & set(os.listdir(daemon.run_dir))
