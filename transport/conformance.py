@@ -10,6 +10,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from pdx.errors import ClosedTransport
 from pdx.transport.api import Copy, PutDone, PutFailed, RemoteRegion, Span, WindowClosed
@@ -62,7 +63,10 @@ def check_empty_put(make_pair: MakePair) -> None:
     with sides(make_pair) as (_, near, far, channel):
         before = bytes(far.memory)
         window = far.region.open_window([])
-        tickets = [near.put(channel, window, [], notice=b"bare"), near.put(channel, window, [Copy(9, 9, 0)], notice=b"")]
+        tickets = [
+            near.put(channel, window, [], notice=b"bare"),
+            near.put(channel, window, [Copy(9, 9, 0)], notice=b""),
+        ]
         for ticket in tickets:
             assert isinstance(near.wait_end(ticket), PutDone), "an empty put failed"
         far.wait("both notices", lambda events: arrivals_of(events) == [b"bare", b""])
@@ -140,9 +144,9 @@ def check_arguments(make_pair: MakePair) -> None:
     with sides(make_pair) as (pair, near, far, channel):
         window = far.region.open_window([Span(0, MEMORY_BYTES)])
         for copy in (Copy(MEMORY_BYTES - 1, 0, 2), Copy(-1, 0, 2), Copy(0, 0, -1), Copy(0, -1, 1)):
-            assert_raises(ValueError, lambda copy=copy: near.put(channel, window, [copy]))
+            assert_raises(ValueError, partial(near.put, channel, window, [copy]))
         for span in (Span(MEMORY_BYTES, 1), Span(-1, 1), Span(0, -1)):
-            assert_raises(ValueError, lambda span=span: far.region.open_window([Span(0, 1), span]))
+            assert_raises(ValueError, partial(far.region.open_window, [Span(0, 1), span]))
         assert pair.near.connect(pair.far.endpoint) == channel, "a second channel to a live endpoint"
         remote = far.region.describe()
         assert isinstance(remote, RemoteRegion) and remote.length == MEMORY_BYTES

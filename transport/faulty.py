@@ -6,6 +6,7 @@ carried by then is up to the lane inside. Nothing is ever duplicated or reordere
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import select
@@ -70,7 +71,15 @@ class Faulty:
         return self._lane.connect(endpoint)
 
     def put(
-        self, channel: int, *, region: Region, window: int, copies: Sequence[Copy], notice: bytes, queue: bytes, urgency: float
+        self,
+        channel: int,
+        *,
+        region: Region,
+        window: int,
+        copies: Sequence[Copy],
+        notice: bytes,
+        queue: bytes,
+        urgency: float,
     ) -> int:
         if not isinstance(region, FaultyRegion):
             raise ValueError("the region was registered with another lane")
@@ -137,10 +146,8 @@ class Faulty:
         if is_holding:
             os.eventfd_write(self._bell, 1)
             return
-        try:
+        with contextlib.suppress(BlockingIOError):  # was silent
             os.eventfd_read(self._bell)
-        except BlockingIOError:
-            pass  # was silent
 
     def _release(self) -> None:
         if not self._poll.closed:

@@ -137,7 +137,15 @@ class LoopbackLane:
             return number
 
     def put(
-        self, channel: int, *, region: Region, window: int, copies: Sequence[Copy], notice: bytes, queue: bytes, urgency: float
+        self,
+        channel: int,
+        *,
+        region: Region,
+        window: int,
+        copies: Sequence[Copy],
+        notice: bytes,
+        queue: bytes,
+        urgency: float,
     ) -> int:
         self._check_open()
         if not isinstance(region, CheckedRegion) or region.windows is not self._windows:

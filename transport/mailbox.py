@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -32,6 +33,10 @@ class Mailbox:
         self._events.append(event)
         self.announce()
 
+    def add_quietly(self, event: Event) -> None:
+        """For events that can wait for a later announce(), which the caller owes."""
+        self._events.append(event)
+
     def add_all(self, events: Iterable[Event]) -> None:
         for event in events:
             self.add(event)
@@ -45,10 +50,8 @@ class Mailbox:
 
     def take(self) -> list[Event]:
         if self._descriptor >= 0:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._descriptor)
-            except BlockingIOError:
-                pass
         # After the read and before the drain: a writer that still sees True has appended what we drain now.
         self._announced = False
         taken = [self._events.popleft() for _ in range(len(self._events))]

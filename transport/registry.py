@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
-from urllib.parse import urlsplit
 
 from pdx.errors import UnknownTransport
 from pdx.transport.api import Lane
@@ -25,7 +24,7 @@ def open_lane(url: str, *, key: bytes | None, name: str) -> Lane:
     Raises UnknownTransport for other schemes, ConfigError if the address cannot work, MissingExtra if a dependency
     of the lane is not installed.
     """
-    return _factory(urlsplit(url).scheme)(url, key=key, name=name)
+    return _factory(url.partition("://")[0])(url, key=key, name=name)
 
 
 def known_schemes() -> list[str]:

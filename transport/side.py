@@ -74,7 +74,9 @@ class Side:
 
     def wait_arrived(self, *notices: bytes) -> None:
         wanted = set(notices)
-        self.wait(f"arrival of {notices}", lambda events: wanted <= {e.notice for e in events if isinstance(e, Arrived)})
+        self.wait(
+            f"arrival of {notices}", lambda events: wanted <= {e.notice for e in events if isinstance(e, Arrived)}
+        )
 
     def wait_closed(self, window: int) -> None:
         self.wait(f"close of window {window}", lambda events: WindowClosed(window) in events)

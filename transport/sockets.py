@@ -6,6 +6,7 @@ three system calls and holds the GIL in none of them. shutdown() from another th
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
@@ -66,7 +67,7 @@ def send_exactly(connection: socket.socket, buffers: Sequence[bytes | memoryview
 def receive_exactly(
     connection: socket.socket, buffers: Sequence[memoryview], total_bytes: int, stall_s: float = STALL_S
 ) -> None:
-    """Fills the buffers. Raises PeerGone on end of stream, or if it takes longer than `stall_s` (twice that at worst)."""
+    """Fills the buffers. Raises PeerGone at the end of the stream, or after `stall_s` (twice that at worst)."""
     started_s = time.monotonic()
     try:
         received_bytes = connection.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
@@ -82,12 +83,15 @@ def receive_exactly(
         raise PeerGone(f"peer did not finish its frame in {stall_s:g} s") from error
 
 
+def reset_on_close(connection: socket.socket) -> None:
+    """Makes close() tell the peer by a reset. A mere FIN would not wake a peer whose send waits for our window."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+
+
 def shut(connection: socket.socket) -> None:
     """Ends the connection and wakes whoever is blocked on it. The descriptor stays its owner's to close."""
-    try:
+    with contextlib.suppress(OSError):  # not connected any more is what was asked for
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected any more, which is what was asked for
 
 
 def _without_first(buffers: Sequence[bytes | memoryview], skip_bytes: int) -> list[memoryview]:

@@ -84,7 +84,15 @@ class TcpLane:
         return number
 
     def put(
-        self, channel: int, *, region: Region, window: int, copies: Sequence[Copy], notice: bytes, queue: bytes, urgency: float
+        self,
+        channel: int,
+        *,
+        region: Region,
+        window: int,
+        copies: Sequence[Copy],
+        notice: bytes,
+        queue: bytes,
+        urgency: float,
     ) -> int:
         self._check_open()
         if not isinstance(region, CheckedRegion) or region.windows is not self._windows:
@@ -145,7 +153,8 @@ class TcpLane:
         for channel in self._channels.values():
             channel.stop("the lane was closed", is_ours=True)
         deadline_s = time.monotonic() + JOIN_S
-        ended = [part.join(deadline_s - time.monotonic()) for part in (self._listener, *self._channels.values())]
+        ended = [self._listener.join(JOIN_S)]
+        ended += [channel.join(deadline_s - time.monotonic()) for channel in self._channels.values()]
         self._mailbox.close()
         if all(ended):
             for region in self._regions:

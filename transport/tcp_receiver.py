@@ -12,6 +12,8 @@ import select
 import socket
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 
 from pdx.errors import PeerGone, TransportError, WireError
 from pdx.transport.frames import (
@@ -26,15 +28,13 @@ from pdx.transport.frames import (
 )
 from pdx.transport.handshake import greet_as_acceptor
 from pdx.transport.mailbox import Mailbox
-from pdx.transport.sockets import receive_exactly, shut, tune
+from pdx.transport.sockets import receive_exactly, reset_on_close, shut, tune
 from pdx.transport.windows import WindowTable
 
 logger = logging.getLogger(__name__)
 
 # One connection a peer; each costs a thread and, once it needs them, 320 KiB of buffers.
 CONNECTIONS_MAX = 256
-# How often ended connections are swept up when no new one arrives.
-SWEEP_S = 1.0
 # Out of descriptors, accept() fails at once and for ever: don't spin on it.
 ACCEPT_RETRY_S = 0.1
 # Ends of connection threads are waited for no longer than this; shutdown() wakes them at once.
@@ -61,7 +61,8 @@ class TcpListener:
         self._windows = windows
         self._mailbox = mailbox
         self._name = name
-        self._connections: list[_Connection] = []
+        self._connections: set[_Connection] = set()
+        self._ended: deque[_Connection] = deque()
         self._is_stopped = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name=f"{name}-accept", daemon=True)
@@ -76,12 +77,12 @@ class TcpListener:
     def join(self, timeout_s: float) -> bool:
         """Whether all threads ended in time. Frees what they used."""
         self._thread.join(max(0.0, timeout_s))
-        if self._thread.is_alive():
+        if self._thread.is_alive() or self._connections:
             return False
         wake, self._wake = self._wake, -1
         if wake >= 0:
             os.close(wake)
-        return not self._connections
+        return True
 
     def _run(self) -> None:
         poll = select.poll()
@@ -89,7 +90,9 @@ class TcpListener:
         poll.register(self._wake, select.POLLIN)
         try:
             while not self._is_stopped:
-                ready = {descriptor for descriptor, _ in poll.poll(SWEEP_S * 1000)}
+                ready = {descriptor for descriptor, _ in poll.poll()}
+                if self._wake in ready:
+                    os.eventfd_read(self._wake)
                 self._sweep()
                 if self._listening.fileno() in ready:
                     self._accept()
@@ -113,15 +116,21 @@ class TcpListener:
             return
         peer = f"{address[0]}:{address[1]}"
         connection = _Connection(accepted, peer, self._key, self._windows, self._mailbox, self._stall_s)
-        connection.start(f"{self._name}-receive")
-        self._connections.append(connection)
+        self._connections.add(connection)
+        connection.start(f"{self._name}-receive", at_end=self._note_end)
+
+    def _note_end(self, connection: _Connection) -> None:
+        """The last act of a connection's thread: what follows is the listener's."""
+        self._ended.append(connection)
+        os.eventfd_write(self._wake, 1)
 
     def _sweep(self) -> None:
-        ended = [connection for connection in self._connections if not connection.is_alive()]
-        for connection in ended:
-            self._connections.remove(connection)
+        while self._ended:
+            connection = self._ended.popleft()
             self.refused_count += connection.was_refused
+            connection.join(JOIN_S)  # it has nothing left to do
             connection.close()
+            self._connections.discard(connection)
 
     def _end_connections(self) -> None:
         deadline_s = time.monotonic() + JOIN_S
@@ -156,12 +165,9 @@ class _Connection:
         self._notice = memoryview(bytearray(NOTICE_BYTES_MAX))
         self._scratch: memoryview | None = None
 
-    def start(self, name: str) -> None:
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+    def start(self, name: str, *, at_end: Callable[[_Connection], None]) -> None:
+        self._thread = threading.Thread(target=self._run, args=(at_end,), name=name, daemon=True)
         self._thread.start()
-
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
 
     def shut(self) -> None:
         shut(self._socket)
@@ -172,10 +178,11 @@ class _Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def _run(self) -> None:
+    def _run(self, at_end: Callable[[_Connection], None]) -> None:
         try:
             tune(self._socket, self._stall_s)
             greet_as_acceptor(self._socket, self._key)
+            reset_on_close(self._socket)
             while self._wait_for_head():
                 self._receive_frame(decode_head(self._head))
         except (WireError, TransportError) as error:
@@ -186,7 +193,7 @@ class _Connection:
         except Exception:
             logger.exception("connection from %s failed", self._peer)
         finally:
-            shut(self._socket)  # tells the peer at once; the listener closes later
+            at_end(self)
 
     def _wait_for_head(self) -> bool:
         """False at the end of the stream. Idle connections may be silent for ever; a head once begun must end soon."""

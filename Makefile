@@ -1,0 +1,33 @@
+# Every target sets up what it needs first (scripts/setup: a few minutes the first time, nothing after that).
+# ARGS passes flags on: make test ARGS="-k wire -x", make demo ARGS="--help".
+
+PYTHON_IN_VENV := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint prove soak clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup:  ## Make .venv and the demo model; every other target does this by itself
+	@scripts/setup
+
+demo: setup  ## Two engines, one conversation: watch KV stream from prefill to decode
+	@$(PYTHON_IN_VENV) -m benchmarks.demo $(ARGS)
+
+test: setup  ## Run all tests
+	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
+
+lint: setup  ## Style, types and layers
+	@$(PYTHON_IN_VENV) -m ruff check .
+	@$(PYTHON_IN_VENV) -m mypy
+	@PYTHONPATH=. .venv/bin/lint-imports
+
+prove: setup  ## Measure the claims of the README on this machine
+	@$(PYTHON_IN_VENV) -m benchmarks.prove $(ARGS)
+
+soak: setup  ## Run a pair under load and faults for a while
+	@$(PYTHON_IN_VENV) -m benchmarks.soak $(ARGS)
+
+clean:  ## Remove everything that these targets have made
+	rm -rf .venv .cache build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

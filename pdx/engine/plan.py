@@ -1,0 +1,121 @@
+"""What to save and what to load, step by step, for one request. Pure arithmetic on blocks, layers and tokens.
+
+Knows nothing of any engine, of memory or of the daemon. Blocks are counted along the prompt (`block index`); where the
+engine keeps them is a `block id`, which may change when the engine preempts a request. A block is *whole* once its last
+token is computed; the tail, a prompt's last, unfull block, once the prompt's last token is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from pdx.errors import Refused
+from pdx.layout import CONTROL_BYTES, PageLayout, Place, blocks_for
+
+
+class SendPlan:
+    """The pages of one outgoing request that are still to be saved. One owner, no clock.
+
+    `places[i]` is where block i goes, None if the store holds it already. Raises Refused if the places do not cover
+    the prompt, tail included.
+    """
+
+    def __init__(self, places: Sequence[Place | None], *, prompt_tokens: int, block_tokens: int) -> None:
+        if len(places) != blocks_for(prompt_tokens, block_tokens):
+            raise Refused(f"{len(places)} places were offered for a prompt of {prompt_tokens} tokens")
+        self._places = places
+        self._prompt_tokens = prompt_tokens
+        self._block_tokens = block_tokens
+        self._unsaved = [index for index, place in enumerate(places) if place is not None]
+        self.blocks_to_save = len(self._unsaved)
+
+    def step(self, block_ids: Sequence[int], *, tokens_after: int) -> list[tuple[int, int, Place]]:
+        """Takes out what to save in a step that ends with `tokens_after` tokens computed: (index, block id, place).
+
+        That is every whole block not saved yet, so the first step also takes what the engine found in its own prefix
+        cache. After a preemption `tokens_after` starts low again; what was saved stays saved.
+        """
+        whole = min(self._whole_blocks(tokens_after), len(block_ids))
+        due = [index for index in self._unsaved if index < whole]
+        self._unsaved = self._unsaved[len(due) :]
+        return [(index, block_ids[index], self._place(index)) for index in due]
+
+    @property
+    def complete(self) -> bool:
+        return not self._unsaved
+
+    def _whole_blocks(self, tokens: int) -> int:
+        return len(self._places) if tokens >= self._prompt_tokens else tokens // self._block_tokens
+
+    def _place(self, index: int) -> Place:
+        place = self._places[index]
+        assert place is not None
+        return place
+
+
+class LoadPlan:
+    """The pages of one incoming request that are still to be scattered: block i lies at `places[i]` and goes to
+    engine block `block_ids[i]`. Layers of a block are taken in order. One owner, no clock."""
+
+    def __init__(self, places: Sequence[Place], block_ids: Sequence[int], *, layers: int) -> None:
+        if len(places) != len(block_ids) or not places:
+            raise Refused(f"{len(places)} places do not match {len(block_ids)} engine blocks")
+        self.places = places
+        self.block_ids = block_ids
+        self._layers = layers
+        self._done = [0] * len(places)  # leading layers scattered and verified
+        self.pages_done = 0
+
+    def due(self, watermark: Callable[[Place], int], *, pages_max: int) -> list[tuple[int, list[int]]]:
+        """(layer, positions in `places`) that have landed and are not done, lowest layer first, `pages_max` at most.
+
+        Report each entry with `done`, in this order.
+        """
+        landed: dict[int, list[int]] = defaultdict(list)
+        for position, done in enumerate(self._done):
+            if done < self._layers:
+                for layer in range(done, min(watermark(self.places[position]), self._layers)):
+                    landed[layer].append(position)
+        due = []
+        for layer in sorted(landed):
+            if pages_max <= 0:
+                break
+            due.append((layer, landed[layer][:pages_max]))
+            pages_max -= len(landed[layer])
+        return due
+
+    def done(self, layer: int, positions: Sequence[int]) -> None:
+        """These pages are in the engine's cache and verified."""
+        for position in positions:
+            assert self._done[position] == layer
+            self._done[position] = layer + 1
+        self.pages_done += len(positions)
+
+    @property
+    def complete(self) -> bool:
+        return self.pages_done == self._layers * len(self.places)
+
+    @property
+    def unverified_block_ids(self) -> set[int]:
+        """Engine blocks that must not be used: at least one of their layers has not been verified."""
+        return {self.block_ids[n] for n, done in enumerate(self._done) if done < self._layers}
+
+
+def promised_tokens(places: int, *, prompt_tokens: int, block_tokens: int) -> int:
+    """How many tokens of a prompt can be loaded if its first `places` blocks can. The tail counts only with all.
+
+    >>> promised_tokens(3, prompt_tokens=40, block_tokens=16), promised_tokens(2, prompt_tokens=40, block_tokens=16)
+    (40, 32)
+    """
+    return min(places * block_tokens, prompt_tokens)
+
+
+def fits(place: Place, layout: PageLayout, arena_bytes: int) -> bool:
+    """Whether a place that another process named lies inside the arena."""
+    return (
+        0 <= place.position < place.slot_blocks
+        and CONTROL_BYTES <= place.slot_offset <= arena_bytes - place.slot_blocks * layout.block_bytes
+        and CONTROL_BYTES <= place.header_offset <= arena_bytes - layout.header_bytes
+        and place.header_offset % 8 == 0
+    )

@@ -1,0 +1,70 @@
+"""Every private import of vLLM and every branch on its version. A new vLLM means reading, then changing, this file.
+
+Everything is imported inside the function that needs it: loading this module costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pdx.errors import Refused
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SUPPORTED = (0, 32)
+
+
+def check_version() -> str:
+    """The installed version. Raises Refused outside the supported window."""
+    import vllm
+
+    if tuple(vllm.__version_tuple__[:2]) != SUPPORTED:
+        major, minor = SUPPORTED
+        raise Refused(f"found vLLM {vllm.__version__}; this pdx supports vLLM {major}.{minor}.x: install one of these")
+    return vllm.__version__
+
+
+def attention_name(vllm_config: VllmConfig, *, head_size: int, block_tokens: int) -> str:
+    """Kernel family and instruction set, which decide the packing inside a page. Raises Refused off the CPU."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+
+    if not current_platform.is_cpu():
+        raise Refused(f"KV in {current_platform.device_type} memory is not supported yet: run the engine on CPU")
+    isa = _get_attn_isa(vllm_config.model_config.dtype, block_tokens, head_size, vllm_config.cache_config.cache_dtype)
+    return f"{CPUAttentionBackend.get_name()}/{isa}"
+
+
+def hash_seed(algorithm: str) -> str:
+    """The seed of vLLM's block hashes. Raises Refused if it is random, so that no two engines could share a block."""
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import _NON_CRYPTO_HASH_FUNCTIONS, resolve_none_hash_seed
+
+    function = get_hash_fn_by_name(algorithm)
+    seed = resolve_none_hash_seed(function)
+    if function in _NON_CRYPTO_HASH_FUNCTIONS and seed != resolve_none_hash_seed(function):
+        raise Refused(
+            f"block hashes of {algorithm!r} have a random seed: start engines with "
+            "--prefix-caching-hash-algo sha256_cbor, or set PYTHONHASHSEED to one value everywhere"
+        )
+    return seed
+
+
+def layer_index(layer_name: str) -> int:
+    """The place of a layer in the model. Raises Refused for names without exactly one number."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    try:
+        return extract_layer_index(layer_name)
+    except AssertionError as error:
+        raise Refused(f"cannot tell the order of layers from the name {layer_name!r}") from error
+
+
+def recompute_failed_loads(vllm_config: VllmConfig) -> None:
+    """Makes vLLM recompute what could not be loaded. Its default answers such requests with an error.
+
+    The scheduler of 0.32 reads the policy right after it has constructed its connector.
+    """
+    assert vllm_config.kv_transfer_config is not None
+    vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"

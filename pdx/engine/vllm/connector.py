@@ -1,0 +1,194 @@
+"""The class that vLLM loads: dispatches each hook to the half that runs in this process, and does nothing else.
+
+Imported in API, scheduler and worker processes alike, so importing must cost little and start nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
+
+from pdx.client import Attachment
+from pdx.engine.link import Link
+from pdx.engine.vllm import caches, compat, settings
+from pdx.engine.vllm.metadata import ReportMetadata, StepMetadata
+from pdx.engine.vllm.scheduler_side import SchedulerSide
+from pdx.engine.vllm.steps import Report
+from pdx.engine.vllm.worker_side import WorkerSide
+from pdx.wire import Attach, EngineInfo
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class PdxConnector(KVConnectorBase_V1):
+    """One instance per role and process. Raises Refused or ConfigError, in one sentence, for what can't work."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        compat.check_version()
+        compat.recompute_failed_loads(vllm_config)
+        self._settings = settings.read(vllm_config)
+        self._description = caches.describe(
+            vllm_config, kv_cache_config, chunk_tokens=self._settings.config.chunk_tokens
+        )
+        self._scheduler_side: SchedulerSide | None = None
+        self._worker_side: WorkerSide | None = None
+        self._report: Report | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler_side = SchedulerSide(
+                self._link("scheduler"),
+                role=self._settings.role,
+                layout=self._description.pages,
+                block_tokens=self._description.layout.block_tokens,
+            )
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        return caches.PAGE_ORDER
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return True
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """No: pages are copied out within the step that computes them, so a preemption takes nothing with it."""
+        return False
+
+    # --- worker -----------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        views = caches.view(kv_caches, self._kv_cache_config, self._description.pages)
+        self._worker_side = WorkerSide(self._link("worker"), views, self._description.pages)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, StepMetadata)
+        self._worker.begin(connector_metadata.step)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        self._worker.load()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: a request is scheduled only after all of its layers have come."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        self._worker.save_layer(layer_name)
+
+    def wait_for_save(self) -> None:
+        self._worker.end()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        # Blocks that failed are named one by one: with `failed_recving` vLLM would throw the good ones away too.
+        self._report = self._worker.take_ended()
+        return KVConnectorTransferResults(finished_recving=set(self._report.loads) if self._report else set())
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_invalid()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return ReportMetadata(self._report) if self._report else None
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        from pdx.engine.vllm.stats import PdxStats
+
+        # vLLM asks the scheduler's connector too.
+        counts = self._worker_side.take_counts() if self._worker_side is not None else {}
+        return PdxStats(counts) if counts else None
+
+    # --- scheduler --------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._scheduler.matched_tokens(request.request_id, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self._scheduler.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return StepMetadata(self._scheduler.step(scheduler_output))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        metadata = connector_output.kv_connector_worker_meta
+        if isinstance(metadata, ReportMetadata):
+            self._scheduler.reported(metadata.report)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        # Never delayed: what was to be saved is saved, and blocks under a load are kept by vLLM itself.
+        result = self._scheduler.finished(request.request_id)
+        return False, {"pdx": result} if result else None
+
+    # --- both -------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        for side in (self._scheduler_side, self._worker_side):
+            if side is not None:
+                side.close()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        from pdx.engine.vllm.stats import PdxStats
+
+        return PdxStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        from pdx.engine.vllm.stats import PdxPromMetrics
+
+        return PdxPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @property
+    def _worker(self) -> WorkerSide:
+        assert self._worker_side is not None, "register_kv_caches was not called"
+        return self._worker_side
+
+    @property
+    def _scheduler(self) -> SchedulerSide:
+        assert self._scheduler_side is not None, "this is the worker's connector"
+        return self._scheduler_side
+
+    def _link(self, kind: str) -> Link:
+        """Attached when this returns. Both halves describe the engine alike: the daemon compares."""
+        chosen, description = self._settings, self._description
+        info = EngineInfo(
+            engine_id=chosen.engine_id,
+            role=chosen.role,
+            model=description.content.model,
+            url=chosen.url,
+            content=description.content,
+            layout=description.layout,
+        )
+        if kind == "worker":
+            hello = Attach(kind="worker", engine=info, pages=description.pages)
+        else:
+            hello = Attach(kind="scheduler", engine=info, router=chosen.config.router)
+        link = Link(Attachment(chosen.config, hello))
+        link.client()
+        return link

@@ -1,0 +1,217 @@
+"""The scheduler's view of incoming requests: asked for, granted, loading, over.
+
+Theory of operation. A request is in `_loads` from its OPEN_LOAD until it needs nothing more from here. `places` says
+that the daemon granted, `loading` that vLLM has allocated blocks and the worker fills them. Once loading, only the
+worker's report ends it, because only the worker knows that it touches neither slots nor blocks any more: aborts and
+LOAD_ENDED merely ask it to stop. Whatever fails, vLLM recomputes, and this request never comes back here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pdx.engine.link import Link
+from pdx.engine.plan import fits, promised_tokens
+from pdx.engine.vllm.prompts import Prompt
+from pdx.engine.vllm.sends import ANSWER_MARGIN_S, GRANT_S_MAX
+from pdx.engine.vllm.steps import Load, Report
+from pdx.layout import PageLayout, Place, blocks_for
+from pdx.wire import LetGo, LoadEnded, LoadOpened, OpenLoad
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+log = logging.getLogger("vllm.pdx")
+
+ASK_AGAIN_S = 0.005  # an idle engine asks us every 1.5 ms; the daemon need not hear it each time
+TOTAL_S_MAX = 600.0  # a handle's budget, before anybody verified it, may not exceed this
+
+
+@dataclass(eq=False)
+class _Load:
+    request_id: str
+    prompt: Prompt
+    deadline: float
+    asked_ns: int
+    ask_again_at: float | None = None  # after a "wait"
+    places: list[Place] | None = None
+    loading: bool = False
+
+    @property
+    def handoff_id(self) -> bytes:
+        return self.prompt.handle.handoff_id
+
+
+class Loads:
+    """All incoming requests of one engine. Owned by the scheduler's thread."""
+
+    def __init__(self, link: Link, *, layout: PageLayout, block_tokens: int) -> None:
+        self._link = link
+        self._layout = layout
+        self._block_tokens = block_tokens
+        self._loads: dict[str, _Load] = {}
+        self._starting: list[Load] = []
+        self._stopping: list[str] = []
+
+    def open(self, request: Request, prompt: Prompt, now: float, now_ns: int) -> None:
+        """Asks the daemon. Without one the request is computed as if it had no handle."""
+        grant_s = min(prompt.handle.budgets.grant_s, GRANT_S_MAX)
+        load = _Load(request.request_id, prompt, now + grant_s + ANSWER_MARGIN_S, now_ns)
+        if self._ask(load):
+            self._loads[load.request_id] = load
+
+    def undecided(self, request_id: str, now: float) -> bool:
+        """True while the daemon has not answered for good. Asks again where it said "wait"."""
+        load = self._loads.get(request_id)
+        if load is None or load.places is not None:
+            return False
+        if now >= load.deadline:
+            self._end(load, ok=False, reason="no answer from pdxd")
+            return False
+        if load.ask_again_at is not None and now >= load.ask_again_at:
+            load.ask_again_at = None
+            self._ask(load)
+        return True
+
+    def promised(self, request_id: str, local_tokens: int) -> int:
+        """Tokens that can be loaded beyond the `local_tokens` that the engine has itself. Repeatable."""
+        load = self._loads.get(request_id)
+        if load is None or load.places is None or load.loading:
+            return 0
+        promised = self._promised(load)
+        if promised > local_tokens:
+            return promised - local_tokens
+        self._end(load, ok=True, reason="the engine has it all")
+        return 0
+
+    def allocated(self, request_id: str, block_ids: list[int], external_tokens: int) -> None:
+        """vLLM has blocks for the request; with external tokens it now waits for our worker to fill the last ones."""
+        load = self._loads.get(request_id)
+        if load is None or load.places is None or load.loading:
+            return
+        if external_tokens == 0:
+            self._end(load, ok=False, reason="the engine wants no external KV for this request")
+            return
+        promised = self._promised(load)
+        first, end = (promised - external_tokens) // self._block_tokens, blocks_for(promised, self._block_tokens)
+        places, targets = load.places[first:end], block_ids[first:end]
+        assert places
+        assert len(places) == len(targets)
+        budget_s = min(load.prompt.handle.budgets.total_s, TOTAL_S_MAX)
+        self._starting.append(Load(request_id, places, targets, budget_s))
+        load.loading = True
+
+    def opened(self, message: LoadOpened, now: float) -> None:
+        load = self._loads.get(message.request_id)
+        if load is None or load.places is not None:
+            if message.status == "granted" and load is None:
+                self._let_go(message.handoff_id, fence=0, ok=False, reason="request is gone")
+        elif message.status == "wait":
+            load.ask_again_at = now + ASK_AGAIN_S
+        elif message.status == "absent":
+            log.info("no KV for %s: %s", message.request_id, message.reason)
+            del self._loads[message.request_id]
+        elif message.handoff_id != load.handoff_id or not 1 <= len(message.places) <= load.prompt.blocks:
+            self._end(load, ok=False, reason="grant does not fit the prompt")
+        elif not all(fits(place, self._layout, self._link.arena_bytes) for place in message.places):
+            self._end(load, ok=False, reason="pdxd named places outside its arena")
+        else:
+            load.places = message.places
+
+    def ended(self, message: LoadEnded) -> None:
+        """The rest will not come. What has landed may still be taken, in one last pass of the worker."""
+        for load in list(self._loads.values()):
+            if load.handoff_id == message.handoff_id:
+                log.warning("KV of %s stops coming: %s", load.request_id, message.reason)
+                self._stop(load, message.reason)
+
+    def finished(self, request_id: str) -> None:
+        """The request is over, perhaps while its load is under way."""
+        load = self._loads.get(request_id)
+        if load is not None:
+            self._stop(load, "request ended")
+
+    def reported(self, report: Report) -> None:
+        """The worker touches these loads' blocks and slots no more."""
+        for request_id, result in report.loads.items():
+            load = self._loads.pop(request_id, None)
+            if load is None:
+                continue
+            if not result.ok:
+                log.warning("KV of %s was not loaded, its prompt is recomputed: %s", request_id, result.reason)
+            self._let_go(
+                load.handoff_id,
+                fence=report.step,
+                ok=result.ok,
+                reason=result.reason,
+                pages=result.pages,
+                exposed_ns=result.done_ns - load.asked_ns,
+                done_ns=result.done_ns,
+            )
+
+    def take_work(self) -> tuple[list[Load], list[str]]:
+        """For the worker's next step: loads to start, requests whose load stops."""
+        work = self._starting, self._stopping
+        self._starting, self._stopping = [], []
+        return work
+
+    def lost(self) -> None:
+        """The daemon is gone. The worker notices by itself and reports; what it does not have yet ends here."""
+        self._loads = {request_id: load for request_id, load in self._loads.items() if load.loading}
+
+    @property
+    def live(self) -> Iterable[bytes]:
+        return [load.handoff_id for load in self._loads.values() if load.places is not None]
+
+    def _ask(self, load: _Load) -> bool:
+        prompt = load.prompt
+        return self._link.send(
+            OpenLoad(
+                request_id=load.request_id,
+                handle=prompt.text,
+                block_hashes=prompt.block_hashes,
+                prompt_tokens=prompt.tokens,
+                tail_hash=prompt.tail_hash,
+            )
+        )
+
+    def _promised(self, load: _Load) -> int:
+        assert load.places is not None
+        return promised_tokens(len(load.places), prompt_tokens=load.prompt.tokens, block_tokens=self._block_tokens)
+
+    def _stop(self, load: _Load, reason: str) -> None:
+        if load.loading:
+            self._stopping.append(load.request_id)
+        else:
+            self._end(load, ok=False, reason=reason)
+
+    def _end(self, load: _Load, *, ok: bool, reason: str) -> None:
+        del self._loads[load.request_id]
+        self._let_go(load.handoff_id, fence=0, ok=ok, reason=reason)
+
+    def _let_go(
+        self,
+        handoff_id: bytes,
+        *,
+        fence: int,
+        ok: bool,
+        reason: str,
+        pages: int = 0,
+        exposed_ns: int = 0,
+        done_ns: int = 0,
+    ) -> None:
+        self._link.send(
+            LetGo(
+                handoff_id=handoff_id,
+                side="load",
+                fence=fence,
+                ok=ok,
+                reason=reason,
+                pages=pages,
+                exposed_ns=exposed_ns,
+                done_ns=done_ns,
+            )
+        )

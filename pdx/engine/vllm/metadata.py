@@ -1,0 +1,28 @@
+"""The envelopes in which vLLM carries our `steps` between scheduler and worker. vLLM pickles them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+from pdx.engine.vllm.steps import Report, Step
+
+
+@dataclass(frozen=True)
+class StepMetadata(KVConnectorMetadata):
+    """Scheduler to worker, every step."""
+
+    step: Step
+
+
+@dataclass(frozen=True)
+class ReportMetadata(KVConnectorWorkerMetadata):
+    """Worker to scheduler, after steps in which a load ended."""
+
+    report: Report
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> ReportMetadata:
+        assert isinstance(other, ReportMetadata)
+        step = max(self.report.step, other.report.step)
+        return ReportMetadata(Report(step, self.report.loads | other.report.loads))

@@ -1,0 +1,158 @@
+"""The scheduler's view of outgoing requests: what is claimed, what each step saves, when it is over.
+
+Theory of operation. A request is in `_sends` from its OPEN_SEND until it needs nothing more from here: without a plan
+it waits for the daemon's answer (vLLM is told "ask again"), with one its pages are saved as they become whole. The last
+pages leave with `last` set, and the *worker* says LET_GO after them: on its own connection, so that the daemon cannot
+hear it before the FILLED messages it belongs to. All other ends are told by us. A request that is in no table is
+served like any other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pdx.engine.link import Link
+from pdx.engine.plan import SendPlan, fits
+from pdx.engine.vllm.prompts import Prompt
+from pdx.engine.vllm.steps import Save
+from pdx.errors import Refused
+from pdx.layout import PageLayout
+from pdx.wire import LetGo, OpenSend, SendEnded, SendOpened
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+# Under vLLM's logger, whose handler and level the operator has set up.
+log = logging.getLogger("vllm.pdx")
+
+# The daemon answers by itself within the grant budget; this is for one that does not.
+ANSWER_MARGIN_S = 2.0
+GRANT_S_MAX = 60.0  # a handle is not verified yet: it must not make a request wait for ever
+
+
+@dataclass(eq=False)
+class _Send:
+    request: Request
+    prompt: Prompt
+    deadline: float
+    plan: SendPlan | None = None
+    last_step: int = 0  # whose worker touches our slots
+
+    @property
+    def handoff_id(self) -> bytes:
+        return self.prompt.handle.handoff_id
+
+
+class Sends:
+    """All outgoing requests of one engine. Owned by the scheduler's thread."""
+
+    def __init__(self, link: Link, *, layout: PageLayout, block_tokens: int) -> None:
+        self._link = link
+        self._layout = layout
+        self._block_tokens = block_tokens
+        self._sends: dict[str, _Send] = {}
+        self._results: dict[str, dict[str, Any]] = {}  # saved, for the reply of a request that still runs
+
+    def open(self, request: Request, prompt: Prompt, now: float) -> None:
+        """Asks for a claim. Without a daemon the request is served as if it had no handle."""
+        message = OpenSend(
+            request_id=request.request_id,
+            handle=prompt.text,
+            block_hashes=prompt.block_hashes,
+            prompt_tokens=prompt.tokens,
+            tail_hash=prompt.tail_hash,
+        )
+        if self._link.send(message):
+            grant_s = min(prompt.handle.budgets.grant_s, GRANT_S_MAX)
+            self._sends[request.request_id] = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
+
+    def undecided(self, request_id: str, now: float) -> bool:
+        """True while this request must not start: its claim may still come."""
+        send = self._sends.get(request_id)
+        if send is None or send.plan is not None:
+            return False
+        if now < send.deadline:
+            return True
+        self._end(send, "no answer from pdxd")
+        return False
+
+    def opened(self, message: SendOpened) -> None:
+        send = self._sends.get(message.request_id)
+        if send is None or send.plan is not None or send.handoff_id != message.handoff_id:
+            self._let_go(message.handoff_id, fence=0, ok=False, reason="request is gone")
+            return
+        arena_bytes = self._link.arena_bytes
+        if not all(place is None or fits(place, self._layout, arena_bytes) for place in message.places):
+            self._end(send, "pdxd named places outside its arena")
+            return
+        try:
+            send.plan = SendPlan(message.places, prompt_tokens=send.prompt.tokens, block_tokens=self._block_tokens)
+        except Refused as error:
+            self._end(send, str(error))
+            return
+        if send.plan.complete:  # the store holds the whole prompt
+            self._succeed(send)
+            self._let_go(send.handoff_id, fence=0, ok=True, reason="")
+
+    def ended(self, message: SendEnded) -> None:
+        """The daemon wants no more pages, or never wanted any."""
+        send = self._sends.get(message.request_id)
+        if send is None:
+            return
+        log.warning("KV of %s is not handed over: %s", message.request_id, message.reason)
+        if message.handoff_id:
+            self._end(send, message.reason)
+        else:
+            del self._sends[message.request_id]
+
+    def saves(self, step: int, scheduled: SchedulerOutput) -> list[Save]:
+        """What the worker saves in this step. Each page comes once, whatever the engine preempts in between."""
+        saves = []
+        for request_id, send in list(self._sends.items()):
+            tokens = scheduled.num_scheduled_tokens.get(request_id, 0)
+            if send.plan is None or tokens == 0:
+                continue
+            assert scheduled.kv_connector_block_state is not None
+            groups = scheduled.kv_connector_block_state.get_block_ids(request_id)
+            assert groups is not None
+            blocks = send.plan.step(groups[0], tokens_after=send.request.num_computed_tokens + tokens)
+            if blocks:
+                send.last_step = step
+                pages = send.plan.blocks_to_save * self._layout.layers
+                saves.append(Save(send.handoff_id, blocks, last=send.plan.complete, pages=pages))
+            if send.plan.complete:
+                self._succeed(send)
+        return saves
+
+    def finished(self, request_id: str) -> dict[str, Any] | None:
+        """The request is over. Returns what its reply may tell."""
+        send = self._sends.get(request_id)
+        if send is not None:
+            self._end(send, "request ended before its KV was saved")
+        return self._results.pop(request_id, None)
+
+    def lost(self) -> None:
+        """The daemon is gone and with it every claim."""
+        self._sends.clear()
+
+    @property
+    def live(self) -> Iterable[bytes]:
+        return [send.handoff_id for send in self._sends.values()]
+
+    def _succeed(self, send: _Send) -> None:
+        assert send.plan is not None
+        request_id = send.request.request_id
+        del self._sends[request_id]
+        pages = send.plan.blocks_to_save * self._layout.layers
+        self._results[request_id] = {"handoff": send.handoff_id.hex(), "pages": pages}
+
+    def _end(self, send: _Send, reason: str) -> None:
+        del self._sends[send.request.request_id]
+        self._let_go(send.handoff_id, fence=send.last_step, ok=False, reason=reason)
+
+    def _let_go(self, handoff_id: bytes, *, fence: int, ok: bool, reason: str) -> None:
+        self._link.send(LetGo(handoff_id=handoff_id, side="send", fence=fence, ok=ok, reason=reason))

@@ -1,0 +1,38 @@
+"""pdx settings as an engine gets them, in kv_connector_extra_config: the keys of pdx.config and two of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pdx import config as configuration
+from pdx.config import Config
+from pdx.errors import ConfigError
+from pdx.wire import Role
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_ROLES: dict[str, Role] = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    config: Config
+    role: Role
+    engine_id: str
+    url: str  # the engine's HTTP server, for the router; empty: not to be routed to
+
+
+def read(vllm_config: VllmConfig) -> EngineSettings:
+    """Raises ConfigError for unknown keys and wrong values."""
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    extra = dict(transfer.kv_connector_extra_config)
+    engine_id = extra.pop("engine_id", "") or transfer.engine_id
+    url = extra.pop("url", "")
+    if not isinstance(engine_id, str) or not isinstance(url, str):
+        raise ConfigError("kv_connector_extra_config: engine_id and url must be text")
+    if transfer.kv_role not in _ROLES:
+        raise ConfigError(f"kv_role must be one of {', '.join(_ROLES)}, not {transfer.kv_role!r}")
+    return EngineSettings(configuration.load(extra), _ROLES[transfer.kv_role], engine_id, url)

@@ -1,0 +1,58 @@
+"""What the two halves of the connector tell each other: plain values, one object per step each way.
+
+vLLM carries them between its processes (see `metadata`). Nothing here needs vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdx.layout import Place
+
+
+@dataclass(frozen=True)
+class Save:
+    """Blocks of one handoff that become whole in this step: (block index, engine block id, place)."""
+
+    handoff_id: bytes
+    blocks: list[tuple[int, int, Place]]
+    last: bool  # no page of this handoff is missing after this step
+    pages: int  # of the whole handoff, for LetGo
+
+
+@dataclass(frozen=True)
+class Load:
+    """A request whose blocks the worker fills from the arena, until all are verified or `budget_s` is over."""
+
+    request_id: str
+    places: list[Place]
+    block_ids: list[int]
+    budget_s: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Scheduler to worker."""
+
+    number: int
+    incarnation: int  # of the pdxd whose arena the places mean; 0: none
+    tokens: int  # scheduled in this step; 0: no forward pass
+    saves: list[Save] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    drops: list[str] = field(default_factory=list)  # requests whose load ends now, as far as it got
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    ok: bool
+    pages: int  # verified
+    done_ns: int  # CLOCK_MONOTONIC, which the processes of a host share
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Worker to scheduler: the loads that ended in this step."""
+
+    step: int
+    loads: dict[str, LoadResult] = field(default_factory=dict)

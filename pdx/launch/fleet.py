@@ -1,0 +1,107 @@
+"""What `pdx up` starts: names, pins, flags and folders of a router, daemons and engines. Pure: starts nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdx.launch.engine import EngineSpec
+
+# Two engines at vLLM's default would each ask for most of the machine's memory.
+KV_CACHE_BYTES = 1 << 30
+# `pdx up` ends its daemons itself; until then one that waits for slow engines must not take itself for left alone.
+LINGER_S = 1e9
+MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What the operator asked for."""
+
+    model: str
+    prefill: int
+    decode: int
+    hosts: int  # run directories, each with a daemon of its own; with 2, handoffs go over the tcp lane
+    arena: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What the machine offers."""
+
+    base: Path  # an empty private folder
+    cores: tuple[int, ...]  # to pin to; empty: pin nothing
+    gpus: tuple[str, ...]
+    ports: tuple[int, ...]  # one per engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaemonSpec:
+    name: str
+    run_dir: Path
+    arena: str
+    cpus: str
+
+    def command(self) -> list[str]:
+        flags = ("--run-dir", str(self.run_dir), "--linger-s", str(LINGER_S), *(("--arena", self.arena) if self.arena else ()))
+        return [sys.executable, "-m", "pdx.daemon.main", *flags]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """Everything to start, in order; engines still lack the router's endpoint, which is known once it listens."""
+
+    daemons: tuple[DaemonSpec, ...]
+    engines: tuple[EngineSpec, ...]
+    router_cpus: str
+
+    def __str__(self) -> str:
+        specs = [*((spec.name, spec.cpus) for spec in (*self.daemons, *self.engines)), ("router", self.router_cpus)]
+        return ", ".join(f"{name} on {f'core {cpus}' if cpus else 'any core'}" for name, cpus in specs)
+
+
+def design(wish: Wish, ground: Ground) -> Fleet:
+    """Prefill engines and their daemon on the first cores, decode engines, the router and theirs on the last."""
+    roles = ["prefill"] * wish.prefill + ["decode"] * wish.decode
+    cpus = [",".join(map(str, share)) for share in shares(ground.cores, len(roles))]
+    gpus = [",".join(share) for share in shares(ground.gpus, len(roles))]
+    daemons = tuple(
+        DaemonSpec(
+            name=f"pdxd-{'ab'[index]}",
+            run_dir=ground.base / "ab"[index],
+            arena=wish.arena,
+            cpus=cpus[0 if index == 0 else -1],
+        )
+        for index in range(wish.hosts)
+    )
+    engines = tuple(
+        EngineSpec(
+            name=f"{role}-{index if role == 'prefill' else index - wish.prefill}",
+            role=role,
+            model=wish.model,
+            port=ground.ports[index],
+            cpus=cpus[index],
+            gpus=gpus[index],
+            settings={"run_dir": str(daemons[0 if role == "prefill" else -1].run_dir)},
+            flags=(*_memory_flags(wish.flags, on_cpu=not ground.gpus), *wish.flags),
+        )
+        for index, role in enumerate(roles)
+    )
+    return Fleet(daemons=daemons, engines=engines, router_cpus=cpus[-1])
+
+
+def shares(items: Sequence[int] | Sequence[str], count: int) -> list[tuple[int | str, ...]]:
+    """`items` cut into `count` shares: contiguous ones if there are enough, else one item each, taken in turn."""
+    if not items:
+        return [()] * count
+    if len(items) < count:
+        return [(items[index % len(items)],) for index in range(count)]
+    return [tuple(items[len(items) * i // count : len(items) * (i + 1) // count]) for i in range(count)]
+
+
+def _memory_flags(flags: Sequence[str], *, on_cpu: bool) -> tuple[str, ...]:
+    chosen = any(flag.replace("_", "-").startswith(MEMORY_FLAGS) for flag in flags)
+    return () if chosen or not on_cpu else ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))

@@ -1,0 +1,87 @@
+"""The process between a supervisor and one command: it ends the command's whole group when either of them is gone.
+
+A supervisor that is killed with SIGKILL can't clean up, and a model server that crashes leaves its own children. The
+kernel tells a guard of its parent's death (PR_SET_PDEATHSIG), so neither leaves anything running. Run by path, so it
+imports nothing of pdx:
+
+    python guard.py PARENT_PID GRACE_S CPUS COMMAND...        CPUS is e.g. "0,2-3", or "" for no pinning
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+EXIT_CANNOT_START = 127
+
+
+def main(argv: list[str]) -> int:
+    parent_pid, grace_s, cpus, command = int(argv[0]), float(argv[1]), argv[2], argv[3:]
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+    _die_with_parent(signal.SIGTERM)
+    if os.getppid() != parent_pid:  # it died before the line above
+        return EXIT_CANNOT_START
+    if cpus:
+        os.sched_setaffinity(0, parse_cpus(cpus))
+
+    def in_child() -> None:
+        _die_with_parent(signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+
+    try:
+        # This process has one thread, so preexec_fn is safe.
+        child = subprocess.Popen(command, process_group=0, preexec_fn=in_child)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+        return EXIT_CANNOT_START
+    _wait(child.pid, grace_s)
+    # Not reaped yet, so the group's number can't belong to anybody else.
+    _signal_group(child.pid, signal.SIGKILL)
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def parse_cpus(text: str) -> set[int]:
+    """The cores of "0,2-3". Raises ValueError."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def _wait(pid: int, grace_s: float) -> None:
+    """Until `pid` has exited; a first signal is passed on, and after `grace_s` more the group is killed."""
+    deadline: float | None = None
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if deadline is None:
+            received = signal.sigwaitinfo(WATCHED)
+        else:
+            received = signal.sigtimedwait(WATCHED, max(0.0, deadline - time.monotonic()))
+        if received is None:
+            _signal_group(pid, signal.SIGKILL)
+        elif received.si_signo != signal.SIGCHLD and deadline is None:
+            deadline = time.monotonic() + grace_s
+            # Only the leader: a server that is told ends its own workers in order.
+            os.kill(pid, signal.SIGTERM)
+
+
+def _signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return
+
+
+def _die_with_parent(number: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""`pdx serve`: vLLM servers of one role on this host, attached to the host's pdxd.
+
+What it starts is in engine.py, how it ends in supervise.py. The engines find or start the daemon themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pdx import config
+from pdx.errors import ConfigError, PdxError
+from pdx.launch import engine
+from pdx.launch.engine import EngineSpec
+from pdx.launch.guard import parse_cpus
+from pdx.launch.ports import answers, free_ports
+from pdx.launch.publish import publish
+from pdx.launch.supervise import Interrupted, Supervisor
+
+READY_S = 600.0  # a large model's weights from a slow disk; --ready-timeout-s for more
+USAGE = "pdx serve MODEL --kv-role prefill|decode|both [options] [engine flags]"
+EXAMPLES = """Every flag not listed here goes to vLLM unchanged (see vLLM's own help for them).
+
+examples:
+  pdx serve ./model --kv-role prefill --router tcp://127.0.0.1:5700 --enforce-eager
+  pdx serve ./model --kv-role decode --replicas 2 --router tcp://127.0.0.1:5700 --max-model-len 4096
+  pdx serve ./model --kv-role both --port 8000 --cpus 0-3"""
+SETTINGS = ("run_dir", "arena", "host", "key_file", "router")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serves until a signal (exit status 0) or until an engine dies (1). 2: the command line can't work."""
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        specs = plan(options, ports=_ports(options))
+    except PdxError as error:
+        print(f"pdx serve: {error}", file=sys.stderr)
+        return 2
+    return _run(specs, options)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; unknown flags are in `engine_flags`. Raises ConfigError."""
+    parser = _parser()
+    if not argv or {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    model, rest = engine.split_model(argv, usage=USAGE)
+    options, flags = parser.parse_known_args(rest)
+    options.model, options.engine_flags = model, engine.checked_flags(flags)
+    if options.replicas < 1:
+        raise ConfigError(f"--replicas must be positive, not {options.replicas}")
+    if options.cpus:
+        try:
+            parse_cpus(options.cpus)
+        except ValueError as error:
+            raise ConfigError(f"--cpus: {options.cpus!r} is not a list of cores; write e.g. 0-3,6") from error
+    options.settings = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    config.load(options.settings)  # a wrong size or PDX_* key is told now, in one line, not by every engine
+    return options
+
+
+def plan(options: argparse.Namespace, *, ports: Sequence[int]) -> list[EngineSpec]:
+    """The engines to start, one per port."""
+    role = engine.ROLES[options.kv_role]
+    base = options.name or role
+    settings = {key: value for key, value in options.settings.items() if key != "key_file"}
+    return [
+        EngineSpec(
+            # With its port, a name is unique among engines that were started apart.
+            name=base if options.name and len(ports) == 1 else f"{base}-{port}",
+            role=role,
+            model=options.model,
+            host=options.host or "127.0.0.1",
+            port=port,
+            cpus=options.cpus,
+            settings=settings,
+            flags=options.engine_flags,
+        )
+        for port in ports
+    ]
+
+
+def _run(specs: Sequence[EngineSpec], options: argparse.Namespace) -> int:
+    secrets = {"PDX_KEY_FILE": options.key_file} if options.key_file else {}
+    supervisor = Supervisor(echo=True)
+    try:
+        with supervisor:
+            for spec in specs:
+                supervisor.start(
+                    spec.name, engine.command(spec), env=engine.environment(spec) | secrets, cpus=spec.cpus
+                )
+            probes = {spec.name: answers(f"{spec.url}/health") for spec in specs}
+            supervisor.wait_ready(probes, deadline_s=options.ready_timeout_s)
+            for spec in specs:
+                supervisor.say(f"{spec.name} ({spec.role}) serves {spec.model} at {spec.url}")
+            if options.publish:
+                publish(options.publish, {"engines": [_published(spec) for spec in specs]})
+            supervisor.wait()
+    except Interrupted:
+        supervisor.say(str(supervisor.stopped))
+        return 0
+    except PdxError as error:
+        supervisor.say(f"{error}\npdx: {supervisor.stopped}")
+        return 1
+    return 0
+
+
+def _published(spec: EngineSpec) -> dict[str, str]:
+    return {"name": spec.name, "role": spec.role, "url": spec.url, "model": spec.model}
+
+
+def _ports(options: argparse.Namespace) -> list[int]:
+    if options.port:
+        return [options.port + index for index in range(options.replicas)]
+    return free_ports(options.replicas, host=options.host or "127.0.0.1")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pdx serve", usage=USAGE, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, description="Starts vLLM servers of one role on this host.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--kv-role", required=True, choices=sorted(engine.ROLES), metavar="ROLE",
+        help="prefill, decode or both (also kv_producer, kv_consumer, kv_both)")  # fmt: skip
+    add("--replicas", type=int, default=1, metavar="N", help="how many servers (default 1)")
+    add("--router", metavar="ENDPOINT", help="the router's control endpoint, e.g. tcp://127.0.0.1:5700")
+    add("--port", type=int, metavar="PORT", help="HTTP port of the first server (default: free ones)")
+    add("--name", default="", help="engine name in logs and metrics (default: the role and port)")
+    add("--cpus", default="", metavar="CORES", help="pin every process and OpenMP thread, e.g. 0-3")
+    add("--publish", type=Path, metavar="FILE", help="write names and URLs to this JSON file when ready")
+    add("--ready-timeout-s", type=float, default=READY_S, metavar="S", help=f"default {READY_S:.0f}")
+    for name in ("arena", "run_dir", "host", "key_file"):
+        add(f"--{name.replace('_', '-')}", metavar="VALUE", help=config.FLAGS[name])
+    return parser

@@ -1,0 +1,261 @@
+"""Runs several commands as one thing: prefixed logs, readiness, and an end that leaves no process behind.
+
+Each command runs under a guard (guard.py) in a session of its own, so that Ctrl-C reaches only the supervisor, which
+then ends everything in order. One thread, one selector: log pipes, process exits (pidfds) and signals are all file
+descriptors, so nothing here polls except readiness probes. Knows nothing of engines, daemons or routers.
+
+Use from the main thread only (it installs signal handlers).
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, TextIO
+
+from pdx.errors import PdxError
+from pdx.launch import guard, processes
+
+GRACE_S = 20.0  # a vLLM server that is told to stop ends its engine process in 5-10 s
+PROBE_EVERY_S = 0.5
+PROGRESS_EVERY_S = 10.0
+LAST_LINES = 25  # enough for a Python traceback's end
+PIPE_READ_BYTES = 65536  # one full pipe
+LINE_BYTES_MAX = 64 * 1024  # a longer line is cut: a child can't make us grow
+COLOURS = (36, 33, 35, 32, 34, 31)
+
+
+class ChildDied(PdxError):
+    """A supervised command ended by itself. The message carries its name, exit code and last log lines."""
+
+
+class NotReady(PdxError):
+    """A command is alive but did not answer its probe in time."""
+
+
+class Interrupted(PdxError):
+    """SIGINT or SIGTERM came while waiting. End what was started."""
+
+
+@dataclass
+class Child:
+    """One command under its guard."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    colour: int
+    log: IO[bytes] | None
+    last_lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=LAST_LINES))
+    partial: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """What stop() did."""
+
+    processes: int
+    left: int
+
+    def __str__(self) -> str:
+        return f"stopped {self.processes} processes, {self.left} left"
+
+
+class Supervisor:
+    """Starts commands, waits for them, ends them. A context manager: leaving it ends everything.
+
+    `log_dir` gets one plain file per command; `echo` also copies every line, prefixed, to `out`.
+    """
+
+    def __init__(
+        self, *, out: TextIO | None = None, log_dir: Path | None = None, echo: bool = True, grace_s: float = GRACE_S
+    ) -> None:
+        self._out = out or sys.stderr
+        self._log_dir = log_dir
+        self._echo = echo
+        self._grace_s = grace_s
+        self._children: list[Child] = []
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._signalled = False
+        self.stopped = Stopped(processes=0, left=0)  # what the last stop() that ended something did
+        self._restore: dict[int, Any] = {}
+
+    def __enter__(self) -> Supervisor:
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._old_wakeup = signal.set_wakeup_fd(self._wake_write.fileno())
+        self._restore = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        signal.set_wakeup_fd(self._old_wakeup)
+        for number, handler in self._restore.items():
+            signal.signal(number, handler)
+        self._selector.close()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def start(self, name: str, command: list[str], *, env: Mapping[str, str] | None = None, cpus: str = "") -> None:
+        """Starts `command` with `env` added to the environment, pinned to `cpus` ("0,2-3") if given."""
+        guarded = [sys.executable, guard.__file__, str(os.getpid()), str(self._grace_s), cpus, *command]
+        process = subprocess.Popen(
+            guarded,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        log = (self._log_dir / f"{name}.log").open("wb") if self._log_dir else None
+        colour = COLOURS[len(self._children) % len(COLOURS)]
+        child = Child(name=name, process=process, pidfd=os.pidfd_open(process.pid), colour=colour, log=log)
+        self._children.append(child)
+        self._selector.register(process.stdout, selectors.EVENT_READ, child)
+        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+
+    def wait_ready(self, probes: Mapping[str, Callable[[], bool]], *, deadline_s: float) -> None:
+        """Until every probe has answered True once. Raises ChildDied, NotReady or Interrupted."""
+        started = time.monotonic()
+        next_progress = started + PROGRESS_EVERY_S
+        waiting = dict(probes)
+        while True:
+            waiting = {name: probe for name, probe in waiting.items() if not probe()}
+            if not waiting:
+                return
+            now = time.monotonic()
+            names = ", ".join(sorted(waiting))
+            if now - started > deadline_s:
+                raise NotReady(f"{names}: no answer within {deadline_s:.0f} s{self._tail_of(next(iter(waiting)))}")
+            if now >= next_progress:
+                next_progress = now + PROGRESS_EVERY_S
+                self.say(f"waiting for {names} ({now - started:.0f} s)")
+            self._watch(now + PROBE_EVERY_S)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until a command ends (raises ChildDied), a signal comes (raises Interrupted) or the time is over."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._watch(deadline)
+
+    def stop(self) -> Stopped:
+        """Ends every command: SIGTERM, a grace (cut short by another signal), SIGKILL to what is left. Idempotent."""
+        if not self._children:
+            return self.stopped
+        sessions = {child.process.pid for child in self._children}
+        before = len(processes.of_sessions(sessions)) - len(self._alive())
+        for child in reversed(self._alive()):
+            child.process.terminate()
+        # The guards kill their groups after the grace themselves; the second is for them to do it.
+        deadline = time.monotonic() + self._grace_s + 1.0
+        while self._alive() and not self._signalled and (left_s := deadline - time.monotonic()) > 0:
+            self._turn(left_s)
+        processes.kill(processes.of_sessions(sessions))
+        for child in self._children:
+            child.process.wait()
+            self._forget(child)
+        self._children.clear()
+        self.stopped = Stopped(processes=max(0, before), left=len(processes.of_sessions(sessions)))
+        return self.stopped
+
+    def say(self, line: str) -> None:
+        """One line of the supervisor's own."""
+        print(f"pdx: {line}", file=self._out, flush=True)
+
+    def _watch(self, deadline: float | None) -> None:
+        while True:
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                return
+            self._turn(left_s)
+            if self._signalled:
+                self._signalled = False
+                raise Interrupted("stopped by a signal")
+            for child in self._children:
+                if child.process.poll() is not None:
+                    self._drain(child)
+                    code = child.process.returncode
+                    raise ChildDied(f"{child.name} ended with exit code {code}{self._tail_of(child.name)}")
+
+    def _turn(self, timeout_s: float | None) -> None:
+        """Handles what is ready within `timeout_s`: log bytes, exits, signals."""
+        for key, _ in self._selector.select(timeout_s):
+            if key.data is None:
+                self._wake_read.recv(4096)
+            elif key.fd == key.data.pidfd:
+                key.data.process.poll()
+                self._selector.unregister(key.fd)
+            else:
+                self._drain(key.data)
+
+    def _drain(self, child: Child) -> None:
+        assert child.process.stdout is not None
+        if child.process.stdout.closed:
+            return
+        try:
+            data = os.read(child.process.stdout.fileno(), PIPE_READ_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self._selector.unregister(child.process.stdout)
+            child.process.stdout.close()
+        child.partial += data
+        lines = child.partial.split(b"\n")
+        whole, rest = (lines[:-1], lines[-1]) if data else (lines, b"")
+        if len(rest) > LINE_BYTES_MAX:
+            whole, rest = [*whole, rest], b""
+        child.partial = bytearray(rest)
+        for line in whole:
+            if line or data:
+                self._log(child, bytes(line))
+
+    def _log(self, child: Child, line: bytes) -> None:
+        if child.log:
+            child.log.write(line + b"\n")
+            child.log.flush()
+        text = line.decode("utf-8", "replace").rstrip("\r")
+        child.last_lines.append(text)
+        if self._echo:
+            prefix = f"\x1b[{child.colour}m{child.name}\x1b[0m" if self._out.isatty() else child.name
+            print(f"{prefix} | {text}", file=self._out, flush=True)
+
+    def _tail_of(self, name: str) -> str:
+        lines = next((child.last_lines for child in self._children if child.name == name), ())
+        if not lines or self._echo:  # echoed lines stand on the screen already
+            return ""
+        return "; its last lines:\n" + "\n".join(f"  {name} | {line}" for line in lines)
+
+    def _alive(self) -> list[Child]:
+        return [child for child in self._children if child.process.poll() is None]
+
+    def _forget(self, child: Child) -> None:
+        self._drain(child)
+        assert child.process.stdout is not None
+        for file in (child.process.stdout, child.pidfd):
+            try:
+                self._selector.unregister(file)
+            except (KeyError, ValueError):  # already gone from the selector
+                continue
+        child.process.stdout.close()
+        os.close(child.pidfd)
+        if child.log:
+            child.log.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+

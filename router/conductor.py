@@ -1,0 +1,235 @@
+"""Plays journeys against real sockets: turns their actions into calls and what the calls say into events.
+
+One `Conductor` a request; it lives in the task that serves the client's connection. Decides nothing: see `journey`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter as Tally
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager
+
+from aiohttp import web
+
+from pdx.router.directory import Directory
+from pdx.router.journey import (
+    Action,
+    Answer,
+    Begin,
+    CallDecode,
+    CallPrefill,
+    ClientGone,
+    CloseStream,
+    DeadlinePassed,
+    DecodeAnswered,
+    EndHandoff,
+    Event,
+    Journey,
+    PassOn,
+    PrefillAnswered,
+    StreamFinished,
+    UpstreamFailed,
+)
+from pdx.router.metrics import Metrics
+from pdx.router.policy import Candidate
+from pdx.router.registry import Registry
+from pdx.router.upstream import Reply, Upstream, UpstreamError
+from pdx.router.usage import EventStream, with_cached_tokens
+
+# Writing the last bytes to a client that no longer reads must end too.
+CLOSE_S = 5.0
+CLIENT_GONE_CODE = 499  # never sent: how the metrics show clients that left
+
+
+class Outside:
+    """What all conductors of a router share. Owned by the event loop's thread."""
+
+    def __init__(self, *, directory: Directory, registry: Registry, upstream: Upstream, metrics: Metrics) -> None:
+        self.directory = directory
+        self.registry = registry
+        self.upstream = upstream
+        self.metrics = metrics
+        self.in_flight: Tally[str] = Tally()  # engine id -> calls under way
+
+    @contextmanager
+    def counted(self, engine: Candidate) -> Iterator[None]:
+        self.in_flight[engine.engine_id] += 1
+        try:
+            yield
+        finally:
+            self.in_flight[engine.engine_id] -= 1
+            if not self.in_flight[engine.engine_id]:
+                del self.in_flight[engine.engine_id]
+
+
+class Conductor:
+    """Serves one POST of `client` as `journey` says."""
+
+    def __init__(
+        self, journey: Journey, outside: Outside, client: web.Request, *, model: str, headers: dict[str, str]
+    ) -> None:
+        self._journey = journey
+        self._outside = outside
+        self._client = client
+        self._model = model
+        self._headers = headers  # for the engines
+        self._started_at = time.monotonic()
+        self._call = AsyncExitStack()  # the upstream call under way
+        self._chunks: AsyncIterator[bytes] | None = None
+        self._events = EventStream(None)
+        self._content_type = "application/json"
+        self._response: web.StreamResponse | None = None
+
+    async def play(self, begin: Begin, *, timeout_s: float) -> web.StreamResponse:
+        """The finished response. Cancelled (the client left), it drops upstream calls and ends the handoff."""
+        try:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._run(begin)
+            except TimeoutError:
+                await self._call.aclose()
+                if self._journey.state == "ended":
+                    raise  # all is said, but the client does not take it
+                async with asyncio.timeout(CLOSE_S):
+                    await self._run(DeadlinePassed())
+        except (ConnectionResetError, TimeoutError):
+            # The client is gone, or so slow that it does not even take the goodbye.
+            if self._client.transport is not None:
+                self._client.transport.abort()
+        finally:
+            await self._call.aclose()
+            if self._journey.state not in ("choosing", "ended"):
+                for action in self._journey.on(ClientGone()):
+                    self._end_handoff(action)
+            self._count()
+        return self._response or web.Response(status=CLIENT_GONE_CODE)
+
+    async def _run(self, first: Event) -> None:
+        event: Event | None = first
+        while event is not None:
+            actions = self._journey.on(event)
+            event = None
+            for action in actions:
+                event = await self._perform(action)
+
+    async def _perform(self, action: Action) -> Event | None:
+        match action:
+            case CallPrefill():
+                return await self._prefill(action)
+            case CallDecode():
+                return await self._decode(action)
+            case EndHandoff():
+                self._end_handoff(action)
+            case Answer():
+                await self._answer(action)
+            case PassOn():
+                await self._begin_stream(action.body)
+                return await self._pump()
+            case CloseStream():
+                assert self._response is not None
+                if action.body:
+                    await self._response.write(action.body)
+                await self._response.write_eof()
+        return None
+
+    async def _prefill(self, action: CallPrefill) -> Event:
+        try:
+            async with asyncio.timeout(action.timeout_s), AsyncExitStack() as stack:
+                reply = await self._open(stack, action.engine, action.body)
+                return PrefillAnswered(reply.status, await reply.read())
+        except UpstreamError as error:
+            return self._failed(action.engine, error)
+        except TimeoutError:
+            return UpstreamFailed("timeout")
+
+    async def _decode(self, action: CallDecode) -> Event:
+        await self._call.aclose()
+        self._call = AsyncExitStack()
+        try:
+            reply = await self._open(self._call, action.engine, action.body)
+            self._content_type = reply.content_type
+            if reply.status == 200 and reply.content_type.startswith("text/event-stream"):
+                self._chunks = reply.chunks()
+                self._events = EventStream(action.cached_tokens)
+                first = await self._next_events()
+                return DecodeAnswered(200, first, streaming=True) if first else UpstreamFailed("empty_stream")
+            body = await reply.read()
+        except UpstreamError as error:
+            return self._failed(action.engine, error)
+        if reply.status == 200 and action.cached_tokens is not None:
+            body = with_cached_tokens(body, action.cached_tokens)
+        return DecodeAnswered(reply.status, body)
+
+    async def _pump(self) -> Event:
+        assert self._response is not None
+        try:
+            while passed := await self._next_events():
+                await self._response.write(passed)
+        except UpstreamError as error:
+            return UpstreamFailed(str(error))
+        return StreamFinished()
+
+    async def _next_events(self) -> bytes:
+        """The next whole events; empty at the stream's end."""
+        assert self._chunks is not None
+        async for chunk in self._chunks:
+            if passed := self._events.feed(chunk):
+                return passed
+        return self._events.finish()
+
+    async def _open(self, stack: AsyncExitStack, engine: Candidate, body: bytes) -> Reply:
+        stack.enter_context(self._outside.counted(engine))
+        url = engine.info.url.rstrip("/") + self._client.path
+        return await stack.enter_async_context(self._outside.upstream.call(url, body, self._headers))
+
+    async def _begin_stream(self, first: bytes) -> None:
+        headers = {**self._pdx_headers(), "Content-Type": self._content_type, "Cache-Control": "no-cache"}
+        self._response = web.StreamResponse(headers=headers)
+        await self._response.prepare(self._client)
+        self._observe_first_byte()
+        await self._response.write(first)
+
+    async def _answer(self, action: Answer) -> None:
+        content_type = self._content_type if action.status == 200 else "application/json"
+        headers = {**self._pdx_headers(), "Content-Type": content_type}
+        if action.retry_after_s:
+            headers["Retry-After"] = str(action.retry_after_s)
+        self._response = web.Response(status=action.status, body=action.body, headers=headers)
+        self._observe_first_byte()
+
+    def _failed(self, engine: Candidate, error: UpstreamError) -> UpstreamFailed:
+        if error.unreachable:
+            self._outside.directory.on_unreachable(engine.engine_id, time.monotonic())
+        return UpstreamFailed(str(error))
+
+    def _end_handoff(self, action: Action) -> None:
+        assert isinstance(action, EndHandoff)
+        daemons = {d.daemon_id: d for d in (action.pair.prefill.daemon, action.pair.decode.daemon)}
+        for daemon in daemons.values():  # one, when both engines share a host
+            self._outside.registry.cancel(daemon, handoff_id=action.handoff_id, reason=action.reason)
+
+    def _pdx_headers(self) -> dict[str, str]:
+        journey = self._journey
+        headers = {"X-Request-Id": self._headers["X-Request-Id"], "x-pdx-handoff": "none"}
+        if journey.paired:
+            headers["x-pdx-handoff"] = journey.handoff_id.hex()
+            headers["x-pdx-prefill"] = journey.prefill.engine_id if journey.prefill else ""
+        if journey.decode is not None:
+            headers["x-pdx-decode"] = journey.decode.engine_id
+        if journey.reason:
+            headers["x-pdx-reason"] = journey.reason
+        return headers
+
+    def _observe_first_byte(self) -> None:
+        self._outside.metrics.ttft_s.labels(model=self._model).observe(time.monotonic() - self._started_at)
+
+    def _count(self) -> None:
+        metrics, journey = self._outside.metrics, self._journey
+        code = self._response.status if self._response is not None else CLIENT_GONE_CODE
+        metrics.requests.labels(model=self._model, code=str(code)).inc()
+        if journey.handoff_id:
+            metrics.handoffs.labels(outcome=journey.outcome).inc()
+        if journey.reason:
+            metrics.alone.labels(reason=journey.reason).inc()

@@ -1,0 +1,181 @@
+"""The live engines, as their daemons announce them and as their /health answers. Sans-IO: time is an argument.
+
+An engine joins with its daemon's Announce and is routable once /health has answered. It leaves when its daemon's
+newest Announce lacks it or says goodbye. A daemon that falls silent only takes the right to pair with it: its engines
+can still serve alone while /health answers, until ORPHAN_S have passed without a daemon adopting them.
+
+One thread: the event loop's.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from pdx.router.policy import Candidate, Snapshot
+from pdx.wire import Announce, DaemonRef, EngineInfo
+
+DAEMON_SILENT_S = 3.5  # announcements come every second: three were lost
+ORPHAN_S = 60.0  # a restarted daemon gets its engines back within seconds
+HEALTH_JOINING_S = 0.5
+HEALTH_STEADY_S = 5.0
+# A busy API server may miss one poll; a refused connection is reported as `unreachable` and counts at once.
+HEALTH_FAILURES_MAX = 2
+ENGINES_MAX = 4096  # of a whole fleet; protects the router's memory against a daemon gone mad
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Engine:
+    info: EngineInfo
+    daemon: DaemonRef
+    heard_at: float
+    poll_at: float
+    pairable: bool = True
+    ready: bool = False
+    failures: int = 0
+    waiting: int = 0
+
+
+@dataclass(slots=True)
+class _Daemon:
+    ref: DaemonRef
+    heard_at: float
+    reservations_waiting: int = 0
+
+
+class Directory:
+    """Who is there. All times are seconds of one monotonic clock."""
+
+    def __init__(self) -> None:
+        self._daemons: dict[str, _Daemon] = {}
+        self._engines: dict[str, _Engine] = {}
+
+    def __repr__(self) -> str:
+        ready = sum(engine.ready for engine in self._engines.values())
+        return f"<Directory {len(self._daemons)} daemons, {len(self._engines)} engines, {ready} ready>"
+
+    def on_announce(self, announce: Announce, now: float) -> list[str]:
+        """Takes in what a daemon serves; returns warnings for its operator."""
+        ref = announce.daemon
+        if announce.leaving:
+            self._daemons.pop(ref.daemon_id, None)
+            self._orphan(ref.daemon_id)
+            return []
+        if not self.knows_daemon(ref):
+            self._orphan(ref.daemon_id)  # a new incarnation: its engines attach again one by one
+        self._daemons[ref.daemon_id] = _Daemon(ref, now, announce.reservations_waiting)
+        waiting = {load.engine_id: load.waiting for load in announce.loads}
+        warnings = []
+        for info in announce.engines:
+            warning = self._reason_to_refuse(info, ref)
+            if warning:
+                warnings.append(warning)
+            elif info.url:
+                self._join(info, ref, now)
+                self._engines[info.engine_id].waiting = waiting.get(info.engine_id, 0)
+        listed = {info.engine_id for info in announce.engines}
+        for engine_id, engine in list(self._engines.items()):
+            if _same_daemon(engine.daemon, ref) and engine_id not in listed:
+                self._leave(engine_id, "its daemon no longer announces it")
+        return warnings
+
+    def on_health(self, engine_id: str, ok: bool, now: float) -> None:
+        """The answer of one poll of /health. Unknown engines are ignored: they left meanwhile."""
+        engine = self._engines.get(engine_id)
+        if engine is None:
+            return
+        if ok:
+            if not engine.ready:
+                _log.info("engine %s (%s) is ready at %s", engine_id, engine.info.role, engine.info.url)
+            engine.ready, engine.failures, engine.poll_at = True, 0, now + HEALTH_STEADY_S
+            return
+        engine.failures += 1
+        if engine.ready and engine.failures >= HEALTH_FAILURES_MAX:
+            _log.warning("engine %s stopped answering /health", engine_id)
+            engine.ready = False
+        engine.poll_at = now + HEALTH_JOINING_S
+
+    def on_unreachable(self, engine_id: str, now: float) -> None:
+        """A request could not connect there: not routable before /health answers again."""
+        engine = self._engines.get(engine_id)
+        if engine is not None and engine.ready:
+            _log.warning("engine %s can't be reached", engine_id)
+            engine.ready = False
+            engine.poll_at = now + HEALTH_JOINING_S
+
+    def due_polls(self, now: float) -> list[tuple[str, str]]:
+        """(engine id, url) whose /health should be asked now; each is due again after its answer."""
+        due = [(engine_id, engine.info.url) for engine_id, engine in self._engines.items() if engine.poll_at <= now]
+        for engine_id, _ in due:
+            self._engines[engine_id].poll_at = now + HEALTH_STEADY_S
+        return due
+
+    def expire(self, now: float) -> list[str]:
+        """Forgets silent daemons and abandoned engines; returns the daemons' ids."""
+        silent = [d.ref.daemon_id for d in self._daemons.values() if now - d.heard_at > DAEMON_SILENT_S]
+        for daemon_id in silent:
+            _log.warning("daemon %s has been silent for %.1f s", daemon_id, DAEMON_SILENT_S)
+            del self._daemons[daemon_id]
+            self._orphan(daemon_id)
+        for engine_id, engine in list(self._engines.items()):
+            if not engine.pairable and (now - engine.heard_at > ORPHAN_S or not engine.ready):
+                self._leave(engine_id, "its daemon is gone")
+        return silent
+
+    def snapshot(self) -> Snapshot:
+        """The routable engines."""
+        return tuple(
+            Candidate(info=e.info, daemon=e.daemon, pairable=e.pairable, waiting=e.waiting)
+            for e in self._engines.values()
+            if e.ready
+        )
+
+    def knows_daemon(self, ref: DaemonRef) -> bool:
+        """Whether this very incarnation is alive."""
+        daemon = self._daemons.get(ref.daemon_id)
+        return daemon is not None and _same_daemon(daemon.ref, ref)
+
+    def models(self) -> list[str]:
+        """Every model that some announced engine serves, ready or not."""
+        return sorted({engine.info.model for engine in self._engines.values()})
+
+    def joining(self) -> list[str]:
+        """Engines that have been announced and have not answered /health yet."""
+        return sorted(engine_id for engine_id, engine in self._engines.items() if not engine.ready)
+
+    def reservations_waiting(self) -> int:
+        return sum(daemon.reservations_waiting for daemon in self._daemons.values())
+
+    def _reason_to_refuse(self, info: EngineInfo, ref: DaemonRef) -> str:
+        if info.url and urlsplit(info.url).scheme not in ("http", "https"):
+            return f"engine {info.engine_id}: {info.url!r} is not an http url"
+        known = self._engines.get(info.engine_id)
+        if known is None:
+            return f"more than {ENGINES_MAX} engines" if len(self._engines) >= ENGINES_MAX else ""
+        if known.pairable and known.daemon.daemon_id != ref.daemon_id and known.info.url != info.url:
+            return f"engine id {info.engine_id} is taken by {known.info.url}"
+        return ""
+
+    def _join(self, info: EngineInfo, ref: DaemonRef, now: float) -> None:
+        known = self._engines.get(info.engine_id)
+        if known is None or known.info != info:
+            self._engines[info.engine_id] = _Engine(info, ref, heard_at=now, poll_at=now)
+            return
+        # The same engine, heard again: perhaps through a new incarnation of its daemon.
+        known.daemon, known.heard_at, known.pairable = ref, now, True
+
+    def _orphan(self, daemon_id: str) -> None:
+        for engine in self._engines.values():
+            if engine.daemon.daemon_id == daemon_id:
+                engine.pairable = False
+
+    def _leave(self, engine_id: str, why: str) -> None:
+        _log.info("engine %s leaves: %s", engine_id, why)
+        del self._engines[engine_id]
+
+
+def _same_daemon(one: DaemonRef, other: DaemonRef) -> bool:
+    return (one.daemon_id, one.incarnation) == (other.daemon_id, other.incarnation)

@@ -1,0 +1,100 @@
+"""Which engines serve a request. Pure functions on a frozen snapshot; knows nothing of sockets, clocks or requests.
+
+A pair needs two engines of one model, one content and one layout (ranks apart), whose daemons both answer, and of
+which at least one was started for its side: two engines of role "both" have nothing to gain from each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import msgspec
+
+from pdx.wire import DaemonRef, EngineInfo
+
+PolicyName = Literal["round_robin", "least_loaded"]
+Side = Literal["prefill", "decode"]
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A routable engine, as the directory and the router's own counts see it at one moment."""
+
+    info: EngineInfo
+    daemon: DaemonRef
+    pairable: bool = True  # its daemon answers
+    waiting: int = 0  # requests queued in the engine, as announced
+    in_flight: int = 0  # requests that this router has under way there
+
+    @property
+    def engine_id(self) -> str:
+        return self.info.engine_id
+
+    @property
+    def load(self) -> int:
+        return self.waiting + self.in_flight
+
+
+class Pair(msgspec.Struct, frozen=True):
+    prefill: Candidate
+    decode: Candidate
+
+
+Snapshot = tuple[Candidate, ...]
+Policy = Callable[[Sequence[Candidate], int], Candidate]
+
+
+def round_robin(candidates: Sequence[Candidate], turn: int) -> Candidate:
+    return candidates[turn % len(candidates)]
+
+
+def least_loaded(candidates: Sequence[Candidate], turn: int) -> Candidate:
+    """The smallest load; among equals, in turns."""
+    least = min(candidate.load for candidate in candidates)
+    return round_robin([candidate for candidate in candidates if candidate.load == least], turn)
+
+
+POLICIES: Mapping[PolicyName, Policy] = {"round_robin": round_robin, "least_loaded": least_loaded}
+
+
+def choose_pair(snapshot: Snapshot, model: str, *, policy: PolicyName, turn: int) -> Pair | None:
+    """A prefill engine and a decode engine that fit each other, or None."""
+    decodes = serving(snapshot, model, "decode")
+    candidates = serving(snapshot, model, "prefill")
+    partners = {p.engine_id: [d for d in decodes if fit(p, d)] for p in candidates}
+    prefills = [p for p in candidates if partners[p.engine_id]]
+    if not prefills:
+        return None
+    choose = POLICIES[policy]
+    prefill = choose(prefills, turn)
+    # The quotient, so that with equal numbers on both sides every prefill engine meets every decode engine.
+    return Pair(prefill, choose(partners[prefill.engine_id], turn + turn // len(prefills)))
+
+
+def choose_alone(
+    snapshot: Snapshot, model: str, *, policy: PolicyName, turn: int, exclude: frozenset[str] = frozenset()
+) -> Candidate | None:
+    """One engine that serves a whole request, or None."""
+    candidates = [c for c in serving(snapshot, model, "decode") if c.engine_id not in exclude]
+    return POLICIES[policy](candidates, turn) if candidates else None
+
+
+def serving(snapshot: Snapshot, model: str, side: Side) -> list[Candidate]:
+    """The engines of this model for this side, in a stable order."""
+    fitting = [c for c in snapshot if c.info.model == model and c.info.role in (side, "both")]
+    return sorted(fitting, key=lambda candidate: candidate.engine_id)
+
+
+def fit(prefill: Candidate, decode: Candidate) -> bool:
+    """Whether KV of the one can be read by the other."""
+    if prefill.engine_id == decode.engine_id or not (prefill.pairable and decode.pairable):
+        return False
+    if prefill.info.role == "both" and decode.info.role == "both":
+        return False
+    if prefill.info.content != decode.info.content:
+        return False
+    return _without_rank(prefill) == _without_rank(decode)
+
+
+def _without_rank(candidate: Candidate) -> msgspec.Struct:
+    return msgspec.structs.replace(candidate.info.layout, rank=0)

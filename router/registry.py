@@ -1,0 +1,109 @@
+"""The router's side of the control conversation: hears Announce, answers Welcome, sends CancelHandoff.
+
+Knows sockets and identities; what an announcement means is the directory's business. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from pdx.curve import lock
+from pdx.errors import ConfigError, WireError
+from pdx.router.metrics import Metrics
+from pdx.wire import FRAME_BYTES_MAX, ROUTER, Announce, CancelHandoff, DaemonRef, Message, Welcome, decoder_of, encode
+
+# Every daemon says one thing a second; more than this unheard means that the router is stuck anyway.
+RECEIVE_QUEUE_MAX = 1024
+# Welcomes and cancels are small; a daemon that reads none for so long has died.
+SEND_QUEUE_MAX = 1024
+DAEMONS_MAX = 4096
+
+_log = logging.getLogger(__name__)
+_decode: Callable[[bytes | memoryview], Announce] = decoder_of(ROUTER)
+
+
+class Registry:
+    """A bound ROUTER socket. `run()` feeds announcements to `heard`, whose warnings go back in the Welcome."""
+
+    def __init__(
+        self,
+        control: str,
+        *,
+        router_id: str,
+        cluster_key: bytes,
+        heard: Callable[[Announce], list[str]],
+        metrics: Metrics,
+    ) -> None:
+        """Binds. Raises ConfigError if the endpoint is taken or malformed."""
+        self._router_id = router_id
+        self._heard = heard
+        self._metrics = metrics
+        self._identities: dict[str, tuple[int, bytes]] = {}  # daemon id -> incarnation, identity frame
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.maxmsgsize = FRAME_BYTES_MAX
+        self._socket.rcvhwm = RECEIVE_QUEUE_MAX
+        self._socket.sndhwm = SEND_QUEUE_MAX
+        self._socket.router_mandatory = True  # an unknown daemon is an error to count, not a silence
+        self._socket.router_handover = True  # a daemon that connects again gets its name back
+        lock(self._socket, cluster_key, server=True)
+        try:
+            self._socket.bind(control)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(f"can't listen on --control {control}: {error.strerror}") from error
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    async def run(self) -> None:
+        """Receives until cancelled."""
+        while True:
+            frames = await self._socket.recv_multipart()
+            try:
+                if len(frames) != 2:
+                    raise WireError(f"{len(frames)} frames instead of 2")
+                announce = _decode(frames[1])
+            except WireError as error:
+                self._metrics.bad_frames.inc()
+                _log.debug("dropped a control frame: %s", error)
+                continue
+            self._on_announce(frames[0], announce)
+
+    def cancel(self, daemon: DaemonRef, *, handoff_id: bytes, reason: str, attempt: int = 0) -> None:
+        """Tells a daemon to end a handoff. Never blocks; a daemon gone meanwhile needs no telling."""
+        incarnation, identity = self._identities.get(daemon.daemon_id, (0, b""))
+        if incarnation != daemon.incarnation or not identity:
+            self._metrics.undelivered.inc()
+            return
+        self._send(identity, CancelHandoff(handoff_id=handoff_id, attempt=attempt, reason=reason))
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._socket.close(linger=0)
+        self._context.term()
+
+    def _on_announce(self, identity: bytes, announce: Announce) -> None:
+        daemon = announce.daemon
+        warnings = self._heard(announce)
+        if announce.leaving:
+            self._identities.pop(daemon.daemon_id, None)
+            return
+        if daemon.daemon_id not in self._identities and len(self._identities) >= DAEMONS_MAX:
+            self._identities.pop(next(iter(self._identities)))  # the oldest; a live one is back within a second
+        self._identities[daemon.daemon_id] = (daemon.incarnation, identity)
+        self._send(identity, Welcome(router_id=self._router_id, warnings=warnings))
+
+    def _send(self, identity: bytes, message: Message) -> None:
+        # NOBLOCK: at once, or refused because the peer is gone or its queue is full.
+        sent = asyncio.ensure_future(self._socket.send_multipart([identity, encode(message)], flags=zmq.NOBLOCK))
+        sent.add_done_callback(self._count_undelivered)
+
+    def _count_undelivered(self, sent: asyncio.Future[Any]) -> None:
+        if sent.cancelled() or sent.exception() is not None:
+            self._metrics.undelivered.inc()

@@ -1,0 +1,168 @@
+"""What a pair of engines can serve, and how a request's body is rewritten for each of the two.
+
+Two tables: `ALONE_RULES` (requests that go to one engine whole, with the reason shown to the client and counted) and
+`PREFILL_FIELDS` (how prefill's copy differs from the client's body). Knows the OpenAI-compatible bodies of vLLM 0.32;
+knows nothing of engines, handoffs under way or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Body = Mapping[str, Any]
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+# Fields by which routers steer engines. From a client they are stripped: it could name handoffs that are not its own.
+PRIVATE_FIELDS = ("kv_transfer_params", "ec_transfer_params")
+
+# Content parts from which the engines render a text prompt; everything else carries media, whose processing the token
+# ids that prefill returns do not cover.
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+_MEDIA_MARKS = ("image", "audio", "video", "embeds")
+
+
+class AloneRule(NamedTuple):
+    """A request for which `applies(path, body)` is true is not paired, for `reason`."""
+
+    reason: str
+    applies: Callable[[str, Body], bool]
+
+
+ALONE_RULES: tuple[AloneRule, ...] = (
+    # Embeddings, tokenizing, responses ...: either no generation, or no token ids in prefill's reply.
+    AloneRule("endpoint", lambda path, body: path not in (COMPLETIONS, CHAT)),
+    # Several sequences of one request: prefill would send KV once, the decode engine would ask for it n times.
+    AloneRule("n", lambda path, body: body.get("n") not in (None, 1)),
+    AloneRule("best_of", lambda path, body: body.get("best_of") not in (None, 1)),
+    AloneRule("beam_search", lambda path, body: bool(body.get("use_beam_search"))),
+    # A list of prompts becomes several engine requests, and one handle names one.
+    AloneRule("several_prompts", lambda path, body: path == COMPLETIONS and _prompts(body) != 1),
+    AloneRule("prompt_embeds", lambda path, body: body.get("prompt_embeds") is not None),
+    # The engine that answers must have the prompt's text, or its logits, itself.
+    AloneRule("echo", lambda path, body: bool(body.get("echo"))),
+    AloneRule("prompt_logprobs", lambda path, body: body.get("prompt_logprobs") is not None),
+    AloneRule("prompt_text", lambda path, body: bool(body.get("return_prompt_text"))),
+    # Fill-in-the-middle is rendered from text only, and the decode side of a pair gets token ids.
+    AloneRule("suffix", lambda path, body: path == COMPLETIONS and body.get("suffix") is not None),
+    # -1 cuts to what max_tokens leaves room for, and prefill's max_tokens is another.
+    AloneRule("truncation", lambda path, body: not _none_or_positive(body.get("truncate_prompt_tokens"))),
+    # Zero, negative or malformed: let one engine say what is wrong with it, in its own words.
+    AloneRule(
+        "max_tokens",
+        lambda path, body: not all(_none_or_positive(body.get(f)) for f in ("max_tokens", "max_completion_tokens")),
+    ),
+    AloneRule("multimodal", lambda path, body: path == CHAT and _has_media(body.get("messages"))),
+)
+
+
+class FieldRule(NamedTuple):
+    """What becomes of one field in prefill's copy. Fields without a rule are kept."""
+
+    field: str
+    action: str  # "set", "drop" or "keep"
+    value: Any = None
+    paths: tuple[str, ...] = (COMPLETIONS, CHAT)
+
+
+PREFILL_FIELDS: tuple[FieldRule, ...] = (
+    FieldRule("max_tokens", "set", 1),
+    FieldRule("max_completion_tokens", "set", 1, paths=(CHAT,)),  # it would win over max_tokens
+    FieldRule("stream", "set", False),
+    FieldRule("return_token_ids", "set", True),
+    # Refused by the engine without stream=true.
+    FieldRule("stream_options", "drop"),
+    FieldRule("stream_interval", "drop"),
+    # Refused if larger than max_tokens.
+    FieldRule("min_tokens", "drop"),
+    # They shape only the answer, and prefill's one token is thrown away.
+    FieldRule("stop", "drop"),
+    FieldRule("stop_token_ids", "drop"),
+    FieldRule("logprobs", "drop"),
+    FieldRule("top_logprobs", "drop"),
+    FieldRule("logprob_token_ids", "drop"),  # refused without logprobs
+    FieldRule("return_tokens_as_token_ids", "drop"),
+    # Compiling a grammar would delay the forward pass, and it is not part of the prompt.
+    FieldRule("structured_outputs", "drop"),
+    # These reach the chat template, hence the prompt, or the block hashes.
+    FieldRule("response_format", "keep"),
+    FieldRule("tools", "keep"),
+    FieldRule("tool_choice", "keep"),
+    FieldRule("reasoning_effort", "keep"),
+    FieldRule("chat_template", "keep"),
+    FieldRule("chat_template_kwargs", "keep"),
+    FieldRule("continue_final_message", "keep"),
+    FieldRule("add_generation_prompt", "keep"),
+    FieldRule("add_special_tokens", "keep"),
+    FieldRule("documents", "keep"),
+    FieldRule("truncate_prompt_tokens", "keep"),
+    FieldRule("cache_salt", "keep"),
+    FieldRule("priority", "keep"),
+    FieldRule("ignore_eos", "keep"),
+)
+
+
+def alone_reason(path: str, body: Body) -> str | None:
+    """Why this request can't be split over two engines, or None if it can."""
+    return next((rule.reason for rule in ALONE_RULES if rule.applies(path, body)), None)
+
+
+def without_private(body: Body) -> tuple[dict[str, Any], bool]:
+    """The body without fields that only routers may set, and whether any was there."""
+    public = {field: value for field, value in body.items() if field not in PRIVATE_FIELDS}
+    return public, len(public) != len(body)
+
+
+def prefill_body(path: str, body: Body, handle: str) -> dict[str, Any]:
+    """What prefill is asked: the same prompt, one token, not streamed, the prompt's token ids in the reply."""
+    copy = dict(body)
+    for rule in PREFILL_FIELDS:
+        if path not in rule.paths:
+            continue
+        if rule.action == "drop":
+            copy.pop(rule.field, None)
+        elif rule.action == "set":
+            copy[rule.field] = rule.value
+    copy["kv_transfer_params"] = {"do_remote_decode": True, "pdx_handle": handle}
+    return copy
+
+
+def decode_body(path: str, body: Body, handle: str, prompt_token_ids: list[int]) -> dict[str, Any]:
+    """What the decode engine is asked: the client's body with prefill's token ids, so that both have one prompt.
+
+    vLLM takes the ids from kv_transfer_params for chat only; a completion's prompt may be token ids by itself.
+    """
+    params: dict[str, Any] = {"do_remote_prefill": True, "pdx_handle": handle}
+    copy = dict(body)
+    if path == CHAT:
+        params["prompt_token_ids"] = prompt_token_ids
+    else:
+        copy["prompt"] = prompt_token_ids
+    copy["kv_transfer_params"] = params
+    return copy
+
+
+def _prompts(body: Body) -> int:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return len(prompt)
+    return 1
+
+
+def _none_or_positive(value: object) -> bool:
+    return value is None or (type(value) is int and value > 0)
+
+
+def _has_media(messages: object) -> bool:
+    if not isinstance(messages, list):
+        return False
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    return any(_is_media(part) for content in contents if isinstance(content, list) for part in content)
+
+
+def _is_media(part: object) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return part.get("type", "text") not in _TEXT_PARTS or any(mark in key for key in part for mark in _MEDIA_MARKS)

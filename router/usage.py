@@ -1,0 +1,55 @@
+"""Rewrites one number in what passes through: usage.prompt_tokens_details.cached_tokens.
+
+To the decode engine the whole prompt looks cached, since its KV came by handoff. What the client wants to know is how
+much prefill did not have to compute. Every byte but the usage event's passes unchanged.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+# An event that does not end within this is passed on as it is: no event that the router rewrites is that long.
+EVENT_BYTES_MAX = 1 << 20
+
+
+class EventStream:
+    """Cuts a stream into whole server-sent events, so that one broken off never reaches the client in part."""
+
+    def __init__(self, cached_tokens: int | None) -> None:
+        self._cached_tokens = cached_tokens
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """The events that are whole by now."""
+        whole, separator, self._rest = (self._rest + chunk).rpartition(b"\n\n")
+        if not separator and len(self._rest) > EVENT_BYTES_MAX:
+            whole, self._rest = self._rest, b""
+        passed = whole + separator
+        if self._cached_tokens is None or b'"cached_tokens"' not in passed:
+            return passed
+        return b"\n\n".join(self._rewritten(event) for event in passed.split(b"\n\n"))
+
+    def finish(self) -> bytes:
+        """What is left when the engine has ended the stream in order."""
+        rest, self._rest = self._rest, b""
+        return rest
+
+    def _rewritten(self, event: bytes) -> bytes:
+        prefix = b"data: "
+        if not event.startswith(prefix) or b'"cached_tokens"' not in event:
+            return event
+        assert self._cached_tokens is not None
+        return prefix + with_cached_tokens(event[len(prefix) :], self._cached_tokens)
+
+
+def with_cached_tokens(body: bytes, cached_tokens: int) -> bytes:
+    """The JSON object with this number where it has one; anything else unchanged."""
+    try:
+        answer = msgspec.json.decode(body)
+        details = answer["usage"]["prompt_tokens_details"]
+        if details["cached_tokens"] == cached_tokens:
+            return body
+    except (msgspec.MsgspecError, ValueError, RecursionError, KeyError, TypeError):
+        return body
+    details["cached_tokens"] = cached_tokens
+    return msgspec.json.encode(answer)

@@ -1,0 +1,87 @@
+"""What every test gets: a leak check after it, reasons for skips, and hypothesis without luck."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+SETTLE_S = 3.0  # a thread or process that has been told to end gets this long to be gone
+# Started once per process by the standard library, on purpose, and never ended by it.
+LASTING = ("resource_tracker", "forkserver")
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
+
+MARKS: dict[str, tuple[Callable[[], bool], str]] = {
+    "vllm": (lambda: importlib.util.find_spec("vllm") is not None, "vLLM is not installed: pip install 'pdx-kv[cpu]'"),
+    "gpu": (lambda: Path("/dev/nvidia0").exists(), "this machine has no NVIDIA GPU"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for mark, (is_here, reason) in MARKS.items():
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and not is_here():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    """Threads, child processes, descriptors (memfds and sockets among them) and /dev/shm are as before the test."""
+    before = _held()
+    yield
+    deadline = time.monotonic() + SETTLE_S
+    pause = threading.Event()
+    while leaked := _held() - before:
+        if time.monotonic() > deadline:
+            pytest.fail(f"leaked: {', '.join(sorted(leaked))}", pytrace=False)
+        gc.collect()
+        pause.wait(0.01)
+
+
+def _held() -> set[str]:
+    return _threads() | _children() | _descriptors() | _shared_memory()
+
+
+def _threads() -> set[str]:
+    return {f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()}
+
+
+def _children() -> set[str]:
+    pids: set[str] = set()
+    for children in Path("/proc/self/task").glob("*/children"):
+        try:
+            pids.update(children.read_text().split())
+        except OSError:  # the thread ended while we looked
+            continue
+    return {f"process {pid} {name}" for pid in pids if not any(word in (name := _name_of(pid)) for word in LASTING)}
+
+
+def _name_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120]
+    except OSError:
+        return "?"
+
+
+def _descriptors() -> set[str]:
+    held = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            held.add(f"descriptor {number} {os.readlink(f'/proc/self/fd/{number}')}")
+        except OSError:  # the one that listed the folder
+            continue
+    return held
+
+
+def _shared_memory() -> set[str]:
+    return {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith("pdx")}

@@ -1,0 +1,223 @@
+"""A pdxd in this process's memory: claims, follows and serves handoffs between engines that share its arena.
+
+Complete for what engines see of a daemon on one host. It never evicts and never runs out of budget; tests make it late
+(`hold_back`), hostile (they write into `arena.memory`) or dead (`die`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from pdx.buffer.headers import Headers
+from pdx.handoff.handle import TransferHandle, mint, verify
+from pdx.layout import CONTROL_BYTES, PageLayout, Place, round_up
+from pdx.wire import (
+    ENGINE,
+    TO_ENGINE,
+    Attached,
+    Budgets,
+    DaemonRef,
+    Filled,
+    LetGo,
+    LoadEnded,
+    LoadOpened,
+    Message,
+    OpenLoad,
+    OpenSend,
+    Renew,
+    SendEnded,
+    SendOpened,
+    decoder_of,
+    encode,
+)
+
+KEY = b"k" * 32
+_decode_engine = decoder_of(ENGINE)
+_decode_daemon = decoder_of(TO_ENGINE)
+
+
+@dataclass
+class Handoff:
+    request: OpenSend
+    places: list[Place]
+    filled: dict[int, set[int]] = field(default_factory=dict)  # block -> layers
+    let_go: dict[str, LetGo] = field(default_factory=dict)
+
+
+class MemoryDaemon:
+    """One arena, one slot of one block per block."""
+
+    def __init__(self, layout: PageLayout, *, blocks: int, incarnation: int = 1, digest_mode: bool = False) -> None:
+        self.layout = layout
+        self.ref = DaemonRef(daemon_id="memory", incarnation=incarnation, control="", lanes=[])
+        self.digest_mode = digest_mode
+        area = round_up(blocks * layout.header_bytes, 4096)
+        self.arena_bytes = CONTROL_BYTES + area + blocks * layout.unit_bytes
+        self.arena: Headers = Headers(memoryview(bytearray(self.arena_bytes)))
+        self._units = CONTROL_BYTES + area
+        self._capacity = blocks
+        self._used = 0
+        self._generation = 0
+        self.handoffs: dict[bytes, Handoff] = {}
+        self.clients: list[MemoryClient] = []
+        self.received: list[Message] = []
+        self.let_go: list[LetGo] = []
+        self.load_status: str | None = None  # answer this instead of looking
+        self.hold_back = False  # answers stay in the queue
+        self.alive = True
+
+    def client(self) -> MemoryClient:
+        client = MemoryClient(self, fence_offset=8 * len(self.clients))
+        self.clients.append(client)
+        return client
+
+    def handle(self, number: int = 1, *, budgets: Budgets | None = None) -> str:
+        return mint(
+            TransferHandle(
+                handoff_id=number.to_bytes(16, "big"),
+                attempt=0,
+                prefill_engine="p",
+                decode_engine="d",
+                prefill_daemon=self.ref,
+                decode_daemon=self.ref,
+                budgets=budgets or Budgets(),
+                issued_unix_s=1e9,
+            ),
+            KEY,
+        )
+
+    def fence(self, client: MemoryClient) -> int:
+        return self.arena.fence(client.attached.fence_offset)
+
+    def die(self) -> None:
+        self.alive = False
+
+    def end_load(self, client: MemoryClient, handoff_id: bytes, reason: str) -> None:
+        client.deliver(LoadEnded(handoff_id=handoff_id, reason=reason))
+
+    def take(self, client: MemoryClient, message: Message) -> None:
+        self.received.append(message)
+        match message:
+            case OpenSend():
+                self._open_send(client, message)
+            case Filled():
+                for entry in message.entries:
+                    filled = self.handoffs[entry.handoff_id].filled
+                    for block in entry.blocks:
+                        assert message.layer not in filled.setdefault(block, set()), "a page was sent twice"
+                        filled[block].add(message.layer)
+            case OpenLoad():
+                self._open_load(client, message)
+            case LetGo():
+                self.let_go.append(message)
+                if message.handoff_id in self.handoffs:
+                    self.handoffs[message.handoff_id].let_go[message.side] = message
+            case Renew():
+                pass
+
+    def _open_send(self, client: MemoryClient, message: OpenSend) -> None:
+        handoff_id = verify(message.handle, KEY, now_unix_s=1e9).handoff_id
+        blocks = len(message.block_hashes) + bool(message.tail_hash)
+        if self._used + blocks > self._capacity or handoff_id in self.handoffs:
+            client.deliver(SendEnded(request_id=message.request_id, handoff_id=b"", reason="full or used"))
+            return
+        places = [self._claim() for _ in range(blocks)]
+        self.handoffs[handoff_id] = Handoff(message, places)
+        client.deliver(SendOpened(request_id=message.request_id, handoff_id=handoff_id, places=list(places)))
+
+    def _claim(self) -> Place:
+        unit, self._used, self._generation = self._used, self._used + 1, self._generation + 1
+        header = CONTROL_BYTES + unit * self.layout.header_bytes
+        self.arena.reset(header, self.layout, self._generation)
+        return Place(self._units + unit * self.layout.unit_bytes, 1, 0, header, self._generation)
+
+    def _open_load(self, client: MemoryClient, message: OpenLoad) -> None:
+        handoff_id = verify(message.handle, KEY, now_unix_s=1e9).handoff_id
+        handoff = self.handoffs.get(handoff_id)
+        status = self.load_status or ("granted" if handoff else "absent")
+        places: list[Place] = []
+        if status == "granted":
+            assert handoff is not None
+            sent = handoff.request
+            same = (sent.block_hashes, sent.tail_hash) == (message.block_hashes, message.tail_hash)
+            matching = 0
+            for ours, theirs in zip(sent.block_hashes, message.block_hashes, strict=False):
+                if ours != theirs:
+                    break
+                matching += 1
+            places = handoff.places if same else handoff.places[:matching]
+            status = "granted" if places else "absent"
+        client.deliver(
+            LoadOpened(request_id=message.request_id, handoff_id=handoff_id, status=status, places=list(places))  # type: ignore[arg-type]
+        )
+
+
+class MemoryClient:
+    """What an engine sees of it: a DaemonClient without sockets. Messages pass through their encoding."""
+
+    def __init__(self, daemon: MemoryDaemon, *, fence_offset: int) -> None:
+        self._daemon = daemon
+        self._inbox: deque[bytes] = deque()
+        self.arena: Headers | None = daemon.arena
+        self.attached = Attached(
+            daemon=daemon.ref,
+            session=fence_offset,
+            socket="",
+            arena_bytes=daemon.arena_bytes,
+            fence_offset=fence_offset,
+            digest_mode=daemon.digest_mode,
+            lease_s=30.0,
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self._daemon.alive
+
+    def send(self, message: Message) -> None:
+        if not self.alive:
+            from pdx.errors import DaemonGone
+
+            raise DaemonGone("dead")
+        self._daemon.take(self, _decode_engine(encode(message)))
+
+    def deliver(self, message: Message) -> None:
+        self._inbox.append(encode(message))
+
+    def poll(self) -> list[Message]:
+        if self._daemon.hold_back or not self.alive:
+            return []
+        messages = [_decode_daemon(frame) for frame in self._inbox]
+        self._inbox.clear()
+        return messages
+
+    def wait(self, timeout_s: float) -> list[Message]:
+        return self.poll()  # what will come is here: the daemon answers within `send`
+
+    def publish_fence(self, step: int) -> None:
+        assert self.arena is not None
+        self.arena.set_fence(self.attached.fence_offset, step)
+
+    def close(self) -> None:
+        self.arena = None
+
+
+class MemoryAttachment:
+    """Attaches to whichever daemon the test puts in `daemon`."""
+
+    def __init__(self, daemon: MemoryDaemon) -> None:
+        self.daemon: MemoryDaemon | None = daemon
+        self._client: MemoryClient | None = None
+
+    def client(self, now: float) -> MemoryClient | None:
+        if self._client is not None and not self._client.alive:
+            self._client.close()
+            self._client = None
+        if self._client is None and self.daemon is not None and self.daemon.alive:
+            self._client = self.daemon.client()
+        return self._client
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None

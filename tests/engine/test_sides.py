@@ -1,0 +1,242 @@
+"""Corners of the two halves that a run of engines does not show: budgets, refusals, renewals, ill-behaved daemons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from memory_daemon import MemoryAttachment, MemoryDaemon
+from torch_engine import BLOCK_TOKENS, LAYOUT, Request, Scheduled
+
+from pdx.engine.link import Link
+from pdx.engine.vllm.caches import Caches
+from pdx.engine.vllm.scheduler_side import SchedulerSide
+from pdx.engine.vllm.steps import Load, Save, Step
+from pdx.engine.vllm.worker_side import FORWARD_BYTES_MAX, WorkerSide
+from pdx.layout import PageLayout, Place
+from pdx.wire import Filled, LetGo, LoadOpened, OpenLoad, OpenSend, Renew, SendOpened
+
+HANDOFF = (1).to_bytes(16, "big")
+IDLE = Scheduled({}, {})
+# A step's budget is eight of these pages.
+LARGE = PageLayout(layers=5, page_bytes=FORWARD_BYTES_MAX // 8, chunk_blocks=1)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def daemon() -> MemoryDaemon:
+    return MemoryDaemon(LAYOUT, blocks=32)
+
+
+@pytest.fixture
+def scheduler(daemon: MemoryDaemon, clock: Clock) -> SchedulerSide:
+    link = Link(MemoryAttachment(daemon), clock=clock)  # type: ignore[arg-type]
+    return SchedulerSide(link, role="both", layout=LAYOUT, block_tokens=BLOCK_TOKENS, clock=clock)
+
+
+def send_request(daemon: MemoryDaemon, **attributes: Any) -> Any:
+    return Request("s", list(range(10)), {"do_remote_decode": True, "pdx_handle": daemon.handle()}, **attributes)
+
+
+def load_request(daemon: MemoryDaemon) -> Any:
+    return Request("l", list(range(10)), {"do_remote_prefill": True, "pdx_handle": daemon.handle()})
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"mm_features": ["image"]},
+        {"lora_request": "adapter"},
+    ],
+)
+def test_prompts_that_tokens_do_not_name_are_served_without_handoff(
+    daemon: MemoryDaemon, scheduler: SchedulerSide, request_: dict[str, Any]
+) -> None:
+    scheduler.on_new_request(send_request(daemon, **request_))
+    assert scheduler.matched_tokens("s", 0) == (0, False)
+    assert daemon.received == []
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        None,
+        {},
+        {"do_remote_decode": True},
+        {"pdx_handle": "x"},
+        {"do_remote_decode": True, "pdx_handle": 5},
+        {"do_remote_decode": True, "pdx_handle": "é"},
+        {"do_remote_prefill": True, "pdx_handle": "x" * 100_000},
+        {"do_remote_prefill": True, "pdx_handle": None},
+        "text",
+    ],
+)
+def test_clients_may_send_any_parameters(daemon: MemoryDaemon, scheduler: SchedulerSide, parameters: Any) -> None:
+    scheduler.on_new_request(Request("r", [1, 2, 3], parameters))  # type: ignore[arg-type]
+    assert scheduler.matched_tokens("r", 0) == (0, False)
+    assert scheduler.finished("r") is None
+    assert daemon.received == []
+
+
+def test_a_role_takes_only_its_own_requests(daemon: MemoryDaemon, clock: Clock) -> None:
+    for role, request in (("decode", send_request(daemon)), ("prefill", load_request(daemon))):
+        link = Link(MemoryAttachment(daemon), clock=clock)  # type: ignore[arg-type]
+        side = SchedulerSide(link, role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS, clock=clock)  # type: ignore[arg-type]
+        side.on_new_request(request)
+    assert daemon.received == []
+
+
+def test_a_silent_daemon_is_awaited_shortly_and_once(
+    daemon: MemoryDaemon, scheduler: SchedulerSide, clock: Clock
+) -> None:
+    daemon.hold_back = True
+    scheduler.on_new_request(load_request(daemon))
+    for _ in range(3):
+        assert scheduler.matched_tokens("l", 0) == (None, False)
+        scheduler.step(IDLE)  # type: ignore[arg-type]
+    assert len([m for m in daemon.received if isinstance(m, OpenLoad)]) == 1
+    clock.now += 100.0
+    assert scheduler.matched_tokens("l", 0) == (0, False)
+
+
+def test_places_outside_the_arena_are_refused(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
+    daemon.hold_back = True
+    scheduler.on_new_request(send_request(daemon))
+    scheduler.on_new_request(load_request(daemon))
+    client = daemon.clients[0]
+    client.poll()
+    client._inbox.clear()
+    outside = [Place(daemon.arena_bytes, 1, 0, 4096, 1)] * 3
+    client.deliver(SendOpened(request_id="s", handoff_id=HANDOFF, places=list(outside)))
+    client.deliver(LoadOpened(request_id="l", handoff_id=HANDOFF, status="granted", places=list(outside)))
+    daemon.hold_back = False
+    assert scheduler.matched_tokens("s", 0) == (0, False)
+    assert scheduler.matched_tokens("l", 0) == (0, False)
+    assert [(m.side, m.ok) for m in daemon.let_go] == [("send", False), ("load", False)]
+    assert "outside" in daemon.let_go[0].reason
+
+
+def test_grants_that_do_not_fit_the_prompt_are_refused(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
+    scheduler.on_new_request(send_request(daemon))
+    daemon.clients[0]._inbox.clear()
+    places = [place for place in daemon.handoffs[HANDOFF].places][:2]
+    daemon.clients[0].deliver(SendOpened(request_id="s", handoff_id=HANDOFF, places=list(places)))
+    assert scheduler.matched_tokens("s", 0) == (0, False)
+    assert "2 places" in daemon.let_go[0].reason
+    daemon.clients[0].deliver(LoadOpened(request_id="never", handoff_id=HANDOFF, status="granted", places=places))
+    scheduler.step(IDLE)  # type: ignore[arg-type]
+    assert daemon.let_go[1].reason == "request is gone"
+
+
+def test_a_prompt_that_the_store_holds_needs_no_pages(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
+    scheduler.on_new_request(send_request(daemon))
+    daemon.clients[0]._inbox.clear()
+    daemon.clients[0].deliver(SendOpened(request_id="s", handoff_id=HANDOFF, places=[None] * 3))
+    assert scheduler.matched_tokens("s", 0) == (0, False)
+    assert [(m.ok, m.fence) for m in daemon.let_go] == [(True, 0)]
+    assert scheduler.finished("s") == {"handoff": HANDOFF.hex(), "pages": 0}
+
+
+def test_live_handoffs_are_renewed_once_a_second_and_idleness_is_told(
+    daemon: MemoryDaemon, scheduler: SchedulerSide, clock: Clock
+) -> None:
+    request = send_request(daemon)
+    scheduler.on_new_request(request)
+    request.block_ids = [1, 2, 3]
+    running = Scheduled({"s": 4}, {"s": request})
+    scheduler.step(IDLE)  # type: ignore[arg-type]
+    scheduler.step(running)  # type: ignore[arg-type]
+    clock.now += 1.0
+    scheduler.step(running)  # type: ignore[arg-type]
+    scheduler.step(IDLE)  # type: ignore[arg-type]
+    renewals = [m for m in daemon.received if isinstance(m, Renew)]
+    assert [(m.handoff_ids, m.running, m.waiting) for m in renewals] == [
+        ([HANDOFF], 0, 1),
+        ([HANDOFF], 1, 0),
+        ([HANDOFF], 0, 0),
+    ]
+
+
+# --- worker -----------------------------------------------------------------------------------------------------
+
+
+def worker_of(daemon: MemoryDaemon, layout: PageLayout, clock: Clock, *, blocks: int = 8) -> WorkerSide:
+    pages = tuple(np.full((blocks, layout.page_bytes), n + 1, dtype=np.uint8) for n in range(layout.layers))
+    caches = Caches(pages, {f"layer.{n}": n for n in range(layout.layers)})
+    return WorkerSide(Link(MemoryAttachment(daemon), clock=clock), caches, layout, clock=clock)  # type: ignore[arg-type]
+
+
+def opened(daemon: MemoryDaemon, blocks: int) -> list[Place]:
+    request = OpenSend(
+        request_id="s", handle=daemon.handle(), block_hashes=[b"h"] * blocks, prompt_tokens=0, tail_hash=b""
+    )
+    daemon.client().send(request)
+    return daemon.handoffs[HANDOFF].places
+
+
+def test_loads_stay_within_the_byte_budget_of_a_step(clock: Clock) -> None:
+    daemon = MemoryDaemon(LARGE, blocks=4)
+    places = opened(daemon, 4)
+    worker = worker_of(daemon, LARGE, clock)
+    saves = [Save(HANDOFF, [(n, n, place) for n, place in enumerate(places)], last=True, pages=20)]
+    worker.begin(Step(1, daemon.ref.incarnation, 16, saves=saves))
+    worker.load()
+    worker.end()
+    for number, total in ((2, 8), (3, 16), (4, 20)):
+        loads = [Load("r", places, [4, 5, 6, 7], 9.0)] if number == 2 else []
+        worker.begin(Step(number, daemon.ref.incarnation, 16, loads=loads))
+        worker.load()
+        worker.end()
+        report = worker.take_ended()
+        assert (report is not None) == (total == 20)
+    assert report is not None
+    assert (report.loads["r"].ok, report.loads["r"].pages) == (True, 20)
+
+
+def test_layers_without_a_hook_are_swept_and_hooks_may_fire_twice(daemon: MemoryDaemon, clock: Clock) -> None:
+    places = opened(daemon, 1)
+    worker = worker_of(daemon, LAYOUT, clock)
+    worker.begin(Step(1, daemon.ref.incarnation, 4, saves=[Save(HANDOFF, [(0, 2, places[0])], last=True, pages=3)]))
+    for name in ("layer.1", "layer.1", "unknown"):
+        worker.save_layer(name)
+    assert daemon.arena.watermark(places[0].header_offset) == 0
+    worker.end()
+    assert daemon.arena.watermark(places[0].header_offset) == 3
+    assert [m.layer for m in daemon.received if isinstance(m, Filled)] == [1, 0, 2]
+    assert isinstance(daemon.received[-1], LetGo)
+    assert daemon.received[-1].fence == daemon.fence(daemon.clients[-1]) == 1
+
+
+def test_a_load_for_another_incarnation_fails_untouched(daemon: MemoryDaemon, clock: Clock) -> None:
+    places = opened(daemon, 2)
+    worker = worker_of(daemon, LAYOUT, clock)
+    worker.begin(Step(1, daemon.ref.incarnation + 1, 0, loads=[Load("r", places, [3, 4], 9.0)]))
+    worker.load()
+    worker.end()
+    report = worker.take_ended()
+    assert report is not None
+    assert not report.loads["r"].ok
+    assert worker.take_invalid() == {3, 4}
+    assert worker.take_ended() is None
+    assert worker.take_invalid() == set()
+
+
+def test_nothing_happens_between_steps(daemon: MemoryDaemon, clock: Clock) -> None:
+    worker = worker_of(daemon, LAYOUT, clock)
+    worker.end()
+    worker.save_layer("layer.0")
+    assert worker.take_ended() is None
+    assert daemon.received == []
+    worker.close()

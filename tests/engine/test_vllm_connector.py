@@ -1,0 +1,454 @@
+"""The connector in vLLM's own scheduler, with vLLM's own types; the forward pass alone is ours. Starts no server."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: the connector is not tested against it")
+pytestmark = pytest.mark.vllm
+
+import torch  # noqa: E402
+from memory_connector import MemoryConnector  # noqa: E402
+from memory_daemon import MemoryDaemon  # noqa: E402
+from prometheus_client import Counter, Gauge, Histogram  # noqa: E402
+from vllm import SamplingParams  # noqa: E402
+from vllm.config import (  # noqa: E402
+    CacheConfig,
+    DeviceConfig,
+    KVTransferConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole  # noqa: E402
+from vllm.utils.hashing import get_hash_fn_by_name  # noqa: E402
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash  # noqa: E402
+from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    MLAAttentionSpec,
+)
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput  # noqa: E402
+from vllm.v1.request import Request, RequestStatus  # noqa: E402
+from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
+
+from pdx.engine.vllm import caches, compat, plugin, settings  # noqa: E402
+from pdx.engine.vllm.connector import PdxConnector  # noqa: E402
+from pdx.engine.vllm.metadata import ReportMetadata, StepMetadata  # noqa: E402
+from pdx.engine.vllm.stats import COUNTERS, PdxStats  # noqa: E402
+from pdx.engine.vllm.steps import LoadResult, Report, Save, Step  # noqa: E402
+from pdx.errors import ConfigError, Refused  # noqa: E402
+from pdx.layout import Place  # noqa: E402
+
+LAYERS, HEADS, HEAD_SIZE, BLOCK_TOKENS, BLOCKS = 3, 2, 32, 32, 40
+HASHING = "sha256_cbor"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HEAD_SIZE,
+        "vocab_size": 256, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+    return folder
+
+
+def vllm_config(model_dir: Path, role: str = "kv_both", **extra: Any) -> VllmConfig:
+    cache_config = CacheConfig(block_size=BLOCK_TOKENS, enable_prefix_caching=True, prefix_caching_hash_algo=HASHING)
+    cache_config.num_gpu_blocks = BLOCKS
+    return VllmConfig(
+        model_config=ModelConfig(model=str(model_dir), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=1024),
+        cache_config=cache_config,
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=8, max_num_batched_tokens=64, max_model_len=1024, is_encoder_decoder=False
+        ),
+        device_config=DeviceConfig(device="cpu"),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="MemoryConnector",
+            kv_connector_module_path="memory_connector",
+            kv_role=role,  # type: ignore[arg-type]
+            kv_connector_extra_config=extra,
+        ),
+    )
+
+
+def kv_cache_config(spec: Any = None, groups: int = 1) -> KVCacheConfig:
+    spec = spec or FullAttentionSpec(
+        block_size=BLOCK_TOKENS, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.bfloat16
+    )
+    names = [f"model.layers.{n}.self_attn.attn" for n in range(LAYERS)]
+    page = spec.page_size_bytes
+    tensors = [KVCacheTensor(size=LAYERS * BLOCKS * page, layers=names, layer_stride=BLOCKS * page, block_stride=page)]
+    return KVCacheConfig(
+        num_blocks=BLOCKS,
+        kv_cache_tensors=tensors,
+        kv_cache_groups=[KVCacheGroupSpec(names, spec)] * groups,
+        hash_block_size=BLOCK_TOKENS,
+    )
+
+
+def kv_tensors() -> dict[str, torch.Tensor]:
+    """Per-layer views of one allocation, as vLLM makes them; named out of order on purpose."""
+    backing = torch.zeros(LAYERS, BLOCKS, HEADS, BLOCK_TOKENS, 2 * HEAD_SIZE, dtype=torch.bfloat16)
+    return {f"model.layers.{n}.self_attn.attn": backing[n] for n in reversed(range(LAYERS))}
+
+
+class Engine:
+    """vLLM's scheduler and both roles of the connector; a forward pass that writes recognizable KV."""
+
+    def __init__(self, model_dir: Path, role: str) -> None:
+        config, cache_config = vllm_config(model_dir, role), kv_cache_config()
+        self.worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, cache_config)
+        self.tensors = kv_tensors()
+        self.worker.register_kv_caches(self.tensors)
+        self.scheduler = Scheduler(
+            config, cache_config, StructuredOutputManager(config), BLOCK_TOKENS, hash_block_size=BLOCK_TOKENS
+        )
+        hashing = get_hash_fn_by_name(HASHING)
+        init_none_hash(hashing)
+        self._hasher = get_request_block_hasher(BLOCK_TOKENS, hashing)
+        self.outputs: list[Any] = []
+
+    def add(self, name: str, tokens: list[int], parameters: dict[str, Any], *, max_tokens: int = 1) -> Request:
+        sampling = SamplingParams(max_tokens=max_tokens, extra_args={"kv_transfer_params": parameters})
+        request = Request(name, tokens, sampling, None, block_hasher=self._hasher)
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self) -> SchedulerOutput:
+        """One step in the order of vLLM's V1 model runner. Metadata is pickled, as between its processes."""
+        scheduled = self.scheduler.schedule()
+        metadata = pickle.loads(pickle.dumps(scheduled.kv_connector_metadata))
+        assert isinstance(metadata, StepMetadata)
+        worker = self.worker
+        worker.handle_preemptions(metadata)
+        worker.bind_connector_metadata(metadata)
+        if scheduled.total_num_scheduled_tokens:
+            self._forward(scheduled)
+        worker.start_load_kv(None)  # type: ignore[arg-type]
+        worker.wait_for_save()
+        results = worker.get_transfer_results(scheduled.finished_req_ids)
+        output = KVConnectorOutput(
+            finished_sending=results.finished_sending,
+            finished_recving=results.finished_recving,
+            failed_recving=results.failed_recving,
+            invalid_block_ids=worker.get_block_ids_with_load_errors(),
+            kv_connector_stats=worker.get_kv_connector_stats(),
+            kv_connector_worker_meta=worker.build_connector_worker_meta(),
+        )
+        worker.clear_connector_metadata()
+        self._update(scheduled, output)
+        return scheduled
+
+    def run(self, *, steps: int = 50) -> list[SchedulerOutput]:
+        scheduled = []
+        for _ in range(steps):
+            if not self.scheduler.has_requests():
+                return scheduled
+            scheduled.append(self.step())
+        raise AssertionError(f"not done after {steps} steps")
+
+    def holds(self, request: Request, tokens: int) -> bool:
+        """Whether the request's first `tokens` tokens have, in every layer, the KV that `_forward` writes."""
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        return all(
+            torch.equal(
+                tensor[blocks[position // BLOCK_TOKENS], :, position % BLOCK_TOKENS],
+                self._kv(name, request.all_token_ids[position], position),
+            )
+            for name, tensor in self.tensors.items()
+            for position in range(tokens)
+        )
+
+    def _forward(self, scheduled: SchedulerOutput) -> None:
+        for name in reversed(self.tensors):  # in model order
+            self.worker.wait_for_layer_load(name)
+            for request_id, count in scheduled.num_scheduled_tokens.items():
+                request = self.scheduler.requests[request_id]
+                (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+                end = request.num_computed_tokens  # vLLM has advanced it already
+                for position in range(end - count, end):
+                    row = self._kv(name, request.all_token_ids[position], position)
+                    self.tensors[name][blocks[position // BLOCK_TOKENS], :, position % BLOCK_TOKENS] = row
+            self.worker.save_kv_layer(name, self.tensors[name], None)  # type: ignore[arg-type]
+
+    def _kv(self, layer_name: str, token: int, position: int) -> torch.Tensor:
+        start = token + 3 * position + 100 * compat.layer_index(layer_name)
+        return (torch.arange(start, start + HEADS * 2 * HEAD_SIZE) % 251).to(torch.bfloat16).view(HEADS, -1)
+
+    def _update(self, scheduled: SchedulerOutput, output: KVConnectorOutput) -> None:
+        ids = list(scheduled.num_scheduled_tokens)
+        sampled = []
+        for request_id in ids:
+            request = self.scheduler.requests[request_id]
+            sampled.append([7] if request.num_computed_tokens >= request.num_tokens else [])
+        runner_output = ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={request_id: n for n, request_id in enumerate(ids)},
+            sampled_token_ids=sampled,
+            kv_connector_output=output,
+        )
+        for outputs in self.scheduler.update_from_output(scheduled, runner_output).values():
+            self.outputs += outputs.outputs
+
+
+@pytest.fixture
+def daemon() -> Iterator[None]:
+    MemoryConnector.daemon = None
+    yield
+    MemoryConnector.daemon = None
+
+
+@pytest.fixture
+def prefill(model_dir: Path, daemon: None) -> Engine:
+    return Engine(model_dir, "kv_producer")
+
+
+@pytest.fixture
+def decode(model_dir: Path, daemon: None) -> Engine:
+    return Engine(model_dir, "kv_consumer")
+
+
+def the_daemon() -> MemoryDaemon:
+    assert MemoryConnector.daemon is not None
+    return MemoryConnector.daemon
+
+
+def tokens_of(count: int) -> list[int]:
+    return [(5 * n + n * n) % 251 for n in range(count)]
+
+
+def sending(number: int = 1) -> dict[str, Any]:
+    return {"do_remote_decode": True, "pdx_handle": the_daemon().handle(number)}
+
+
+def loading(number: int = 1) -> dict[str, Any]:
+    return {"do_remote_prefill": True, "pdx_handle": the_daemon().handle(number)}
+
+
+@pytest.mark.parametrize("count", [20, 64, 150])
+def test_a_handoff_between_two_schedulers(prefill: Engine, decode: Engine, count: int) -> None:
+    prefill.add("p", tokens_of(count), sending())
+    prefill.run()
+    blocks = -(-count // BLOCK_TOKENS)
+    result = prefill.outputs[-1].kv_transfer_params
+    assert result == {"pdx": {"handoff": (1).to_bytes(16, "big").hex(), "pages": blocks * LAYERS}}
+    json.dumps(result)
+
+    request = decode.add("d", tokens_of(count), loading(), max_tokens=3)
+    first = decode.step()
+    assert first.total_num_scheduled_tokens == 0
+    assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    assert decode.holds(request, count)
+    counts = [s.total_num_scheduled_tokens for s in decode.run()]
+    assert counts == [1, 1, 1, 0]
+    ends = [m for m in the_daemon().let_go if m.side == "load"]
+    assert [(m.ok, m.pages) for m in ends] == [(True, blocks * LAYERS)]
+
+
+def test_a_prefix_hit_on_prefill_is_sent_too(prefill: Engine, decode: Engine) -> None:
+    prefill.add("warm", tokens_of(70), {})
+    prefill.run()
+    prefill.add("p", tokens_of(100), sending())
+    assert prefill.step().total_num_scheduled_tokens == 100 - 64
+    request = decode.add("d", tokens_of(100), loading(), max_tokens=2)
+    decode.step()
+    assert decode.holds(request, 100)
+
+
+def test_a_preempted_send_continues(prefill: Engine, decode: Engine) -> None:
+    request = prefill.add("p", tokens_of(150), sending())
+    prefill.step()
+    prefill.scheduler.running.remove(request)
+    prefill.scheduler._preempt_request(request, 0.0)
+    prefill.run()
+    received = decode.add("d", tokens_of(150), loading(), max_tokens=2)
+    decode.step()
+    assert decode.holds(received, 150)
+    assert [m.ok for m in the_daemon().let_go if m.side == "send"] == [True]
+
+
+def test_a_bad_page_is_recomputed_from_its_block_on(prefill: Engine, decode: Engine) -> None:
+    prefill.add("p", tokens_of(150), sending())
+    prefill.run()
+    place = the_daemon().handoffs[(1).to_bytes(16, "big")].places[1]
+    the_daemon().arena.memory[place.page_offset(the_daemon().layout, 2)] ^= 1
+    request = decode.add("d", tokens_of(150), loading(), max_tokens=2)
+    assert decode.scheduler.recompute_kv_load_failures
+    scheduled = decode.run()
+    assert [s.total_num_scheduled_tokens for s in scheduled] == [0, 64, 150 - 32 - 64, 1, 0]
+    assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+
+
+def test_an_abort_while_loading_is_clean(prefill: Engine, decode: Engine) -> None:
+    prefill.add("p", tokens_of(150), sending())
+    prefill.step()
+    request = decode.add("d", tokens_of(150), loading())
+    decode.step()
+    assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    decode.scheduler.finish_requests("d", RequestStatus.FINISHED_ABORTED)
+    decode.run()
+    assert not decode.scheduler.requests
+    assert decode.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1
+    assert [m.ok for m in the_daemon().let_go if m.side == "load"] == [False]
+
+
+def test_a_dead_daemon_means_recompute(prefill: Engine, decode: Engine) -> None:
+    prefill.add("p", tokens_of(150), sending())
+    prefill.step()
+    request = decode.add("d", tokens_of(150), loading(), max_tokens=2)
+    decode.step()
+    the_daemon().die()
+    decode.run()
+    prefill.run()
+    assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+
+
+def test_stats_reach_prometheus(prefill: Engine, model_dir: Path) -> None:
+    prefill.add("p", tokens_of(20), sending())
+    scheduled = prefill.step()
+    assert scheduled is not None
+    rebuilt = PdxConnector.build_kv_connector_stats({"pages_saved": 3, "loads_failed": 1})
+    assert isinstance(rebuilt, PdxStats)
+    assert not rebuilt.is_empty()
+    assert rebuilt.aggregate(PdxStats({"pages_saved": 2})).reduce() == {"pages_saved": 5, "loads_failed": 1}
+    metric_types = {Counter: Counter, Gauge: Gauge, Histogram: Histogram}
+    metrics = PdxConnector.build_prom_metrics(vllm_config(model_dir), metric_types, ["engine"], {0: ["0"]})
+    assert metrics is not None
+    metrics.observe({"pages_saved": 5})
+    assert metrics._counters["pages_saved"][0]._value.get() == 5
+    assert set(metrics._counters) == set(COUNTERS)
+
+
+def test_hooks_have_vllm_s_signatures() -> None:
+    ours = {name: value for name, value in vars(PdxConnector).items() if not name.startswith("_")}
+    for name, value in ours.items():
+        base = inspect.getattr_static(KVConnectorBase_V1, name)
+        assert type(value) is type(base), name
+        if isinstance(value, property):
+            continue
+        functions = [getattr(f, "__func__", f) for f in (value, base)]
+        mine, theirs = (inspect.signature(f).parameters.values() for f in functions)
+        assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in theirs], name
+    assert not PdxConnector.__abstractmethods__
+    assert PdxConnector.get_required_kvcache_layout(None) == "LBHNC"  # type: ignore[arg-type]
+    assert PdxConnector.requires_piecewise_for_cudagraph({})
+
+
+def test_the_plugin_registers_once_and_imports_nothing_early() -> None:
+    plugin.register()
+    plugin.register()
+    assert KVConnectorFactory.get_connector_class_by_name("PdxConnector") is PdxConnector
+
+
+def test_metadata_survives_pickling() -> None:
+    step = Step(3, 9, 5, saves=[Save(b"h", [(0, 4, Place(8192, 1, 0, 4096, 2))], last=True, pages=3)])
+    report = Report(3, {"r": LoadResult(True, 3, 5)})
+    for value in (StepMetadata(step), ReportMetadata(report)):
+        assert pickle.loads(pickle.dumps(value)) == value
+    merged = ReportMetadata(report).aggregate(ReportMetadata(Report(4, {"s": LoadResult(False, 0, 6)})))
+    assert merged.report.step == 4
+    assert set(merged.report.loads) == {"r", "s"}
+
+
+def test_views_lie_over_the_engine_s_memory(model_dir: Path) -> None:
+    config, cache_config, tensors = vllm_config(model_dir), kv_cache_config(), kv_tensors()
+    description = caches.describe(config, cache_config, chunk_tokens=256)
+    assert description.pages.chunk_blocks == 8
+    assert description.layout.attention.startswith("CPU_ATTN/")
+    views = caches.view(tensors, cache_config, description.pages)
+    assert list(views.layer_of.values()) == [0, 1, 2]
+    tensors["model.layers.2.self_attn.attn"][5] = 1.0
+    assert views.pages[2][5].view("uint16").tolist() == [0x3F80] * (description.pages.page_bytes // 2)
+    assert not views.pages[2][4].any()
+    assert not views.pages[1].any()
+
+
+def test_equal_engines_describe_themselves_equally_and_others_do_not(model_dir: Path, tmp_path: Path) -> None:
+    one, two = (caches.describe(vllm_config(model_dir), kv_cache_config(), chunk_tokens=256) for _ in range(2))
+    assert one == two
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copied = caches.describe(vllm_config(tmp_path), kv_cache_config(), chunk_tokens=256)
+    assert copied.content.weights == one.content.weights
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(b"c")
+    assert caches.describe(vllm_config(tmp_path), kv_cache_config(), chunk_tokens=256).content != copied.content
+
+
+def test_what_can_not_be_carried_is_refused(model_dir: Path) -> None:
+    config = vllm_config(model_dir)
+    mla = MLAAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=HEAD_SIZE, dtype=torch.bfloat16)
+    with pytest.raises(Refused, match="MLAAttentionSpec"):
+        caches.describe(config, kv_cache_config(mla), chunk_tokens=256)
+    with pytest.raises(Refused, match="2 KV cache groups"):
+        caches.describe(config, kv_cache_config(groups=2), chunk_tokens=256)
+    config.cache_config.cache_dtype = "fp8"
+    with pytest.raises(Refused, match="fp8"):
+        caches.describe(config, kv_cache_config(), chunk_tokens=256)
+    config.cache_config.cache_dtype = "auto"
+    config.parallel_config = ParallelConfig(tensor_parallel_size=2, distributed_executor_backend="mp")
+    with pytest.raises(Refused, match="tensor parallelism"):
+        caches.describe(config, kv_cache_config(), chunk_tokens=256)
+
+
+def test_caches_of_another_shape_are_refused(model_dir: Path) -> None:
+    cache_config = kv_cache_config()
+    layout = caches.describe(vllm_config(model_dir), cache_config, chunk_tokens=256).pages
+    first = "model.layers.0.self_attn.attn"
+    token_major = torch.zeros(BLOCKS, BLOCK_TOKENS, HEADS, 2 * HEAD_SIZE, dtype=torch.bfloat16).transpose(1, 2)
+    with pytest.raises(Refused, match="not contiguous"):
+        caches.view(kv_tensors() | {first: token_major}, cache_config, layout)
+    with pytest.raises(Refused, match="is not 40 pages"):
+        caches.view(kv_tensors() | {first: kv_tensors()[first][:-1]}, cache_config, layout)
+    aliased = kv_tensors()
+    with pytest.raises(Refused, match="share one KV cache"):
+        caches.view(aliased | {first: aliased["model.layers.1.self_attn.attn"]}, cache_config, layout)
+    with pytest.raises(Refused, match="other KV caches"):
+        caches.view(kv_tensors() | {"draft.layers.0.attn": kv_tensors()[first]}, cache_config, layout)
+
+
+def test_settings_are_typed_and_unknown_keys_refused(model_dir: Path) -> None:
+    chosen = settings.read(
+        vllm_config(model_dir, "kv_producer", url="http://127.0.0.1:1", engine_id="e", chunk_tokens=64)
+    )
+    assert (chosen.role, chosen.url, chosen.engine_id, chosen.config.chunk_tokens) == (
+        "prefill", "http://127.0.0.1:1", "e", 64,
+    )  # fmt: skip
+    assert settings.read(vllm_config(model_dir)).engine_id  # vLLM's own
+    with pytest.raises(ConfigError, match="did you mean 'chunk_tokens'"):
+        settings.read(vllm_config(model_dir, chunk_token=64))
+    with pytest.raises(ConfigError):
+        settings.read(vllm_config(model_dir, chunk_tokens=0))
+
+
+def test_other_versions_of_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.check_version().startswith("0.32")
+    monkeypatch.setattr("vllm.__version_tuple__", (0, 33, 1))
+    with pytest.raises(Refused, match=r"supports vLLM 0\.32\.x"):
+        compat.check_version()
+
+
+def test_random_hash_seeds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    assert compat.hash_seed("sha256") == "vllm-none-hash"
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert compat.hash_seed("sha256_cbor") == "0"

@@ -1,0 +1,84 @@
+"""What `pdx up` would start, without starting it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pdx.errors import ConfigError
+from pdx.launch import up
+from pdx.launch.fleet import Fleet, Ground, Wish, design, shares
+
+BASE = Path("/base")
+
+
+def designed(
+    *, prefill: int = 1, decode: int = 1, hosts: int = 1, cores: tuple[int, ...] = (0, 1), gpus: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
+) -> Fleet:  # fmt: skip
+    wish = Wish(model="m", prefill=prefill, decode=decode, hosts=hosts, arena="64MiB", flags=flags)
+    return design(wish, Ground(base=BASE, cores=cores, gpus=gpus, ports=tuple(range(21000, 21000 + prefill + decode))))
+
+
+def test_one_host_has_one_daemon() -> None:
+    fleet = designed()
+    assert [daemon.run_dir for daemon in fleet.daemons] == [BASE / "a"]
+    assert [spec.settings["run_dir"] for spec in fleet.engines] == ["/base/a", "/base/a"]
+
+
+def test_two_hosts_part_prefill_from_decode() -> None:
+    fleet = designed(prefill=2, decode=1, hosts=2)
+    assert [(spec.name, spec.settings["run_dir"]) for spec in fleet.engines] == [
+        ("prefill-0", "/base/a"),
+        ("prefill-1", "/base/a"),
+        ("decode-0", "/base/b"),
+    ]
+
+
+def test_pins_keep_prefill_and_decode_apart() -> None:
+    fleet = designed(hosts=2)
+    assert str(fleet) == (
+        "pdxd-a on core 0, pdxd-b on core 1, prefill-0 on core 0, decode-0 on core 1, router on core 1"
+    )
+
+
+def test_without_cores_nothing_is_pinned() -> None:
+    assert str(designed(cores=())).count("any core") == 4
+
+
+def test_cpu_engines_get_a_bounded_kv_cache_unless_told() -> None:
+    assert designed(flags=("-x",)).engines[0].flags == ("--kv-cache-memory-bytes", str(1 << 30), "-x")
+    told = ("--kv_cache_memory_bytes=5",)
+    assert designed(flags=told).engines[0].flags == told
+
+
+def test_gpus_are_dealt_out() -> None:
+    fleet = designed(gpus=("0", "1", "2", "3"))
+    assert [spec.gpus for spec in fleet.engines] == ["0,1", "2,3"]
+    assert fleet.engines[0].flags == ()
+
+
+@pytest.mark.parametrize(
+    ("items", "count", "expected"),
+    [
+        ((), 2, [(), ()]),
+        ((0, 1), 3, [(0,), (1,), (0,)]),
+        ((0, 1), 2, [(0,), (1,)]),
+        (tuple(range(5)), 2, [(0, 1), (2, 3, 4)]),
+    ],
+)
+def test_shares(items: tuple[int, ...], count: int, expected: list[tuple[int, ...]]) -> None:
+    assert shares(items, count) == expected
+
+
+@pytest.mark.parametrize("argv", [["--prefill", "1"], ["m", "--decode", "0"], ["m", "--arena", "x"]])
+def test_refusals(argv: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        up.parse(argv)
+
+
+def test_alias_and_passed_flags() -> None:
+    options = up.parse(["m", "--daemons", "2", "--enforce-eager", "--max-model-len", "512"])
+    assert options.wish.hosts == 2
+    assert options.wish.flags == ("--enforce-eager", "--max-model-len", "512")

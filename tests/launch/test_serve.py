@@ -1,0 +1,153 @@
+"""`pdx serve`: what it plans, what it refuses, and a whole life with an engine that is a small HTTP server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from markdown_tables import ROOT
+
+from pdx.errors import ConfigError
+from pdx.launch import engine, serve
+
+FAKE_ENGINE = Path(__file__).parent / "fake_vllm"
+WAIT_S = 20.0
+
+
+def planned(*argv: str) -> list[engine.EngineSpec]:
+    options = serve.parse(argv)
+    return serve.plan(options, ports=[21000 + index for index in range(options.replicas)])
+
+
+@pytest.mark.parametrize(
+    ("role", "kv_role"),
+    [("prefill", "kv_producer"), ("decode", "kv_consumer"), ("both", "kv_both"), ("kv_both", "kv_both")],
+)
+def test_roles(role: str, kv_role: str) -> None:
+    (spec,) = planned("m", "--kv-role", role)
+    assert transfer_config(spec)["kv_role"] == kv_role
+
+
+def test_transfer_config() -> None:
+    (spec,) = planned("m", "--kv-role", "prefill", "--router", "tcp://127.0.0.1:5700", "--arena", "64MiB")
+    assert transfer_config(spec) == {
+        "kv_connector": "PdxConnector",
+        "kv_connector_module_path": "pdx.engine.vllm.connector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {
+            "arena": "64MiB",
+            "router": "tcp://127.0.0.1:5700",
+            "url": "http://127.0.0.1:21000",
+            "engine_id": "prefill-21000",
+        },
+    }
+
+
+def test_the_key_file_is_not_in_what_vllm_logs(tmp_path: Path) -> None:
+    (spec,) = planned("m", "--kv-role", "prefill", "--key-file", str(tmp_path / "key"))
+    assert "key" not in json.dumps(engine.command(spec))
+
+
+def test_engine_flags_pass_in_order() -> None:
+    (spec,) = planned("m", "--max-model-len", "4096", "--kv-role", "both", "--enforce-eager", "-tp=2")
+    assert spec.flags == ("--max-model-len", "4096", "--enforce-eager", "-tp=2")
+    assert engine.command(spec)[-4:] == list(spec.flags)
+
+
+def test_replicas_have_names_and_ports_of_their_own() -> None:
+    specs = planned("m", "--kv-role", "decode", "--replicas", "3", "--name", "d")
+    assert [spec.name for spec in specs] == ["d-21000", "d-21001", "d-21002"]
+    assert len({spec.url for spec in specs}) == 3
+
+
+def test_one_replica_keeps_its_name() -> None:
+    (spec,) = planned("m", "--kv-role", "decode", "--name", "d")
+    assert spec.name == "d"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--kv-role", "both"], "MODEL comes first"),
+        (["m", "--kv-role", "both", "--kv-transfer-config", "{}"], "written by pdx"),
+        (["m", "--kv-role", "both", "--kv_transfer_config={}"], "written by pdx"),
+        (["m", "--kv-role", "both", "--kv-transfer-config.kv_role=x"], "written by pdx"),
+        (["m", "--kv-role", "both", "--arena", "much"], "'much' is not a size"),
+        (["m", "--kv-role", "both", "--cpus", "all"], "not a list of cores"),
+        (["m", "--kv-role", "both", "--replicas", "0"], "must be positive"),
+    ],
+)
+def test_refusals(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        serve.parse(argv)
+
+
+def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["m", "--kv-role", "both", "--arena", "much"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_whole_life(tmp_path: Path, number: signal.Signals) -> None:
+    core = str(min(os.sched_getaffinity(0)))
+    with serving(tmp_path, "--replicas", "2", "--cpus", core, "--enforce-eager") as process:
+        lines = read_until(process, "decode-", " at http://", count=2)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, out
+    assert out.splitlines()[-1] == "pdx: stopped 2 processes, 0 left"
+    published = json.loads((tmp_path / "engines.json").read_text())["engines"]
+    assert [found["role"] for found in published] == ["decode", "decode"]
+    said = [json.loads(line.partition("| ")[2]) for line in lines if "| {" in line]
+    assert {options["port"] for options in said} == {int(found["url"].rpartition(":")[2]) for found in published}
+    for options in said:
+        assert options["cores"] == [int(core)]
+        assert options["env"] == {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_OMP_THREADS_BIND": core}
+        assert options["prefix_caching_hash_algo"] == "sha256_cbor"
+        assert options["enforce_eager"]
+
+
+def test_an_unknown_flag_is_the_engines_to_refuse(tmp_path: Path) -> None:
+    with serving(tmp_path, "--no-such-flag") as process:
+        out, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert "unrecognized arguments: --no-such-flag" in out
+    assert out.splitlines()[-1] == "pdx: stopped 0 processes, 0 left"
+
+
+@contextmanager
+def serving(tmp_path: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PDX_", "VLLM_"))}
+    command = ["-m", "pdx.cli", "serve", "m", "--kv-role", "decode", "--publish", str(tmp_path / "engines.json")]
+    with subprocess.Popen(
+        [sys.executable, *command, *flags], cwd=ROOT, env={**env, "PYTHONPATH": str(FAKE_ENGINE)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()  # its guards then end the engines
+
+
+def read_until(process: subprocess.Popen[str], *words: str, count: int) -> list[str]:
+    """Lines up to the `count`-th that holds all words."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        count -= all(word in line for word in words)
+        if not count:
+            return lines
+    raise AssertionError(f"ended early: {lines}")
+
+
+def transfer_config(spec: engine.EngineSpec) -> dict[str, object]:
+    command = engine.command(spec)
+    return json.loads(command[command.index("--kv-transfer-config") + 1])

@@ -1,0 +1,132 @@
+"""Real small processes under a supervisor: logs, readiness, deaths, signals, and that nothing is left."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pdx.launch import processes
+from pdx.launch.supervise import ChildDied, Interrupted, NotReady, Supervisor
+
+SLEEPER = [sys.executable, "-c", "import signal; print('up', flush=True); signal.pause()"]
+WAIT_S = 10.0
+
+
+def says(text: str, *, code: int = 0) -> list[str]:
+    return [sys.executable, "-c", f"print({text!r}, flush=True); raise SystemExit({code})"]
+
+
+def logged(path: Path, text: str) -> bool:
+    return path.exists() and text in path.read_text()
+
+
+def test_ready_then_stopped(tmp_path: Path) -> None:
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
+        for name in ("a", "b"):
+            supervisor.start(name, SLEEPER)
+        probes = {name: lambda log=tmp_path / f"{name}.log": logged(log, "up") for name in ("a", "b")}
+        supervisor.wait_ready(probes, deadline_s=WAIT_S)
+        stopped = supervisor.stop()
+    assert str(stopped) == "stopped 2 processes, 0 left"
+
+
+def test_lines_are_prefixed_and_kept(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with Supervisor(out=out, log_dir=tmp_path) as supervisor:
+        supervisor.start("prefill-0", says("one\ntwo"))
+        with pytest.raises(ChildDied):
+            supervisor.wait(WAIT_S)
+    assert out.getvalue() == "prefill-0 | one\nprefill-0 | two\n"
+    assert (tmp_path / "prefill-0.log").read_text() == "one\ntwo\n"
+
+
+def test_a_terminal_gets_colours(tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    with Supervisor(out=out) as supervisor:
+        supervisor.start("a", says("x"))
+        with pytest.raises(ChildDied):
+            supervisor.wait(WAIT_S)
+    assert out.getvalue() == "\x1b[36ma\x1b[0m | x\n"
+
+
+def test_the_dead_one_is_named_with_its_last_lines() -> None:
+    with Supervisor(out=io.StringIO(), echo=False) as supervisor:
+        supervisor.start("good", SLEEPER)
+        supervisor.start("bad", says("no such model", code=3))
+        with pytest.raises(ChildDied) as death:
+            supervisor.wait_ready({"good": lambda: False}, deadline_s=WAIT_S)
+    assert str(death.value) == "bad ended with exit code 3; its last lines:\n  bad | no such model"
+    assert supervisor.stopped.left == 0
+
+
+def test_not_ready_in_time() -> None:
+    with Supervisor(out=io.StringIO()) as supervisor:
+        supervisor.start("slow", SLEEPER)
+        with pytest.raises(NotReady, match="slow: no answer within 0 s"):
+            supervisor.wait_ready({"slow": lambda: False}, deadline_s=0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_interrupts_the_wait(number: signal.Signals) -> None:
+    handler = signal.getsignal(number)
+    with Supervisor(out=io.StringIO()) as supervisor:
+        supervisor.start("a", SLEEPER)
+        timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+        timer.start()
+        with pytest.raises(Interrupted):
+            supervisor.wait(WAIT_S)
+        timer.join()
+    assert signal.getsignal(number) is handler
+    assert supervisor.stopped.left == 0
+
+
+def test_a_stubborn_one_is_killed_after_the_grace(tmp_path: Path) -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)\nwhile 1: signal.pause()"
+    )
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path, grace_s=0.2) as supervisor:
+        supervisor.start("mule", [sys.executable, "-c", code])
+        supervisor.wait_ready({"mule": lambda: logged(tmp_path / "mule.log", "up")}, deadline_s=WAIT_S)
+        assert supervisor.stop().left == 0
+
+
+def test_a_killed_guard_leaves_nothing(tmp_path: Path) -> None:
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
+        supervisor.start("a", SLEEPER)
+        supervisor.wait_ready({"a": lambda: logged(tmp_path / "a.log", "up")}, deadline_s=WAIT_S)
+        guard_pid = supervisor._children[0].process.pid
+        os.kill(guard_pid, signal.SIGKILL)
+        with pytest.raises(ChildDied, match="exit code -9"):
+            supervisor.wait(WAIT_S)
+        supervisor.stop()
+        assert processes.of_sessions({guard_pid}) == []
+
+
+def test_environment_is_added_to_ours() -> None:
+    out = io.StringIO()
+    with Supervisor(out=out) as supervisor:
+        code = "import os; print(os.environ['PDX_X'], 'PATH' in os.environ)"
+        supervisor.start("a", [sys.executable, "-c", code], env={"PDX_X": "7"})
+        with pytest.raises(ChildDied):
+            supervisor.wait(WAIT_S)
+    assert out.getvalue() == "a | 7 True\n"
+
+
+def test_a_line_without_end_does_not_grow_us() -> None:
+    out = io.StringIO()
+    with Supervisor(out=out) as supervisor:
+        supervisor.start("a", [sys.executable, "-c", "print('x' * 1_000_000, end='', flush=True)"])
+        with pytest.raises(ChildDied):
+            supervisor.wait(WAIT_S)
+    assert max(map(len, out.getvalue().splitlines())) < 200_000
+    assert out.getvalue().count("x") == 1_000_000

@@ -1,0 +1,144 @@
+"""Who is routable when: joining, health, silence, new incarnations, goodbyes."""
+
+from __future__ import annotations
+
+from engine_fakes import daemon_ref, engine_info
+
+from pdx.router import directory as limits
+from pdx.router.directory import Directory
+from pdx.wire import Announce, EngineInfo, EngineLoad
+
+P0, D0 = engine_info("p0", "prefill"), engine_info("d0", "decode")
+
+
+def announce(*engines: EngineInfo, incarnation: int = 1, daemon_id: str = "d0", **more: object) -> Announce:
+    return Announce(daemon=daemon_ref(daemon_id, incarnation), engines=list(engines), **more)
+
+
+def joined(*engines: EngineInfo, now: float = 0.0) -> Directory:
+    directory = Directory()
+    assert directory.on_announce(announce(*engines), now) == []
+    for engine in engines:
+        directory.on_health(engine.engine_id, True, now)
+    return directory
+
+
+def ids(directory: Directory) -> list[str]:
+    return sorted(candidate.engine_id for candidate in directory.snapshot())
+
+
+def pairable(directory: Directory) -> list[str]:
+    return sorted(candidate.engine_id for candidate in directory.snapshot() if candidate.pairable)
+
+
+def test_an_engine_is_routable_after_its_first_health() -> None:
+    directory = Directory()
+    directory.on_announce(announce(P0, D0), 0.0)
+    assert (ids(directory), directory.joining()) == ([], ["d0", "p0"])
+    assert [engine_id for engine_id, _ in directory.due_polls(0.0)] == ["p0", "d0"]
+    assert directory.due_polls(0.1) == []  # asked, not answered
+    directory.on_health("p0", False, 0.2)
+    assert directory.due_polls(0.6) == []
+    assert [engine_id for engine_id, _ in directory.due_polls(0.7)] == ["p0"]
+    directory.on_health("p0", True, 0.8)
+    assert (ids(directory), directory.joining()) == (["p0"], ["d0"])
+    assert [engine_id for engine_id, _ in directory.due_polls(5.0)] == ["d0"]
+    assert [engine_id for engine_id, _ in directory.due_polls(5.8)] == ["p0"]
+    assert repr(directory) == "<Directory 1 daemons, 2 engines, 1 ready>"
+
+
+def test_one_missed_poll_is_forgiven() -> None:
+    directory = joined(P0)
+    directory.on_health("p0", False, 5.0)
+    assert ids(directory) == ["p0"]
+    directory.on_health("p0", False, 5.5)
+    assert ids(directory) == []
+    directory.on_health("p0", True, 6.0)
+    assert ids(directory) == ["p0"]
+    directory.on_health("unknown", True, 6.0)
+
+
+def test_a_refused_connection_counts_at_once() -> None:
+    directory = joined(P0)
+    directory.on_unreachable("p0", 1.0)
+    assert ids(directory) == []
+    assert [engine_id for engine_id, _ in directory.due_polls(1.5)] == ["p0"]
+
+
+def test_an_engine_left_out_has_left() -> None:
+    directory = joined(P0, D0)
+    directory.on_announce(announce(D0), 1.0)
+    assert ids(directory) == ["d0"]
+    assert directory.models() == ["smol"]
+
+
+def test_a_silent_daemon_loses_its_pairs_and_later_its_engines() -> None:
+    directory = joined(P0)
+    assert directory.expire(3.5) == []
+    assert directory.expire(3.6) == ["d0"]
+    assert (ids(directory), pairable(directory)) == (["p0"], [])
+    directory.expire(limits.ORPHAN_S)
+    assert ids(directory) == ["p0"]
+    directory.expire(limits.ORPHAN_S + 0.1)
+    assert ids(directory) == []
+    assert directory.models() == []
+
+
+def test_a_dead_engine_of_a_silent_daemon_goes_at_once() -> None:
+    directory = joined(P0, D0)
+    directory.on_unreachable("p0", 3.0)
+    directory.expire(4.0)
+    assert (ids(directory), directory.joining()) == (["d0"], [])
+
+
+def test_a_new_incarnation_adopts_engines_one_by_one() -> None:
+    directory = joined(P0, D0)
+    directory.on_announce(announce(D0, incarnation=2), 1.0)
+    assert (ids(directory), pairable(directory)) == (["d0", "p0"], ["d0"])
+    assert not directory.knows_daemon(daemon_ref(incarnation=1))
+    assert directory.knows_daemon(daemon_ref(incarnation=2))
+    directory.on_announce(announce(D0, P0, incarnation=2), 2.0)
+    assert pairable(directory) == ["d0", "p0"]
+    assert {candidate.daemon.incarnation for candidate in directory.snapshot()} == {2}
+    directory.on_announce(announce(D0, incarnation=2), 3.0)
+    assert ids(directory) == ["d0"]
+
+
+def test_goodbye() -> None:
+    directory = joined(P0)
+    directory.on_announce(announce(leaving=True), 1.0)
+    assert pairable(directory) == []
+    assert directory.expire(1.0) == []
+
+
+def test_a_changed_engine_joins_anew() -> None:
+    directory = joined(P0)
+    directory.on_announce(announce(engine_info("p0", "prefill", "http://127.0.0.1:2")), 1.0)
+    assert ids(directory) == []
+    assert directory.due_polls(1.0) == [("p0", "http://127.0.0.1:2")]
+
+
+def test_an_id_is_taken_once() -> None:
+    directory = joined(P0)
+    other = engine_info("p0", "prefill", "http://127.0.0.1:2")
+    warnings = directory.on_announce(announce(other, daemon_id="d1"), 1.0)
+    assert warnings == ["engine id p0 is taken by http://127.0.0.1:1"]
+    assert ids(directory) == ["p0"]
+    directory.expire(3.6)  # d0 is silent
+    assert directory.on_announce(announce(other, daemon_id="d1"), 3.7) == []
+
+
+def test_engines_without_a_usable_url() -> None:
+    directory = Directory()
+    odd = [engine_info("p0", "prefill", ""), engine_info("p1", "prefill", "file:///etc/passwd")]
+    warnings = directory.on_announce(announce(*odd), 0.0)
+    assert warnings == ["engine p1: 'file:///etc/passwd' is not an http url"]
+    assert directory.due_polls(0.0) == []
+
+
+def test_announced_load() -> None:
+    directory = joined(P0)
+    loads = [EngineLoad(engine_id="p0", waiting=3), EngineLoad(engine_id="ghost", waiting=9)]
+    directory.on_announce(announce(P0, loads=loads, reservations_waiting=2), 1.0)
+    assert directory.snapshot()[0].waiting == 3
+    assert directory.reservations_waiting() == 2

@@ -1,0 +1,111 @@
+"""Both tables of what a pair can serve, one row each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pdx.router.servable import (
+    ALONE_RULES,
+    CHAT,
+    COMPLETIONS,
+    PREFILL_FIELDS,
+    FieldRule,
+    alone_reason,
+    decode_body,
+    prefill_body,
+    without_private,
+)
+
+PROMPT = {"model": "m", "prompt": "x"}
+MESSAGES = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+
+def chat_with(*parts: object) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": list(parts)}]}
+
+
+ALONE: list[tuple[str, str, dict[str, Any]]] = [
+    ("endpoint", "/v1/embeddings", {"model": "m", "input": "x"}),
+    ("endpoint", "/v1/completions/render", PROMPT),
+    ("n", COMPLETIONS, {**PROMPT, "n": 2}),
+    ("n", CHAT, {**MESSAGES, "n": "two"}),
+    ("best_of", COMPLETIONS, {**PROMPT, "best_of": 3}),
+    ("beam_search", CHAT, {**MESSAGES, "use_beam_search": True}),
+    ("several_prompts", COMPLETIONS, {"model": "m", "prompt": ["a", "b"]}),
+    ("several_prompts", COMPLETIONS, {"model": "m", "prompt": [[1, 2], [3]]}),
+    ("prompt_embeds", COMPLETIONS, {"model": "m", "prompt_embeds": "AAAA"}),
+    ("echo", COMPLETIONS, {**PROMPT, "echo": True}),
+    ("prompt_logprobs", CHAT, {**MESSAGES, "prompt_logprobs": 0}),
+    ("prompt_text", CHAT, {**MESSAGES, "return_prompt_text": True}),
+    ("suffix", COMPLETIONS, {**PROMPT, "suffix": "y"}),
+    ("truncation", COMPLETIONS, {**PROMPT, "truncate_prompt_tokens": -1}),
+    ("max_tokens", COMPLETIONS, {**PROMPT, "max_tokens": 0}),
+    ("max_tokens", CHAT, {**MESSAGES, "max_completion_tokens": "many"}),
+    ("multimodal", CHAT, chat_with({"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "u"}})),
+    ("multimodal", CHAT, chat_with({"image_url": "u"})),
+    ("multimodal", CHAT, chat_with({"type": "input_audio", "input_audio": {}})),
+]
+
+PAIRED: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, PROMPT),
+    (COMPLETIONS, {"model": "m", "prompt": [1, 2, 3]}),
+    (COMPLETIONS, {"model": "m", "prompt": ["one"]}),
+    (COMPLETIONS, {"model": "m"}),  # malformed: prefill's 400 is the client's
+    (COMPLETIONS, {**PROMPT, "n": 1, "best_of": 1, "echo": False, "suffix": None, "max_tokens": None}),
+    (COMPLETIONS, {**PROMPT, "truncate_prompt_tokens": 100, "stream": True, "logprobs": 5}),
+    (CHAT, MESSAGES),
+    (CHAT, chat_with({"type": "text", "text": "x"}, "bare", {"text": "y"})),
+    (CHAT, {**MESSAGES, "tools": [{}], "tool_choice": "required", "response_format": {"type": "json_object"}}),
+    (CHAT, {"model": "m", "messages": "nonsense"}),
+]
+
+
+@pytest.mark.parametrize(("reason", "path", "body"), ALONE)
+def test_alone(reason: str, path: str, body: dict[str, Any]) -> None:
+    assert alone_reason(path, body) == reason
+
+
+@pytest.mark.parametrize(("path", "body"), PAIRED)
+def test_paired(path: str, body: dict[str, Any]) -> None:
+    assert alone_reason(path, body) is None
+
+
+def test_every_alone_rule_has_a_row() -> None:
+    assert {rule.reason for rule in ALONE_RULES} == {reason for reason, _, _ in ALONE}
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("rule", PREFILL_FIELDS, ids=lambda rule: rule.field)
+def test_prefill_field(rule: FieldRule, path: str) -> None:
+    given = object()
+    copy = prefill_body(path, {rule.field: given}, "h")
+    if rule.action == "keep" or path not in rule.paths:
+        assert copy[rule.field] is given
+    elif rule.action == "drop":
+        assert rule.field not in copy
+    else:
+        assert copy[rule.field] == rule.value
+
+
+def test_prefill_copy_leaves_the_clients_body_alone() -> None:
+    body = {**PROMPT, "stream": True, "min_tokens": 5, "temperature": 0.5}
+    copy = prefill_body(COMPLETIONS, body, "h")
+    assert body["stream"] is True
+    assert copy["temperature"] == 0.5
+    assert copy["kv_transfer_params"] == {"do_remote_decode": True, "pdx_handle": "h"}
+
+
+def test_decode_gets_prefills_token_ids() -> None:
+    completion = decode_body(COMPLETIONS, PROMPT, "h", [1, 2])
+    assert completion["prompt"] == [1, 2]
+    assert completion["kv_transfer_params"] == {"do_remote_prefill": True, "pdx_handle": "h"}
+    chat = decode_body(CHAT, MESSAGES, "h", [1, 2])
+    assert chat["messages"] == MESSAGES["messages"]
+    assert chat["kv_transfer_params"] == {"do_remote_prefill": True, "pdx_handle": "h", "prompt_token_ids": [1, 2]}
+
+
+def test_private_fields() -> None:
+    assert without_private(PROMPT) == (PROMPT, False)
+    assert without_private({**PROMPT, "kv_transfer_params": None, "ec_transfer_params": {}}) == (PROMPT, True)

@@ -1,0 +1,62 @@
+"""Streams cut into events, and the one number that is rewritten."""
+
+from __future__ import annotations
+
+import json
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdx.router.usage import EVENT_BYTES_MAX, EventStream, with_cached_tokens
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 8, "x": 1}}}
+DELTA = b'data: {"choices":[{"text":"say \\"cached_tokens\\" \xf0\x9f\x99\x82"}]}\n\n'
+STREAM = DELTA + b": ping\n\n" + b"data: " + json.dumps(USAGE).encode() + b"\n\ndata: [DONE]\n\n"
+
+
+def cut(data: bytes, seed: int) -> list[bytes]:
+    chance = random.Random(seed)
+    places = sorted(chance.randrange(len(data)) for _ in range(12))
+    return [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
+
+
+def passed(stream: EventStream, chunks: list[bytes]) -> bytes:
+    return b"".join(stream.feed(chunk) for chunk in chunks) + stream.finish()
+
+
+@given(st.integers(0, 10_000))
+def test_bytes_pass_unchanged_however_they_come(seed: int) -> None:
+    assert passed(EventStream(None), cut(STREAM, seed)) == STREAM
+    assert passed(EventStream(8), cut(STREAM, seed)) == STREAM  # the number is right already
+
+
+@given(st.integers(0, 10_000))
+def test_only_the_number_changes(seed: int) -> None:
+    events = passed(EventStream(5), cut(STREAM, seed)).split(b"\n\n")
+    theirs = STREAM.split(b"\n\n")
+    assert [events[0], events[1], events[3], events[4]] == [theirs[0], theirs[1], theirs[3], theirs[4]]
+    USAGE_5 = {"choices": [], "usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 5, "x": 1}}}
+    assert json.loads(events[2][6:]) == USAGE_5
+
+
+def test_a_part_of_an_event_is_held_back() -> None:
+    stream = EventStream(None)
+    assert stream.feed(b"data: 1\n\ndata: 2") == b"data: 1\n\n"
+    assert stream.feed(b"\n") == b""
+    assert stream.feed(b"\n") == b"data: 2\n\n"
+    assert stream.feed(b"rest") == b""
+    assert stream.finish() == b"rest"
+
+
+def test_an_endless_event_is_passed_on() -> None:
+    stream = EventStream(5)
+    assert stream.feed(b"x" * EVENT_BYTES_MAX) == b""
+    assert stream.feed(b"y") == b"x" * EVENT_BYTES_MAX + b"y"
+
+
+def test_answers_of_another_shape_stay() -> None:
+    for body in (b"", b"[]", b"{", b'{"usage":null}', b'{"usage":{"prompt_tokens_details":null}}', b'{"usage":{}}'):
+        assert with_cached_tokens(body, 5) == body
+    changed = json.loads(with_cached_tokens(json.dumps(USAGE).encode(), 0))
+    assert changed["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "x": 1}

@@ -1,0 +1,167 @@
+"""The house rules that a machine can check: layers, links, sizes, imports, and pages that agree with the code."""
+
+from __future__ import annotations
+
+import ast
+import enum
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from markdown_tables import ROOT, moves_under
+
+FILE_LINES_MAX = 450
+FUNCTION_LINES_MAX = 70
+CODE = ("pdx", "transport", "router", "benchmarks", "tests")
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".cu", ".cuh", ".sh", ".yml", ".yaml", ""}
+HEAVY = ("torch", "vllm", "transformers", "aiohttp", "numpy", "zmq")
+UNSAFE = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}
+
+
+def python_files() -> list[Path]:
+    """Ours, each once: the links inside pdx/ are not followed."""
+    return sorted(
+        Path(folder) / name
+        for top in CODE
+        for folder, _, names in os.walk(ROOT / top)
+        for name in names
+        if name.endswith(".py")
+    )
+
+
+def text_files() -> Iterator[Path]:
+    yield from python_files()
+    for path in sorted(ROOT.iterdir()):
+        if path.is_file() and path.suffix in TEXT_SUFFIXES:
+            yield path
+    for folder in ("cuda", "scripts", ".ci"):
+        yield from (path for path in sorted((ROOT / folder).rglob("*")) if path.is_file())
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_links_point_to_the_real_folders() -> None:
+    for name in ("transport", "router", "cuda"):
+        link = ROOT / "pdx" / name
+        assert link.is_symlink()
+        assert os.readlink(link) == f"../{name}"
+
+
+def test_cuda_does_not_shadow_nvidias_package() -> None:
+    assert not (ROOT / "cuda" / "__init__.py").exists()
+
+
+def test_layers() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["transport", "router"])
+def test_top_level_names_are_refused(name: str) -> None:
+    done = run_python(f"import {name}")
+    assert done.returncode != 0
+    assert f"pdx.{name}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pdx",
+        "from pdx.cli import main; main(['--help'])",
+        *(
+            f"from {module} import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+            for module in (
+                "pdx.launch.serve", "pdx.launch.up", "pdx.launch.kv", "pdx.launch.bench", "pdx.launch.check",
+                "pdx.daemon.main", "pdx.router.main",
+            )  # fmt: skip
+        ),
+    ],
+)
+def test_help_loads_nothing_heavy(code: str) -> None:
+    done = run_python(f"{code}\nimport sys; print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_help_has_examples() -> None:
+    for module in ("pdx.cli", "pdx.launch.serve", "pdx.launch.up", "pdx.daemon.main", "pdx.router.main"):
+        assert "examples:" in run_python(f"from {module} import main; main(['--help'])").stdout
+
+
+@pytest.mark.parametrize("path", python_files(), ids=named)
+def test_file(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= FILE_LINES_MAX, f"{named(path)}: look for the noun that wants its own file"
+    tree = ast.parse(source)
+    if source.strip() and not path.is_relative_to(ROOT / "tests"):
+        assert ast.get_docstring(tree), "a module says what it owns"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= FUNCTION_LINES_MAX, f"{node.name} has {lines} lines"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            unsafe = UNSAFE & imported_names(node)
+            assert not unsafe, f"line {node.lineno}: {unsafe}"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec"), f"line {node.lineno}: {node.func.id}"
+        elif isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: a bare except"
+
+
+def test_no_machine_paths_and_no_promises() -> None:
+    machine = re.compile("|".join(("/wo" + r"rk/", "/tmp/" + r"w\b", "/opt/" + "pypi")))
+    promise = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+    for path in text_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            where = f"{named(path)}:{number}: {line}"
+            assert not machine.search(line), where
+            assert path.suffix != ".py" or not promise.search(line), where
+
+
+def test_page_agrees_with_slot_states() -> None:
+    from pdx.buffer.slots import MOVES
+
+    assert moves_under("Slot states") == plain(MOVES)
+
+
+def test_page_agrees_with_lease_states() -> None:
+    from pdx.buffer.lease import MOVES
+
+    assert moves_under("Lease states") == plain(MOVES)
+
+
+def test_page_agrees_with_sending_states() -> None:
+    from pdx.handoff.states import SENDING
+
+    assert moves_under("Handoff states, sending side (prefill's pdxd)") == plain(SENDING)
+
+
+def test_page_agrees_with_receiving_states() -> None:
+    from pdx.handoff.states import RECEIVING
+
+    assert moves_under("Handoff states, receiving side (decode's pdxd)") == plain(RECEIVING)
+
+
+def plain(moves: Mapping[tuple[enum.Enum, str], enum.Enum]) -> dict[tuple[str, str], str]:
+    return {(state.value, event): after.value for (state, event), after in moves.items()}
+
+
+def imported_names(node: ast.Import | ast.ImportFrom) -> set[str]:
+    if isinstance(node, ast.ImportFrom):
+        return {(node.module or "").split(".")[0]}
+    return {alias.name.split(".")[0] for alias in node.names}
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )

@@ -1,0 +1,218 @@
+"""The tcp lane against peers that are not what they should be. They speak through raw sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pdx.transport.api import Arrived, Copy, PutFailed, Span, WindowClosed
+from pdx.transport.frames import GREETING_BYTES, LANE_VERSION, Head, encode_frame_start
+from pdx.transport.handshake import greet_as_connector
+from pdx.transport.side import MEMORY_BYTES, WAIT_S, Side, arrivals_of, losses_of
+from pdx.transport.sockets import parse_endpoint
+from pdx.transport.tcp import TcpLane
+
+KEY = b"0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    yield
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@contextlib.contextmanager
+def opened(key: bytes | None = KEY, *, seed: int = 2, stall_s: float = 5.0) -> Iterator[Side]:
+    side = Side(TcpLane("tcp://127.0.0.1:0", key=key, name=f"side{seed}", stall_s=stall_s), seed=seed)
+    try:
+        yield side
+    finally:
+        side.lane.abort()
+
+
+@contextlib.contextmanager
+def raw_peer(side: Side, *, greets: bool = True) -> Iterator[socket.socket]:
+    with socket.create_connection(parse_endpoint(side.lane.endpoint), timeout=WAIT_S) as connection:
+        if greets:
+            greet_as_connector(connection, KEY)
+        yield connection
+
+
+def is_dropped(connection: socket.socket) -> bool:
+    """Waits until the other side hangs up."""
+    try:
+        while connection.recv(4096):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def frame_of(window: int, span: Span, *, notice: bytes = b"", is_last: bool = True) -> bytes:
+    return encode_frame_start(Head(is_last, window, 1, 1, span.length, len(notice)), [span])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "why"),
+    [(KEY, None, "has none"), (None, KEY, "has one"), (KEY, b"another key 0123", "same key file")],
+)
+def test_keys_must_agree(ours: bytes | None, theirs: bytes | None, why: str) -> None:
+    with opened(ours, seed=1) as near, opened(theirs) as far:
+        window = far.region.open_window([Span(0, 10)])
+        channel = near.lane.connect(far.lane.endpoint)
+        ticket = near.put(channel, window, [Copy(0, 0, 10)], notice=b"no")
+        near.wait_lost(channel)
+        end = near.wait_end(ticket)
+        assert isinstance(end, PutFailed)
+        assert why in losses_of(near.events, channel)[0].reason
+        assert far.lane.take_events() == []
+
+
+def test_a_false_acceptor_gets_no_put() -> None:
+    """Proof is mutual: who takes the connector's proof but has none of its own is not sent a byte more."""
+    with socket.create_server(("127.0.0.1", 0)) as impostor, opened(seed=1) as near:
+        impostor.settimeout(WAIT_S)
+        channel = near.lane.connect(f"tcp://127.0.0.1:{impostor.getsockname()[1]}")
+        near.put(channel, 1, [Copy(0, 0, 10)], notice=b"secret")
+        connection, _ = impostor.accept()
+        with connection:
+            connection.settimeout(WAIT_S)
+            header = b"PDXL" + bytes([LANE_VERSION])
+            connection.recv(GREETING_BYTES, socket.MSG_WAITALL)
+            connection.sendall(header + b"\x02\x01\x00" + bytes(32))
+            connection.recv(GREETING_BYTES, socket.MSG_WAITALL)
+            connection.sendall(header + b"\x03\x01\x00" + bytes(32))
+            assert connection.recv(1) == b""
+        near.wait_lost(channel)
+
+
+def test_other_version_is_told() -> None:
+    with opened() as far, raw_peer(far, greets=False) as connection:
+        connection.sendall(b"PDXL" + bytes([LANE_VERSION + 1]) + bytes(GREETING_BYTES - 5))
+        answer = connection.recv(GREETING_BYTES, socket.MSG_WAITALL)
+        assert answer[:5] == b"PDXL" + bytes([LANE_VERSION])
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("greets", [False, True], ids=["before", "after handshake"])
+def test_hostile_bytes(greets: bool) -> None:
+    """Garbage costs its sender the connection and nobody else anything."""
+    rng = random.Random(6)
+    with opened() as far, opened(seed=1) as near:
+        before = bytes(far.memory)
+        window = far.region.open_window([Span(0, 100)])
+        for _ in range(20):
+            with raw_peer(far, greets=greets) as connection:
+                with contextlib.suppress(OSError):
+                    connection.sendall(rng.randbytes(100))
+                assert is_dropped(connection)
+        assert far.memory == before
+        near.put(near.lane.connect(far.lane.endpoint), window, [Copy(0, 0, 100)], notice=b"fine")
+        far.wait_arrived(b"fine")
+        assert arrivals_of(far.events) == [b"fine"]
+
+
+def test_mutated_frames_write_nothing_outside_the_window() -> None:
+    rng = random.Random(8)
+    with opened(stall_s=0.2) as far:
+        before = bytes(far.memory)
+        window = far.region.open_window([Span(1000, 100)])
+        for _ in range(30):
+            raw = bytearray(frame_of(window, Span(1000, 100), notice=b"n") + bytes(101))
+            raw[rng.randrange(44)] ^= 1 << rng.randrange(8)
+            with raw_peer(far) as connection:
+                with contextlib.suppress(OSError):  # may be dropped before all is sent
+                    connection.sendall(raw)
+                    connection.shutdown(socket.SHUT_WR)
+                assert is_dropped(connection)
+        assert far.memory[:1000] == before[:1000]
+        assert far.memory[1100:] == before[1100:]
+
+
+def test_window_closes_when_the_frame_under_way_ends() -> None:
+    with opened() as far:
+        window = far.region.open_window([Span(0, 4096)])
+        with raw_peer(far) as connection:
+            connection.sendall(frame_of(window, Span(0, 4096), notice=b"n", is_last=True) + b"\xee" * 4095)
+            wait_until_written(far, offset=4094, value=0xEE)
+            far.region.close_window(window)
+            assert far.lane.take_events() == []
+            connection.sendall(b"\xeen")
+            far.wait_closed(window)
+            assert far.events == [Arrived(window, b"n"), WindowClosed(window)]
+
+
+def test_window_closes_when_the_connection_dies_in_mid_frame() -> None:
+    with opened() as far:
+        window = far.region.open_window([Span(0, 4096)])
+        with raw_peer(far) as connection:
+            connection.sendall(frame_of(window, Span(0, 4096)) + b"\xee" * 10)
+            wait_until_written(far, offset=9, value=0xEE)
+            far.region.close_window(window)
+            assert far.lane.take_events() == []
+        far.wait_closed(window)
+        assert far.events == [WindowClosed(window)]
+
+
+def test_a_stalled_sender_does_not_hold_a_window() -> None:
+    with opened(stall_s=0.3) as far:
+        window = far.region.open_window([Span(0, 4096)])
+        with raw_peer(far) as connection:
+            connection.sendall(frame_of(window, Span(0, 4096)) + b"\xee" * 10)
+            wait_until_written(far, offset=9, value=0xEE)
+            far.region.close_window(window)
+            far.wait_closed(window)
+            assert is_dropped(connection)
+
+
+def test_an_idle_connection_lives_on() -> None:
+    with opened(stall_s=0.05) as far, opened(seed=1) as near:
+        window = far.region.open_window([Span(0, 10)])
+        channel = near.lane.connect(far.lane.endpoint)
+        near.wait_end(near.put(channel, window, [], notice=b"one"))
+        far.wait_arrived(b"one")
+        select.select([near.lane.fileno()], [], [], 0.3)
+        near.events += near.lane.take_events()
+        assert not losses_of(near.events, channel), "six silent stall times cost the channel"
+        near.put(channel, window, [], notice=b"two")
+        far.wait_arrived(b"two")
+
+
+def test_counts() -> None:
+    lane = TcpLane("tcp://127.0.0.1:0", key=None, name="solo")
+    try:
+        side = Side(lane, seed=1)
+        window = side.region.open_window([Span(0, MEMORY_BYTES)])
+        channel = lane.connect(lane.endpoint)
+        side.put(channel, window ^ 1, [Copy(0, 0, 1000)])
+        side.put(channel, window, [Copy(0, 0, 1 << 20)], notice=b"n")
+        side.wait_arrived(b"n")
+        side.wait("both puts", lambda events: len(events) == 3)
+        assert lane.counts() == {
+            "bytes_sent": (1 << 20) + 1000,
+            "bytes_landed": 1 << 20,
+            "frames_landed": 4,
+            "frames_dropped": 1,
+            "connections_refused": 0,
+        }
+    finally:
+        lane.abort()
+
+
+def wait_until_written(side: Side, *, offset: int, value: int) -> None:
+    """Until the lane's thread has written this byte; there is no event for that, so ask under a deadline."""
+    pause = threading.Event()
+    for _ in range(int(WAIT_S / 0.005)):
+        if side.memory[offset] == value:
+            return
+        pause.wait(0.005)
+    raise AssertionError("the byte was not written in time")
