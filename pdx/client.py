@@ -62,6 +62,8 @@ class DaemonClient:
         self.arena: Arena | None = None
         self._connection = connection
         self._alive = True
+        self._ending = select.poll()
+        self._ending.register(connection, select.POLLIN)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, str(attached.session).encode())
@@ -110,7 +112,7 @@ class DaemonClient:
     @property
     def alive(self) -> bool:
         """False once the daemon's end of the connection is closed. Checked on every call: microseconds."""
-        if self._alive and select.select([self._connection], [], [], 0)[0]:
+        if self._alive and self._ending.poll(0):
             self._alive = False  # the daemon never writes here after its answer: readable means EOF
         return self._alive
 
@@ -136,7 +138,7 @@ class DaemonClient:
 
     def wait(self, timeout_s: float) -> list[Message]:
         """Like poll, but waits at most `timeout_s` for the first message."""
-        self._socket.poll(timeout_s * 1000)
+        self._socket.poll(max(1, round(timeout_s * 1000)))
         return self.poll()
 
     def publish_fence(self, step: int) -> None:

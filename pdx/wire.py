@@ -16,7 +16,7 @@ Durations are seconds on the reader's own clock; `*_ns` are the sender's monoton
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
@@ -69,14 +69,14 @@ class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 # --- ATTACH ---------------------------------------------------------------------------------------------------
 
 
-class Attach(Message, tag="attach"):
+class Attach(Message, tag="attach", frozen=True):
     kind: Literal["scheduler", "worker", "tool"]
     engine: EngineInfo | None = None  # scheduler and worker
     pages: PageLayout | None = None  # worker
     router: str = ""  # where this engine wants to be announced; scheduler
 
 
-class Attached(Message, tag="attached"):
+class Attached(Message, tag="attached", frozen=True):
     """The arena's descriptor rides beside this message when `kind` was "worker"."""
 
     daemon: DaemonRef
@@ -88,14 +88,14 @@ class Attached(Message, tag="attached"):
     lease_s: float
 
 
-class AttachRefused(Message, tag="attach_refused"):
+class AttachRefused(Message, tag="attach_refused", frozen=True):
     reason: str
 
 
 # --- ENGINE ---------------------------------------------------------------------------------------------------
 
 
-class OpenSend(Message, tag="open_send"):
+class OpenSend(Message, tag="open_send", frozen=True):
     """A request that will be prefilled here and decoded elsewhere. Sent once, before its first forward."""
 
     request_id: str
@@ -110,7 +110,7 @@ class FilledEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     blocks: list[int]
 
 
-class Filled(Message, tag="filled"):
+class Filled(Message, tag="filled", frozen=True):
     """The worker has copied one layer of these blocks into their slots (checksums are in the slot headers)."""
 
     step: int
@@ -120,7 +120,7 @@ class Filled(Message, tag="filled"):
     entries: list[FilledEntry]
 
 
-class OpenLoad(Message, tag="open_load"):
+class OpenLoad(Message, tag="open_load", frozen=True):
     """A request with a handle reached the decode engine: what of its prompt is, or will be, in the arena?"""
 
     request_id: str
@@ -130,7 +130,7 @@ class OpenLoad(Message, tag="open_load"):
     tail_hash: bytes
 
 
-class LetGo(Message, tag="let_go"):
+class LetGo(Message, tag="let_go", frozen=True):
     """The engine's side of `handoff_id` is over. No step after `fence` touches its slots.
 
     Answers SendEnded and LoadEnded, and is sent unasked when a request finishes, aborts or has loaded.
@@ -146,7 +146,7 @@ class LetGo(Message, tag="let_go"):
     done_ns: int = 0
 
 
-class Renew(Message, tag="renew"):
+class Renew(Message, tag="renew", frozen=True):
     """These handoffs' requests still live in this engine."""
 
     handoff_ids: list[bytes]
@@ -154,7 +154,7 @@ class Renew(Message, tag="renew"):
     waiting: int = 0
 
 
-class SendOpened(Message, tag="send_opened"):
+class SendOpened(Message, tag="send_opened", frozen=True):
     """One claim for the whole prompt stands. `places[i]` is None where the store holds block i already."""
 
     request_id: str
@@ -162,7 +162,7 @@ class SendOpened(Message, tag="send_opened"):
     places: list[Place | None]  # full blocks, then the tail if there is one
 
 
-class SendEnded(Message, tag="send_ended"):
+class SendEnded(Message, tag="send_ended", frozen=True):
     """Save no more pages for this handoff; answer LetGo. Also the reply to an OpenSend that can't be served."""
 
     request_id: str
@@ -170,7 +170,7 @@ class SendEnded(Message, tag="send_ended"):
     reason: str
 
 
-class LoadOpened(Message, tag="load_opened"):
+class LoadOpened(Message, tag="load_opened", frozen=True):
     """The answer to OpenLoad. "wait": ask again, the handoff waits for slots. "absent": compute it yourself."""
 
     request_id: str
@@ -180,7 +180,7 @@ class LoadOpened(Message, tag="load_opened"):
     reason: str = ""
 
 
-class LoadEnded(Message, tag="load_ended"):
+class LoadEnded(Message, tag="load_ended", frozen=True):
     """The rest of this handoff will not come; answer LetGo. Layers that have landed stay readable until then."""
 
     handoff_id: bytes
@@ -190,7 +190,7 @@ class LoadEnded(Message, tag="load_ended"):
 # --- PEER -----------------------------------------------------------------------------------------------------
 
 
-class PeerMessage(Message):
+class PeerMessage(Message, frozen=True):
     """Any mismatch of these four is dropped and counted, never answered."""
 
     handoff_id: bytes
@@ -199,7 +199,7 @@ class PeerMessage(Message):
     incarnation: int  # of the sending daemon
 
 
-class Reserve(PeerMessage, tag="reserve"):
+class Reserve(PeerMessage, tag="reserve", frozen=True):
     handle: str  # names both daemons
     namespace: bytes
     layout_id: str
@@ -208,48 +208,48 @@ class Reserve(PeerMessage, tag="reserve"):
     tail_hash: bytes
 
 
-class Grant(PeerMessage, tag="grant"):
+class Grant(PeerMessage, tag="grant", frozen=True):
     has: list[int]  # blocks the receiver holds ready and has leased: not to be sent
     wanted: list[int]
     places: list[Place]  # of `wanted`, in the receiver's arena
     window: int  # the lane window that admits puts into `places`
 
 
-class Wait(PeerMessage, tag="wait"):
+class Wait(PeerMessage, tag="wait", frozen=True):
     ahead: int  # reservations before this one
 
 
-class Refuse(PeerMessage, tag="refuse"):
+class Refuse(PeerMessage, tag="refuse", frozen=True):
     reason: str
 
 
-class Commit(PeerMessage, tag="commit"):
+class Commit(PeerMessage, tag="commit", frozen=True):
     pages: int  # how many the sender has put
     checksum: int  # xxh3-64 over the page checksums, by block, then layer
 
 
-class Committed(PeerMessage, tag="committed"):
+class Committed(PeerMessage, tag="committed", frozen=True):
     """The receiver holds every page and has checked the checksum of checksums."""
 
 
-class Fail(PeerMessage, tag="fail"):
+class Fail(PeerMessage, tag="fail", frozen=True):
     reason: str
 
 
-class Cancel(PeerMessage, tag="cancel"):
+class Cancel(PeerMessage, tag="cancel", frozen=True):
     """Stop posting puts, drain those under way, answer Drained."""
 
     reason: str
 
 
-class Drained(PeerMessage, tag="drained"):
+class Drained(PeerMessage, tag="drained", frozen=True):
     """No put of this handoff is, or will be, under way."""
 
 
 # --- NOTICE ---------------------------------------------------------------------------------------------------
 
 
-class Landed(Message, tag="landed"):
+class Landed(Message, tag="landed", frozen=True):
     handoff_id: bytes
     attempt: int
     lease_epoch: int
@@ -268,7 +268,7 @@ class EngineLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     waiting: int = 0
 
 
-class Announce(Message, tag="announce"):
+class Announce(Message, tag="announce", frozen=True):
     """Everything a daemon serves, sent every ANNOUNCE_S and at once on change. An engine left out has left."""
 
     daemon: DaemonRef
@@ -278,14 +278,14 @@ class Announce(Message, tag="announce"):
     leaving: bool = False
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, tag="welcome", frozen=True):
     """The router's answer to Announce: proof for the daemon that somebody listens."""
 
     router_id: str
     warnings: list[str] = []
 
 
-class CancelHandoff(Message, tag="cancel_handoff"):
+class CancelHandoff(Message, tag="cancel_handoff", frozen=True):
     """The client left or the pair failed: end this handoff on your side."""
 
     handoff_id: bytes
@@ -296,12 +296,12 @@ class CancelHandoff(Message, tag="cancel_handoff"):
 # --- TOOL -----------------------------------------------------------------------------------------------------
 
 
-class Ask(Message, tag="ask"):
+class Ask(Message, tag="ask", frozen=True):
     verb: Literal["stats", "health", "trace", "check"]
     handoff_id: bytes = b""
 
 
-class Answer(Message, tag="answer"):
+class Answer(Message, tag="answer", frozen=True):
     body: dict[str, Any] = {}
     error: str = ""
 
@@ -315,7 +315,6 @@ NOTICE = Landed
 ROUTER = Announce
 TO_DAEMON = Welcome | CancelHandoff
 
-T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -323,11 +322,11 @@ def encode(message: Message) -> bytes:
     return MAGIC + bytes((WIRE_VERSION,)) + _encoder.encode(message)
 
 
-def decoder_of(union: type[T] | Any) -> Callable[[bytes | memoryview], T]:
+def decoder_of(union: Any) -> Callable[[bytes | memoryview], Any]:
     """A function from frame to message for one conversation. It raises WireError or VersionMismatch, nothing else."""
     body_decoder = msgspec.msgpack.Decoder(union)
 
-    def decode(frame: bytes | memoryview) -> T:
+    def decode(frame: bytes | memoryview) -> Any:
         if len(frame) > FRAME_BYTES_MAX:
             raise WireError(f"frame of {len(frame)} bytes is over the limit of {FRAME_BYTES_MAX}")
         if len(frame) < 5 or bytes(frame[:3]) != MAGIC:

@@ -156,7 +156,7 @@ class Front:
         if not models:
             reasons.append("no engine has joined")
         wanted = client.query.get("engines", "0")
-        if not wanted.isdecimal():
+        if not wanted.isdecimal() or len(wanted) > 6:
             return _error(400, "?engines= takes a number")
         if len(snapshot) < int(wanted):
             reasons.append(f"{len(snapshot)} of {int(wanted)} engines are routable")

@@ -80,9 +80,14 @@ def test_top_level_names_are_refused(name: str) -> None:
         *(
             f"from {module} import main\ntry: main(['--help'])\nexcept SystemExit: pass"
             for module in (
-                "pdx.launch.serve", "pdx.launch.up", "pdx.launch.kv", "pdx.launch.bench", "pdx.launch.check",
-                "pdx.daemon.main", "pdx.router.main",
-            )  # fmt: skip
+                "pdx.launch.serve",
+                "pdx.launch.up",
+                "pdx.launch.kv",
+                "pdx.launch.bench",
+                "pdx.launch.check",
+                "pdx.daemon.main",
+                "pdx.router.main",
+            )
         ),
     ],
 )
@@ -109,7 +114,8 @@ def test_file(path: Path) -> None:
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines <= FUNCTION_LINES_MAX, f"{node.name} has {lines} lines"
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            unsafe = UNSAFE & imported_names(node)
+            # Tests may: vLLM pickles our metadata between its processes, and they check that it can.
+            unsafe = set() if path.is_relative_to(ROOT / "tests") else UNSAFE & imported_names(node)
             assert not unsafe, f"line {node.lineno}: {unsafe}"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), f"line {node.lineno}: {node.func.id}"

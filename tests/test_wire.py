@@ -10,10 +10,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wire_samples import SAMPLES
 
 from pdx import wire
 from pdx.errors import VersionMismatch, WireError
-from wire_samples import SAMPLES
 
 GOLDEN = Path(__file__).parent / "golden" / "wire"
 EVERY = tuple(type(sample) for sample in SAMPLES)

@@ -69,7 +69,7 @@ def encode_greeting(greeting: Greeting) -> bytes:
 
 
 def decode_greeting(data: bytes | bytearray | memoryview, *, kind: int) -> Greeting:
-    """The greeting of this kind. Raises WireError, or VersionMismatch before anything after the version is looked at."""
+    """The greeting of this kind. Raises WireError, or VersionMismatch before it looks beyond the version."""
     if len(data) != GREETING_BYTES:
         raise WireError(f"a greeting has {GREETING_BYTES} bytes, not {len(data)}")
     _check_prefix(data)

@@ -38,7 +38,8 @@ class LoopbackNet:
         with self.lock:
             if endpoint in self._lanes:
                 raise ConfigError(f"{endpoint} is taken")
-            self._lanes[endpoint] = LoopbackLane(self, endpoint, random.Random(self._rng.getrandbits(64)))
+            window_rng = random.Random(self._rng.getrandbits(64))  # noqa: S311 - guards nothing, seeded on purpose
+            self._lanes[endpoint] = LoopbackLane(self, endpoint, window_rng)
             return self._lanes[endpoint]
 
     def cut(self, endpoint: str) -> None:

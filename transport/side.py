@@ -39,7 +39,7 @@ class Side:
 
     def __init__(self, lane: Lane, *, seed: int, memory_bytes: int = MEMORY_BYTES) -> None:
         self.lane = lane
-        self.memory = bytearray(random.Random(seed).randbytes(memory_bytes))
+        self.memory = bytearray(random.Random(seed).randbytes(memory_bytes))  # noqa: S311 - seeded on purpose
         self.region: Region = lane.register(memoryview(self.memory))
         self.events: list[Event] = []
 

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from pdx.buffer.lease import Lease, LeaseState
 from pdx.buffer.store import Store
@@ -65,7 +66,7 @@ class Desk:
             self.seen.use(handle, use, now_unix_s=now_unix_s)
         return handle
 
-    def ids(self, handle: TransferHandle, *, lease_epoch: int) -> dict[str, object]:
+    def ids(self, handle: TransferHandle, *, lease_epoch: int) -> dict[str, Any]:
         """The four fields of every PeerMessage."""
         return {
             "handoff_id": handle.handoff_id,

@@ -169,7 +169,8 @@ class Receiving:
         """Bytes and checksums of these pages are in the slots: let the engine see them, and count."""
         self._desk.trace(record.key, "landed", layer=layer, pages=len(blocks), block=min(blocks, default=-1))
         for block, layers in record.receiver.landed(layer, blocks, now=now):
-            self._desk.store.arena.set_watermark(record.places[block].header_offset, layers)
+            if record.paired is None:  # in shared slots the prefill worker raises it, and may be further already
+                self._desk.store.arena.set_watermark(record.places[block].header_offset, layers)
         self._desk.ports.counters["pages_landed"] += len(blocks)
         self.act(record, record.receiver.check(), now)
 

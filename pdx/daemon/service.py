@@ -19,8 +19,9 @@ from pdx.config import Config
 from pdx.curve import lock
 from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
-from pdx.daemon.mover import Mover, Ports
+from pdx.daemon.mover import Mover
 from pdx.daemon.peers import SEND_QUEUE_MAX, Peers
+from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Engine, Session, Sessions
 from pdx.daemon.trace import Tracer
 from pdx.daemon.verbs import answer
@@ -113,7 +114,7 @@ class Service:
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def _step(self, timeout_s: float) -> None:
-        ready = dict(self._poller.poll(timeout_s * 1000))
+        ready = dict(self._poller.poll(round(timeout_s * 1000)))
         now = time.monotonic()
         looped, self._to_self = self._to_self, []
         for message in looped:

@@ -7,6 +7,7 @@ time after GRANT and reads along; nothing here waits for it except the claim bud
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from pdx.handoff.actions import (
     Abandon,
@@ -200,7 +201,7 @@ class Receiver:
             return [Ended(self.reason)]
         return []
 
-    def _ids(self) -> dict[str, object]:
+    def _ids(self) -> dict[str, Any]:
         return {
             "handoff_id": self.handle.handoff_id,
             "attempt": self.handle.attempt,

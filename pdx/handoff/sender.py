@@ -7,6 +7,7 @@ and which puts are under way. It never decides where pages lie: the driver knows
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from pdx.handoff.actions import (
     Abandon,
@@ -224,7 +225,7 @@ class Sender:
         self.state = after(SENDING, self.state, "let_go")
         return [Ended("")]
 
-    def _ids(self) -> dict[str, object]:
+    def _ids(self) -> dict[str, Any]:
         return {
             "handoff_id": self.handle.handoff_id,
             "attempt": self.handle.attempt,

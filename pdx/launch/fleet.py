@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pdx.launch.engine import EngineSpec
 
@@ -14,6 +15,8 @@ KV_CACHE_BYTES = 1 << 30
 # `pdx up` ends its daemons itself; until then one that waits for slow engines must not take itself for left alone.
 LINGER_S = 1e9
 MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,9 @@ class DaemonSpec:
     cpus: str
 
     def command(self) -> list[str]:
-        flags = ("--run-dir", str(self.run_dir), "--linger-s", str(LINGER_S), *(("--arena", self.arena) if self.arena else ()))
+        flags = ["--run-dir", str(self.run_dir), "--linger-s", str(LINGER_S)]
+        if self.arena:
+            flags += ["--arena", self.arena]
         return [sys.executable, "-m", "pdx.daemon.main", *flags]
 
 
@@ -59,7 +64,9 @@ class Fleet:
     router_cpus: str
 
     def __str__(self) -> str:
-        specs = [*((spec.name, spec.cpus) for spec in (*self.daemons, *self.engines)), ("router", self.router_cpus)]
+        specs = [(daemon.name, daemon.cpus) for daemon in self.daemons]
+        specs += [(spec.name, spec.cpus) for spec in self.engines]
+        specs.append(("router", self.router_cpus))
         return ", ".join(f"{name} on {f'core {cpus}' if cpus else 'any core'}" for name, cpus in specs)
 
 
@@ -93,7 +100,7 @@ def design(wish: Wish, ground: Ground) -> Fleet:
     return Fleet(daemons=daemons, engines=engines, router_cpus=cpus[-1])
 
 
-def shares(items: Sequence[int] | Sequence[str], count: int) -> list[tuple[int | str, ...]]:
+def shares(items: Sequence[T], count: int) -> list[tuple[T, ...]]:
     """`items` cut into `count` shares: contiguous ones if there are enough, else one item each, taken in turn."""
     if not items:
         return [()] * count

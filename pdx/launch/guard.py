@@ -19,6 +19,7 @@ import time
 PR_SET_PDEATHSIG = 1
 WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
 EXIT_CANNOT_START = 127
+FOREVER_S = 3600.0  # a look at the command once an hour costs nothing
 
 
 def main(argv: list[str]) -> int:
@@ -60,13 +61,11 @@ def _wait(pid: int, grace_s: float) -> None:
     """Until `pid` has exited; a first signal is passed on, and after `grace_s` more the group is killed."""
     deadline: float | None = None
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        if deadline is None:
-            received = signal.sigwaitinfo(WATCHED)
-        else:
-            received = signal.sigtimedwait(WATCHED, max(0.0, deadline - time.monotonic()))
-        if received is None:
+        timeout_s = max(0.0, deadline - time.monotonic()) if deadline is not None else FOREVER_S
+        received = signal.sigtimedwait(WATCHED, timeout_s)
+        if received is None and deadline is not None:
             _signal_group(pid, signal.SIGKILL)
-        elif received.si_signo != signal.SIGCHLD and deadline is None:
+        elif received is not None and received.si_signo != signal.SIGCHLD and deadline is None:
             deadline = time.monotonic() + grace_s
             # Only the leader: a server that is told ends its own workers in order.
             os.kill(pid, signal.SIGTERM)

@@ -57,7 +57,7 @@ class Child:
     colour: int
     log: IO[bytes] | None
     last_lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=LAST_LINES))
-    partial: bytearray = field(default_factory=bytearray)
+    partial: bytes = b""  # of a line whose end has not come yet
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Supervisor:
                 raise Interrupted("stopped by a signal")
             for child in self._children:
                 if child.process.poll() is not None:
-                    self._drain(child)
+                    self._drain_whole(child)
                     code = child.process.returncode
                     raise ChildDied(f"{child.name} ended with exit code {code}{self._tail_of(child.name)}")
 
@@ -203,26 +203,30 @@ class Supervisor:
             else:
                 self._drain(key.data)
 
-    def _drain(self, child: Child) -> None:
+    def _drain_whole(self, child: Child) -> None:
+        """Of a command whose group has ended: all that it has left in its pipe."""
+        while self._drain(child):
+            continue
+
+    def _drain(self, child: Child) -> bool:
+        """Takes what one read gives; False if that was nothing."""
         assert child.process.stdout is not None
         if child.process.stdout.closed:
-            return
+            return False
         try:
             data = os.read(child.process.stdout.fileno(), PIPE_READ_BYTES)
         except BlockingIOError:
-            return
+            return False
         if not data:
             self._selector.unregister(child.process.stdout)
             child.process.stdout.close()
-        child.partial += data
-        lines = child.partial.split(b"\n")
-        whole, rest = (lines[:-1], lines[-1]) if data else (lines, b"")
-        if len(rest) > LINE_BYTES_MAX:
-            whole, rest = [*whole, rest], b""
-        child.partial = bytearray(rest)
+        *whole, child.partial = (child.partial + data).split(b"\n")
+        if child.partial and (not data or len(child.partial) > LINE_BYTES_MAX):
+            whole.append(child.partial)
+            child.partial = b""
         for line in whole:
-            if line or data:
-                self._log(child, bytes(line))
+            self._log(child, line)
+        return bool(data)
 
     def _log(self, child: Child, line: bytes) -> None:
         if child.log:
@@ -244,7 +248,7 @@ class Supervisor:
         return [child for child in self._children if child.process.poll() is None]
 
     def _forget(self, child: Child) -> None:
-        self._drain(child)
+        self._drain_whole(child)
         assert child.process.stdout is not None
         for file in (child.process.stdout, child.pidfd):
             try:
@@ -258,4 +262,3 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
-

@@ -73,7 +73,7 @@ class Daemon:
             }, environ={},
         )  # fmt: skip
         flags = ["run_dir", "key_file", "arena", "linger_s", "lease_s", "poison", "digest_mode", "handoff_share", "extent"]
-        arguments = [f"--{f.replace('_', '-')}={str(getattr(self.config, f))}" for f in flags if getattr(self.config, f) != ""]
+        arguments = [f"--{f.replace('_', '-')}={getattr(self.config, f)!s}" for f in flags if getattr(self.config, f) != ""]
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log = (run_dir / "log").open("wb")
         self.process = subprocess.Popen(

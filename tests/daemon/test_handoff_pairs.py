@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, Prompt, fleet_in, prompt_of, until
+
 from pdx.wire import DaemonRef, LoadEnded, SendEnded, SendOpened
 
 DAEMON_OF_OTHERS = DaemonRef(daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=["tcp://127.0.0.1:9"])

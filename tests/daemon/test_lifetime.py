@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from daemon.fleet import DEADLINE_S, PAGES, Daemon, Fleet, fleet_in, prompt_of, until
+from wire_samples import ENGINE
+
 from pdx.client import Attachment, DaemonClient
 from pdx.config import Config, load
 from pdx.errors import ConfigError, DaemonGone, Refused
 from pdx.wire import Ask, Attach
-from wire_samples import ENGINE
 
 TOOL = Attach(kind="tool")
 WORKER = Attach(kind="worker", engine=ENGINE, pages=PAGES)

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from pdx.buffer.headers import Headers
+from pdx.errors import DaemonGone
 from pdx.handoff.handle import TransferHandle, mint, verify
 from pdx.layout import CONTROL_BYTES, PageLayout, Place, round_up
 from pdx.wire import (
@@ -176,8 +177,6 @@ class MemoryClient:
 
     def send(self, message: Message) -> None:
         if not self.alive:
-            from pdx.errors import DaemonGone
-
             raise DaemonGone("dead")
         self._daemon.take(self, _decode_engine(encode(message)))
 
@@ -221,3 +220,12 @@ class MemoryAttachment:
         if self._client is not None:
             self._client.close()
             self._client = None
+
+
+class Clock:
+    """Time that a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from memory_daemon import MemoryAttachment, MemoryDaemon
+
+pytest.importorskip("torch", reason="torch is not installed: no engine to test with")
+
+from memory_daemon import Clock, MemoryAttachment, MemoryDaemon
 from torch_engine import BLOCK_TOKENS, LAYOUT, Request, Scheduled
 
 from pdx.engine.link import Link
@@ -21,13 +24,6 @@ HANDOFF = (1).to_bytes(16, "big")
 IDLE = Scheduled({}, {})
 # A step's budget is eight of these pages.
 LARGE = PageLayout(layers=5, page_bytes=FORWARD_BYTES_MAX // 8, chunk_blocks=1)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -6,7 +6,10 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from memory_daemon import MemoryAttachment, MemoryDaemon
+
+pytest.importorskip("torch", reason="torch is not installed: no engine to test with")
+
+from memory_daemon import Clock, MemoryAttachment, MemoryDaemon
 from torch_engine import BLOCK_TOKENS, LAYERS, LAYOUT, VOCABULARY, Model, Request, TorchEngine
 
 from pdx.engine.link import Link
@@ -27,14 +30,6 @@ class Side:
 
     def move_to(self, daemon: MemoryDaemon | None) -> None:
         self.scheduler_line.daemon = self.worker_line.daemon = daemon
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def side(daemon: MemoryDaemon, role: Role, clock: Clock, *, tokens_a_step: int = 10) -> Side:

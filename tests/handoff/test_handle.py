@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from wire_samples import DAEMON, ID
 
 from pdx.errors import HandleError
 from pdx.handoff.handle import HANDLE_CHARS_MAX, SeenHandles, TransferHandle, mint, verify
 from pdx.wire import Budgets
-from wire_samples import DAEMON, ID
 
 KEY = b"k" * 32
 HANDLE = TransferHandle(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from wire_samples import PAGES
 
 from pdx.errors import IllegalTransition
 from pdx.handoff import actions as do
@@ -12,7 +13,6 @@ from pdx.handoff.sender import Sender
 from pdx.handoff.states import RECEIVING, SENDING, Receiving, Sending, after
 from pdx.layout import Place
 from pdx.wire import Budgets, Cancel, Commit, DaemonRef, Drained, Fail, Grant, LoadEnded, Reserve, SendEnded, SendOpened
-from wire_samples import PAGES
 
 LAYERS = 2
 ID = b"i" * 16

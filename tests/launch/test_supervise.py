@@ -122,6 +122,13 @@ def test_environment_is_added_to_ours() -> None:
     assert out.getvalue() == "a | 7 True\n"
 
 
+def test_a_last_line_without_end_is_kept() -> None:
+    with Supervisor(out=io.StringIO(), echo=False) as supervisor:
+        supervisor.start("a", [sys.executable, "-c", "print('one'); print('last', end='')"])
+        with pytest.raises(ChildDied, match=r"a \| one\n  a \| last$"):
+            supervisor.wait(WAIT_S)
+
+
 def test_a_line_without_end_does_not_grow_us() -> None:
     out = io.StringIO()
     with Supervisor(out=out) as supervisor:

@@ -19,7 +19,7 @@ def test_tcp_binds_a_free_port_and_publishes_it() -> None:
 
 
 def test_unknown_scheme_lists_the_known() -> None:
-    with pytest.raises(UnknownTransport, match="known: tcp.*loopback.*LoopbackNet"):
+    with pytest.raises(UnknownTransport, match=r"known: tcp.*loopback.*LoopbackNet"):
         open_lane("carrier-pigeon://roof", key=None, name="test")
     assert "tcp" in known_schemes()
 
