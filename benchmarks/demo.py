@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks.model import build
 from pdx import config, timeline
 from pdx.client import DaemonClient
 from pdx.launch import processes
@@ -314,7 +314,7 @@ def the_document(seed: int = 0) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.demo", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the model, see benchmarks/model.py")
+    parser.add_argument("--model", type=Path, help="folder of the model (default: the one benchmarks/model.py builds)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "demo", help="where pictures go")
     parser.add_argument("--ask", metavar="URL", help="only ask the messages on standard input, print the reply")
     options = parser.parse_args(argv)
@@ -322,8 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         reply = stream(options.ask, options.model, json.load(sys.stdin))
         print(json.dumps({"text": reply.text}))
         return 0
-    os.environ.pop("PDX_KEY_FILE", None)
-    return Demo(options.model, options.output).run()
+    return Demo(options.model or build(), options.output).run()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """How long each side of a handoff may take. Durations: every process counts them on its own clock."""
 
     grant_s: float = 10.0  # from RESERVE to GRANT
-    slab_s: float = 15.0  # between two slabs, and from GRANT to the first
+    slab_s: float = 15.0  # without a slab, and without word that the request still waits for the prefill engine
     total_s: float = 120.0  # from RESERVE to COMMIT
     claim_s: float = 3.0  # from COMMIT until the decode engine owns the pages
 
@@ -232,6 +232,10 @@ class Committed(PeerMessage, tag="committed", frozen=True):
     """The receiver holds every page and has checked the checksum of checksums."""
 
 
+class Alive(PeerMessage, tag="alive", frozen=True):
+    """The request still lives in the prefill engine, which has not come to its next pages: no silence, no failure."""
+
+
 class Fail(PeerMessage, tag="fail", frozen=True):
     reason: str
 
@@ -310,7 +314,7 @@ ATTACH = Attach
 TO_ATTACH = Attached | AttachRefused
 ENGINE = OpenSend | Filled | OpenLoad | LetGo | Renew | Ask
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
-PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Fail | Cancel | Drained
+PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
 NOTICE = Landed
 ROUTER = Announce
 TO_DAEMON = Welcome | CancelHandoff

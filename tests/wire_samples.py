@@ -50,6 +50,7 @@ SAMPLES: list[wire.Message] = [
     wire.Refuse(**PEER, reason="KV layouts differ"),
     wire.Commit(**PEER, pages=60, checksum=(1 << 64) - 1),
     wire.Committed(**PEER),
+    wire.Alive(**PEER),
     wire.Fail(**PEER, reason="engine died"),
     wire.Cancel(**PEER, reason="client left"),
     wire.Drained(**PEER),

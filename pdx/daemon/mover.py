@@ -6,7 +6,7 @@ Owned by the control thread. It decides nothing about a handoff's course; that i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pdx.buffer.lease import Lease
 from pdx.buffer.store import Store
@@ -55,8 +55,9 @@ class Mover:
             reason = f"prefill engine: {message.reason}"
             self._sending.act(record, record.sender.fail(reason, tell_peer=False), now)
 
-    def renew(self, handoff_ids: Iterable[bytes], now: float) -> None:
+    def renew(self, handoff_ids: Sequence[bytes], now: float) -> None:
         self._holds.renew(handoff_ids, now)
+        self._sending.renewed(handoff_ids, now)
 
     def engine_failing(self, engine_id: str, now: float) -> None:
         """One of the engine's processes is gone: its handoffs fail. Its worker may still write: holds stay."""

@@ -20,6 +20,7 @@ from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, Place
 from pdx.transport.api import Span
 from pdx.wire import (
     NOTICE,
+    Alive,
     Commit,
     Drained,
     Fail,
@@ -136,6 +137,8 @@ class Receiving:
             case Commit() if message.lease_epoch == record.receiver.lease_epoch:
                 self._desk.trace(record.key, "commit")
                 self.act(record, record.receiver.commit(message), now)
+            case Alive():
+                self.act(record, record.receiver.alive(now=now), now)
             case Fail():
                 self.act(record, record.receiver.failed_by_peer(message), now)
             case Drained():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import xxhash
@@ -146,6 +146,12 @@ class Sending:
             )
             self._holds.renew([entry.handoff_id], now)
             self.act(record, record.sender.filled(message.layer, entry.blocks, now=now), now)
+
+    def renewed(self, handoff_ids: Iterable[bytes], now: float) -> None:
+        for handoff_id in handoff_ids:
+            record = self._by_handoff.get(handoff_id)
+            if record is not None:
+                self.act(record, record.sender.renewed(now=now), now)
 
     # --- from the receiving daemon and the lanes ---
 

@@ -129,6 +129,12 @@ class Receiver:
         self._commit = message
         return self.check()
 
+    def alive(self, *, now: float) -> list[Action]:
+        """Nothing to land yet, but the sender's engine has not forgotten us. The whole budget goes on."""
+        if self.state is Receiving.GRANTED:
+            self._progress_at = now
+        return []
+
     # --- ends ---
 
     def fail(self, reason: str, *, tell_peer: bool) -> list[Action]:

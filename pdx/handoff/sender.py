@@ -24,7 +24,7 @@ from pdx.handoff.actions import (
 from pdx.handoff.handle import TransferHandle
 from pdx.handoff.states import SENDING, Sending, after
 from pdx.layout import Place
-from pdx.wire import Cancel, Drained, Fail, PeerMessage, SendEnded, SendOpened
+from pdx.wire import Alive, Cancel, Drained, Fail, PeerMessage, SendEnded, SendOpened
 
 
 class Sender:
@@ -82,6 +82,13 @@ class Sender:
             actions += self._put(layer, [b for b in ready if b in self._wanted])
             actions += self._commit_if_all_sent()
         return actions
+
+    def renewed(self, *, now: float) -> list[Action]:
+        """The engine says that the request lives, computing or still in its queue."""
+        if self.state is not Sending.SENDING or self._puts_open:
+            return []
+        self._progress_at = now
+        return [ToPeer(Alive(**self._ids()))]
 
     def put_ended(self, *, ok: bool, reason: str, now: float) -> list[Action]:
         """One Put action has come to its end: its slots are no longer read by it."""

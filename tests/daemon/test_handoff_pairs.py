@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, Prompt, fleet_in, prompt_of, until
 
-from pdx.wire import DaemonRef, LoadEnded, SendEnded, SendOpened
+from pdx.wire import DaemonRef, LoadEnded, Renew, SendEnded, SendOpened
 
 DAEMON_OF_OTHERS = DaemonRef(daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=["tcp://127.0.0.1:9"])
 
@@ -219,6 +220,24 @@ def test_a_fence_that_has_not_passed_keeps_the_slots(tmp_path: Path) -> None:
         assert daemon.stats()["store"]["leases"]["live"] + daemon.stats()["store"]["leases"]["quarantined"] > 0
         prefill.worker.publish_fence(5)
         daemon.wait_unleased()
+
+
+def test_a_request_that_waits_in_prefills_queue_outlives_the_slab_budget(
+    pair: tuple[Fleet, BareEngine, BareEngine]
+) -> None:
+    fleet, prefill, decode = pair
+    prompt, handle = prompt_of(64), fleet.handle(prefill, decode, QUICK)
+    opened = prefill.open_send(prompt, handle)
+    loaded = decode.open_load(prompt, handle)
+    end = time.monotonic() + 2.5 * QUICK.slab_s
+    while time.monotonic() < end:
+        for engine, handoff in ((prefill, opened), (decode, loaded)):
+            engine.scheduler.send(Renew(handoff_ids=[handoff.handoff_id]))
+        decode.scheduler.wait(0.2)
+    prefill.fill(opened, prompt, [0, 1, 2, 3])
+    prefill.let_go(opened.handoff_id, "send")
+    until(lambda: decode.pages_present(loaded, prompt) == 12, "all pages land")
+    decode.let_go(loaded.handoff_id, "load")
 
 
 @pytest.mark.parametrize("silent", ["prefill never fills", "decode never comes"])

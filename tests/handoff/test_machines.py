@@ -174,6 +174,18 @@ def test_sender_budget_between_slabs_and_in_whole() -> None:
     assert "not finished within" in sender.reason
 
 
+def test_a_request_in_the_engines_queue_is_not_silence() -> None:
+    """Under load, prefill may come to a request long after GRANT: its engine's renewals speak for it on both sides."""
+    sender, receiver = make_sender(), make_receiver()
+    sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
+    for second in range(1, 10):
+        assert kinds(sender.renewed(now=float(second))) == ["Alive"]
+        receiver.alive(now=float(second))
+        assert sender.tick(now=second + 0.5) == receiver.tick(now=second + 0.5) == []
+    assert sender.tick(now=11.1) != []
+    assert receiver.tick(now=11.1) != []
+
+
 def test_cancel_is_answered_once_drained() -> None:
     sender = make_sender()
     sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)

