@@ -38,6 +38,10 @@ COLOURS = (36, 33, 35, 32, 34, 31)
 class ChildDied(PdxError):
     """A supervised command ended by itself. The message carries its name, exit code and last log lines."""
 
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
 
 class NotReady(PdxError):
     """A command is alive but did not answer its probe in time."""
@@ -173,6 +177,17 @@ class Supervisor:
         self.stopped = Stopped(processes=max(0, before), left=len(processes.of_sessions(sessions)))
         return self.stopped
 
+    def bury(self, name: str) -> None:
+        """Forgets a command that has died, so that waiting for the others can go on."""
+        for child in [child for child in self._children if child.name == name]:
+            child.process.wait()
+            self._forget(child)
+            self._children.remove(child)
+
+    def session_of(self, name: str) -> int:
+        """The session that all processes of a command belong to."""
+        return next(child.process.pid for child in self._children if child.name == name)
+
     def say(self, line: str) -> None:
         """One line of the supervisor's own."""
         print(f"pdx: {line}", file=self._out, flush=True)
@@ -190,7 +205,7 @@ class Supervisor:
                 if child.process.poll() is not None:
                     self._drain_whole(child)
                     code = child.process.returncode
-                    raise ChildDied(f"{child.name} ended with exit code {code}{self._tail_of(child.name)}")
+                    raise ChildDied(child.name, f"{child.name} ended with exit code {code}{self._tail_of(child.name)}")
 
     def _turn(self, timeout_s: float | None) -> None:
         """Handles what is ready within `timeout_s`: log bytes, exits, signals."""

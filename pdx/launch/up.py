@@ -21,7 +21,7 @@ from pdx.launch.engine import EngineSpec
 from pdx.launch.fleet import DaemonSpec, Fleet, Ground, Wish, design
 from pdx.launch.ports import answers, free_ports
 from pdx.launch.publish import publish
-from pdx.launch.supervise import Interrupted, Supervisor
+from pdx.launch.supervise import ChildDied, Interrupted, Supervisor
 
 READY_S = 600.0
 ROUTER_READY_S = DAEMON_READY_S = 60.0  # the arena's pages are touched once: a minute is good for 12 GiB on a slow host
@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace, base: Path) -> int:
         fleet = design(wish, _ground(base, engines=wish.prefill + wish.decode, pin=not options.no_pin))
         with supervisor:
             _start(supervisor, fleet, options, base)
-            supervisor.wait()
+            _serve(supervisor, fleet)
     except Interrupted:
         supervisor.say(str(supervisor.stopped))
         return 0
@@ -92,10 +92,24 @@ def _run(options: argparse.Namespace, base: Path) -> int:
     return 0
 
 
+def _serve(supervisor: Supervisor, fleet: Fleet) -> None:
+    """Until a signal. Engines may die while a decode engine is left; without router or daemons nothing can go on."""
+    alive = {spec.name: spec.role for spec in fleet.engines}
+    while True:
+        try:
+            supervisor.wait()
+        except ChildDied as died:
+            alive.pop(died.name, None)
+            if died.name not in {spec.name for spec in fleet.engines} or "decode" not in alive.values():
+                raise
+            supervisor.bury(died.name)
+            supervisor.say(f"{str(died).partition(';')[0]}; the others serve on: {', '.join(alive)}")
+
+
 def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, base: Path) -> None:
     environ = {**engine.import_path(), "PDX_KEY_FILE": str(_write_key(base))}
     supervisor.say(f"starting {fleet}")
-    control = _start_router(supervisor, fleet, options, base, environ)
+    url, control = _start_router(supervisor, fleet, options, base, environ)
     for daemon in fleet.daemons:
         supervisor.start(daemon.name, daemon.command(), env=environ, cpus=daemon.cpus)
     supervisor.wait_ready(
@@ -104,11 +118,10 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, ba
     engines = [replace(spec, settings={**spec.settings, "router": control}) for spec in fleet.engines]
     for spec in engines:
         supervisor.start(spec.name, engine.command(spec), env=engine.environment(spec) | environ, cpus=spec.cpus)
-    url = f"http://{options.host}:{options.port}"
     probes = {spec.name: answers(f"{spec.url}/health") for spec in engines}
-    supervisor.wait_ready(probes | {"router": answers(f"{url}/readyz")}, deadline_s=options.ready_timeout_s)
+    supervisor.wait_ready(probes | {"router": answers(f"{url}/readyz?engines={len(engines)}")}, deadline_s=options.ready_timeout_s)
     if options.publish:
-        publish(options.publish, _published(url, control, fleet.daemons, engines))
+        publish(options.publish, _published(supervisor, url, control, fleet.daemons, engines))
     supervisor.say(f"ready: {url}")
     supervisor.say(
         f"try:   curl -s {url}/v1/completions -H 'Content-Type: application/json' "
@@ -118,8 +131,8 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, ba
 
 def _start_router(
     supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, base: Path, environ: dict[str, str]
-) -> str:
-    """Starts the router and returns its control endpoint."""
+) -> tuple[str, str]:
+    """Starts the router and returns its URL and its control endpoint."""
     published = base / "router.json"
     command = [
         *(sys.executable, "-m", "pdx.router.main", "--host", options.host, "--port", str(options.port)),
@@ -127,7 +140,8 @@ def _start_router(
     ]
     supervisor.start("router", command, env=environ, cpus=fleet.router_cpus)
     supervisor.wait_ready({"router": published.exists}, deadline_s=ROUTER_READY_S)
-    return str(json.loads(published.read_text(encoding="utf-8"))["control"])
+    where = json.loads(published.read_text(encoding="utf-8"))
+    return where["http"], where["control"]
 
 
 def _ground(base: Path, *, engines: int, pin: bool) -> Ground:
@@ -158,13 +172,16 @@ def _write_key(base: Path) -> Path:
 
 
 def _published(
-    url: str, control: str, daemons: Sequence[DaemonSpec], engines: Sequence[EngineSpec]
+    supervisor: Supervisor, url: str, control: str, daemons: Sequence[DaemonSpec], engines: Sequence[EngineSpec]
 ) -> dict[str, object]:
     return {
         "url": url,
         "control": control,
         "run_dirs": [str(daemon.run_dir) for daemon in daemons],
-        "engines": [{"name": spec.name, "role": spec.role, "url": spec.url} for spec in engines],
+        "engines": [
+            {"name": spec.name, "role": spec.role, "url": spec.url, "session": supervisor.session_of(spec.name)}
+            for spec in engines
+        ],
     }
 
 
@@ -179,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hosts", "--daemons", dest="hosts", type=int, default=1, choices=(1, 2),
         help="2: prefill and decode get a daemon each, as on two hosts (default 1)")  # fmt: skip
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="the router's HTTP address (default 127.0.0.1)")
-    add("--port", type=int, default=8000, metavar="PORT", help="the router's HTTP port (default 8000)")
+    add("--port", type=int, default=8000, metavar="PORT", help="the router's HTTP port; 0: a free one (default 8000)")
     add("--arena", metavar="SIZE", help=config.FLAGS["arena"])
     add("--logs", action="store_true", help="show all logs, prefixed; they are kept in files in any case")
     add("--no-pin", action="store_true", help="do not pin engines to cores")
