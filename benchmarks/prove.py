@@ -23,6 +23,7 @@ from benchmarks.model import build
 from benchmarks.report import HISTORY, Report
 from benchmarks.rig import REPOSITORY, Part, Reply, Rig, counter, get, leases, post, rig_in, stats, unleased, wait_until
 from pdx.client import DaemonClient
+from pdx.errors import PdxError
 
 LAYERS, BLOCK_TOKENS = 30, 128
 # Block boundaries and one either side, several prompt chunks of 256, a repeated prefix at the end.
@@ -118,6 +119,9 @@ def prove_fleets(rig: Rig, report: Report) -> None:
 # --- faults ---------------------------------------------------------------------------------------------------
 
 
+DAEMON = {"arena": "512MiB", "poison": "true", "digest_mode": "true", "lease_s": "4", "linger_s": "3"}
+
+
 class Faults:
     """One fault after another on a running pair; whatever was killed is started again."""
 
@@ -164,7 +168,7 @@ class Faults:
         self._kill(self.daemons[name])
         side = "prefill's" if name == "a" else "decode's"
         self._right_or_clean(f"kill -9 of {side} daemon in mid-prompt", reply, must_answer=True, tools="b" if name == "a" else "a")
-        self.daemons[name] = self._daemon(name)
+        # The engine has started another one by itself.
         self.tools[name] = self.rig.tool(name)
         wait_until(lambda: stats(self.tools[name])["engines"], 60, "the engine attaches again")
         self._serves_on(f"{side} daemon back")
@@ -194,13 +198,13 @@ class Faults:
     # --- steps ---
 
     def _daemon(self, name: str) -> Part:
-        return self.rig.start_daemon(name, arena="512MiB", poison="true", digest_mode="true", lease_s="4")
+        return self.rig.start_daemon(name, **DAEMON)
 
     def _prefill(self) -> Part:
-        return self.rig.start_engine("P0", "prefill", "a", cpu=0, flags=CHUNK)
+        return self.rig.start_engine("P0", "prefill", "a", cpu=0, flags=CHUNK, **DAEMON)
 
     def _decode(self) -> Part:
-        return self.rig.start_engine("D0", "decode", "b", cpu=1)
+        return self.rig.start_engine("D0", "decode", "b", cpu=1, **DAEMON)
 
     def _prompt(self, tokens: int) -> list[int]:
         self._seed += 1
@@ -325,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             with rig_in(model, scratch / name) as rig:
                 SECTIONS[name](rig, report)
-        except (TimeoutError, SystemExit) as error:
+        except (TimeoutError, PdxError, SystemExit) as error:
             report.bar(f"{name}: ran to its end", str(error), "yes", False)
     report.write(options.json)
     if report.all_hold:

@@ -98,6 +98,16 @@ class Rig:
             tool.close()
         for part in reversed(self.parts):
             part.stop()
+        # Engines that lost their daemon have started another, detached; it lingers out.
+        wait_until(lambda: not self._strays(), 30, "daemons that engines started are gone")
+
+    def _strays(self) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and f"--run-dir={self._scratch}" in (entry / "cmdline").read_text():
+                    found.append(int(entry.name))
+        return found
 
     # --- starting ---
 
@@ -118,6 +128,7 @@ class Rig:
 
     def start_daemon(self, name: str, **settings: str) -> Part:
         run_dir = self._scratch / name
+        (run_dir / "pdxd.json").unlink(missing_ok=True)  # of one that was killed
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
         part = self._start(
             f"pdxd-{name}",
@@ -127,15 +138,19 @@ class Rig:
         wait_until((run_dir / "pdxd.json").exists, 60, f"pdxd serves; see {part.log}")
         return part
 
-    def start_engine(self, name: str, role: str, daemon: str, *, cpu: int, flags: tuple[str, ...] = ()) -> Part:
-        """Starts one; `wait_routable` waits for it."""
+    def start_engine(
+        self, name: str, role: str, daemon: str, *, cpu: int, flags: tuple[str, ...] = (), **settings: str
+    ) -> Part:
+        """Starts one; `wait_routable` waits for it. `settings` are for a daemon that it may have to start."""
         spec = engines.EngineSpec(
             name=name,
             role=role,
             model=str(self.model),
             port=free_ports(1)[0],
             cpus=str(cpu),
-            settings={"run_dir": str(self._scratch / daemon), "router": self.control, "key_file": str(self._key)},
+            settings={
+                **settings, "run_dir": str(self._scratch / daemon), "router": self.control, "key_file": str(self._key),
+            },  # fmt: skip
             flags=(
                 *("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16"),
                 *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *flags),

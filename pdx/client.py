@@ -37,6 +37,7 @@ from pdx.wire import (
     Message,
     decoder_of,
     encode,
+    identity_of,
 )
 
 log = logging.getLogger("pdx.client")
@@ -66,7 +67,8 @@ class DaemonClient:
         self._ending.register(connection, select.POLLIN)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, str(attached.session).encode())
+        self._socket.setsockopt(zmq.IDENTITY, identity_of(attached.daemon.incarnation, attached.session))
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a daemon that comes back on this path is another one
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
         self._socket.connect(attached.socket)

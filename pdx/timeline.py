@@ -14,6 +14,8 @@ from xml.sax.saxutils import escape
 
 Event = dict[str, Any]
 
+_SVG_WIDTH = 960
+
 
 @dataclass(frozen=True)
 class ChunkSpan:
@@ -24,6 +26,7 @@ class ChunkSpan:
     wire_from_ns: int  # first put; 0 if its pages never left
     wire_to_ns: int  # last page landed
     pages: int
+    landed_ns: tuple[int, ...] = ()  # each layer's pages
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def read_events(events: Iterable[Event]) -> Timeline | None:
                 wire_from_ns=min(puts, default=0),
                 wire_to_ns=max(lands, default=0),
                 pages=sum(event["pages"] for event in own),
+                landed_ns=tuple(lands),
             )
         )
     last_landed_ns = landed[-1]["at_ns"] if landed else 0
@@ -110,40 +114,37 @@ def terminal_bars(timeline: Timeline, *, columns: int = 72) -> list[str]:
 
 
 def svg(timeline: Timeline, *, title: str) -> str:
-    """The same picture as a self-contained SVG document."""
-    width, row, left = 960, 22, 110
+    """The same picture as a self-contained SVG document; a tick for every layer that landed."""
+    left, top, row, bottom_rows = 140, 40, 22, 3
     span_ns = max(1, timeline.ended_ns - timeline.started_ns)
-    scale = (width - left - 20) / span_ns
-    height = 90 + len(timeline.chunks) * 2 * row
+    scale = (_SVG_WIDTH - left - 30) / span_ns
+    height = top + (len(timeline.chunks) * 2 + bottom_rows) * row
 
     def x(at_ns: int) -> float:
         return left + (at_ns - timeline.started_ns) * scale
 
-    def rect(from_ns: int, to_ns: int, y: int, colour: str) -> str:
-        return (
-            f'<rect x="{x(from_ns):.1f}" y="{y}" width="{max(1.0, (to_ns - from_ns) * scale):.1f}" '
-            f'height="{row - 6}" rx="2" fill="{colour}"/>'
-        )
+    def rect(from_ns: int, width_px: float, y: int, colour: str) -> str:
+        return f'<rect x="{x(from_ns):.1f}" y="{y}" width="{max(1.0, width_px):.1f}" height="16" fill="{colour}"/>'
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_SVG_WIDTH} {height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="{_SVG_WIDTH}" height="{height}" fill="white"/>',
         f'<text x="{left}" y="22" font-size="15">{escape(title)}</text>',
     ]
     for number, chunk in enumerate(timeline.chunks):
-        y = 40 + number * 2 * row
-        parts.append(f'<text x="10" y="{y + 12}">chunk {number + 1} compute</text>')
-        parts.append(rect(chunk.compute_from_ns, chunk.compute_to_ns, y, "#4477aa"))
-        parts.append(f'<text x="10" y="{y + row + 12}" fill="#777">on the wire</text>')
-        if chunk.wire_from_ns and chunk.wire_to_ns:
-            parts.append(rect(chunk.wire_from_ns, chunk.wire_to_ns, y + row, "#ee8866"))
-    bottom = 48 + len(timeline.chunks) * 2 * row
+        y = top + number * 2 * row
+        parts.append(f'<text x="10" y="{y + 12}">chunk {number + 1}: computing</text>')
+        parts.append(rect(chunk.compute_from_ns, (chunk.compute_to_ns - chunk.compute_from_ns) * scale, y, "#4477aa"))
+        parts.append(f'<text x="10" y="{y + row + 12}" fill="#777">layers landed</text>')
+        parts += [rect(at_ns, 2.0, y + row, "#cc5522") for at_ns in chunk.landed_ns]
+    bottom = top + len(timeline.chunks) * 2 * row
     end = x(timeline.computed_ns)
     parts.append(
-        f'<line x1="{end:.1f}" x2="{end:.1f}" y1="34" y2="{bottom}" stroke="#222" stroke-dasharray="4 3"/>'
-        f'<text x="{end - 4:.1f}" y="{bottom + 14}" text-anchor="end">last layer computed</text>'
-        f'<text x="{left}" y="{bottom + 32}">{timeline.hidden_fraction:.1%} of {timeline.pages_landed} pages had landed by '
-        f"then; exposed {timeline.exposed_ns / 1e6:.1f} ms of {span_ns / 1e6:.0f} ms; lane {escape(timeline.lane)}</text>"
+        f'<line x1="{end:.1f}" x2="{end:.1f}" y1="{top - 6}" y2="{bottom}" stroke="#222" stroke-dasharray="4 3"/>'
+        f'<text x="{end:.1f}" y="{bottom + 14}" text-anchor="end">last layer computed, {span_ns / 1e9:.2f} s</text>'
+        f'<text x="{left}" y="{bottom + 14}">0 s</text>'
+        f'<text x="{left}" y="{bottom + 40}">{timeline.hidden_fraction:.1%} of {timeline.pages_landed} pages had landed '
+        f"by then; {timeline.exposed_ns / 1e6:.1f} ms exposed; lane {escape(timeline.lane)}</text>"
     )
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -80,12 +80,17 @@ class Attached(Message, tag="attached", frozen=True):
     """The arena's descriptor rides beside this message when `kind` was "worker"."""
 
     daemon: DaemonRef
-    session: int  # prefix of this client's ZeroMQ identity
+    session: int  # with the daemon's incarnation: this client's ZeroMQ identity, see `identity_of`
     socket: str  # ipc endpoint of the ENGINE or TOOL conversation
     arena_bytes: int
     fence_offset: int  # the u64 in the control page where this worker publishes its last finished step
     digest_mode: bool
     lease_s: float
+
+
+def identity_of(incarnation: int, session: int) -> bytes:
+    """A client's ZeroMQ identity. A client of a daemon that has died can't be taken for one of its successor's."""
+    return f"{incarnation}/{session}".encode()
 
 
 class AttachRefused(Message, tag="attach_refused", frozen=True):
@@ -282,6 +287,14 @@ class Announce(Message, tag="announce", frozen=True):
     leaving: bool = False
 
 
+class HandoffFailed(Message, tag="handoff_failed", frozen=True):
+    """One side of a handoff has failed: a router that still waits for prefill need not wait any longer."""
+
+    handoff_id: bytes
+    attempt: int
+    reason: str
+
+
 class Welcome(Message, tag="welcome", frozen=True):
     """The router's answer to Announce: proof for the daemon that somebody listens."""
 
@@ -316,7 +329,7 @@ ENGINE = OpenSend | Filled | OpenLoad | LetGo | Renew | Ask
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
 PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
 NOTICE = Landed
-ROUTER = Announce
+ROUTER = Announce | HandoffFailed
 TO_DAEMON = Welcome | CancelHandoff
 
 _encoder = msgspec.msgpack.Encoder()

@@ -26,6 +26,7 @@ from pdx.router.journey import (
     DecodeAnswered,
     EndHandoff,
     Event,
+    HandoffBroke,
     Journey,
     PassOn,
     PrefillAnswered,
@@ -33,6 +34,7 @@ from pdx.router.journey import (
     UpstreamFailed,
 )
 from pdx.router.metrics import Metrics
+from pdx.router.pending import Pending
 from pdx.router.policy import Candidate
 from pdx.router.registry import Registry
 from pdx.router.upstream import Reply, Upstream, UpstreamError
@@ -46,11 +48,14 @@ CLIENT_GONE_CODE = 499  # never sent: how the metrics show clients that left
 class Outside:
     """What all conductors of a router share. Owned by the event loop's thread."""
 
-    def __init__(self, *, directory: Directory, registry: Registry, upstream: Upstream, metrics: Metrics) -> None:
+    def __init__(
+        self, *, directory: Directory, registry: Registry, upstream: Upstream, metrics: Metrics, pending: Pending
+    ) -> None:
         self.directory = directory
         self.registry = registry
         self.upstream = upstream
         self.metrics = metrics
+        self.pending = pending
         self.in_flight: Tally[str] = Tally()  # engine id -> calls under way
 
     @contextmanager
@@ -135,6 +140,18 @@ class Conductor:
         return None
 
     async def _prefill(self, action: CallPrefill) -> Event:
+        """Prefill's answer, or the daemons' word that it is of no use any more, whichever comes first."""
+        # Counted before the first await: of requests that come together, each must see those before it.
+        with self._outside.counted(action.engine), self._outside.pending.watch(self._journey.handoff_id) as failure:
+            call = asyncio.create_task(self._call_prefill(action))
+            try:
+                await asyncio.wait({call, failure}, return_when=asyncio.FIRST_COMPLETED)
+                return call.result() if call.done() else HandoffBroke(failure.result())
+            finally:
+                call.cancel()
+                await asyncio.wait({call})
+
+    async def _call_prefill(self, action: CallPrefill) -> Event:
         try:
             async with asyncio.timeout(action.timeout_s), AsyncExitStack() as stack:
                 reply = await self._open(stack, action.engine, action.body)
@@ -147,6 +164,7 @@ class Conductor:
     async def _decode(self, action: CallDecode) -> Event:
         await self._call.aclose()
         self._call = AsyncExitStack()
+        self._call.enter_context(self._outside.counted(action.engine))
         try:
             reply = await self._open(self._call, action.engine, action.body)
             self._content_type = reply.content_type
@@ -180,7 +198,6 @@ class Conductor:
         return self._events.finish()
 
     async def _open(self, stack: AsyncExitStack, engine: Candidate, body: bytes) -> Reply:
-        stack.enter_context(self._outside.counted(engine))
         url = engine.info.url.rstrip("/") + self._client.path
         return await stack.enter_async_context(self._outside.upstream.call(url, body, self._headers))
 

@@ -93,6 +93,12 @@ class PrefillAnswered(msgspec.Struct, frozen=True):
     body: bytes
 
 
+class HandoffBroke(msgspec.Struct, frozen=True):
+    """A daemon said that the handoff has failed while prefill was still awaited. Its words are for logs only."""
+
+    reason: str
+
+
 class DecodeAnswered(msgspec.Struct, frozen=True):
     """A whole answer, or the first bytes of a stream whose status is `status`."""
 
@@ -119,7 +125,7 @@ class ClientGone(msgspec.Struct, frozen=True):
     pass
 
 
-Event = Begin | PrefillAnswered | DecodeAnswered | UpstreamFailed | StreamFinished | DeadlinePassed | ClientGone
+Event = Begin | PrefillAnswered | HandoffBroke | DecodeAnswered | UpstreamFailed | StreamFinished | DeadlinePassed | ClientGone
 
 
 # --- actions --------------------------------------------------------------------------------------------------
@@ -202,6 +208,8 @@ class Journey:
                 return self._choose(event)
             case PrefillAnswered():
                 return self._on_prefill(event)
+            case HandoffBroke():
+                return self._fall_back("handoff_failed")
             case DecodeAnswered():
                 return self._on_decode(event)
             case UpstreamFailed():

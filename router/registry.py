@@ -1,4 +1,4 @@
-"""The router's side of the control conversation: hears Announce, answers Welcome, sends CancelHandoff.
+"""The router's side of the control conversation: hears Announce and HandoffFailed, says Welcome and CancelHandoff.
 
 Knows sockets and identities; what an announcement means is the directory's business. Runs on the event loop.
 """
@@ -16,7 +16,7 @@ import zmq.asyncio
 from pdx.curve import lock
 from pdx.errors import ConfigError, WireError
 from pdx.router.metrics import Metrics
-from pdx.wire import FRAME_BYTES_MAX, ROUTER, Announce, CancelHandoff, DaemonRef, Message, Welcome, decoder_of, encode
+from pdx.wire import FRAME_BYTES_MAX, ROUTER, Announce, CancelHandoff, DaemonRef, HandoffFailed, Message, Welcome, decoder_of, encode
 
 # Every daemon says one thing a second; more than this unheard means that the router is stuck anyway.
 RECEIVE_QUEUE_MAX = 1024
@@ -25,7 +25,7 @@ SEND_QUEUE_MAX = 1024
 DAEMONS_MAX = 4096
 
 _log = logging.getLogger(__name__)
-_decode: Callable[[bytes | memoryview], Announce] = decoder_of(ROUTER)
+_decode: Callable[[bytes | memoryview], Announce | HandoffFailed] = decoder_of(ROUTER)
 
 
 class Registry:
@@ -38,11 +38,13 @@ class Registry:
         router_id: str,
         cluster_key: bytes,
         heard: Callable[[Announce], list[str]],
+        handoff_failed: Callable[[bytes, str], None],
         metrics: Metrics,
     ) -> None:
         """Binds. Raises ConfigError if the endpoint is taken or malformed."""
         self._router_id = router_id
         self._heard = heard
+        self._handoff_failed = handoff_failed
         self._metrics = metrics
         self._identities: dict[str, tuple[int, bytes]] = {}  # daemon id -> incarnation, identity frame
         self._context = zmq.asyncio.Context()
@@ -68,12 +70,15 @@ class Registry:
             try:
                 if len(frames) != 2:
                     raise WireError(f"{len(frames)} frames instead of 2")
-                announce = _decode(frames[1])
+                message = _decode(frames[1])
             except WireError as error:
                 self._metrics.bad_frames.inc()
                 _log.debug("dropped a control frame: %s", error)
                 continue
-            self._on_announce(frames[0], announce)
+            if isinstance(message, Announce):
+                self._on_announce(frames[0], message)
+            else:
+                self._handoff_failed(message.handoff_id, message.reason)
 
     def cancel(self, daemon: DaemonRef, *, handoff_id: bytes, reason: str, attempt: int = 0) -> None:
         """Tells a daemon to end a handoff. Never blocks; a daemon gone meanwhile needs no telling."""

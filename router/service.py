@@ -20,6 +20,7 @@ from pdx.router.conductor import Outside
 from pdx.router.directory import Directory
 from pdx.router.journey import Settings
 from pdx.router.metrics import Metrics
+from pdx.router.pending import Pending
 from pdx.router.registry import Registry
 from pdx.router.upstream import Upstream
 from pdx.wire import Announce
@@ -69,7 +70,7 @@ async def serve(options: Options) -> None:
 @asynccontextmanager
 async def running(options: Options) -> AsyncIterator[tuple[Published, asyncio.Task[None]]]:
     """A listening router, and the task whose end would be its failure. Leaving the block ends it within DRAIN_S."""
-    directory, metrics = Directory(), Metrics()
+    directory, metrics, pending = Directory(), Metrics(), Pending()
 
     def heard(announce: Announce) -> list[str]:
         return directory.on_announce(announce, time.monotonic())
@@ -80,11 +81,14 @@ async def running(options: Options) -> AsyncIterator[tuple[Published, asyncio.Ta
             router_id=secrets.token_hex(8),
             cluster_key=options.settings.cluster_key,
             heard=heard,
+            handoff_failed=pending.failed,
             metrics=metrics,
         )
         stack.callback(registry.close)
         upstream = await stack.enter_async_context(Upstream())
-        outside = Outside(directory=directory, registry=registry, upstream=upstream, metrics=metrics)
+        outside = Outside(
+            directory=directory, registry=registry, upstream=upstream, metrics=metrics, pending=pending
+        )
         front = Front(outside, options.settings, request_timeout_s=options.request_timeout_s)
         http = await _listen(stack, front.app(), options)
         keeper = asyncio.create_task(_keep(registry, directory, upstream))

@@ -61,6 +61,7 @@ SAMPLES: list[wire.Message] = [
         daemon=DAEMON, engines=[ENGINE], loads=[wire.EngineLoad(engine_id="prefill-0", running=1, waiting=2)],
         reservations_waiting=1, leaving=False,
     ),
+    wire.HandoffFailed(handoff_id=ID, attempt=1, reason="nothing landed for 15 s"),
     wire.Welcome(router_id="r0", warnings=["no decode engine"]),
     wire.CancelHandoff(handoff_id=ID, attempt=1, reason="client left"),
     wire.Ask(verb="trace", handoff_id=ID),

@@ -11,11 +11,12 @@ import zmq
 from pdx.curve import lock
 from pdx.daemon.sessions import Engine
 from pdx.errors import WireError
-from pdx.wire import TO_DAEMON, Announce, CancelHandoff, DaemonRef, EngineLoad, Welcome, decoder_of, encode
+from pdx.wire import TO_DAEMON, Announce, CancelHandoff, DaemonRef, EngineLoad, Message, Welcome, decoder_of, encode
 
 ANNOUNCE_S = 1.0
 ROUTERS_MAX = 16
 SILENT_ROUTER_S = 10.0
+SEND_QUEUE_MAX = 256  # a router that reads nothing for so long learns the state anew from the next announcement
 
 log = logging.getLogger("pdxd")
 
@@ -59,6 +60,11 @@ class Announcer:
             self._send(socket, mine, reservations_waiting, leaving=False)
             self._complain_if_silent(endpoint, now)
 
+    def tell(self, message: Message) -> None:
+        """To every router: they know which requests are theirs."""
+        for socket in self._sockets.values():
+            self._queue(socket, message)
+
     def handle_ready(self, ready: dict[object, int], cancel: Callable[[CancelHandoff], None]) -> None:
         for endpoint, socket in self._sockets.items():
             if socket not in ready:
@@ -97,7 +103,7 @@ class Announcer:
             return
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 16)  # announcements are state: old ones are worth nothing
+        socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
         socket.setsockopt(zmq.IDENTITY, f"{self._me.daemon_id}/{self._me.incarnation}".encode())
         lock(socket, self._cluster_key, server=False)
         socket.connect(endpoint)
@@ -115,7 +121,10 @@ class Announcer:
             reservations_waiting=reservations_waiting,
             leaving=leaving,
         )
+        self._queue(socket, message)
+
+    def _queue(self, socket: zmq.Socket[bytes], message: Message) -> None:
         try:
             socket.send(encode(message), zmq.DONTWAIT)
         except zmq.Again:
-            self._counters["announces_dropped"] += 1
+            self._counters["router_messages_dropped"] += 1

@@ -16,7 +16,7 @@ from pdx.errors import HandleError
 from pdx.handoff.handle import SeenHandles, TransferHandle, verify
 from pdx.keys import layout_id, namespace_of
 from pdx.transport.api import Lane, Region
-from pdx.wire import DaemonRef, Message
+from pdx.wire import DaemonRef, HandoffFailed, Message
 
 HandoffKey = tuple[bytes, int]  # handoff id, attempt
 
@@ -32,6 +32,7 @@ class Ports:
     cluster_key: bytes
     to_engine: Callable[[str, Message], None]  # engine id, message
     to_peer: Callable[[DaemonRef, Message], None]
+    to_routers: Callable[[Message], None]
     engine: Callable[[str], Engine | None]
     fence_passed: Callable[[str, int], bool]  # engine id, step
     lanes: dict[str, tuple[Lane, Region]]  # by URL scheme, best first
@@ -81,6 +82,11 @@ class Desk:
             self.store.quiesce(lease)
         else:
             self.store.release(lease)
+
+    def tell_routers(self, key: HandoffKey, reason: str) -> None:
+        """A failure is worth telling: the request can start to recompute now instead of at prefill's timeout."""
+        if reason:
+            self.ports.to_routers(HandoffFailed(handoff_id=key[0], attempt=key[1], reason=reason))
 
     def bury(self, key: HandoffKey, reason: str) -> None:
         self.tombstones[key] = reason

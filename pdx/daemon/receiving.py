@@ -254,6 +254,7 @@ class Receiving:
         self._desk.ports.counters["receives_failed" if reason else "receives_settled"] += 1
         self.records.pop(record.key, None)
         self._desk.bury(record.key, reason)
+        self._desk.tell_routers(record.key, reason)
         if record.wire is not None:
             self._desk.end_lease(record.wire)
 

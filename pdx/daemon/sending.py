@@ -311,6 +311,7 @@ class Sending:
         if self._by_handoff.get(record.key[0]) is record:
             del self._by_handoff[record.key[0]]
         self._desk.bury(record.key, reason)
+        self._desk.tell_routers(record.key, reason)
         if record.wire is not None:
             self._desk.end_lease(record.wire)
 

@@ -65,7 +65,6 @@ class Service:
         self._poller = zmq.Poller()
         self._counters: Counter[str] = Counter()
         self._tracer = Tracer()
-        self._sessions = Sessions()
         self._hellos: dict[int, socket.socket] = {}  # connections that have not said hello yet
         self._connections: dict[int, Session] = {}
         self._to_self: list[Message] = []
@@ -79,6 +78,7 @@ class Service:
             control=self._peer_socket.getsockopt_string(zmq.LAST_ENDPOINT),
             lanes=[lane.endpoint for lane in lanes],
         )
+        self._sessions = Sessions(self.me.incarnation)
         self._peers = Peers(self._context, self._poller, self._counters, cluster_key=key)
         self._announcer = Announcer(self._context, self._poller, self.me, self._counters, cluster_key=key)
         for lane in lanes:
@@ -104,7 +104,7 @@ class Service:
         self._announcer.close()
         self._peers.close()
         self._door.close()
-        for connection in [*self._hellos.values(), *(s.connection for s in self._sessions.by_number.values())]:
+        for connection in [*self._hellos.values(), *(s.connection for s in self._sessions.by_identity.values())]:
             connection.close()
         self._clients.close(0)
         self._peer_socket.close(0)
@@ -150,7 +150,7 @@ class Service:
             except (WireError, ValueError):
                 self._counters["bad_frames"] += 1
                 continue
-            session = self._sessions.by_number.get(int(identity)) if identity.isdigit() else None
+            session = self._sessions.by_identity.get(identity)
             if session is None:
                 self._counters["frames_of_strangers"] += 1
                 continue
@@ -250,11 +250,11 @@ class Service:
             else:
                 self._mover.engine_failing(session.engine_id, now)
             self._announcer.changed()
-        if not self._sessions.by_number:
+        if not self._sessions.by_identity:
             self._alone_since = now
 
     def _lingered_out(self) -> bool:
-        if self._sessions.by_number or self._hellos:
+        if self._sessions.by_identity or self._hellos:
             return False
         return time.monotonic() - self._alone_since > self._config.linger_s
 
@@ -266,6 +266,7 @@ class Service:
             cluster_key=key,
             to_engine=self._to_engine,
             to_peer=self._to_peer,
+            to_routers=self._announcer.tell,
             engine=self._sessions.engines.get,
             fence_passed=self._fence_passed,
             lanes={lane.scheme: (lane, lane.register(self._store.arena.memory)) for lane in self._lanes},

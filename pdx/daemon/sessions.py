@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from pdx.errors import Refused
 from pdx.layout import CONTROL_FENCES, PageLayout
-from pdx.wire import Attach, EngineInfo
+from pdx.wire import Attach, EngineInfo, identity_of
 
 ENGINES_MAX = 128
 
@@ -24,12 +24,9 @@ class Session:
     number: int
     kind: str
     connection: socket.socket
+    identity: bytes  # of its ZeroMQ socket
     engine_id: str = ""
     fence_offset: int = 0
-
-    @property
-    def identity(self) -> bytes:
-        return str(self.number).encode()
 
 
 @dataclass(eq=False)
@@ -53,21 +50,23 @@ class Engine:
 class Sessions:
     """All sessions and engines. Owned by the control thread."""
 
-    by_number: dict[int, Session] = field(default_factory=dict)
+    incarnation: int
+    by_identity: dict[bytes, Session] = field(default_factory=dict)
     engines: dict[str, Engine] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def attach(self, hello: Attach, connection: socket.socket) -> Session:
         """Raises Refused: two engines of one name, an engine whose halves differ, too many engines."""
-        session = Session(next(self._numbers), hello.kind, connection)
+        number = next(self._numbers)
+        session = Session(number, hello.kind, connection, identity_of(self.incarnation, number))
         if hello.kind != "tool":
             self._join_engine(session, hello)
-        self.by_number[session.number] = session
+        self.by_identity[session.identity] = session
         return session
 
     def detach(self, session: Session) -> Engine | None:
         """Forgets a session. Returns its engine, which is no longer complete."""
-        self.by_number.pop(session.number, None)
+        self.by_identity.pop(session.identity, None)
         engine = self.engines.get(session.engine_id)
         if engine is None:
             return None
@@ -100,7 +99,7 @@ class Sessions:
         self.engines[name] = engine
 
     def _free_fence(self) -> int:
-        taken = {session.fence_offset for session in self.by_number.values() if session.kind == "worker"}
+        taken = {session.fence_offset for session in self.by_identity.values() if session.kind == "worker"}
         for word in range(CONTROL_FENCES):
             if word * 8 not in taken:
                 return word * 8

@@ -292,7 +292,10 @@ class Fleet:
         self.engines: list[BareEngine] = []
 
     def daemon(self, **settings: str) -> Daemon:
-        daemon = Daemon(self._directory / f"d{len(self.daemons)}", self.key_file, **settings)
+        return self.daemon_in(self._directory / f"d{len(self.daemons)}", **settings)
+
+    def daemon_in(self, run_dir: Path, **settings: str) -> Daemon:
+        daemon = Daemon(run_dir, self.key_file, **settings)
         self.daemons.append(daemon)
         return daemon
 

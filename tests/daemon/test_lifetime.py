@@ -183,6 +183,20 @@ def test_an_attachment_survives_the_daemon(settings: Config) -> None:
         attachment.close()
 
 
+def test_clients_of_a_dead_daemon_are_not_taken_for_its_successors(fleet: Fleet) -> None:
+    """They may outlive it for a while, with session numbers that the next daemon gives out again."""
+    first = fleet.daemon()
+    old = [DaemonClient.attach(first.config, TOOL, start=False) for _ in range(5)]
+    first.kill()
+    (first.run_dir / "pdxd.json").unlink()
+    second = fleet.daemon_in(first.run_dir)
+    for client in [DaemonClient.attach(second.config, TOOL, start=False) for _ in range(5)] + old:
+        assert client.alive == (client not in old)
+        if client.alive:
+            assert client.ask(Ask(verb="health")).body["daemon"] == second.ref.daemon_id
+        client.close()
+
+
 def test_pages_survive_the_engine_that_computed_them(fleet: Fleet) -> None:
     daemon = fleet.daemon()
     prefill, decode = fleet.engine(daemon, "P"), fleet.engine(daemon, "D")

@@ -1,0 +1,204 @@
+"""Two torch engines on real pdxd processes: answers equal those of a lone engine, whatever happens on the way."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed: no engine to test with")
+
+from daemon.fleet import Daemon, Fleet, fleet_in, until
+from torch_engine import VOCABULARY, Model, Request, TorchEngine
+from torch_peer import TorchPeer
+
+from pdx.client import DaemonClient
+from pdx.handoff.handle import TransferHandle, mint
+from pdx.wire import Ask, Attach, Budgets
+
+DEADLINE_S = 30.0
+PROMPTS = 20
+BUDGETS = Budgets(grant_s=2.0, slab_s=2.0, total_s=10.0, claim_s=1.0)
+MODEL = Model()
+
+
+class Pair:
+    """Prefill and decode, stepped in turns by one thread as two busy engines would step by themselves."""
+
+    def __init__(self, fleet: Fleet, source: Daemon, target: Daemon) -> None:
+        self.fleet = fleet
+        self.daemons = {"prefill": source, "decode": target}
+        self.prefill = TorchPeer(TorchEngine(MODEL, blocks=512), source.config, "P", "prefill")
+        self.decode = TorchPeer(TorchEngine(MODEL, blocks=512), target.config, "D", "decode")
+        self.sent: dict[int, Request] = {}
+        self.received: dict[int, Request] = {}
+
+    def ask(self, number: int, tokens: list[int]) -> Callable[[], None]:
+        """Gives the prompt to prefill; what is returned gives it to decode, as the router does a little later."""
+        source, target = self.prefill.daemon_ref, self.decode.daemon_ref
+        assert source is not None
+        assert target is not None
+        handle = TransferHandle(
+            handoff_id=os.urandom(16), attempt=1, prefill_engine="P", decode_engine="D", prefill_daemon=source,
+            decode_daemon=target, budgets=BUDGETS, issued_unix_s=time.time(),
+        )  # fmt: skip
+        text = mint(handle, self.fleet.key_file.read_bytes())
+        self.sent[number] = self.prefill.send(f"p{number}", tokens, text)
+
+        def answer() -> None:
+            self.received[number] = self.decode.load(f"d{number}", tokens, text)
+
+        return answer
+
+    def step(self) -> None:
+        self.prefill.engine.step()
+        self.decode.engine.step()
+
+    def settle(self) -> None:
+        """Until both engines are done, and one step more: the one in which vLLM tells of finished requests."""
+        end = time.monotonic() + DEADLINE_S
+        while self.prefill.engine.unfinished or self.decode.engine.unfinished:
+            assert time.monotonic() < end, "the engines do not come to an end"
+            self.step()
+        self.step()
+
+    def wrong(self, texts: dict[int, list[int]]) -> list[int]:
+        return [n for n, tokens in texts.items() if self.received[n].output != alone(tokens)]
+
+    def close(self) -> None:
+        self.prefill.close()
+        self.decode.close()
+
+
+@pytest.fixture(params=["tcp", "same daemon"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    with fleet_in(tmp_path) as fleet:
+        source = fleet.daemon()
+        pair = Pair(fleet, source, fleet.daemon() if request.param == "tcp" else source)
+        try:
+            yield pair
+        finally:
+            pair.close()
+
+
+def alone(tokens: list[int]) -> list[int]:
+    engine = TorchEngine(MODEL)
+    request = engine.add(Request("alone", tokens, max_tokens=5))
+    while engine.unfinished:
+        engine.step()
+    return request.output
+
+
+def prompts(generator: random.Random) -> dict[int, list[int]]:
+    """Every other one begins with a part of the same text."""
+    shared = [generator.randrange(VOCABULARY) for _ in range(30)]
+    texts = {}
+    for number in range(PROMPTS):
+        start = shared[: generator.randrange(8, 30)] if number % 2 else []
+        texts[number] = start + [generator.randrange(VOCABULARY) for _ in range(generator.randrange(1, 40))]
+    return texts
+
+
+def play(pair: Pair, texts: dict[int, list[int]], generator: random.Random, *, preempt: float) -> None:
+    """Prompts arrive some steps apart; decode hears of each at once or only after prefill is done."""
+    waiting: list[tuple[int, Callable[[], None], bool]] = []
+    to_ask = dict(texts)
+    end = time.monotonic() + DEADLINE_S
+    while to_ask or waiting:
+        assert time.monotonic() < end, f"prompts {[n for n, _, _ in waiting]} are not prefilled"
+        if to_ask and generator.random() < 0.5:
+            number = min(to_ask)
+            waiting.append((number, pair.ask(number, to_ask.pop(number)), generator.random() < 0.5))
+        for entry in list(waiting):
+            number, answer, early = entry
+            if early or pair.sent[number].status == "finished":
+                answer()
+                waiting.remove(entry)
+        for engine in (pair.prefill.engine, pair.decode.engine):
+            running = [request for request in engine.requests.values() if request.status == "running"]
+            if running and generator.random() < preempt:
+                engine.preempt(generator.choice(running))
+                if generator.random() < 0.5:
+                    engine.forget_prefixes()
+        pair.step()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_answers_are_those_of_a_lone_engine(pair: Pair, seed: int) -> None:
+    generator = random.Random(seed)
+    texts = prompts(generator)
+    play(pair, texts, generator, preempt=0.1)
+    pair.settle()
+    assert pair.wrong(texts) == []
+    for daemon in pair.fleet.daemons:
+        daemon.wait_unleased()
+    counters = pair.daemons["decode"].stats()["counters"]
+    assert counters["loads_ok"] == PROMPTS
+    assert counters.get("loads_failed", 0) == 0
+    assert counters["pages_verified"] > 0
+
+
+def test_decode_computes_nothing_but_the_last_token(pair: Pair) -> None:
+    texts = {0: list(range(37))}
+    answer = pair.ask(0, texts[0])
+    while pair.prefill.engine.unfinished:
+        pair.step()
+    answer()
+    pair.settle()
+    assert pair.wrong(texts) == []
+    assert pair.decode.engine.forward_tokens == 5
+
+
+@pytest.mark.parametrize("victim", ["prefill", "decode"])
+def test_a_daemon_killed_in_the_middle_changes_no_answer(pair: Pair, victim: str) -> None:
+    generator = random.Random(3)
+    texts = prompts(generator)
+    first, second = dict(list(texts.items())[:10]), dict(list(texts.items())[10:])
+    answers = [pair.ask(number, tokens) for number, tokens in first.items()]
+    for answer in answers[::2]:
+        answer()
+    daemon = pair.daemons[victim]
+    for _ in range(generator.randrange(3, 9)):
+        pair.step()
+    daemon.kill()
+    for answer in answers[1::2]:
+        answer()
+    pair.settle()
+    assert pair.wrong(first) == []
+    survivors = [other for other in pair.fleet.daemons if other is not daemon]
+    for other in survivors:
+        other.wait_unleased()
+
+    # The engines have started another daemon, or will: all that is asked now goes through it.
+    def attached_again() -> bool:
+        pair.step()
+        refs = [pair.prefill.daemon_ref, pair.decode.daemon_ref]
+        return None not in refs and daemon.ref not in refs
+
+    until(attached_again, "the engines attach to a new daemon")
+    with DaemonClient.attach(pair.daemons["decode"].config, Attach(kind="tool"), start=False) as tool:
+        before = loads_ok(tool)
+        play(pair, second, generator, preempt=0.0)
+        pair.settle()
+        assert pair.wrong(second) == []
+        until(lambda: loads_ok(tool) - before == len(second), "every KV came, through the new daemon")
+    pair.close()
+    until(lambda: not runs_in(daemon), "the new daemon lingers out")
+
+
+def loads_ok(tool: DaemonClient) -> int:
+    return tool.ask(Ask(verb="stats")).body["counters"].get("loads_ok", 0)
+
+
+def runs_in(daemon: Daemon) -> bool:
+    """Whether a daemon that is no child of ours serves this run directory."""
+    flag = f"--run-dir={daemon.run_dir}"
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if flag in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            return True
+    return False
