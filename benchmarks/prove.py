@@ -128,7 +128,7 @@ class Faults:
     def __init__(self, rig: Rig, report: Report) -> None:
         self.rig, self.report = rig, report
         self.router = rig.start_router()
-        self.daemons = {name: self._daemon(name) for name in "ab"}
+        # No daemon is started here: each engine finds none and starts its host's, now and after every kill.
         self.prefill, self.decode = self._prefill(), self._decode()
         rig.wait_routable(2)
         self.tools: dict[str, DaemonClient] = {name: rig.tool(name) for name in "ab"}
@@ -165,7 +165,7 @@ class Faults:
     def kill_daemon(self, name: str) -> None:
         asked, reply = self._ask_in_background(1800)
         self._when(lambda: counter(self.tools["a"], "pages_put") > asked["pages_put"])
-        self._kill(self.daemons[name])
+        self.rig.kill_daemon(name)
         side = "prefill's" if name == "a" else "decode's"
         self._right_or_clean(f"kill -9 of {side} daemon in mid-prompt", reply, must_answer=True, tools="b" if name == "a" else "a")
         # The engine has started another one by itself.
@@ -196,9 +196,6 @@ class Faults:
         self._serves_on("router back")
 
     # --- steps ---
-
-    def _daemon(self, name: str) -> Part:
-        return self.rig.start_daemon(name, **DAEMON)
 
     def _prefill(self) -> Part:
         return self.rig.start_engine("P0", "prefill", "a", cpu=0, flags=CHUNK, **DAEMON)

@@ -161,6 +161,13 @@ class Rig:
         part.url = spec.url
         return part
 
+    def kill_daemon(self, name: str) -> None:
+        """kill -9, whoever started it."""
+        info = self._scratch / name / "pdxd.json"
+        pid = json.loads(info.read_text())["pid"]
+        info.unlink()
+        processes.kill([pid])
+
     def wait_routable(self, count: int) -> None:
         def ready() -> bool:
             for part in self.parts:
@@ -253,6 +260,32 @@ def post(url: str, body: dict[str, Any] | bytes, *, deadline_s: float) -> Reply:
         return Reply(0, repr(error), time.monotonic() - started)
     finally:
         connection.close()
+
+
+def post_stream(url: str, body: dict[str, Any], *, deadline_s: float) -> tuple[Reply, list[str]]:
+    """One streamed answer: what it says, and the data of its server-sent events. Raises OSError, HTTPException."""
+    target = urlsplit(url)
+    connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=deadline_s)
+    started = time.monotonic()
+    try:
+        connection.request("POST", target.path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        headers = {key.lower(): value for key, value in response.getheaders()}
+        events, pieces, first_token_s = [], [], 0.0
+        while line := response.readline():
+            if line.startswith(b"data: "):
+                events.append(line[6:].decode().strip())
+                pieces.append(_piece(events[-1]))
+                if pieces[-1] and not first_token_s:
+                    first_token_s = time.monotonic() - started
+        return Reply(response.status, "".join(pieces), time.monotonic() - started, first_token_s, headers), events
+    finally:
+        connection.close()
+
+
+def _piece(event: str) -> str:
+    choices = json.loads(event).get("choices") if event.startswith("{") else None
+    return (choices[0].get("text") or choices[0].get("delta", {}).get("content") or "") if choices else ""
 
 
 def get(url: str) -> int:

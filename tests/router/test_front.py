@@ -11,6 +11,8 @@ import aiohttp
 import pytest
 from engine_fakes import FakeEngine, fleet, handle_of, until, verified, within
 
+from pdx.wire import HandoffFailed, encode
+
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 CHAT = {"model": "smol", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 
@@ -139,6 +141,23 @@ async def test_prefill_times_out() -> None:
     async with fleet(p, d, prefill_timeout_s=0.2) as router:
         status, _, headers = await router.ask(PROMPT)
         assert (status, headers["x-pdx-reason"]) == (200, "prefill_timeout")
+        await until(lambda: p.dropped == 1, "prefill's request dropped")
+
+
+@within(20)
+async def test_a_daemon_says_that_the_handoff_has_failed() -> None:
+    """A stopped prefill engine answers nobody; its handoff's budget ends long before prefill's timeout."""
+    p, d = pair()
+    p.fault = "hang"
+    async with fleet(p, d) as router:
+        asked = asyncio.create_task(router.ask(PROMPT))
+        await until(lambda: bool(p.requests), "prefill was asked")
+        handoff_id = verified(p.requests[0], time.time()).handoff_id
+        for failed_id in (bytes(16), handoff_id, handoff_id):
+            failed = HandoffFailed(handoff_id=failed_id, attempt=0, reason="nothing landed for 15 s")
+            await router.daemons[0].socket.send(encode(failed))
+        status, _, headers = await asked
+        assert (status, headers["x-pdx-reason"]) == (200, "handoff_failed")
         await until(lambda: p.dropped == 1, "prefill's request dropped")
 
 

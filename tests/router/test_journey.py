@@ -22,6 +22,7 @@ from pdx.router.journey import (
     DecodeAnswered,
     EndHandoff,
     Event,
+    HandoffBroke,
     Journey,
     PassOn,
     PrefillAnswered,
@@ -136,6 +137,7 @@ def test_prefills_client_error_is_the_clients() -> None:
         (PrefillAnswered(200, b'{"choices":[]}'), "prefill_bad_reply"),
         (PrefillAnswered(200, b"<html>"), "prefill_bad_reply"),
         (UpstreamFailed("timeout"), "prefill_timeout"),
+        (HandoffBroke("nothing landed for 15 s"), "handoff_failed"),
     ],
 )
 def test_prefill_fails_and_decode_computes_itself(event: Event, reason: str) -> None:

@@ -1,0 +1,177 @@
+"""A real model on a prefill and a decode vLLM engine, each with a daemon of its own, behind a router.
+
+Everything is started once. The tests stand in an order that needs no restart: the last one kills the prefill engine.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from benchmarks.rig import Part, Reply, Rig, counter, post_stream, rig_in, stats, unleased, wait_until
+from pdx.client import DaemonClient
+from pdx.launch import processes
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]  # the first test waits for the engines' start, some 35 s
+
+LAYERS, BLOCK_TOKENS, CHUNK_TOKENS = 30, 128, 256
+DEADLINE_S = 60.0
+FREE_S = 5.0
+QUESTIONS = (
+    "The capital of France is", "The largest planet of the solar system is", "Water is made of hydrogen and",
+    "The opposite of hot is",
+)  # fmt: skip
+CHANGING = ("id", "created", "system_fingerprint")  # of a stream's events: different in any two answers
+
+
+@dataclass(frozen=True)
+class System:
+    """What is running, and what the daemons count."""
+
+    rig: Rig
+    prefill: Part
+    decode: Part
+    source: DaemonClient
+    target: DaemonClient
+
+    def counters(self) -> Counter[str]:
+        return Counter(stats(self.target)["counters"])
+
+    def free(self) -> bool:
+        return unleased(self.source, self.target, deadline_s=FREE_S)
+
+    def ask_until_sent(self, pool: ThreadPoolExecutor, prompt: list[int]) -> Any:
+        """A request under way, with its first pages sent and the rest of its prompt not computed yet."""
+        before = counter(self.source, "pages_put")
+        reply = pool.submit(self.rig.complete, prompt, deadline_s=DEADLINE_S)
+        wait_until(lambda: counter(self.source, "pages_put") > before, DEADLINE_S, "pages are sent")
+        return reply
+
+
+@pytest.fixture(scope="module")
+def system(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with rig_in(model, tmp_path_factory.mktemp("rig")) as rig:
+        rig.start_router()
+        for name in "ab":
+            rig.start_daemon(name, arena="512MiB", digest_mode="true", poison="true")
+        prefill = rig.start_engine(
+            "P0", "prefill", "a", cpu=0, flags=("--max-num-batched-tokens", str(CHUNK_TOKENS))
+        )
+        decode = rig.start_engine("D0", "decode", "b", cpu=1)
+        sessions = {part.process.pid for part in rig.parts}
+        rig.wait_routable(2)
+        yield System(rig, prefill, decode, rig.tool("a"), rig.tool("b"))
+    assert processes.of_sessions(sessions) == []
+
+
+@pytest.fixture(autouse=True)
+def nothing_wrong(system: System) -> Iterator[None]:
+    """No test leaves a lease, and none ever finds a wrong page."""
+    yield
+    assert system.free()
+    assert system.counters()["commit_mismatches"] == 0
+
+
+def tokens_of(count: int, *, seed: int) -> list[int]:
+    return [(seed * 7919 + n * 104_729) % 40_000 + 100 for n in range(count)]
+
+
+def came_through_the_pair(reply: Reply) -> bool:
+    return (reply.headers.get("x-pdx-prefill"), reply.headers.get("x-pdx-decode")) == ("P0", "D0")
+
+
+def test_a_completion_is_right(system: System) -> None:
+    reply = system.rig.complete(QUESTIONS[0])
+    assert reply.status == 200
+    assert "Paris" in reply.text
+    assert came_through_the_pair(reply)
+    assert system.counters()["loads_ok"] == 1
+
+
+def test_a_streamed_chat_answer_is_right(system: System) -> None:
+    reply, events = chat(system, system.rig.url)
+    assert "Paris" in reply.text
+    assert came_through_the_pair(reply)
+    assert events[-1] == "[DONE]"
+
+
+def test_a_stream_is_the_one_that_the_engine_alone_sends(system: System) -> None:
+    _, through_pair = chat(system, system.rig.url)
+    _, alone = chat(system, system.decode.url)
+    assert [plain(event) for event in through_pair] == [plain(event) for event in alone]
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 257, 600])
+def test_pages_at_block_boundaries_are_bit_identical(system: System, count: int) -> None:
+    before = system.counters()
+    reply = system.rig.complete(tokens_of(count, seed=count))
+    assert reply.status == 200
+    assert came_through_the_pair(reply)
+    assert system.free()
+    grown = system.counters() - before
+    assert (grown["loads_ok"], grown["loads_failed"]) == (1, 0)
+    assert grown["pages_verified"] == grown["pages_landed"] == LAYERS * -(-count // BLOCK_TOKENS)
+
+
+def test_eight_at_once(system: System) -> None:
+    before = system.counters()
+    prompts = [tokens_of(60 + 37 * n, seed=1000 + n) for n in range(8)]
+    replies = system.rig.together([lambda p=prompt: system.rig.complete(p, max_tokens=4) for prompt in prompts])
+    assert [reply.status for reply in replies] == [200] * 8
+    assert all(came_through_the_pair(reply) for reply in replies)
+    assert system.free()
+    grown = system.counters() - before
+    assert (grown["loads_ok"], grown["loads_failed"]) == (8, 0)
+
+
+def test_greedy_text_is_that_of_the_engine_alone(system: System) -> None:
+    through_pair = [system.rig.complete(question).text for question in QUESTIONS]
+    alone = [system.rig.complete(question, url=system.decode.url).text for question in QUESTIONS]
+    assert through_pair == alone
+
+
+def test_a_client_that_leaves_in_mid_prompt_frees_everything(system: System) -> None:
+    before = counter(system.source, "pages_put")
+    target = urlsplit(system.rig.url)
+    connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=DEADLINE_S)
+    body = {"model": str(system.rig.model), "prompt": tokens_of(2000, seed=2000), "max_tokens": 4}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    wait_until(lambda: counter(system.source, "pages_put") > before, DEADLINE_S, "pages are sent")
+    connection.close()
+    assert system.free()
+    assert system.rig.complete(QUESTIONS[0]).status == 200
+
+
+def test_killing_the_prefill_engine_in_mid_prompt_costs_only_time(system: System) -> None:
+    prompt = tokens_of(1500, seed=3000)
+    with ThreadPoolExecutor(1) as pool:
+        asked = system.ask_until_sent(pool, prompt)
+        system.prefill.kill()
+        system.rig.forget(system.prefill)
+        reply = asked.result(DEADLINE_S)
+    assert reply.status == 200
+    assert system.free()
+    assert reply.text == system.rig.complete(prompt, url=system.decode.url).text
+
+
+def chat(system: System, url: str) -> tuple[Reply, list[str]]:
+    body = {
+        "model": str(system.rig.model), "max_tokens": 16, "temperature": 0, "stream": True,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    return post_stream(f"{url}/v1/chat/completions", body, deadline_s=DEADLINE_S)
+
+
+def plain(event: str) -> Any:
+    """An event without what differs between any two answers."""
+    return event if event == "[DONE]" else {k: v for k, v in json.loads(event).items() if k not in CHANGING}
