@@ -1,8 +1,8 @@
 """All of pdxd that engines and tools import: find or start the daemon, attach, map the arena, exchange messages.
 
 A DaemonClient belongs to one thread. It never blocks an engine: `send` queues, `poll` takes what is there. When the
-daemon dies the client turns `alive = False` for good; `Attachment` makes a new one with backoff, and the engine serves
-without a cache in between.
+daemon dies the client turns `alive = False` for good; `Attachment` makes a new one, and the engine serves without a
+cache in between.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import queue
 import random
 import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import IO
@@ -49,7 +51,7 @@ ANSWER_BYTES_MAX = 64 << 10
 SEND_QUEUE_MAX = 10_000
 CONNECT_RETRY_S = 0.05
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
-REATTACH_DEADLINE_S = 1.0  # an engine must not stop for longer to look for a daemon that was lost
+REATTACH_DEADLINE_S = 5.0  # a try; a daemon with a large arena may take several
 
 _decode_attach = decoder_of(TO_ATTACH)
 _decode = decoder_of(TO_ENGINE)
@@ -158,6 +160,10 @@ class DaemonClient:
                     return message
         raise DaemonGone(f"pdxd did not answer {question.verb!r} within {timeout_s:g} s")
 
+    def watched(self) -> int:
+        """A descriptor of the caller's own that becomes readable when the daemon is gone."""
+        return os.dup(self._connection.fileno())
+
     def close(self) -> None:
         """Unmaps the arena, then says goodbye by closing the connection (in this order: see daemon.sessions)."""
         self._alive = False
@@ -176,55 +182,81 @@ class DaemonClient:
 
 
 class Attachment:
-    """Keeps a client attached over daemon restarts. One thread only; `client(now)` costs microseconds while alive."""
+    """Keeps a client attached over daemon restarts. `client` and `close` belong to one thread and cost microseconds.
+
+    A thread of its own sleeps on the connection; when the daemon dies it finds or starts the next one, so that an
+    engine that is idle comes back too, and a busy one does not stop for it. It touches no client it has handed over.
+    """
 
     def __init__(self, config: Config, hello: Attach) -> None:
         self._config = config
         self._hello = hello
         self._client: DaemonClient | None = None
-        self._next_try_at = 0.0
-        self._backoff_s = BACKOFF_FIRST_S
-        self._attached_before = False
+        self._arrived: queue.SimpleQueue[DaemonClient] = queue.SimpleQueue()
+        self._keeper: threading.Thread | None = None
+        self._stop_read, self._stop_write = socket.socketpair()
 
-    def client(self, now: float) -> DaemonClient | None:
-        """The live client, or None while there is no daemon. The first call may take as long as starting one does.
+    def client(self) -> DaemonClient | None:
+        """The live client, or None while there is no daemon; unmaps a dead daemon's arena.
 
-        Raises ConfigError or Refused only on the first call; later such answers count as "no daemon".
+        The first call finds or starts a daemon, which may take a while, and raises what DaemonClient.attach raises.
         """
-        if self._client is not None:
-            if self._client.alive:
-                return self._client
+        if self._keeper is None:
+            self._client = DaemonClient.attach(self._config, self._hello)
+            self._keeper = threading.Thread(target=self._keep, args=(self._client.watched(),), name="pdx-keeper")
+            self._keeper.daemon = True  # an engine that is ending must not wait for a daemon to come
+            self._keeper.start()
+        if self._client is not None and not self._client.alive:
             log.warning("lost pdxd: serving without it")
             self._client.close()
             self._client = None
-            self._next_try_at = now + self._backoff_s
-        if now < self._next_try_at:
-            return None
-        return self._try(now)
+        if self._client is None and not self._arrived.empty():
+            log.warning("attached to pdxd again")
+            self._client = self._arrived.get()
+        return self._client
 
     def close(self) -> None:
+        """Ends the thread and closes every client."""
+        self._stop_write.close()
+        if self._keeper is not None:
+            self._keeper.join(REATTACH_DEADLINE_S + 1.0)
         if self._client is not None:
             self._client.close()
             self._client = None
+        while not self._arrived.empty():
+            self._arrived.get().close()
+        self._stop_read.close()
 
-    def _try(self, now: float) -> DaemonClient | None:
-        if not self._attached_before:
-            self._client = DaemonClient.attach(self._config, self._hello)
-            self._attached_before = True
-            return self._client
-        try:
-            # `start`: whoever lost the daemon first starts the next one; the others find it. Starting is detached
-            # and takes longer than our deadline; a later try finds it serving.
-            self._client = DaemonClient.attach(self._config, self._hello, deadline_s=REATTACH_DEADLINE_S)
-        except (DaemonGone, ConfigError, Refused) as error:
-            log.info("no pdxd yet: %s", error)
-            # Both processes of an engine and all engines of a host lose a daemon together: jitter spreads them.
-            self._next_try_at = now + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311
-            self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
-            return None
-        log.warning("attached to pdxd again")
-        self._backoff_s = BACKOFF_FIRST_S
-        return self._client
+    def _keep(self, watched: int) -> None:
+        while not self._stopped_within(None, watched):
+            os.close(watched)
+            fresh = self._attach_again()
+            if fresh is None:
+                return
+            watched = fresh.watched()
+            self._arrived.put(fresh)
+        os.close(watched)
+
+    def _attach_again(self) -> DaemonClient | None:
+        """The next daemon's client; None if told to stop first."""
+        backoff_s = BACKOFF_FIRST_S
+        # Both processes of an engine and all engines of a host lose a daemon together: jitter spreads them.
+        while not self._stopped_within(backoff_s * random.uniform(0.5, 1.0)):  # noqa: S311
+            try:
+                return DaemonClient.attach(self._config, self._hello, deadline_s=REATTACH_DEADLINE_S)
+            except (DaemonGone, ConfigError, Refused) as error:
+                log.warning("no pdxd yet: %s", error)
+            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+        return None
+
+    def _stopped_within(self, timeout_s: float | None, watched: int = -1) -> bool:
+        """True if told to stop; False when the time is over, or `watched` has ended."""
+        waiting = select.poll()
+        waiting.register(self._stop_read, select.POLLIN)
+        if watched >= 0:
+            waiting.register(watched, select.POLLIN)
+        ready = waiting.poll(None if timeout_s is None else timeout_s * 1000)
+        return any(descriptor == self._stop_read.fileno() for descriptor, _ in ready)
 
 
 def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool) -> socket.socket:

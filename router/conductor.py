@@ -10,6 +10,7 @@ import time
 from collections import Counter as Tally
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from typing import Any
 
 from aiohttp import web
 
@@ -144,8 +145,9 @@ class Conductor:
         # Counted before the first await: of requests that come together, each must see those before it.
         with self._outside.counted(action.engine), self._outside.pending.watch(self._journey.handoff_id) as failure:
             call = asyncio.create_task(self._call_prefill(action))
+            either: set[asyncio.Future[Any]] = {call, failure}
             try:
-                await asyncio.wait({call, failure}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 return call.result() if call.done() else HandoffBroke(failure.result())
             finally:
                 call.cancel()

@@ -6,9 +6,6 @@ are unknown. So callers compare `incarnation` with the one they know, and messag
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 from pdx.client import Attachment, DaemonClient
 from pdx.errors import DaemonGone
 from pdx.wire import Message
@@ -17,13 +14,12 @@ from pdx.wire import Message
 class Link:
     """The client of now, or none. One thread only; no call blocks once the first `client()` has returned."""
 
-    def __init__(self, attachment: Attachment, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
-        self._clock = clock
 
     def client(self) -> DaemonClient | None:
         """Raises ConfigError, Refused or DaemonGone only on the first call. Unmaps a dead daemon's arena."""
-        return self._attachment.client(self._clock())
+        return self._attachment.client()
 
     @property
     def incarnation(self) -> int:

@@ -208,7 +208,7 @@ class MemoryAttachment:
         self.daemon: MemoryDaemon | None = daemon
         self._client: MemoryClient | None = None
 
-    def client(self, now: float) -> MemoryClient | None:
+    def client(self) -> MemoryClient | None:
         if self._client is not None and not self._client.alive:
             self._client.close()
             self._client = None

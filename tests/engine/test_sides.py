@@ -38,7 +38,7 @@ def daemon() -> MemoryDaemon:
 
 @pytest.fixture
 def scheduler(daemon: MemoryDaemon, clock: Clock) -> SchedulerSide:
-    link = Link(MemoryAttachment(daemon), clock=clock)  # type: ignore[arg-type]
+    link = Link(MemoryAttachment(daemon))  # type: ignore[arg-type]
     return SchedulerSide(link, role="both", layout=LAYOUT, block_tokens=BLOCK_TOKENS, clock=clock)
 
 
@@ -88,7 +88,7 @@ def test_clients_may_send_any_parameters(daemon: MemoryDaemon, scheduler: Schedu
 
 def test_a_role_takes_only_its_own_requests(daemon: MemoryDaemon, clock: Clock) -> None:
     for role, request in (("decode", send_request(daemon)), ("prefill", load_request(daemon))):
-        link = Link(MemoryAttachment(daemon), clock=clock)  # type: ignore[arg-type]
+        link = Link(MemoryAttachment(daemon))  # type: ignore[arg-type]
         side = SchedulerSide(link, role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS, clock=clock)  # type: ignore[arg-type]
         side.on_new_request(request)
     assert daemon.received == []
@@ -171,7 +171,7 @@ def test_live_handoffs_are_renewed_once_a_second_and_idleness_is_told(
 def worker_of(daemon: MemoryDaemon, layout: PageLayout, clock: Clock, *, blocks: int = 8) -> WorkerSide:
     pages = tuple(np.full((blocks, layout.page_bytes), n + 1, dtype=np.uint8) for n in range(layout.layers))
     caches = Caches(pages, {f"layer.{n}": n for n in range(layout.layers)})
-    return WorkerSide(Link(MemoryAttachment(daemon), clock=clock), caches, layout, clock=clock)  # type: ignore[arg-type]
+    return WorkerSide(Link(MemoryAttachment(daemon)), caches, layout, clock=clock)  # type: ignore[arg-type]
 
 
 def opened(daemon: MemoryDaemon, blocks: int) -> list[Place]:

@@ -35,7 +35,7 @@ class Side:
 def side(daemon: MemoryDaemon, role: Role, clock: Clock, *, tokens_a_step: int = 10) -> Side:
     engine = TorchEngine(Model(), tokens_a_step=tokens_a_step)
     lines = MemoryAttachment(daemon), MemoryAttachment(daemon)
-    links = [Link(line, clock=clock) for line in lines]  # type: ignore[arg-type]
+    links = [Link(line) for line in lines]  # type: ignore[arg-type]
     for link in links:
         link.client()
     scheduler = SchedulerSide(links[0], role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS, clock=clock)
