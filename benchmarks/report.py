@@ -25,14 +25,15 @@ class Report:
 
     def bar(self, name: str, value: Any, target: str, holds: bool, *, unit: str = "") -> None:
         self.bars[name] = {"value": value, "target": target, "unit": unit, "holds": bool(holds)}
-        print(f"  {'holds' if holds else 'FAILS'}  {name}: {value}{' ' + unit if unit else ''} (target {target})", flush=True)
+        verdict, unit_text = "holds" if holds else "FAILS", f" {unit}" if unit else ""
+        print(f"  {verdict}  {name}: {value}{unit_text} (target {target})", flush=True)
 
     def equal(self, name: str, value: Any, target: Any) -> None:
         self.bar(name, value, str(target), value == target)
 
     @property
     def all_hold(self) -> bool:
-        return all(bar["holds"] for bar in self.bars.values())
+        return bool(self.bars) and all(bar["holds"] for bar in self.bars.values())
 
     def write(self, path: Path | None = None) -> Path:
         """Under benchmarks/history unless told otherwise."""
@@ -49,14 +50,17 @@ class Report:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HISTORY.parent)
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HISTORY.parent)
     return done.stdout.strip() or "unknown"
 
 
 def _machine() -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), "")
-    memory_kb = int(Path("/proc/meminfo").read_text().split()[1])
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory_kb / (1 << 20), 1), "kernel": platform.release()}
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    memory_kb = int(Path("/proc/meminfo").read_text(encoding="utf-8").split()[1])
+    memory_gib = round(memory_kb / (1 << 20), 1)
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": memory_gib, "kernel": platform.release()}
 
 
 def _versions() -> dict[str, str]:

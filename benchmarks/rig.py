@@ -1,4 +1,4 @@
-"""Real routers, daemons and vLLM engines for proofs and benchmarks, each one to be started, stopped and killed alone."""
+"""Real routers, daemons and vLLM engines for proofs and benchmarks, each to be started, stopped and killed alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,15 @@ class Rig:
         return part
 
     def start_engine(
-        self, name: str, role: str, daemon: str, *, cpu: int, flags: tuple[str, ...] = (), **settings: str
+        self,
+        name: str,
+        role: str,
+        daemon: str,
+        *,
+        cpu: int,
+        flags: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+        **settings: str,
     ) -> Part:
         """Starts one; `wait_routable` waits for it. `settings` are for a daemon that it may have to start."""
         spec = engines.EngineSpec(
@@ -149,15 +157,18 @@ class Rig:
             port=free_ports(1)[0],
             cpus=str(cpu),
             settings={
-                **settings, "run_dir": str(self._scratch / daemon), "router": self.control, "key_file": str(self._key),
-            },  # fmt: skip
+                **settings,
+                "run_dir": str(self._scratch / daemon),
+                "router": self.control,
+                "key_file": str(self._key),
+            },
             flags=(
                 *("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16"),
                 *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *flags),
             ),
         )
         command = ["taskset", "-c", str(cpu), *engines.command(spec)]
-        part = self._start(name, command, engines.environment(spec))
+        part = self._start(name, command, engines.environment(spec) | dict(environment or {}))
         part.url = spec.url
         return part
 
@@ -182,10 +193,12 @@ class Rig:
         self.parts.remove(part)
 
     def tool(self, daemon: str) -> DaemonClient:
-        settings = config.load({"run_dir": str(self._scratch / daemon)}, environ={})
-        tool = DaemonClient.attach(settings, Attach(kind="tool"), start=False, deadline_s=10)
+        tool = DaemonClient.attach(self.settings_of(daemon), Attach(kind="tool"), start=False, deadline_s=10)
         self._tools.append(tool)
         return tool
+
+    def settings_of(self, daemon: str) -> config.Config:
+        return config.load({"run_dir": str(self._scratch / daemon)}, environ={})
 
     def _start(self, name: str, command: list[str], environment: dict[str, str]) -> Part:
         log = self._scratch / f"{name}-{len(self.parts)}.log"
@@ -234,11 +247,18 @@ def leases(tool: DaemonClient) -> int:
     return sum(stats(tool)["store"]["leases"].values())
 
 
+def quiet(tool: DaemonClient) -> bool:
+    """No lease, no slot that is being filled or in quarantine, no half of a handoff."""
+    now = stats(tool)
+    leases_left, slots = now["store"]["leases"].values(), now["store"]["slots"]
+    return not (any(leases_left) or slots["filling"] or slots["quarantine"] or now["handoffs"])
+
+
 def unleased(*tools: DaemonClient, deadline_s: float = 10.0) -> bool:
-    """Every lease of these daemons has ended within the deadline, and their books agree."""
+    """Everything of these daemons is quiet within the deadline, and their books agree."""
     with contextlib.suppress(TimeoutError):
-        wait_until(lambda: not any(leases(tool) for tool in tools), deadline_s, "all leases end")
-    return not any(leases(tool) for tool in tools) and not any(tool.ask(Ask(verb="check")).error for tool in tools)
+        wait_until(lambda: all(quiet(tool) for tool in tools), deadline_s, "all leases end")
+    return all(quiet(tool) for tool in tools) and not any(tool.ask(Ask(verb="check")).error for tool in tools)
 
 
 def post(url: str, body: dict[str, Any] | bytes, *, deadline_s: float) -> Reply:

@@ -29,7 +29,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one host's daemon and of the engines that attach to it."""
 
-    run_dir: str = ""  # sockets, lock and log of the host's pdxd; default: per-user directory
+    run_dir: str = ""  # sockets, lock and log of the host's pdxd; `load` fills in a per-user directory
     arena: str = "1GiB"  # shared memory for KV; checked against the machine before it is taken
     extent: str = ""  # size of an extent; default: an eighth of the arena, 64 MiB at most
     chunk_tokens: int = 256  # unit of space and transfer
@@ -64,7 +64,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def run_path(self) -> Path:
-        return Path(self.run_dir or default_run_dir())
+        return Path(self.run_dir)
 
 
 # Command-line flags of the programs that take settings; the names are Config's.
@@ -96,6 +96,10 @@ def load(
         merged.update(_checked(_read_yaml(yaml_file), source=yaml_file))
     merged.update(_checked(_from_environ(environ), source="environment"))
     merged.update(_checked({k: v for k, v in (overrides or {}).items() if v is not None}, source="command line"))
+    merged["run_dir"] = merged.get("run_dir") or default_run_dir(environ)
+    for key in ("run_dir", "key_file"):
+        if merged.get(key):
+            merged[key] = os.path.abspath(str(merged[key]))  # daemons are started from another directory
     try:
         return msgspec.convert(merged, Config, strict=False)
     except msgspec.ValidationError as error:
@@ -116,9 +120,10 @@ def parse_size(text: str, *, key: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def default_run_dir() -> str:
-    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/pdx-{os.getuid()}"  # noqa: S108 - made 0700 and owner-checked
-    return str(Path(base) / "pdx") if "XDG_RUNTIME_DIR" in os.environ else base
+def default_run_dir(environ: Mapping[str, str]) -> str:
+    """One per user: all engines of a user's host share a daemon without being told."""
+    base = environ.get("XDG_RUNTIME_DIR")
+    return f"{base}/pdx" if base else f"/tmp/pdx-{os.getuid()}"  # noqa: S108 - made 0700 and owner-checked
 
 
 def ensure_run_dir(path: Path) -> Path:

@@ -16,13 +16,6 @@ class Refused(PdxError):
     """A layout, fingerprint, model or request pdx does not support today. Never guess: stop or recompute."""
 
 
-class MissingExtra(PdxError):
-    """An optional dependency is not installed. The message names the extra that carries it."""
-
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} is not installed: pip install 'pdx-kv[{extra}]'")
-
-
 class MemoryShort(ConfigError):
     """The arena asked for does not fit in this machine's memory or cgroup. Choose a smaller --arena."""
 

@@ -84,4 +84,29 @@ def _descriptors() -> set[str]:
 
 
 def _shared_memory() -> set[str]:
-    return {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith("pdx")}
+    """Arenas that this process maps. (Those of other processes: see `no_arena_outlives_the_tests`.)"""
+    maps = Path("/proc/self/maps").read_text()
+    return {line.split()[0] for line in maps.splitlines() if "memfd:pdx" in line}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_arena_outlives_the_tests() -> Iterator[None]:
+    """Daemons may be detached: look at every process, once, when all is over."""
+    before = _mapping_processes()
+    yield
+    deadline = time.monotonic() + 10.0
+    pause = threading.Event()
+    while left := _mapping_processes() - before:
+        assert time.monotonic() < deadline, f"processes {left} still map an arena"
+        pause.wait(0.1)
+
+
+def _mapping_processes() -> set[str]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and "memfd:pdx" in (entry / "maps").read_text():
+                found.add(entry.name)
+        except OSError:  # it ended while we looked
+            continue
+    return found

@@ -116,7 +116,15 @@ class Lane(Protocol):
         endpoint: the same channel is returned until it is lost."""
 
     def put(
-        self, channel: int, *, region: Region, window: int, copies: Sequence[Copy], notice: bytes, queue: bytes, urgency: float
+        self,
+        channel: int,
+        *,
+        region: Region,
+        window: int,
+        copies: Sequence[Copy],
+        notice: bytes,
+        queue: bytes,
+        urgency: float,
     ) -> int:
         """Queues one put and returns its ticket, which ends in PutDone or PutFailed, exactly once.
 

@@ -15,14 +15,17 @@ from pdx.transport.api import Lane
 
 ENTRY_POINT_GROUP = "pdx.transports"
 BUILT_IN = {"tcp": "pdx.transport.tcp:TcpLane"}
-ABSENT = {"loopback": "lives inside one process: use LoopbackNet.open_lane()"}
+ABSENT = {
+    "loopback": "lives inside one process: use LoopbackNet.open_lane()",
+    "nixl": "is not built yet",
+    "ucx": "is not built yet",
+}
 
 
 def open_lane(url: str, *, key: bytes | None, name: str) -> Lane:
     """The lane that `url` asks for, bound and listening. `name` labels its threads.
 
-    Raises UnknownTransport for other schemes, ConfigError if the address cannot work, MissingExtra if a dependency
-    of the lane is not installed.
+    Raises UnknownTransport for other schemes, ConfigError if the address cannot work.
     """
     return _factory(url.partition("://")[0])(url, key=key, name=name)
 

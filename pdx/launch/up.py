@@ -119,7 +119,8 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, ba
     for spec in engines:
         supervisor.start(spec.name, engine.command(spec), env=engine.environment(spec) | environ, cpus=spec.cpus)
     probes = {spec.name: answers(f"{spec.url}/health") for spec in engines}
-    supervisor.wait_ready(probes | {"router": answers(f"{url}/readyz?engines={len(engines)}")}, deadline_s=options.ready_timeout_s)
+    probes["router"] = answers(f"{url}/readyz?engines={len(engines)}")
+    supervisor.wait_ready(probes, deadline_s=options.ready_timeout_s)
     if options.publish:
         publish(options.publish, _published(supervisor, url, control, fleet.daemons, engines))
     supervisor.say(f"ready: {url}")
