@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ class Rig:
         body = {"model": str(self.model), "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
         return post(f"{url or self.url}/v1/completions", body, deadline_s=deadline_s)
 
-    def together(self, calls: list[Callable[[], Reply]]) -> list[Reply]:
+    def together(self, calls: Sequence[Callable[[], Reply]]) -> list[Reply]:
         """All at once, each in a thread."""
         replies: list[Reply | None] = [None] * len(calls)
 

@@ -19,11 +19,19 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.rig import wait_until
+from benchmarks.rig import REPOSITORY, wait_until
 from pdx.client import DaemonClient
-from pdx.config import Config
+from pdx.config import Config, load
 from pdx.errors import DaemonGone
 from pdx.wire import Ask, Attach, DaemonRef, Role
+
+sys.path.insert(0, str(REPOSITORY / "tests"))  # the page engine is one of the tests' engines
+
+from page_engine import PageEngine, answer_to
+from torch_engine import Request
+from torch_peer import TorchPeer
+
+__all__ = ["Answered", "Engine", "GivenUp", "Host", "Prompted", "answer_to"]
 
 PREEMPT = 0.01  # chance of a preemption in a step
 IDLE_S = 0.02  # an idle engine looks this often for requests, and steps: a load may still be ending
@@ -73,15 +81,19 @@ class Engine:
         theirs.close()
 
     def say(self, message: Prompted | GivenUp) -> None:
-        """To a process that has just died it is lost."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        """To a dead process it is lost."""
+        with contextlib.suppress(OSError):
             self.pipe.send_bytes(_encode(message))
 
+    @property
+    def ended(self) -> bool:
+        return self.pipe.closed
+
     def hear(self) -> list[Answered]:
-        """Answers that have come. Raises EOFError if the process is gone."""
-        answers = []
+        """Answers that have come. Raises EOFError if the process ended by itself."""
+        answers: list[Answered] = []
         try:
-            while self.pipe.poll():
+            while not self.ended and self.pipe.poll():
                 message = _decode(self.pipe.recv_bytes())
                 if isinstance(message, Ready):
                     self.ready = True
@@ -91,12 +103,17 @@ class Engine:
             raise EOFError from error
         return answers
 
-    def signal(self, number: int) -> None:
+    def stop(self) -> None:
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGCONT)
 
     def end(self) -> None:
         """kill -9, and everything that this process holds of it is given back."""
+        self.ready = False
         self.process.kill()
         self.process.join(10)
         self.process.close()
@@ -113,6 +130,7 @@ class Host:
         self.fds: dict[int, int] = {}  # pid -> descriptors when it was first seen quiet
         self._config = settings_of(self.flags)
         self._tool: DaemonClient | None = None
+        self._stopped = 0  # pid
 
     @property
     def tool(self) -> DaemonClient:
@@ -129,13 +147,14 @@ class Host:
 
     @property
     def pid(self) -> int:
+        assert self.tool.alive  # one serves, so the file is of that one
         return int(json.loads((self._config.run_path / "pdxd.json").read_text())["pid"])
 
     def stats(self) -> dict[str, Any]:
         return self.tool.ask(Ask(verb="stats"), timeout_s=QUIET_S).body
 
     def kill(self) -> None:
-        self.counters.update(self.stats()["counters"])
+        self._count()
         pid = os.pidfd_open(self.pid)
         try:
             signal.pidfd_send_signal(pid, signal.SIGKILL)
@@ -143,8 +162,14 @@ class Host:
             os.close(pid)
         wait_until(lambda: self._tool is None or not self._tool.alive, QUIET_S, "the daemon is dead")
 
-    def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+    def stop(self) -> None:
+        self._stopped = self.pid
+        os.kill(self._stopped, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        if self._stopped:
+            os.kill(self._stopped, signal.SIGCONT)
+        self._stopped = 0
 
     def complaint(self) -> str:
         """Waits until nothing is under way. Says what is wrong then; empty: nothing."""
@@ -166,13 +191,15 @@ class Host:
     def close(self) -> None:
         if self._tool is not None:
             with contextlib.suppress(DaemonGone):
-                self.counters.update(self.stats()["counters"])
+                self._count()
             self._tool.close()
+
+    def _count(self) -> None:
+        stats = self.stats()
+        self.counters.update(stats["counters"], evicted_blocks=stats["store"]["evicted_blocks"])
 
 
 def settings_of(flags: dict[str, str]) -> Config:
-    from pdx.config import load
-
     return load(flags, environ={})
 
 
@@ -183,9 +210,6 @@ def _busy(stats: dict[str, Any]) -> bool:
 
 def _run(pipe: Connection, name: str, role: Role, flags: dict[str, str], log: Path) -> None:
     """The engine's process."""
-    from page_engine import PageEngine
-    from torch_peer import TorchPeer
-
     with log.open("ab") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     engine = PageEngine()
@@ -205,9 +229,7 @@ def _run(pipe: Connection, name: str, role: Role, flags: dict[str, str], log: Pa
                     pipe.send_bytes(_encode(Answered(int(request.request_id), request.output, engine.wrong)))
 
 
-def _take(peer: Any, message: Any) -> None:
-    from torch_engine import Request
-
+def _take(peer: TorchPeer, message: Any) -> None:
     name, engine = str(message.number), peer.engine
     if isinstance(message, GivenUp):
         request = engine.requests.get(name)
