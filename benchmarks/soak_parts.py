@@ -103,13 +103,16 @@ class Engine:
             raise EOFError from error
         return answers
 
-    def stop(self) -> None:
+    @property
+    def pid(self) -> int:
         assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGSTOP)
+        return self.process.pid
+
+    def stop(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGCONT)
+        os.kill(self.pid, signal.SIGCONT)
 
     def end(self) -> None:
         """kill -9, and everything that this process holds of it is given back."""
@@ -127,7 +130,6 @@ class Host:
         self.name = name
         self.flags = {"run_dir": str(run_dir), **settings}
         self.counters: Counter[str] = Counter()  # of the daemons before this one
-        self.fds: dict[int, int] = {}  # pid -> descriptors when it was first seen quiet
         self._config = settings_of(self.flags)
         self._tool: DaemonClient | None = None
         self._stopped = 0  # pid
@@ -181,12 +183,6 @@ class Host:
         if stats["counters"].get("commit_mismatches"):
             return f"daemon {self.name} has seen wrong checksums: {stats['counters']}"
         return self.tool.ask(Ask(verb="check"), timeout_s=QUIET_S).error
-
-    def fds_grown(self) -> int:
-        """Since this daemon was first asked."""
-        pid = self.pid
-        now = len(os.listdir(f"/proc/{pid}/fd"))
-        return now - self.fds.setdefault(pid, now)
 
     def close(self) -> None:
         if self._tool is not None:

@@ -21,13 +21,12 @@ import time
 from pathlib import Path
 from typing import IO
 
-import msgspec
 import zmq
 
 from pdx import config as configuration
 from pdx.buffer.arena import Arena
 from pdx.config import Config
-from pdx.errors import ConfigError, DaemonGone, Refused, WireError
+from pdx.errors import ConfigError, DaemonGone, PdxError, Refused, WireError
 from pdx.wire import (
     TO_ATTACH,
     TO_ENGINE,
@@ -244,7 +243,7 @@ class Attachment:
         while not self._stopped_within(backoff_s * random.uniform(0.5, 1.0)):  # noqa: S311
             try:
                 return DaemonClient.attach(self._config, self._hello, deadline_s=REATTACH_DEADLINE_S)
-            except (DaemonGone, ConfigError, Refused) as error:
+            except PdxError as error:  # one that speaks another wire version is as good as none
                 log.warning("no pdxd yet: %s", error)
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
         return None
@@ -302,16 +301,19 @@ def _start_daemon(run_dir: Path, config: Config, lock: IO[str]) -> None:
             flags.append(f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}")
     command = [sys.executable, "-m", "pdx.daemon.main", *flags]
     with (run_dir / LOG_NAME).open("ab") as log_file:
-        subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _DETACH, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=log_file,
-            cwd="/",
-            env=_daemon_environment(),
-            pass_fds=[lock.fileno()],
-            check=True,
-        )
+        try:
+            subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _DETACH, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                cwd="/",
+                env=_daemon_environment(),
+                pass_fds=[lock.fileno()],
+                check=True,
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise DaemonGone(f"no process for pdxd could be started: {error}") from error
 
 
 # Forks, so that the daemon is adopted by init and an engine has no zombie to reap; leaves the terminal's session.
@@ -333,9 +335,3 @@ def _last_line(path: Path) -> str:
     except OSError:
         return "no log"
     return lines[-1].removeprefix("pdxd: ") if lines else "empty log"
-
-
-def describe(attached: Attached) -> str:
-    """One line for an engine's log: which daemon, how large, which lanes."""
-    builtin = msgspec.to_builtins(attached.daemon)
-    return f"pdxd {builtin['daemon_id']} arena {attached.arena_bytes >> 20} MiB lanes {','.join(builtin['lanes'])}"

@@ -11,7 +11,6 @@ import hashlib
 import msgspec
 
 NAMESPACE_BYTES = 16
-HASH_BYTES_MAX = 64  # sha256 gives 32; an engine with longer hashes is refused rather than truncated
 
 
 class ContentFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -107,7 +107,8 @@ def terminal_bars(timeline: Timeline, *, columns: int = 72) -> list[str]:
     lines = []
     for number, chunk in enumerate(timeline.chunks, 1):
         compute_ms = (chunk.compute_to_ns - chunk.compute_from_ns) / 1e6
-        lines.append(f"chunk {number:<2} compute {bar(chunk.compute_from_ns, chunk.compute_to_ns, '█')} {compute_ms:.0f} ms")
+        computing = bar(chunk.compute_from_ns, chunk.compute_to_ns, "█")
+        lines.append(f"chunk {number:<2} compute {computing} {compute_ms:.0f} ms")
         if chunk.wire_from_ns and chunk.wire_to_ns:
             lines.append(f"         wire    {bar(chunk.wire_from_ns, chunk.wire_to_ns, '▒')} {chunk.pages} pages")
     return lines
@@ -143,8 +144,8 @@ def svg(timeline: Timeline, *, title: str) -> str:
         f'<line x1="{end:.1f}" x2="{end:.1f}" y1="{top - 6}" y2="{bottom}" stroke="#222" stroke-dasharray="4 3"/>'
         f'<text x="{end:.1f}" y="{bottom + 14}" text-anchor="end">last layer computed, {span_ns / 1e9:.2f} s</text>'
         f'<text x="{left}" y="{bottom + 14}">0 s</text>'
-        f'<text x="{left}" y="{bottom + 40}">{timeline.hidden_fraction:.1%} of {timeline.pages_landed} pages had landed '
-        f"by then; {timeline.exposed_ns / 1e6:.1f} ms exposed; lane {escape(timeline.lane)}</text>"
+        f'<text x="{left}" y="{bottom + 40}">{timeline.hidden_fraction:.1%} of {timeline.pages_landed} pages had '
+        f"landed by then; {timeline.exposed_ns / 1e6:.1f} ms exposed; lane {escape(timeline.lane)}</text>"
     )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -161,7 +162,8 @@ def perfetto(handoffs: Sequence[tuple[str, Iterable[Event]]]) -> str:
                 out.append(_slice(number, "wire", f"{chunk.pages} pages", chunk.wire_from_ns, chunk.wire_to_ns))
         for event in events:
             label = event["what"] if "layer" not in event else f"{event['what']} layer {event['layer']}"
-            out.append({"ph": "i", "s": "t", "name": label, "pid": number, "tid": event["what"], "ts": event["at_ns"] / 1e3})
+            mark = {"ph": "i", "s": "t", "name": label, "pid": number, "tid": event["what"]}
+            out.append({**mark, "ts": event["at_ns"] / 1e3})
     return json.dumps({"traceEvents": out, "displayTimeUnit": "ms"})
 
 

@@ -4,11 +4,10 @@ A frame is b"PDX", one version byte, then one MessagePack map tagged by "type". 
 body is decoded. Conversations, each with its own union so that a socket decodes only what may arrive on it:
 
     ATTACH   engine or tool -> pdxd on a Unix socket (the arena's file descriptor comes back)
-    ENGINE   engine -> pdxd     TO_ENGINE  pdxd -> engine      ZeroMQ over ipc
+    ENGINE   engine or tool -> pdxd    TO_ENGINE  the way back      ZeroMQ over ipc
     PEER     pdxd <-> pdxd      ZeroMQ over tcp; bytes of KV never travel here
     NOTICE   what a lane delivers after a put's bytes have landed
     ROUTER   pdxd -> router     TO_DAEMON  router -> pdxd      ZeroMQ over tcp
-    TOOL     pdx kv ... -> pdxd TO_TOOL    pdxd -> tool
 
 Durations are seconds on the reader's own clock; `*_ns` are the sender's monotonic clock, for timelines only.
 """
@@ -16,7 +15,7 @@ Durations are seconds on the reader's own clock; `*_ns` are the sender's monoton
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -28,6 +27,10 @@ WIRE_VERSION = 1
 MAGIC = b"PDX"
 # 1 M tokens in 16-token blocks are 65,536 hashes of 32 bytes: 2 MiB, twice over for places.
 FRAME_BYTES_MAX = 8 << 20
+
+
+# What is added up: sums of such numbers stay far below what MessagePack can carry.
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 
 
 class Message(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -81,7 +84,7 @@ class Attached(Message, tag="attached", frozen=True):
 
     daemon: DaemonRef
     session: int  # with the daemon's incarnation: this client's ZeroMQ identity, see `identity_of`
-    socket: str  # ipc endpoint of the ENGINE or TOOL conversation
+    socket: str  # ipc endpoint of the ENGINE conversation
     arena_bytes: int
     fence_offset: int  # the u64 in the control page where this worker publishes its last finished step
     digest_mode: bool
@@ -146,7 +149,7 @@ class LetGo(Message, tag="let_go", frozen=True):
     fence: int
     ok: bool
     reason: str = ""
-    pages: int = 0  # pages copied and verified
+    pages: Count = 0  # pages copied and verified
     exposed_ns: int = 0  # load: from the scheduler's ask to the last page verified
     done_ns: int = 0
 
@@ -310,7 +313,7 @@ class CancelHandoff(Message, tag="cancel_handoff", frozen=True):
     reason: str
 
 
-# --- TOOL -----------------------------------------------------------------------------------------------------
+# --- ENGINE, from tools ---------------------------------------------------------------------------------------
 
 
 class Ask(Message, tag="ask", frozen=True):

@@ -5,6 +5,7 @@ Knows paths, bodies and headers; which engine serves what is decided in `policy`
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -23,6 +24,7 @@ from pdx.router.replies import error_body
 from pdx.router.servable import CHAT, COMPLETIONS, without_private
 
 BODY_BYTES_MAX = 32 << 20  # a million token ids as JSON are 8 MiB; images travel as base64 in chat messages
+BODY_S = 60.0  # 32 MiB at 5 Mbit/s
 HEADER_BYTES_MAX = 16 << 10
 # Administration of single engines: through a router it would reach one of many, by chance.
 FORBIDDEN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
@@ -72,7 +74,7 @@ class Front:
             return self._refuse(403, "adapters are loaded at the engines themselves")
         self._outside.metrics.in_flight.inc()
         try:
-            raw = await client.read()
+            raw = await self._read(client)
             body = self._read_body(client, raw)
             model = self._model_of(body)
             request = self._public_request(client, body, raw, model)
@@ -96,6 +98,14 @@ class Front:
             handoff_id=secrets.token_bytes(HANDOFF_ID_BYTES),
             now_unix_s=time.time(),
         )
+
+    async def _read(self, client: web.Request) -> bytes:
+        """The whole body. A client that stops in the middle must not stay for ever."""
+        try:
+            async with asyncio.timeout(min(BODY_S, self._request_timeout_s)):
+                return await client.read()
+        except TimeoutError:
+            raise _Refused(408, "the body did not arrive in time") from None
 
     def _read_body(self, client: web.Request, raw: bytes) -> dict[str, Any]:
         if client.path not in (COMPLETIONS, CHAT) and client.content_type.startswith("multipart/"):

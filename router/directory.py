@@ -150,7 +150,7 @@ class Directory:
         return sum(daemon.reservations_waiting for daemon in self._daemons.values())
 
     def _reason_to_refuse(self, info: EngineInfo, ref: DaemonRef) -> str:
-        if info.url and urlsplit(info.url).scheme not in ("http", "https"):
+        if info.url and not _is_http(info.url):
             return f"engine {info.engine_id}: {info.url!r} is not an http url"
         known = self._engines.get(info.engine_id)
         if known is None:
@@ -175,6 +175,13 @@ class Directory:
     def _leave(self, engine_id: str, why: str) -> None:
         _log.info("engine %s leaves: %s", engine_id, why)
         del self._engines[engine_id]
+
+
+def _is_http(url: str) -> bool:
+    try:
+        return urlsplit(url).scheme in ("http", "https")
+    except ValueError:  # e.g. half an IPv6 address
+        return False
 
 
 def _same_daemon(one: DaemonRef, other: DaemonRef) -> bool:

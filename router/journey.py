@@ -125,7 +125,16 @@ class ClientGone(msgspec.Struct, frozen=True):
     pass
 
 
-Event = Begin | PrefillAnswered | HandoffBroke | DecodeAnswered | UpstreamFailed | StreamFinished | DeadlinePassed | ClientGone
+Event = (
+    Begin
+    | PrefillAnswered
+    | HandoffBroke
+    | DecodeAnswered
+    | UpstreamFailed
+    | StreamFinished
+    | DeadlinePassed
+    | ClientGone
+)
 
 
 # --- actions --------------------------------------------------------------------------------------------------

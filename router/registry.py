@@ -16,7 +16,18 @@ import zmq.asyncio
 from pdx.curve import lock
 from pdx.errors import ConfigError, WireError
 from pdx.router.metrics import Metrics
-from pdx.wire import FRAME_BYTES_MAX, ROUTER, Announce, CancelHandoff, DaemonRef, HandoffFailed, Message, Welcome, decoder_of, encode
+from pdx.wire import (
+    FRAME_BYTES_MAX,
+    ROUTER,
+    Announce,
+    CancelHandoff,
+    DaemonRef,
+    HandoffFailed,
+    Message,
+    Welcome,
+    decoder_of,
+    encode,
+)
 
 # Every daemon says one thing a second; more than this unheard means that the router is stuck anyway.
 RECEIVE_QUEUE_MAX = 1024

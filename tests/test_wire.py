@@ -62,11 +62,12 @@ def test_other_version_is_refused_before_the_body() -> None:
 
 
 def test_unknown_fields_and_foreign_conversations_are_refused() -> None:
-    body = msgpack.packb({"type": "drained", "handoff_id": b"", "attempt": 1, "lease_epoch": 1, "incarnation": 1, "x": 1})
+    ids = {"handoff_id": b"", "attempt": 1, "lease_epoch": 1, "incarnation": 1}
+    body = msgpack.packb({"type": "drained", **ids, "x": 1})
     with pytest.raises(WireError):
         decode_any(b"PDX\x01" + body)
     with pytest.raises(WireError):
-        wire.decoder_of(wire.ENGINE)(wire.encode(wire.Wait(handoff_id=b"", attempt=1, lease_epoch=0, incarnation=1, ahead=1)))
+        wire.decoder_of(wire.ENGINE)(wire.encode(wire.Wait(**ids, ahead=1)))
 
 
 def test_oversized_frames_are_refused_unread() -> None:

@@ -41,6 +41,7 @@ class Announcer:
         self._me = me
         self._counters = counters
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._impossible: dict[str, str] = {}  # endpoint -> why ZeroMQ does not take it
         self._due_at = 0.0
         self._unanswered_since: dict[str, float] = {}  # router endpoint -> first announcement without a welcome
 
@@ -98,7 +99,9 @@ class Announcer:
             log.warning("router %s does not answer: is it up, and does it use this cluster key (PDX_KEY_FILE)?", endpoint)
 
     def _connect(self, endpoint: str) -> None:
-        if len(self._sockets) >= ROUTERS_MAX:
+        if endpoint in self._impossible:
+            return
+        if len(self._sockets) + len(self._impossible) >= ROUTERS_MAX:
             self._counters["routers_refused"] += 1
             return
         socket = self._context.socket(zmq.DEALER)
@@ -106,7 +109,13 @@ class Announcer:
         socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
         socket.setsockopt(zmq.IDENTITY, f"{self._me.daemon_id}/{self._me.incarnation}".encode())
         lock(socket, self._cluster_key, server=False)
-        socket.connect(endpoint)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            self._impossible[endpoint] = str(error)
+            log.warning("engines want to be announced to %r, which is no router's address: %s", endpoint, error)
+            return
         self._poller.register(socket, zmq.POLLIN)
         self._sockets[endpoint] = socket
 

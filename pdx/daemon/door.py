@@ -34,7 +34,7 @@ class Door:
         """A new connection of our own uid, or None."""
         try:
             connection, _ = self.listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        except OSError:  # it left again, or descriptors ran out: the next turn may fare better
             return None
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         uid = int.from_bytes(credentials[4:8], "little")
@@ -52,6 +52,16 @@ class Door:
         except ConnectionError:
             return None
         return _decode(frame) if frame else None
+
+    @staticmethod
+    def has_left(connection: socket.socket) -> bool:
+        """EOF. What an attached client says here beside it is not for us, and no reason to take it for dead."""
+        try:
+            return not connection.recv(HELLO_BYTES_MAX)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     @staticmethod
     def answer(connection: socket.socket, message: Message, descriptor: int | None = None) -> None:

@@ -28,7 +28,7 @@ class Holds:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._holds: dict[tuple[bytes, str], Hold] = {}
-        self._letting_go: list[tuple[Hold, LetGo]] = []
+        self._letting_go: dict[Hold, LetGo] = {}
 
     def add(self, hold: Hold) -> None:
         self._holds[hold.handoff_id, hold.side] = hold
@@ -50,22 +50,24 @@ class Holds:
                     self._desk.store.renew(hold.lease, now=now, ttl_s=self._desk.ports.lease_s)
 
     def let_go(self, hold: Hold, message: LetGo) -> None:
-        """The engine promises to be done after `message.fence`; `passed` returns the hold once that is so."""
-        self._letting_go.append((hold, message))
+        """The engine promises to be done after `message.fence`; `passed` returns the hold once that is so.
+
+        The first promise counts: an engine that is asked again says the same, later.
+        """
+        self._letting_go.setdefault(hold, message)
 
     def passed(self) -> list[tuple[Hold, LetGo]]:
         """Holds whose fence has passed, removed from the books: end their leases now."""
         fence_passed = self._desk.ports.fence_passed
-        done = [(h, m) for h, m in self._letting_go if fence_passed(h.engine_id, m.fence)]
-        self._letting_go = [pair for pair in self._letting_go if pair not in done]
+        done = [(h, m) for h, m in self._letting_go.items() if fence_passed(h.engine_id, m.fence)]
         for hold, _ in done:
-            self._holds.pop((hold.handoff_id, hold.side), None)
+            self.remove(hold)
         return done
 
     def remove(self, hold: Hold) -> None:
-        """For the hold of an engine that is gone: no fence to wait for."""
+        """Off the books, at once for the hold of an engine that is gone: no fence to wait for."""
         self._holds.pop((hold.handoff_id, hold.side), None)
-        self._letting_go = [(h, m) for h, m in self._letting_go if h is not hold]
+        self._letting_go.pop(hold, None)
 
     @property
     def pending(self) -> bool:

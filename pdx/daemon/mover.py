@@ -17,7 +17,21 @@ from pdx.daemon.sending import Outgoing, Sending
 from pdx.daemon.sessions import Engine
 from pdx.handoff import actions as do
 from pdx.transport.api import Arrived, Event, PeerLost, PutDone, PutFailed, WindowClosed
-from pdx.wire import Cancel, Committed, Filled, Grant, LetGo, OpenLoad, OpenSend, PeerMessage, Refuse, Reserve, Wait
+from pdx.wire import (
+    Cancel,
+    Committed,
+    Filled,
+    Grant,
+    LetGo,
+    LoadEnded,
+    OpenLoad,
+    OpenSend,
+    PeerMessage,
+    Refuse,
+    Reserve,
+    SendEnded,
+    Wait,
+)
 
 
 class Mover:
@@ -38,20 +52,22 @@ class Mover:
             self._waiting.append(record)
             self._serve_waiting(now)
 
-    def filled(self, message: Filled, now: float) -> None:
-        self._sending.filled(message, now)
+    def filled(self, engine_id: str, message: Filled, now: float) -> None:
+        self._sending.filled(engine_id, message, now)
 
     def open_load(self, engine: Engine, message: OpenLoad, now: float) -> None:
         self._receiving.open_load(engine, message, now)
 
-    def let_go(self, message: LetGo, now: float) -> None:
-        """The engine is done with a handoff's slots once its fence has passed."""
+    def let_go(self, engine_id: str, message: LetGo, now: float) -> None:
+        """The engine is done with a handoff's slots once its fence has passed. Only the holder can say so."""
         hold = self._holds.get(message.handoff_id, message.side)
         if hold is not None:
-            self._holds.let_go(hold, message)
-            self._end_passed(now)
+            if hold.engine_id == engine_id:
+                self._holds.let_go(hold, message)
+                self._end_passed(now)
             return
-        for record in [r for r in self._waiting if r.key[0] == message.handoff_id and isinstance(r, Outgoing)]:
+        record = self._sending.waiting_for_room(message.handoff_id, engine_id) if message.side == "send" else None
+        if record is not None:
             reason = f"prefill engine: {message.reason}"
             self._sending.act(record, record.sender.fail(reason, tell_peer=False), now)
 
@@ -213,11 +229,24 @@ class Mover:
 
     def _lease_expired(self, lease: Lease, now: float) -> None:
         hold = self._holds.of_lease(lease)
-        if hold is None or hold.key is None:
+        if hold is None:
             return
         self._desk.ports.counters["leases_expired"] += 1
+        self._ask_to_let_go(hold)
+        if hold.key is None:
+            return
         outgoing, incoming = self._sending.records.get(hold.key), self._receiving.records.get(hold.key)
         if hold.side == "send" and outgoing is not None:
             self._sending.act(outgoing, outgoing.sender.fail("engine lease expired", tell_peer=True), now)
         if hold.side == "load" and incoming is not None:
             self._receiving.act(incoming, incoming.receiver.fail("engine lease expired", tell_peer=True), now)
+
+    def _ask_to_let_go(self, hold: Hold) -> None:
+        """Whatever has become of the handoff: a LET_GO that was lost would keep the slots for ever."""
+        ended: SendEnded | LoadEnded
+        reason = "engine lease expired"
+        if hold.side == "send":
+            ended = SendEnded(request_id="", handoff_id=hold.handoff_id, reason=reason)
+        else:
+            ended = LoadEnded(handoff_id=hold.handoff_id, reason=reason)
+        self._desk.ports.to_engine(hold.engine_id, ended)

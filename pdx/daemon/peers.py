@@ -35,10 +35,13 @@ class Peers:
         self._monitors: dict[zmq.Socket[bytes], str] = {}
 
     def send(self, peer: DaemonRef, message: Message) -> None:
-        """Queues a message; never blocks. What can't be queued is counted and lost: budgets cover it."""
+        """Queues a message; never blocks. What can't be queued is counted and lost: budgets cover it.
+
+        That includes an address that ZeroMQ does not take: it comes from the peer.
+        """
         try:
             self._socket(peer.control).send(encode(message), zmq.DONTWAIT)
-        except zmq.Again:
+        except zmq.ZMQError:
             self._counters["peer_messages_dropped"] += 1
 
     def handle_ready(self, ready: dict[object, int], lost: Callable[[str], None]) -> None:
@@ -64,8 +67,12 @@ class Peers:
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
             lock(socket, self._cluster_key, server=False)
+            try:
+                socket.connect(control)
+            except zmq.ZMQError:
+                socket.close(0)
+                raise
             monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            socket.connect(control)
             self._poller.register(monitor, zmq.POLLIN)
             self._sockets[control] = socket
             self._monitors[monitor] = control

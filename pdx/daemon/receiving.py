@@ -272,7 +272,9 @@ class Receiving:
 
     def _share(self, record: Incoming, paired: Outgoing, now: float) -> None:
         """Both engines use this daemon: the receiver reads the very slots that the sender fills."""
-        assert paired.claim is not None
+        if paired.claim is None:  # a RESERVE that no half of ours has sent
+            self.act(record, record.receiver.refuse("the prefill engine's claim does not stand"), now)
+            return
         owner = Owner("wire", record.key[0].hex() + "/receive")
         record.wire = self._desk.store.lease(paired.claim, owner, now=now, ttl_s=float("inf"))
         self._grant(record, paired.claim, window=0, now=now)
@@ -366,10 +368,9 @@ def _fits(landed: Landed, record: Incoming) -> bool:
     return (
         record.key == (landed.handoff_id, landed.attempt)
         and landed.lease_epoch == record.receiver.lease_epoch
-        and 0 <= landed.layer < record.reserve.pages.layers
+        and record.receiver.awaits(landed.layer, landed.blocks)
         and len(landed.checksums) == len(landed.blocks) * CHECKSUM_BYTES
         and len(landed.digests) in (0, len(landed.blocks) * DIGEST_BYTES)
-        and record.receiver.wanted.issuperset(landed.blocks)
     )
 
 

@@ -12,12 +12,13 @@ from pdx.buffer.lease import Lease, Owner
 from pdx.daemon.holds import Hold, Holds
 from pdx.daemon.ports import Desk, HandoffKey, space_of
 from pdx.daemon.sessions import Engine
-from pdx.errors import HandleError, Refused
+from pdx.errors import HandleError, PdxError, Refused, UnknownTransport
 from pdx.handoff import actions as do
 from pdx.handoff.sender import Sender
+from pdx.handoff.states import Sending as State
 from pdx.keys import layout_id, namespace_of
 from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, PageLayout, Place
-from pdx.transport.api import Copy
+from pdx.transport.api import Copy, Lane, Region
 from pdx.wire import (
     Cancel,
     Commit,
@@ -71,6 +72,8 @@ class Sending:
         ports = self._desk.ports
         try:
             handle = self._desk.verified(message.handle, daemon="prefill_daemon", use="send")
+            if self._holds.get(handle.handoff_id, "send") or handle.handoff_id in self._by_handoff:
+                raise HandleError("another attempt of this handoff has not ended yet")
         except HandleError as error:
             ports.counters["handles_refused"] += 1
             reason = f"handle refused: {error}"
@@ -128,10 +131,10 @@ class Sending:
         self.act(record, record.sender.claimed(claim.places, claim.fresh, reserve, now=now), now)
         return True
 
-    def filled(self, message: Filled, now: float) -> None:
+    def filled(self, engine_id: str, message: Filled, now: float) -> None:
         for entry in message.entries:
             record = self._by_handoff.get(entry.handoff_id)
-            if record is None:
+            if record is None or record.engine.info.engine_id != engine_id:
                 self._desk.ports.counters["stale_filled"] += 1
                 continue
             self._desk.ports.tracer.note(
@@ -153,14 +156,25 @@ class Sending:
             if record is not None:
                 self.act(record, record.sender.renewed(now=now), now)
 
+    def waiting_for_room(self, handoff_id: bytes, engine_id: str) -> Outgoing | None:
+        """This engine's half if it has no claim yet."""
+        record = self._by_handoff.get(handoff_id)
+        mine = record is not None and record.claim is None and record.engine.info.engine_id == engine_id
+        return record if mine else None
+
     # --- from the receiving daemon and the lanes ---
 
     def message(self, record: Outgoing, message: PeerMessage, now: float) -> None:
         sender = record.sender
         match message:
+            case Grant() if sender.state is not State.RESERVING:
+                self._desk.stale(message)  # it must not move the window of puts under way
+                actions = []
+            case Grant() if len(message.places) != len(message.wanted):
+                actions = sender.fail("GRANT names a place too many or too few", tell_peer=True)
             case Grant():
                 record.window = message.window
-                record.targets = dict(zip(message.wanted, message.places, strict=False))
+                record.targets = dict(zip(message.wanted, message.places, strict=True))
                 self._desk.trace(record.key, "granted", has=len(message.has), wanted=len(message.wanted))
                 actions = sender.granted(
                     has=message.has, wanted=message.wanted, lease_epoch=message.lease_epoch, now=now
@@ -230,35 +244,36 @@ class Sending:
             self.act(record, record.sender.put_ended(ok=True, reason="", now=now), now)
             return
         ports = self._desk.ports
-        scheme = self._lane_of(record)
-        if scheme is None:
-            reason = f"no common lane: peer offers {record.sender.handle.decode_daemon.lanes}"
-            self.act(record, record.sender.put_ended(ok=False, reason=reason, now=now), now)
+        try:
+            lane, region = self._lane_of(record)
+            ticket = lane.put(
+                record.channel,
+                region=region,
+                window=record.window,
+                copies=self._copies(record, action),
+                notice=self._notice(record, action),
+                queue=record.key[0],
+                urgency=float(action.layer),
+            )
+        except (PdxError, ValueError) as error:  # the peer's endpoint or places are impossible
+            self.act(record, record.sender.put_ended(ok=False, reason=str(error), now=now), now)
             return
-        lane, region = ports.lanes[scheme]
-        ticket = lane.put(
-            record.channel,
-            region=region,
-            window=record.window,
-            copies=self._copies(record, action),
-            notice=self._notice(record, action),
-            queue=record.key[0],
-            urgency=float(action.layer),
-        )
         self._puts[ticket] = record
         ports.counters["pages_put"] += len(action.blocks)
         ports.counters["bytes_put"] += len(action.blocks) * record.pages.page_bytes
 
-    def _lane_of(self, record: Outgoing) -> str | None:
-        """The first lane of the peer's that we have too; connected at the pair's first put."""
-        for endpoint in record.sender.handle.decode_daemon.lanes:
+    def _lane_of(self, record: Outgoing) -> tuple[Lane, Region]:
+        """The first lane of the peer's that we have too, connected at the pair's first put. Raises PdxError."""
+        offered = record.sender.handle.decode_daemon.lanes
+        for endpoint in offered:
             scheme = endpoint.partition("://")[0]
             if scheme in self._desk.ports.lanes:
+                lane, region = self._desk.ports.lanes[scheme]
                 if record.channel < 0:
-                    record.channel = self._desk.ports.lanes[scheme][0].connect(endpoint)
+                    record.channel = lane.connect(endpoint)
                     self._desk.trace(record.key, "lane", endpoint=endpoint)
-                return scheme
-        return None
+                return lane, region
+        raise UnknownTransport(f"no common lane: peer offers {offered}")
 
     def _copies(self, record: Outgoing, action: do.Put) -> list[Copy]:
         """Pages that lie side by side on both sides travel as one span."""

@@ -29,6 +29,7 @@ from pdx.errors import Refused, WireError
 from pdx.transport.api import Lane
 from pdx.wire import (
     ENGINE,
+    FRAME_BYTES_MAX,
     PEER,
     Ask,
     Attached,
@@ -37,16 +38,20 @@ from pdx.wire import (
     DaemonRef,
     Filled,
     LetGo,
+    LoadOpened,
     Message,
     OpenLoad,
     OpenSend,
     Renew,
+    SendEnded,
     decoder_of,
     encode,
 )
 
 TICK_S = 0.1
 FENCE_TICK_S = 0.002  # while an engine's fence is awaited
+HALF_ATTACHED = "the engine's worker is not attached here"
+HELLOS_MAX = 64  # connections that have not spoken yet; each holds a descriptor
 BURST = 256  # messages taken from one socket before the others get their turn
 IPC_NAME = "pdxd.ipc"
 
@@ -130,7 +135,8 @@ class Service:
         self._announcer.handle_ready(ready, lambda message: self._cancel(message, now))
         # Ends first, then hellos, then new connections: each step may reuse a descriptor that the one before closed.
         for descriptor in [d for d in ready if d in self._connections]:
-            self._ended(self._connections.pop(descriptor), now)
+            if Door.has_left(self._connections[descriptor].connection):
+                self._ended(self._connections.pop(descriptor), now)
         for descriptor in [d for d in ready if d in self._hellos]:
             self._hello(self._hellos.pop(descriptor))
         if self._door.listener.fileno() in ready:
@@ -163,9 +169,9 @@ class Service:
                 reply = answer(message, service=self)
                 self._clients.send_multipart([session.identity, encode(reply)], zmq.DONTWAIT)
             case Filled():
-                self._mover.filled(message, now)
+                self._mover.filled(session.engine_id, message, now)
             case LetGo():
-                self._mover.let_go(message, now)
+                self._mover.let_go(session.engine_id, message, now)
             case Renew():
                 if engine is not None:
                     engine.running, engine.waiting = message.running, message.waiting
@@ -174,8 +180,18 @@ class Service:
                 self._mover.open_send(engine, message, now)
             case OpenLoad() if engine is not None and engine.complete:
                 self._mover.open_load(engine, message, now)
-            case _:
+            case OpenSend() if engine is not None:
                 self._counters["messages_before_attach"] += 1
+                ended = SendEnded(request_id=message.request_id, handoff_id=b"", reason=HALF_ATTACHED)
+                self._to_engine(session.engine_id, ended)
+            case OpenLoad() if engine is not None:
+                self._counters["messages_before_attach"] += 1
+                absent = LoadOpened(
+                    request_id=message.request_id, handoff_id=b"", status="absent", reason=HALF_ATTACHED
+                )
+                self._to_engine(session.engine_id, absent)
+            case _:
+                self._counters["messages_of_tools"] += 1
 
     def _take_peers(self, now: float) -> None:
         for _ in range(BURST):
@@ -195,6 +211,9 @@ class Service:
     def _welcome(self) -> None:
         connection = self._door.accept()
         if connection is not None:
+            if len(self._hellos) >= HELLOS_MAX:
+                silent = self._hellos.pop(next(iter(self._hellos)))
+                self._turn_away(silent, "too many clients attach at once")
             self._hellos[connection.fileno()] = connection
             self._poller.register(connection.fileno(), zmq.POLLIN)
 
@@ -303,6 +322,7 @@ class Service:
             lock(bound, cluster_key, server=True)
         bound.setsockopt(zmq.LINGER, 0)
         bound.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
+        bound.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         bound.bind(endpoint)
         self._poller.register(bound, zmq.POLLIN)
         return bound

@@ -15,6 +15,7 @@ from pdx.layout import CONTROL_FENCES, PageLayout
 from pdx.wire import Attach, EngineInfo, identity_of
 
 ENGINES_MAX = 128
+SESSIONS_MAX = 512  # two an engine, the rest tools; well below the usual limit of 1024 descriptors
 
 
 @dataclass(eq=False)
@@ -40,6 +41,7 @@ class Engine:
     worker: Session | None = None
     running: int = 0
     waiting: int = 0
+    leaving: bool = False  # one of its processes has gone: the other belongs to the past and will follow
 
     @property
     def complete(self) -> bool:
@@ -57,6 +59,8 @@ class Sessions:
 
     def attach(self, hello: Attach, connection: socket.socket) -> Session:
         """Raises Refused: two engines of one name, an engine whose halves differ, too many engines."""
+        if len(self.by_identity) >= SESSIONS_MAX:
+            raise Refused(f"this daemon serves at most {SESSIONS_MAX} processes")
         number = next(self._numbers)
         session = Session(number, hello.kind, connection, identity_of(self.incarnation, number))
         if hello.kind != "tool":
@@ -70,6 +74,7 @@ class Sessions:
         engine = self.engines.get(session.engine_id)
         if engine is None:
             return None
+        engine.leaving = True
         if engine.scheduler is session:
             engine.scheduler = None
         if engine.worker is session:
@@ -85,6 +90,8 @@ class Sessions:
         engine = self.engines.get(name)
         if engine is not None and getattr(engine, hello.kind) is not None:
             raise Refused(f"an engine called {name!r} is attached already: give each engine its own engine_id")
+        if engine is not None and engine.leaving:
+            raise Refused(f"an earlier life of engine {name!r} has not quite ended: try again")
         if engine is None:
             if len(self.engines) >= ENGINES_MAX:
                 raise Refused(f"this daemon serves at most {ENGINES_MAX} engines")

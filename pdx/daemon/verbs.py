@@ -31,7 +31,13 @@ def _stats(service: Service) -> dict[str, Any]:
         "handoffs": service.mover.describe(),
         "reservations_waiting": service.mover.reservations_waiting,
         "engines": {
-            name: {"role": e.info.role, "model": e.info.model, "running": e.running, "waiting": e.waiting}
+            name: {
+                "role": e.info.role,
+                "model": e.info.model,
+                "complete": e.complete,
+                "running": e.running,
+                "waiting": e.waiting,
+            }
             for name, e in service.sessions.engines.items()
         },
     }

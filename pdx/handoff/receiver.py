@@ -63,6 +63,12 @@ class Receiver:
         self.state = after(RECEIVING, self.state, "fail")
         return [ToPeer(Refuse(**self._ids(), reason=reason)), Ended(reason)]
 
+    def awaits(self, layer: int, blocks: Iterable[int]) -> bool:
+        """Whether every one of these pages is still to come. None lands twice: what was checked must stay as it is."""
+        if self.state is not Receiving.GRANTED or not 0 <= layer < self._layers:
+            return False
+        return all(not self._landed.get(block, self._whole) >> layer & 1 for block in blocks)
+
     def landed(self, layer: int, blocks: Iterable[int], *, now: float) -> list[tuple[int, int]]:
         """Bytes of these pages are in place. Returns (block, leading layers landed) for the slot headers."""
         if self.state is not Receiving.GRANTED or not 0 <= layer < self._layers:

@@ -26,6 +26,9 @@ from pdx.handoff.states import SENDING, Sending, after
 from pdx.layout import Place
 from pdx.wire import Alive, Cancel, Drained, Fail, PeerMessage, SendEnded, SendOpened
 
+# A lane's notice holds 64 KiB, and a page takes up to 45 bytes of it (number, checksum, digest).
+PUT_BLOCKS_MAX = 1024
+
 
 class Sender:
     """One handoff, sending side. Every method returns the actions to take, in order."""
@@ -70,10 +73,10 @@ class Sender:
 
     def filled(self, layer: int, blocks: Iterable[int], *, now: float) -> list[Action]:
         """The engine has copied this layer of these blocks into their slots."""
-        if self.state in (Sending.CLAIMING, Sending.DRAINING, Sending.ENDED):
+        if self.state in (Sending.CLAIMING, Sending.DRAINING, Sending.ENDED) or not 0 <= layer < self._layers:
             return []
         bit = 1 << layer
-        ready = [b for b in blocks if 0 <= b < self.blocks and 0 <= layer < self._layers and not self._filled[b] & bit]
+        ready = [b for b in dict.fromkeys(blocks) if 0 <= b < self.blocks and not self._filled[b] & bit]
         for block in ready:
             self._filled[block] |= bit
         self._progress_at = now
@@ -200,13 +203,12 @@ class Sender:
     def _put(self, layer: int, blocks: list[int]) -> list[Action]:
         bit = 1 << layer
         blocks = [b for b in blocks if not self._sent[b] & bit]
-        if not blocks:
-            return []
         for block in blocks:
             self._sent[block] |= bit
-        self._puts_open += 1
+        puts = [blocks[start : start + PUT_BLOCKS_MAX] for start in range(0, len(blocks), PUT_BLOCKS_MAX)]
+        self._puts_open += len(puts)
         self._puts_made += len(blocks)
-        return [Put(layer, tuple(blocks))]
+        return [Put(layer, tuple(put)) for put in puts]
 
     def _publish_if_whole(self) -> list[Action]:
         if self._published or any(bits != self._whole for bits in self._filled):

@@ -161,6 +161,7 @@ class BareEngine:
         )  # fmt: skip
         info = EngineInfo(engine_id=name, role=role, model=model, content=content, layout=fingerprint)  # type: ignore[arg-type]
         self.daemon, self.name, self.step = daemon, name, 0
+        self.info = info
         self.scheduler = DaemonClient.attach(daemon.config, Attach(kind="scheduler", engine=info), start=False)
         self.worker = DaemonClient.attach(daemon.config, Attach(kind="worker", engine=info, pages=PAGES), start=False)
         self._inbox: list[Message] = []

@@ -49,13 +49,6 @@ class System:
     def free(self) -> bool:
         return unleased(self.source, self.target, deadline_s=FREE_S)
 
-    def ask_until_sent(self, pool: ThreadPoolExecutor, prompt: list[int]) -> Any:
-        """A request under way, with its first pages sent and the rest of its prompt not computed yet."""
-        before = counter(self.source, "pages_put")
-        reply = pool.submit(self.rig.complete, prompt, deadline_s=DEADLINE_S)
-        wait_until(lambda: counter(self.source, "pages_put") > before, DEADLINE_S, "pages are sent")
-        return reply
-
 
 @pytest.fixture(scope="module")
 def system(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
@@ -69,7 +62,9 @@ def system(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sy
         decode = rig.start_engine("D0", "decode", "b", cpu=1)
         sessions = {part.process.pid for part in rig.parts}
         rig.wait_routable(2)
-        yield System(rig, prefill, decode, rig.tool("a"), rig.tool("b"))
+        system = System(rig, prefill, decode, rig.tool("a"), rig.tool("b"))
+        assert system.free()  # and the tools' connections, which ZeroMQ makes in the background, are there
+        yield system
     assert processes.of_sessions(sessions) == []
 
 
@@ -153,8 +148,10 @@ def test_a_client_that_leaves_in_mid_prompt_frees_everything(system: System) -> 
 
 def test_killing_the_prefill_engine_in_mid_prompt_costs_only_time(system: System) -> None:
     prompt = tokens_of(1500, seed=3000)
+    before = counter(system.source, "pages_put")
     with ThreadPoolExecutor(1) as pool:
-        asked = system.ask_until_sent(pool, prompt)
+        asked = pool.submit(system.rig.complete, prompt, deadline_s=DEADLINE_S)
+        wait_until(lambda: counter(system.source, "pages_put") > before, DEADLINE_S, "pages are sent")
         system.prefill.kill()
         system.rig.forget(system.prefill)
         reply = asked.result(DEADLINE_S)

@@ -18,7 +18,7 @@ from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Load, Save, Step
 from pdx.engine.vllm.worker_side import FORWARD_BYTES_MAX, WorkerSide
 from pdx.layout import PageLayout, Place
-from pdx.wire import Filled, LetGo, LoadOpened, OpenLoad, OpenSend, Renew, SendOpened
+from pdx.wire import Filled, LetGo, LoadEnded, LoadOpened, OpenLoad, OpenSend, Renew, SendEnded, SendOpened
 
 HANDOFF = (1).to_bytes(16, "big")
 IDLE = Scheduled({}, {})
@@ -143,6 +143,24 @@ def test_a_prompt_that_the_store_holds_needs_no_pages(daemon: MemoryDaemon, sche
     assert scheduler.matched_tokens("s", 0) == (0, False)
     assert [(m.ok, m.fence) for m in daemon.let_go] == [(True, 0)]
     assert scheduler.finished("s") == {"handoff": HANDOFF.hex(), "pages": 0}
+
+
+def test_a_daemon_that_asks_again_is_answered_again(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
+    """Our LET_GO was lost. Steps planned by now may still touch the slots, so they are the fence of a send."""
+    for _ in range(3):
+        scheduler.step(IDLE)  # type: ignore[arg-type]
+    daemon.clients[0].deliver(SendEnded(request_id="", handoff_id=HANDOFF, reason="lease expired"))
+    daemon.clients[0].deliver(LoadEnded(handoff_id=HANDOFF, reason="lease expired"))
+    scheduler.step(IDLE)  # type: ignore[arg-type]
+    assert [(m.side, m.fence) for m in daemon.let_go] == [("send", 3), ("load", 0)]
+
+
+def test_a_send_is_ended_by_its_handoff(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
+    scheduler.on_new_request(send_request(daemon))
+    assert scheduler.matched_tokens("s", 0) == (0, False)
+    daemon.clients[0].deliver(SendEnded(request_id="", handoff_id=HANDOFF, reason="lease expired"))
+    scheduler.step(IDLE)  # type: ignore[arg-type]
+    assert [(m.side, m.reason) for m in daemon.let_go] == [("send", "lease expired")]
 
 
 def test_live_handoffs_are_renewed_once_a_second_and_idleness_is_told(

@@ -128,9 +128,8 @@ def play(pair: Pair, texts: dict[int, list[int]], generator: random.Random, *, p
         pair.step()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_answers_are_those_of_a_lone_engine(pair: Pair, seed: int) -> None:
-    generator = random.Random(seed)
+def test_answers_are_those_of_a_lone_engine(pair: Pair) -> None:
+    generator = random.Random(1)
     texts = prompts(generator)
     play(pair, texts, generator, preempt=0.1)
     pair.settle()

@@ -9,7 +9,7 @@ from pdx.errors import IllegalTransition
 from pdx.handoff import actions as do
 from pdx.handoff.handle import TransferHandle
 from pdx.handoff.receiver import Receiver
-from pdx.handoff.sender import Sender
+from pdx.handoff.sender import PUT_BLOCKS_MAX, Sender
 from pdx.handoff.states import RECEIVING, SENDING, Receiving, Sending, after
 from pdx.layout import Place
 from pdx.wire import Budgets, Cancel, Commit, DaemonRef, Drained, Fail, Grant, LoadEnded, Reserve, SendEnded, SendOpened
@@ -150,6 +150,29 @@ def test_bells_may_ring_after_the_engine_let_go() -> None:
     assert sender.committed() == [do.Ended("")]
 
 
+@pytest.mark.parametrize("layer", [-1, LAYERS, 2**63])
+def test_layers_that_do_not_exist_are_not_filled(layer: int) -> None:
+    sender = make_sender()
+    assert sender.filled(layer, [0, 1, 2], now=0.1) == []
+    assert "0/6 pages filled" in repr(sender)
+
+
+def test_a_block_named_twice_is_put_once() -> None:
+    sender = make_sender()
+    sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
+    assert sender.filled(0, [1, 1, 0], now=0.1) == [do.Put(0, (1, 0))]
+
+
+def test_a_put_has_no_more_blocks_than_a_notice_can_name() -> None:
+    blocks = 2 * PUT_BLOCKS_MAX + 1
+    sender = Sender(HANDLE, request_id="r", blocks=blocks, layers=1, incarnation=1, now=0.0)
+    sender.claimed([PLACES[0]] * blocks, frozenset(), RESERVE, now=0.0)
+    puts = sender.granted(has=[], wanted=range(blocks), lease_epoch=4, now=0.1)
+    assert [len(put.blocks) for put in puts if isinstance(put, do.Put)] == [PUT_BLOCKS_MAX, PUT_BLOCKS_MAX, 1]
+    ends = [sender.put_ended(ok=True, reason="", now=0.2) for _ in puts]
+    assert ends == [[], [], [do.SendCommit(blocks)]]
+
+
 def test_engine_giving_up_fails_the_handoff() -> None:
     sender = make_sender()
     actions = sender.engine_let_go(ok=False, reason="request aborted")
@@ -210,6 +233,18 @@ def land_all(receiver: Receiver) -> None:
 
 
 COMMIT = Commit(**IDS, pages=6, checksum=77)
+
+
+def test_no_page_is_awaited_twice_or_after_the_end() -> None:
+    receiver = make_receiver((0, 2))
+    assert receiver.awaits(0, [0, 2])
+    receiver.landed(0, [0], now=0.1)
+    assert not receiver.awaits(0, [2, 0]), "a late twin would overwrite a checksum"
+    assert receiver.awaits(1, [0])
+    assert not receiver.awaits(0, [1]), "not wanted"
+    assert not any(receiver.awaits(layer, [0]) for layer in (-1, LAYERS))
+    receiver.fail("x", tell_peer=False)
+    assert not receiver.awaits(0, [2])
 
 
 def test_watermarks_count_leading_layers_only() -> None:

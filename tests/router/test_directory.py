@@ -130,9 +130,10 @@ def test_an_id_is_taken_once() -> None:
 
 def test_engines_without_a_usable_url() -> None:
     directory = Directory()
-    odd = [engine_info("p0", "prefill", ""), engine_info("p1", "prefill", "file:///etc/passwd")]
+    urls = ["", "file:///etc/passwd", "http://[::1"]
+    odd = [engine_info(f"p{number}", "prefill", url) for number, url in enumerate(urls)]
     warnings = directory.on_announce(announce(*odd), 0.0)
-    assert warnings == ["engine p1: 'file:///etc/passwd' is not an http url"]
+    assert warnings == [f"engine p{n}: {urls[n]!r} is not an http url" for n in (1, 2)]
     assert directory.due_polls(0.0) == []
 
 

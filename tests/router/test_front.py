@@ -255,6 +255,17 @@ async def test_client_leaves(where: str) -> None:
 
 
 @within(20)
+async def test_a_body_that_stops_in_the_middle() -> None:
+    async with fleet(*pair(), request_timeout_s=0.3) as router:
+        host, port = router.published.http.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert b" 408 " in await reader.readline()
+        writer.close()
+        assert await router.metric("pdx_router_inflight") == 0
+
+
+@within(20)
 async def test_engines_join_and_leave() -> None:
     p, d = pair()
     async with fleet() as router:

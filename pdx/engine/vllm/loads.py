@@ -122,11 +122,16 @@ class Loads:
             load.places = message.places
 
     def ended(self, message: LoadEnded) -> None:
-        """The rest will not come. What has landed may still be taken, in one last pass of the worker."""
-        for load in list(self._loads.values()):
-            if load.handoff_id == message.handoff_id:
-                log.warning("KV of %s stops coming: %s", load.request_id, message.reason)
-                self._stop(load, message.reason)
+        """The rest will not come. What has landed may still be taken, in one last pass of the worker.
+
+        Always answered: our last word may be lost. What is not in `_loads` has been reported: its steps are over.
+        """
+        load = next((load for load in self._loads.values() if load.handoff_id == message.handoff_id), None)
+        if load is None:
+            self._let_go(message.handoff_id, fence=0, ok=False, reason="ended before")
+            return
+        log.warning("KV of %s stops coming: %s", load.request_id, message.reason)
+        self._stop(load, message.reason)
 
     def finished(self, request_id: str) -> None:
         """The request is over, perhaps while its load is under way."""

@@ -55,6 +55,7 @@ class Sends:
         self._layout = layout
         self._block_tokens = block_tokens
         self._sends: dict[str, _Send] = {}
+        self._step = 0  # the newest one planned: no later one touches slots of a handoff that is not in `_sends`
         self._results: dict[str, dict[str, Any]] = {}  # saved, for the reply of a request that still runs
 
     def open(self, request: Request, prompt: Prompt, now: float) -> None:
@@ -99,11 +100,16 @@ class Sends:
             self._let_go(send.handoff_id, fence=0, ok=True, reason="")
 
     def ended(self, message: SendEnded) -> None:
-        """The daemon wants no more pages, or never wanted any."""
-        send = self._sends.get(message.request_id)
+        """The daemon wants no more pages, or never wanted any. It is always answered: our last word may be lost."""
+        if message.handoff_id:
+            send = next((s for s in self._sends.values() if s.handoff_id == message.handoff_id), None)
+        else:
+            send = self._sends.get(message.request_id)
         if send is None:
+            if message.handoff_id:
+                self._let_go(message.handoff_id, fence=self._step, ok=False, reason="ended before")
             return
-        log.warning("KV of %s is not handed over: %s", message.request_id, message.reason)
+        log.warning("KV of %s is not handed over: %s", send.request.request_id, message.reason)
         if message.handoff_id:
             self._end(send, message.reason)
         else:
@@ -111,6 +117,7 @@ class Sends:
 
     def saves(self, step: int, scheduled: SchedulerOutput) -> list[Save]:
         """What the worker saves in this step. Each page comes once, whatever the engine preempts in between."""
+        self._step = step
         saves = []
         for request_id, send in list(self._sends.items()):
             tokens = scheduled.num_scheduled_tokens.get(request_id, 0)
