@@ -82,9 +82,7 @@ class DaemonClient:
                 raise
 
     @classmethod
-    def attach(
-        cls, config: Config, hello: Attach, *, deadline_s: float = 60.0, start: bool = True
-    ) -> DaemonClient:
+    def attach(cls, config: Config, hello: Attach, *, deadline_s: float = 60.0, start: bool = True) -> DaemonClient:
         """Attaches to the daemon of config.run_path, starting one if none runs and `start` is set.
 
         Raises DaemonGone if none answers in time, ConfigError if one can't be started as configured, Refused if it

@@ -86,9 +86,7 @@ async def running(options: Options) -> AsyncIterator[tuple[Published, asyncio.Ta
         )
         stack.callback(registry.close)
         upstream = await stack.enter_async_context(Upstream())
-        outside = Outside(
-            directory=directory, registry=registry, upstream=upstream, metrics=metrics, pending=pending
-        )
+        outside = Outside(directory=directory, registry=registry, upstream=upstream, metrics=metrics, pending=pending)
         front = Front(outside, options.settings, request_timeout_s=options.request_timeout_s)
         http = await _listen(stack, front.app(), options)
         keeper = asyncio.create_task(_keep(registry, directory, upstream))

@@ -133,6 +133,14 @@ def test_no_machine_paths_and_no_promises() -> None:
             assert path.suffix != ".py" or not promise.search(line), where
 
 
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
+)
+def test_style_and_types(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_page_agrees_with_slot_states() -> None:
     from pdx.buffer.slots import MOVES
 

@@ -19,9 +19,7 @@ PLACE = Place(slot_offset=4096, slot_blocks=2, position=1, header_offset=1280, g
 ENGINE = wire.EngineInfo(
     engine_id="prefill-0", role="prefill", model="smol", url="http://127.0.0.1:8101", content=CONTENT, layout=LAYOUT
 )
-DAEMON = wire.DaemonRef(
-    daemon_id="d0", incarnation=99, control="tcp://127.0.0.1:7000", lanes=["tcp://127.0.0.1:7001"]
-)
+DAEMON = wire.DaemonRef(daemon_id="d0", incarnation=99, control="tcp://127.0.0.1:7000", lanes=["tcp://127.0.0.1:7001"])
 PEER = {"handoff_id": ID, "attempt": 1, "lease_epoch": 5, "incarnation": 99}
 
 SAMPLES: list[wire.Message] = [

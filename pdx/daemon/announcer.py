@@ -43,6 +43,7 @@ class Announcer:
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._impossible: dict[str, str] = {}  # endpoint -> why ZeroMQ does not take it
         self._due_at = 0.0
+        self._warned: dict[str, set[str]] = {}  # router endpoint -> what it said last
         self._unanswered_since: dict[str, float] = {}  # router endpoint -> first announcement without a welcome
 
     def changed(self) -> None:
@@ -81,6 +82,7 @@ class Announcer:
                 match message:
                     case Welcome():
                         self._unanswered_since.pop(endpoint, None)
+                        self._pass_on(endpoint, message.warnings)
                     case CancelHandoff():
                         cancel(message)
 
@@ -92,11 +94,19 @@ class Announcer:
             socket.close(100)
         self._sockets.clear()
 
+    def _pass_on(self, endpoint: str, warnings: list[str]) -> None:
+        """A router repeats its warnings every second; people need each once."""
+        for warning in set(warnings) - self._warned.get(endpoint, set()):
+            log.warning("router %s: %s", endpoint, warning)
+        self._warned[endpoint] = set(warnings)
+
     def _complain_if_silent(self, endpoint: str, now: float) -> None:
         since = self._unanswered_since.setdefault(endpoint, now)
         if now - since > SILENT_ROUTER_S:
             self._unanswered_since[endpoint] = now + SILENT_ROUTER_S * 5  # once a minute is enough
-            log.warning("router %s does not answer: is it up, and does it use this cluster key (PDX_KEY_FILE)?", endpoint)
+            log.warning(
+                "router %s does not answer: is it up, and does it use this cluster key (PDX_KEY_FILE)?", endpoint
+            )
 
     def _connect(self, endpoint: str) -> None:
         if endpoint in self._impossible:

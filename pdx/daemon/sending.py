@@ -331,9 +331,7 @@ class Sending:
             self._desk.end_lease(record.wire)
 
 
-def checksum_of_checksums(
-    memory: memoryview, places: Sequence[Place], blocks: frozenset[int], layers: int
-) -> int:
+def checksum_of_checksums(memory: memoryview, places: Sequence[Place], blocks: frozenset[int], layers: int) -> int:
     """xxh3-64 over the checksums of these blocks' pages, by block, then layer. Both daemons compute it."""
     digest = xxhash.xxh3_64()
     for block in sorted(blocks):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-HANDOFFS_MAX = 256  # a bench's worth; older traces are forgotten
-EVENTS_MAX = 20_000  # 100 prompt chunks of 80 layers, put and landed
+HANDOFFS_MAX = 64  # the last ones; older traces are forgotten
+EVENTS_MAX = 5_000  # 20 prompt chunks of 80 layers filled, put and sent; some 100 MB at the very worst
 
 
 class Tracer:

@@ -57,7 +57,9 @@ class Sender:
 
     # --- events from this host ---
 
-    def claimed(self, places: Sequence[Place], fresh: frozenset[int], reserve: PeerMessage, *, now: float) -> list[Action]:
+    def claimed(
+        self, places: Sequence[Place], fresh: frozenset[int], reserve: PeerMessage, *, now: float
+    ) -> list[Action]:
         """One claim for all blocks stands; those not in `fresh` are whole already. `reserve` is the message to send."""
         self.state = after(SENDING, self.state, "claimed")
         for block in range(self.blocks):
@@ -193,9 +195,10 @@ class Sender:
 
     def __repr__(self) -> str:
         filled = sum(bits.bit_count() for bits in self._filled)
+        reason = f", {self.reason}" if self.reason else ""
         return (
             f"<Sender {self.handle.handoff_id.hex()[:8]} {self.state.value}: {filled}/{self.blocks * self._layers} "
-            f"pages filled, {self._puts_made} put, {self._puts_open} puts open{', ' + self.reason if self.reason else ''}>"
+            f"pages filled, {self._puts_made} put, {self._puts_open} puts open{reason}>"
         )
 
     # --- steps ---

@@ -47,6 +47,7 @@ PAGES = PageLayout(layers=3, page_bytes=8192, chunk_blocks=2)
 BLOCK_TOKENS = 16
 DEADLINE_S = 20.0
 M = TypeVar("M", bound=Message)
+USUAL = Budgets()
 QUICK = Budgets(grant_s=1.0, slab_s=1.0, total_s=10.0, claim_s=0.5)
 
 
@@ -72,8 +73,20 @@ class Daemon:
                 "poison": "true", "digest_mode": "true", **settings,
             }, environ={},
         )  # fmt: skip
-        flags = ["run_dir", "key_file", "arena", "linger_s", "lease_s", "poison", "digest_mode", "handoff_share", "extent"]
-        arguments = [f"--{f.replace('_', '-')}={getattr(self.config, f)!s}" for f in flags if getattr(self.config, f) != ""]
+        flags = [
+            "run_dir",
+            "key_file",
+            "arena",
+            "linger_s",
+            "lease_s",
+            "poison",
+            "digest_mode",
+            "handoff_share",
+            "extent",
+        ]
+        arguments = [
+            f"--{f.replace('_', '-')}={getattr(self.config, f)!s}" for f in flags if getattr(self.config, f) != ""
+        ]
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log = (run_dir / "log").open("wb")
         self.process = subprocess.Popen(
@@ -96,6 +109,7 @@ class Daemon:
 
     def wait_unleased(self) -> None:
         """Every lease has ended, no half of a handoff is left, and the books agree."""
+
         def quiet() -> bool:
             stats = self.stats()
             leases, slots = stats["store"]["leases"], stats["store"]["slots"]
@@ -210,10 +224,16 @@ class BareEngine:
         arena.set_checksum(place, layer, xxhash.xxh3_64_intdigest(content))
         arena.set_watermark(place.header_offset, layer + 1)
 
-    def let_go(self, handoff_id: bytes, side: str, *, ok: bool = True, fence: int | None = None, pages: int = 0) -> None:
+    def let_go(
+        self, handoff_id: bytes, side: str, *, ok: bool = True, fence: int | None = None, pages: int = 0
+    ) -> None:
         self.scheduler.send(
             LetGo(
-                handoff_id=handoff_id, side=side, fence=self.step if fence is None else fence, ok=ok, pages=pages  # type: ignore[arg-type]
+                handoff_id=handoff_id,
+                side=side,
+                fence=self.step if fence is None else fence,
+                ok=ok,
+                pages=pages,  # type: ignore[arg-type]
             )
         )
 
@@ -305,7 +325,7 @@ class Fleet:
         self.engines.append(engine)
         return engine
 
-    def handle(self, prefill: BareEngine, decode: BareEngine, budgets: Budgets = Budgets(), **changes: object) -> str:
+    def handle(self, prefill: BareEngine, decode: BareEngine, budgets: Budgets = USUAL, **changes: object) -> str:
         handle = TransferHandle(
             handoff_id=os.urandom(16), attempt=1, prefill_engine=prefill.name, decode_engine=decode.name,
             prefill_daemon=prefill.daemon.ref, decode_daemon=decode.daemon.ref, budgets=budgets,

@@ -224,7 +224,7 @@ def test_a_fence_that_has_not_passed_keeps_the_slots(tmp_path: Path) -> None:
 
 
 def test_a_request_that_waits_in_prefills_queue_outlives_the_slab_budget(
-    pair: tuple[Fleet, BareEngine, BareEngine]
+    pair: tuple[Fleet, BareEngine, BareEngine],
 ) -> None:
     fleet, prefill, decode = pair
     prompt, handle = prompt_of(64), fleet.handle(prefill, decode, QUICK)
@@ -250,4 +250,3 @@ def test_budgets_end_what_nobody_finishes(pair: tuple[Fleet, BareEngine, BareEng
         prefill.expect_failed_send()
     else:
         prefill.prefill(prompt, handle)
-

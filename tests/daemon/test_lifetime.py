@@ -67,19 +67,24 @@ def test_it_lingers_for_a_client_that_comes_back_then_exits_and_cleans_up(settin
 
 
 def test_clients_racing_to_start_make_one_daemon(settings: Config) -> None:
-    code = "from pdx.client import *; import sys, pathlib; from pdx.config import load; from pdx.wire import Attach;"
-    code += f"c = DaemonClient.attach(load({{'run_dir': {str(settings.run_path)!r}, 'arena': '4MiB', 'linger_s': '1'}}, environ={{}}), Attach(kind='tool'));"
-    code += "print(c.attached.daemon.daemon_id); c.close()"
-    racers = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)
-    ]
+    code = """
+import sys
+from pdx.client import DaemonClient
+from pdx.config import load
+from pdx.wire import Attach
+settings = load({"run_dir": sys.argv[1], "arena": "4MiB", "linger_s": "1"}, environ={})
+with DaemonClient.attach(settings, Attach(kind="tool")) as client:
+    print(client.attached.daemon.daemon_id)
+"""
+    command = [sys.executable, "-c", code, str(settings.run_path)]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
     outputs = [racer.communicate(timeout=DEADLINE_S) for racer in racers]
     assert len({out for out, _ in outputs}) == 1, outputs
 
 
 def test_a_daemon_that_cannot_start_says_why_to_its_client(settings: Config, tmp_path: Path) -> None:
     huge = load({"run_dir": str(tmp_path / "run"), "arena": "900TiB"}, environ={})
-    with pytest.raises(ConfigError, match="could not start: an arena of .* does not fit"):
+    with pytest.raises(ConfigError, match=r"could not start: an arena of .* does not fit"):
         DaemonClient.attach(huge, TOOL, deadline_s=10)
 
 

@@ -56,9 +56,7 @@ def system(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sy
         rig.start_router()
         for name in "ab":
             rig.start_daemon(name, arena="512MiB", digest_mode="true", poison="true")
-        prefill = rig.start_engine(
-            "P0", "prefill", "a", cpu=0, flags=("--max-num-batched-tokens", str(CHUNK_TOKENS))
-        )
+        prefill = rig.start_engine("P0", "prefill", "a", cpu=0, flags=("--max-num-batched-tokens", str(CHUNK_TOKENS)))
         decode = rig.start_engine("D0", "decode", "b", cpu=1)
         sessions = {part.process.pid for part in rig.parts}
         rig.wait_routable(2)

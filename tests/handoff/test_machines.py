@@ -38,9 +38,7 @@ def make_sender(fresh: set[int] | None = None) -> Sender:
 
 def kinds(actions: list[do.Action]) -> list[str]:
     """Names of the actions; messages by their own name."""
-    return [
-        type(a.message).__name__ if isinstance(a, do.ToPeer | do.ToEngine) else type(a).__name__ for a in actions
-    ]
+    return [type(a.message).__name__ if isinstance(a, do.ToPeer | do.ToEngine) else type(a).__name__ for a in actions]
 
 
 def fill_all(sender: Sender) -> list[do.Action]:
