@@ -67,8 +67,9 @@ def choose_pair(snapshot: Snapshot, model: str, *, policy: PolicyName, turn: int
         return None
     choose = POLICIES[policy]
     prefill = choose(prefills, turn)
-    # The quotient, so that with equal numbers on both sides every prefill engine meets every decode engine.
-    return Pair(prefill, choose(partners[prefill.engine_id], turn + turn // len(prefills)))
+    # Decode takes its turns by round of prefill, shifted within the round: every pair meets, whatever the two numbers.
+    rounds, place = divmod(turn, len(prefills))
+    return Pair(prefill, choose(partners[prefill.engine_id], rounds + place))
 
 
 def choose_alone(

@@ -12,8 +12,8 @@ from pdx.buffer.lease import Lease
 from pdx.buffer.store import Store
 from pdx.daemon.holds import Hold, Holds
 from pdx.daemon.ports import Desk, Ports
-from pdx.daemon.receiving import Incoming, Receiving
-from pdx.daemon.sending import Outgoing, Sending
+from pdx.daemon.receiving import Incoming, ReceivingHalves
+from pdx.daemon.sending import Outgoing, SendingHalves
 from pdx.daemon.sessions import Engine
 from pdx.handoff import actions as do
 from pdx.transport.api import Arrived, Event, PeerLost, PutDone, PutFailed, WindowClosed
@@ -40,8 +40,8 @@ class Mover:
     def __init__(self, store: Store, ports: Ports) -> None:
         self._desk = Desk(store, ports)
         self._holds = Holds(self._desk)
-        self._receiving = Receiving(self._desk, self._holds)
-        self._sending = Sending(self._desk, self._holds, self._land_here)
+        self._receiving = ReceivingHalves(self._desk, self._holds)
+        self._sending = SendingHalves(self._desk, self._holds, self._land_here)
         self._waiting: deque[Outgoing | Incoming] = deque()
 
     # --- from engines ---

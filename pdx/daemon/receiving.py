@@ -14,7 +14,7 @@ from pdx.daemon.sessions import Engine
 from pdx.errors import HandleError, Refused, WireError
 from pdx.handoff import actions as do
 from pdx.handoff.receiver import Receiver
-from pdx.handoff.states import Receiving as State
+from pdx.handoff.states import Receiving
 from pdx.keys import layout_id, namespace_of
 from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, Place
 from pdx.transport.api import Span
@@ -61,7 +61,7 @@ class Incoming:
         return self.claim.places if self.claim else ()
 
 
-class Receiving:
+class ReceivingHalves:
     """All receiving halves of this daemon. Owned by the control thread."""
 
     def __init__(self, desk: Desk, holds: Holds) -> None:
@@ -198,7 +198,7 @@ class Receiving:
         record = self.records.get(key)
         if record is None:
             self._open_unknown(engine, message, key, now)
-        elif record.receiver.state is State.WAITING:
+        elif record.receiver.state is Receiving.WAITING:
             self._answer(engine, message, handle.handoff_id, "wait", reason="the arena is full")
         else:
             self._open_known(engine, message, record, now)

@@ -15,7 +15,7 @@ from pdx.daemon.sessions import Engine
 from pdx.errors import HandleError, PdxError, Refused, UnknownTransport
 from pdx.handoff import actions as do
 from pdx.handoff.sender import Sender
-from pdx.handoff.states import Sending as State
+from pdx.handoff.states import Sending
 from pdx.keys import layout_id, namespace_of
 from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, PageLayout, Place
 from pdx.transport.api import Copy, Lane, Region
@@ -52,7 +52,7 @@ class Outgoing:
     targets: dict[int, Place] = field(default_factory=dict)  # block -> place in the receiver's arena
 
 
-class Sending:
+class SendingHalves:
     """All sending halves of this daemon. Owned by the control thread."""
 
     def __init__(self, desk: Desk, holds: Holds, land_here: Callable[[Outgoing, do.Put, float], bool]) -> None:
@@ -167,7 +167,7 @@ class Sending:
     def message(self, record: Outgoing, message: PeerMessage, now: float) -> None:
         sender = record.sender
         match message:
-            case Grant() if sender.state is not State.RESERVING:
+            case Grant() if sender.state is not Sending.RESERVING:
                 self._desk.stale(message)  # it must not move the window of puts under way
                 actions = []
             case Grant() if len(message.places) != len(message.wanted):

@@ -135,10 +135,6 @@ class Sender:
             actions += self._put(layer, [b for b in sorted(wanted_set) if self._filled[b] >> layer & 1])
         return actions + self._commit_if_all_sent()
 
-    def waiting(self, *, now: float) -> list[Action]:
-        """The receiver's arena is full and we are in its queue: not progress, the grant budget goes on."""
-        return []
-
     def committed(self) -> list[Action]:
         if self.state is not Sending.COMMITTING:
             return []

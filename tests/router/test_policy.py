@@ -17,12 +17,16 @@ def candidate(engine_id: str, role: Role, *, load: int = 0, pairable: bool = Tru
     return Candidate(info=info, daemon=daemon_ref(), waiting=load // 2, in_flight=load - load // 2, pairable=pairable)
 
 
-def test_round_robin_meets_every_pair() -> None:
-    snapshot = tuple(candidate(f"{role}{n}", role) for role in ("prefill", "decode") for n in range(2))
-    chosen = [choose_pair(snapshot, "smol", policy="round_robin", turn=turn) for turn in range(400)]
+@pytest.mark.parametrize("prefills", range(1, 5))
+@pytest.mark.parametrize("decodes", range(1, 5))
+def test_round_robin_meets_every_pair(prefills: int, decodes: int) -> None:
+    engines = [candidate(f"p{n}", "prefill") for n in range(prefills)]
+    snapshot = (*engines, *(candidate(f"d{n}", "decode") for n in range(decodes)))
+    pairs = prefills * decodes
+    chosen = [choose_pair(snapshot, "smol", policy="round_robin", turn=turn) for turn in range(3 * pairs)]
     counts = Counter((pair.prefill.engine_id, pair.decode.engine_id) for pair in chosen if pair)
-    assert set(counts.values()) == {100}
-    assert len(counts) == 4
+    assert len(counts) == pairs
+    assert set(counts.values()) == {3}
 
 
 def test_least_loaded_chooses_each_side_for_itself() -> None:
