@@ -68,11 +68,12 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
     from pdx.buffer.arena import Arena
     from pdx.buffer.store import Store
     from pdx.daemon.service import Service
+    from pdx.layout import CONTROL_BYTES
     from pdx.transport.registry import open_lane
 
     key = config.cluster_key(settings)
     log.info("configuration:\n%s", config.shown(settings))
-    arena = Arena.create(settings.arena_bytes)
+    arena = Arena.create(CONTROL_BYTES + settings.arena_bytes)  # on top, or the last extent would not fit
     lane = open_lane(f"tcp://{settings.host}:0", key=key, name=str(run_dir))
     try:
         store = Store(

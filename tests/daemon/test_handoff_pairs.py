@@ -62,7 +62,7 @@ def test_shared_prefixes_are_sent_and_saved_once(pair: tuple[Fleet, BareEngine, 
 
 
 def test_many_at_once_and_more_than_fit(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:
-    """The arena holds about 150 blocks; 12 prompts of 40 take turns, and cache is evicted for them."""
+    """The arena holds 168 blocks; 12 prompts of 40 take turns, and cache is evicted for them."""
     fleet, prefill, decode = pair
     prompts = [prompt_of(640, seed) for seed in range(12)]
     handles = [fleet.handle(prefill, decode) for _ in prompts]
@@ -76,18 +76,18 @@ def test_a_full_arena_makes_them_wait_in_order(tmp_path: Path) -> None:
     with fleet_in(tmp_path) as fleet:
         daemon = fleet.daemon()
         prefill, decode = fleet.engine(daemon, "P"), fleet.engine(daemon, "D")
-        prompts = [prompt_of(16 * 80, seed) for seed in range(2)]
+        prompts = [prompt_of(16 * 90, seed) for seed in range(2)]
         handles = [fleet.handle(prefill, decode) for _ in prompts]
         opened = prefill.open_send(prompts[0], handles[0])
         prefill.ask_send(prompts[1], handles[1])
         until(lambda: daemon.stats()["reservations_waiting"] == 1, "the second waits")
-        prefill.fill(opened, prompts[0], list(range(80)))
+        prefill.fill(opened, prompts[0], list(range(90)))
         prefill.let_go(opened.handoff_id, "send")
-        assert decode.load(prompts[0], handles[0]) == 80
+        assert decode.load(prompts[0], handles[0]) == 90
         second = prefill.expect(SendOpened)
-        prefill.fill(second, prompts[1], list(range(80)))
+        prefill.fill(second, prompts[1], list(range(90)))
         prefill.let_go(second.handoff_id, "send")
-        assert decode.load(prompts[1], handles[1]) == 80
+        assert decode.load(prompts[1], handles[1]) == 90
         daemon.wait_unleased()
 
 
