@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -83,6 +84,7 @@ class Demo:
         self._output = output
         self._stage = 0
         self._begun = time.monotonic()
+        self._shared_before = set(os.listdir("/dev/shm"))
         self._traces: list[tuple[str, list[timeline.Event]]] = []
 
     def run(self) -> int:
@@ -217,9 +219,10 @@ class Demo:
         except subprocess.TimeoutExpired:
             launcher.kill()
         left, arenas = processes.of_sessions({session}), mapped_arenas()
-        print(f"  {len(left)} processes left, {arenas} arenas left in shared memory; "
+        files = set(os.listdir("/dev/shm")) - self._shared_before
+        print(f"  {len(left)} processes left; {arenas} arenas and {len(files)} files left in shared memory; "
               f"{time.monotonic() - self._begun:.0f} s in all")  # fmt: skip
-        return not left and not arenas
+        return not left and not arenas and not files
 
     def _write_pictures(self) -> None:
         self._output.mkdir(parents=True, exist_ok=True)

@@ -51,10 +51,13 @@ class Part:
 
     def kill(self) -> None:
         """kill -9 of every process of it."""
+        shared = processes.shared_memory_of(self.pids)
         processes.kill(self.pids)
         self.process.wait(10)
+        processes.unlink_unused(shared)
 
     def stop(self, *, grace_s: float = 30.0) -> None:
+        shared = processes.shared_memory_of(self.pids)
         self.signal(signal.SIGCONT)
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
@@ -63,6 +66,7 @@ class Part:
         except subprocess.TimeoutExpired:
             pass
         self.kill()
+        processes.unlink_unused(shared)
 
 
 @dataclass(frozen=True)

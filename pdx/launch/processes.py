@@ -1,4 +1,7 @@
-"""Which processes belong to a session, and how to end them for sure. Knows nothing of who started them."""
+"""Which processes belong to a session, how to end them for sure, and what shared memory they would leave behind.
+
+Knows nothing of who started them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 KILLED_MS = 5000  # SIGKILL takes effect once the kernel has freed the process's memory
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, and only files of our own processes are removed
 
 _STATE, _SESSION = 0, 3  # fields of /proc/PID/stat after the command's name
 
@@ -45,3 +50,38 @@ def kill(pids: Collection[int]) -> None:
             continue
         finally:
             os.close(pidfd)
+
+
+def shared_memory_of(pids: Collection[int]) -> set[Path]:
+    """The files under /dev/shm that these processes map. An engine that is killed has no time to unlink its own."""
+    mapped = {inode for pid in pids for inode in _mapped_inodes(str(pid))}
+    return {path for path in SHARED_MEMORY.iterdir() if _inode_of(path) in mapped}
+
+
+def unlink_unused(paths: Collection[Path]) -> None:
+    """Removes those of `paths` that are still there and that no process maps any more."""
+    left = {path for path in paths if _inode_of(path)}
+    if not left:
+        return
+    mapped = {
+        inode for entry in Path("/proc").iterdir() if entry.name.isdigit() for inode in _mapped_inodes(entry.name)
+    }
+    for path in left:
+        if _inode_of(path) not in mapped:
+            path.unlink(missing_ok=True)
+
+
+def _mapped_inodes(pid: str) -> set[int]:
+    """By inode, not by name: a semaphore is mapped under the name it had before it was linked into place."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # it ended, or is not ours
+        return set()
+    return {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
+
+
+def _inode_of(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except OSError:  # gone
+        return 0

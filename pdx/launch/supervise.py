@@ -94,6 +94,7 @@ class Supervisor:
         self._signalled = False
         self.stopped = Stopped(processes=0, left=0)  # what the last stop() that ended something did
         self._restore: dict[int, Any] = {}
+        self._shared: set[Path] = set()  # files in shared memory that commands have made
 
     def __enter__(self) -> Supervisor:
         for end in (self._wake_read, self._wake_write):
@@ -142,6 +143,7 @@ class Supervisor:
         while True:
             waiting = {name: probe for name, probe in waiting.items() if not probe()}
             if not waiting:
+                self._note_shared()
                 return
             now = time.monotonic()
             names = ", ".join(sorted(waiting))
@@ -161,7 +163,7 @@ class Supervisor:
         """Ends every command: SIGTERM, a grace (cut short by another signal), SIGKILL to what is left. Idempotent."""
         if not self._children:
             return self.stopped
-        sessions = {child.process.pid for child in self._children}
+        sessions = self._note_shared()
         before = len(processes.of_sessions(sessions)) - len(self._alive())
         for child in reversed(self._alive()):
             child.process.terminate()
@@ -174,6 +176,7 @@ class Supervisor:
             child.process.wait()
             self._forget(child)
         self._children.clear()
+        processes.unlink_unused(self._shared)
         self.stopped = Stopped(processes=max(0, before), left=len(processes.of_sessions(sessions)))
         return self.stopped
 
@@ -183,6 +186,7 @@ class Supervisor:
             child.process.wait()
             self._forget(child)
             self._children.remove(child)
+        processes.unlink_unused(self._shared)
 
     def session_of(self, name: str) -> int:
         """The session that all processes of a command belong to."""
@@ -258,6 +262,12 @@ class Supervisor:
         if not lines or self._echo:  # echoed lines stand on the screen already
             return ""
         return "; its last lines:\n" + "\n".join(f"  {name} | {line}" for line in lines)
+
+    def _note_shared(self) -> set[int]:
+        """Looks what shared memory the commands use while they can still be asked. Returns their sessions."""
+        sessions = {child.process.pid for child in self._children}
+        self._shared |= processes.shared_memory_of(processes.of_sessions(sessions))
+        return sessions
 
     def _alive(self) -> list[Child]:
         return [child for child in self._children if child.process.poll() is None]
