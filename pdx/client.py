@@ -43,8 +43,6 @@ from pdx.wire import (
 
 log = logging.getLogger("pdx.client")
 
-SOCKET_NAME = "pdxd.sock"
-LOCK_NAME = "pdxd.lock"
 LOG_NAME = "pdxd.log"
 ANSWER_BYTES_MAX = 64 << 10
 SEND_QUEUE_MAX = 10_000
@@ -263,13 +261,13 @@ def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool) -> 
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            connection.connect(str(run_dir / SOCKET_NAME))
+            connection.connect(str(run_dir / configuration.SOCKET_NAME))
         except OSError:
             connection.close()
         else:
             return connection
         if start:
-            with (run_dir / LOCK_NAME).open("a") as lock:
+            with (run_dir / configuration.LOCK_NAME).open("a") as lock:
                 if _locked(lock):
                     # Nobody is a daemon here, or about to be one.
                     if started:

@@ -22,6 +22,9 @@ from pdx.errors import ConfigError
 from pdx.wire import Budgets
 
 KEY_BYTES_MIN = 16
+# Names in the run directory on which a daemon and its clients must agree.
+SOCKET_NAME = "pdxd.sock"
+LOCK_NAME = "pdxd.lock"
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

@@ -9,11 +9,11 @@ import os
 import socket
 from pathlib import Path
 
+from pdx.config import SOCKET_NAME
 from pdx.errors import ConfigError, WireError
 from pdx.wire import ATTACH, Attach, Message, decoder_of, encode
 
 HELLO_BYTES_MAX = 64 << 10
-SOCKET_NAME = "pdxd.sock"
 
 _decode = decoder_of(ATTACH)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from pdx import __version__, config
 from pdx.errors import ConfigError, PdxError
 
-LOCK_NAME = "pdxd.lock"
 INFO_NAME = "pdxd.json"
 
 log = logging.getLogger("pdxd")
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _serve(settings: config.Config, lock_fd: int | None) -> int:
     run_dir = config.ensure_run_dir(settings.run_path)
-    with os.fdopen(lock_fd, "a") if lock_fd is not None else (run_dir / LOCK_NAME).open("a") as lock:
+    with os.fdopen(lock_fd, "a") if lock_fd is not None else (run_dir / config.LOCK_NAME).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
