@@ -58,3 +58,19 @@ class ClosedTransport(TransportError):
 
 class UnknownTransport(TransportError):
     """No lane of that URL scheme. The message lists the known schemes and why others are absent."""
+
+
+class TierError(PdxError):
+    """Base of what a tier can report."""
+
+
+class TierUnusable(TierError):
+    """This folder can't be a tier: not writable, too small, or in use. Serve without it; the message says why."""
+
+
+class ClosedTier(TierError):
+    """This side closed the tier before the call. Fix the caller."""
+
+
+class BadBlock(TierError):
+    """What the medium gave back is not what was written. A miss: delete it and recompute."""

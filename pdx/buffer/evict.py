@@ -1,51 +1,58 @@
-"""Which cached slots go first when room is needed. A policy orders idle slots; the store does the rest.
+"""Which cached things go first when room is needed. A policy orders idle items; whoever owns them does the rest.
 
-A policy sees a slot from the moment its last hold ends until it is held again or leaves, and never any other.
+Items are slots in the arena and names in a disk tier: anything hashable. A policy sees an item from the moment it
+becomes idle until it is used again or leaves, and never any other. Nothing here reads a clock or draws a number.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
-from pdx.buffer.slots import Slot
+Item = TypeVar("Item")
 
 
-class Policy(Protocol):
-    """Called by the store's thread only."""
+class Policy(Protocol[Item]):
+    """Called by one thread, the owner's."""
 
-    def touched(self, chain: Sequence[Slot]) -> None:
+    def touched(self, chain: Sequence[Item]) -> None:
         """These have just become idle, in chain order. A head must outlive its tail: without it, the tail is no hit."""
 
-    def removed(self, slot: Slot) -> None:
-        """It is idle no longer. Slots never touched are ignored."""
+    def removed(self, item: Item) -> None:
+        """It is idle no longer: in use again, or gone. Items never touched are ignored."""
 
-    def victims(self) -> Iterator[Slot]:
-        """All idle slots, the first to go first. The store removes slots only after it has finished iterating."""
+    def evicted(self, item: Item) -> None:
+        """It is gone because room was needed. Policies that age, age here."""
+
+    def victims(self) -> Iterator[Item]:
+        """All idle items, the first to go first. The owner removes items only after it has finished iterating."""
 
     def __len__(self) -> int: ...
 
 
-class Lru:
-    """Least recently used first; of slots used together, the end of the chain first."""
+class Lru(Generic[Item]):
+    """Least recently used first; of items used together, the end of the chain first."""
 
     def __init__(self) -> None:
-        self._slots: OrderedDict[Slot, None] = OrderedDict()
+        self._items: OrderedDict[Item, None] = OrderedDict()
 
-    def touched(self, chain: Sequence[Slot]) -> None:
-        for slot in reversed(chain):
-            self._slots[slot] = None
-            self._slots.move_to_end(slot)
+    def touched(self, chain: Sequence[Item]) -> None:
+        for item in reversed(chain):
+            self._items[item] = None
+            self._items.move_to_end(item)
 
-    def removed(self, slot: Slot) -> None:
-        self._slots.pop(slot, None)
+    def removed(self, item: Item) -> None:
+        self._items.pop(item, None)
 
-    def victims(self) -> Iterator[Slot]:
-        return iter(self._slots)
+    def evicted(self, item: Item) -> None:
+        self.removed(item)
+
+    def victims(self) -> Iterator[Item]:
+        return iter(self._items)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._items)
 
     def __repr__(self) -> str:
-        return f"<Lru {len(self._slots)} idle slots>"
+        return f"<Lru {len(self._items)} idle slots>"

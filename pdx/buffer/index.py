@@ -30,6 +30,15 @@ class Index:
                 del self._entries[key]
         slot.indexed = 0
 
+    def forget(self, slot: Slot, position: int) -> bool:
+        """Afterwards no lookup finds this block of the slot. False if none did before."""
+        key = slot.keys[position]
+        if key is None or self._entries.get(key) != (slot, position):
+            return False
+        del self._entries[key]
+        slot.indexed -= 1
+        return True
+
     def find(self, namespace: bytes, block_hashes: Sequence[bytes]) -> list[tuple[Slot, int] | None]:
         """For each hash its slot and position, or None."""
         get = self._entries.get

@@ -127,6 +127,15 @@ class Store:
             slot.on("commit")
             self.index.add(slot)
 
+    def forget(self, lease: Lease, places: Iterable[Place]) -> int:
+        """Takes these blocks, which lie in slots that `lease` holds, out of the index: their bytes are not right.
+
+        Returns how many lookups could have found. The slots stay as they are until their holds end.
+        """
+        held = {slot.run.offset: slot for slot in lease.slots}
+        spots = [(held[place.slot_offset], place.position) for place in places if place.slot_offset in held]
+        return sum(self.index.forget(slot, position) for slot, position in spots)
+
     def abandon(self, claim: Claim) -> None:
         """The fresh blocks will never be whole. Their slots are free when the last hold ends. Raises like commit."""
         self._check_all(claim.fresh_slots, "abandon")
@@ -228,7 +237,8 @@ class Store:
         return True
 
     def _evict(self, slot: Slot) -> None:
-        self._leave_idle(slot)
+        slot.run.extent.idle_units -= slot.blocks
+        self.policy.evicted(slot)
         self.evicted_blocks += slot.indexed
         self._drop(slot)
 

@@ -1,0 +1,71 @@
+"""How much each tenant may keep. Counts bytes by tenant; knows nothing of slots, prompts or who a tenant is.
+
+A tenant is an opaque name (an engine passes `cache_salt`); everybody without one shares the empty name. The owner of
+the memory asks before a claim how much of the tenant's own cache must go first, and orders its victims with `order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class Quotas:
+    """One thread. `default_bytes` is every tenant's limit that has none of its own in `limits`; None limits nothing."""
+
+    def __init__(self, *, default_bytes: int | None = None, limits: Mapping[bytes, int] | None = None) -> None:
+        self._default_bytes = default_bytes
+        self._limits = dict(limits or {})
+        self._used: dict[bytes, int] = {}
+
+    def limit_bytes(self, tenant: bytes) -> int | None:
+        return self._limits.get(tenant, self._default_bytes)
+
+    def used_bytes(self, tenant: bytes) -> int:
+        return self._used.get(tenant, 0)
+
+    def never_fits(self, tenant: bytes, wanted_bytes: int) -> bool:
+        """Not even if all else of this tenant were gone."""
+        limit = self.limit_bytes(tenant)
+        return limit is not None and wanted_bytes > limit
+
+    def excess_bytes(self, tenant: bytes, wanted_bytes: int = 0) -> int:
+        """What the tenant must give up before it may take `wanted_bytes` more."""
+        limit = self.limit_bytes(tenant)
+        return 0 if limit is None else max(0, self.used_bytes(tenant) + wanted_bytes - limit)
+
+    def charge(self, tenant: bytes, size_bytes: int) -> None:
+        self._used[tenant] = self.used_bytes(tenant) + size_bytes
+
+    def credit(self, tenant: bytes, size_bytes: int) -> None:
+        """Gives back what was charged. Names come from clients: a tenant without bytes leaves no trace."""
+        left = self.used_bytes(tenant) - size_bytes
+        assert left >= 0, f"{size_bytes} bytes given back, {left + size_bytes} were charged"
+        if left:
+            self._used[tenant] = left
+        else:
+            self._used.pop(tenant, None)
+
+    def order(
+        self, victims: Iterable[Item], *, tenant_of: Callable[[Item], bytes], claimer: bytes, wanted_bytes: int
+    ) -> Iterator[Item]:
+        """Whose turn it is when `claimer` needs room: at its limit, only its own; else those over theirs go first."""
+        if self.excess_bytes(claimer, wanted_bytes):
+            yield from (item for item in victims if tenant_of(item) == claimer)
+            return
+        others: list[Item] = []
+        for item in victims:
+            if self.excess_bytes(tenant_of(item)):
+                yield item
+            else:
+                others.append(item)
+        yield from others
+
+    def tenants(self) -> Mapping[bytes, int]:
+        """Bytes by tenant, of those that have any."""
+        return dict(self._used)
+
+    def __repr__(self) -> str:
+        return f"<Quotas {len(self._used)} tenants, {sum(self._used.values())} bytes>"

@@ -1,0 +1,358 @@
+"""The disk tier: one file per block under a hard cap. Decides on the control thread, works on threads of its own.
+
+A write carries the names that must be deleted before it, so that the cap holds at every moment. A block that can't be
+read back exactly is a miss and is deleted. A sick disk is paused or switched off rather than waited for (`health`); one
+that hangs is noticed by the next call of any method, so let no more than seconds pass without one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Self, assert_never
+
+from pdx.buffer.evict import Lru, Policy
+from pdx.errors import BadBlock, ClosedTier, TierUnusable
+from pdx.layout import ALIGN_BYTES
+from pdx.tiers import sealed
+from pdx.tiers.crew import Crew, Inbox
+from pdx.tiers.folder import FOLDER_BYTES, Files, Folder, Found, LeftBehind, errno_name
+from pdx.tiers.health import Health, State
+from pdx.tiers.ledger import EntryState, Ledger
+from pdx.tiers.tier import (
+    End,
+    Event,
+    Failed,
+    Key,
+    Loaded,
+    Missed,
+    Read,
+    Request,
+    StateChanged,
+    TierStats,
+    Write,
+    Written,
+)
+from pdx.tiers.work import Job, Work, bytes_of
+
+# Two requests of 2 MiB keep a fast disk busy; more threads hide the time of opening, hashing and renaming.
+READERS = 4
+WRITERS = 2
+# At 2 MiB each an eighth of a second of a 1 GB/s disk. More would only hold slots that others could use.
+OPEN_READS_MAX = 64
+OPEN_WRITES_MAX = 64
+STALL_S = 30.0  # a call to the kernel that takes this long will not come back in time for anybody
+_CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
+# A file's name, inode and block map: 300 bytes when all is well, one block of the file system when it is scattered.
+NAME_BYTES = ALIGN_BYTES
+
+log = logging.getLogger(__name__)
+
+
+class DiskTier:
+    """See Tier. `files` is taken over and closed with the tier; `secret` makes its files unforgeable."""
+
+    def __init__(
+        self,
+        files: Files,
+        *,
+        cap_bytes: int,
+        secret: bytes | None = None,
+        policy: Policy[str] | None = None,
+        readers: int = READERS,
+        writers: int = WRITERS,
+        health: Health | None = None,
+        stall_s: float = STALL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if cap_bytes < 2 * FOLDER_BYTES:
+            raise TierUnusable(f"a disk tier takes at least {2 * FOLDER_BYTES} bytes, its folders among them")
+        sealer = sealed.Sealer(secret)
+        self.files = files
+        self.ledger = Ledger(cap_bytes=cap_bytes - FOLDER_BYTES, policy=Lru() if policy is None else policy)
+        self.health = Health() if health is None else health
+        self._stall_s = stall_s
+        self._clock = clock
+        self._open: dict[int, Job] = {}
+        self._open_reads = 0
+        self._undeleted: list[str] = []  # doomed names for which there is no thread now, or that can't be deleted now
+        self._events: list[Event] = []
+        self._tickets = count(1)
+        self._counts = dict.fromkeys(("loaded", "missed", "written", "failed", "refused", "bad_blocks", "io_errors"), 0)
+        self._is_closed = False
+        self._adopt(files.scan())
+        self._inbox: Inbox[Job] = Inbox()
+        self._work = Work(files, sealer, done=self._inbox.add)
+        self._reads = Crew("pdx-disk-read", threads=readers, work=self._work.run)
+        self._writes = Crew("pdx-disk-write", threads=writers, work=self._work.run)
+
+    @classmethod
+    def open(
+        cls, path: Path, *, cap_bytes: int, secret: bytes | None = None, policy: Policy[str] | None = None
+    ) -> Self:
+        """The tier in this folder, with what it kept from earlier lives. Raises TierUnusable."""
+        files = Folder.open(path)
+        try:
+            return cls(files, cap_bytes=cap_bytes, secret=secret, policy=policy)
+        except OSError as error:
+            files.close()
+            raise TierUnusable(f"{path}: {error.strerror} ({errno_name(error.errno)})") from error
+        except BaseException:
+            files.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._inbox.fileno()
+
+    def submit(self, request: Request) -> int | None:
+        if self._is_closed:
+            raise ClosedTier("the disk tier is closed")
+        self._look_after_health()
+        match request:
+            case Write():
+                sealed.check_sizes(request.key, request.meta, bytes_of(request.pages))
+                is_full = len(self._open) - self._open_reads >= OPEN_WRITES_MAX
+            case Read():
+                is_full = self._open_reads >= OPEN_READS_MAX
+            case _:
+                assert_never(request)
+        if is_full:
+            self._counts["refused"] += 1
+            return None
+        job = Job(sealed.name_of(request.key), next(self._tickets), request)
+        end = self._begin_write(job, request) if isinstance(request, Write) else self._begin_read(job)
+        if end is not None:
+            self._say(end)
+        return job.ticket
+
+    def cancel(self, ticket: int) -> None:
+        job = self._open.get(ticket)
+        if job is not None and (self._reads.withdraw(job) or self._writes.withdraw(job)):
+            self._settle_unbegun(job, "cancelled")
+
+    def contains(self, keys: Sequence[Key]) -> list[bool]:
+        self._look_after_health()
+        if self.health.state is State.OFF:
+            return [False] * len(keys)
+        return [self.ledger.finds(sealed.name_of(key)) for key in keys]
+
+    def remove(self, key: Key) -> None:
+        self._condemn(sealed.name_of(key))
+
+    def take_events(self) -> list[Event]:
+        self._settle_all()
+        self._look_after_health()
+        events, self._events = self._events, []
+        return events
+
+    def stats(self) -> TierStats:
+        return TierStats(
+            state=self.health.state, blocks=len(self.ledger),
+            used_bytes=self.ledger.used_bytes + FOLDER_BYTES, cap_bytes=self.ledger.cap_bytes + FOLDER_BYTES,
+            open_reads=self._open_reads, open_writes=len(self._open) - self._open_reads,
+            evicted=self.ledger.evicted, unaligned=self.files.unaligned, **self._counts,
+        )  # fmt: skip
+
+    def close(self, *, drain_s: float) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        deadline = time.monotonic() + drain_s
+        crews = (self._reads, self._writes)
+        for crew in crews:
+            crew.wait_idle(max(0.0, deadline - time.monotonic()))
+        self._withdraw_all("the tier was closed")
+        have_ended = [crew.close(_CLOSE_S) for crew in crews]
+        self._settle_all()
+        if all(have_ended):  # else the folder stays locked: a call that hangs may still write
+            undeleted, self._undeleted = self._undeleted, []
+            for name in undeleted:
+                self._work.run(Job(name, 0, None))
+            self._settle_all()
+            self.files.close()
+        self._inbox.close()
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless the accounts add up."""
+        self.ledger.check_integrity()
+
+    def __repr__(self) -> str:
+        return f"<DiskTier {self.health.state}, {self.ledger}, {len(self._open)} open>"
+
+    # -- control thread: beginnings
+
+    def _begin_write(self, job: Job, request: Write) -> End | None:
+        if self.health.state is not State.WELL:
+            return Failed(job.ticket, f"the disk tier is {self.health.state}")
+        state = self.ledger.state(job.name)
+        if state is EntryState.KEPT and self.ledger.finds(job.name):
+            return Written(job.ticket, 0.0)
+        if state is not EntryState.GONE:
+            return Failed(job.ticket, "this block is just being written or deleted")
+        size_bytes = sealed.file_bytes(request.key, request.meta, bytes_of(request.pages)) + NAME_BYTES
+        if size_bytes > self.ledger.cap_bytes:
+            return Failed(job.ticket, f"{size_bytes} bytes are more than the whole tier may take")
+        victims = self.ledger.reserve(job.name, size_bytes)
+        if victims is None:
+            return Failed(job.ticket, "all that could make room is in use")
+        job.victims = victims
+        self._open[job.ticket] = job
+        self._writes.add(job)
+        return None
+
+    def _begin_read(self, job: Job) -> End | None:
+        if self.health.state is State.OFF or not self.ledger.finds(job.name):
+            return Missed(job.ticket, "unknown")
+        self.ledger.begin_read(job.name)
+        self._open[job.ticket] = job
+        self._open_reads += 1
+        self._reads.add(job)
+        return None
+
+    def _condemn(self, name: str) -> None:
+        if self.ledger.condemn(name):
+            self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        if self._is_closed or self.health.state is State.OFF:
+            self._undeleted.append(name)
+        else:
+            self._writes.add(Job(name, 0, None))
+
+    def _adopt(self, found: Sequence[Found]) -> None:
+        """Takes over what the folder has, oldest first, so that the youngest are evicted last."""
+        for file in sorted(found, key=lambda file: (file.written_at_ns, file.name)):
+            if len(file.name) != sealed.NAME_LENGTH:
+                continue  # none of ours
+            if file.size_bytes < 2 * ALIGN_BYTES or file.size_bytes % ALIGN_BYTES:
+                self.files.remove(file.name)  # torn by a crash of the machine
+            else:
+                self.ledger.adopt(file.name, file.allocated_bytes + NAME_BYTES)
+        for name in self.ledger.surplus():
+            self.files.remove(name)
+            self.ledger.delete(name)
+
+    # -- control thread: ends
+
+    def _settle_all(self) -> None:
+        for job in self._inbox.take():
+            self._settle(job)
+
+    def _settle(self, job: Job) -> None:
+        self._open.pop(job.ticket, None)
+        match job.request:
+            case Write():
+                end = self._settle_write(job)
+            case Read():
+                end = self._settle_read(job)
+            case None:
+                self._settle_deletion(job)
+                return
+            case _:
+                assert_never(job.request)
+        self._say(end)
+
+    def _settle_write(self, job: Job) -> End:
+        published_bytes = None if job.allocated_bytes is None else job.allocated_bytes + NAME_BYTES
+        is_stranded = isinstance(job.error, LeftBehind)
+        self.ledger.settle(job.name, deleted=job.deleted, published_bytes=published_bytes, is_stranded=is_stranded)
+        self._judge_write(job)
+        if job.error is None:
+            return Written(job.ticket, job.seconds)
+        return Failed(job.ticket, _sentence(job.error), _errno(job.error))
+
+    def _settle_read(self, job: Job) -> End:
+        self._open_reads -= 1
+        is_sick = job.error is not None and not isinstance(job.error, BadBlock | FileNotFoundError)
+        if job.error is not None:
+            self._counts["bad_blocks" if isinstance(job.error, BadBlock) else "io_errors"] += 1
+            log.warning("a block of the disk tier is gone: %s: %s", job.name, _sentence(job.error))
+            self._condemn(job.name)
+        if self.ledger.end_read(job.name):
+            self._delete(job.name)
+        if self.health.read(ok=not is_sick):
+            self._changed(f"reads fail one after the other: {_sentence(job.error)}", _errno(job.error))
+        if job.error is None:
+            return Loaded(job.ticket, job.meta, job.seconds)
+        return Missed(job.ticket, _sentence(job.error))
+
+    def _settle_deletion(self, job: Job) -> None:
+        if job.deleted:
+            self.ledger.delete(job.name)
+        else:
+            self._undeleted.append(job.name)  # it stays doomed, and charged
+        self._judge_write(job)
+
+    def _settle_unbegun(self, job: Job, reason: str) -> None:
+        self._open.pop(job.ticket, None)
+        match job.request:
+            case Write():
+                self.ledger.settle(job.name, deleted=(), published_bytes=None)
+            case Read():
+                self._open_reads -= 1
+                if self.ledger.end_read(job.name):
+                    self._delete(job.name)
+            case None:
+                self._delete(job.name)
+                return
+            case _:
+                assert_never(job.request)
+        self._say(Failed(job.ticket, reason))
+
+    def _withdraw_all(self, reason: str) -> None:
+        for job in self._reads.withdraw_all() + self._writes.withdraw_all():
+            self._settle_unbegun(job, reason)
+
+    def _judge_write(self, job: Job) -> None:
+        if job.error is not None:
+            self._counts["io_errors"] += 1
+        if self.health.wrote(ok=job.error is None, now=self._clock()):
+            self._changed(f"a write failed: {_sentence(job.error)}", _errno(job.error))
+
+    def _look_after_health(self) -> None:
+        now = self._clock()
+        if self.health.tick(now):
+            self._changed("asked again after a pause", 0)
+            undeleted, self._undeleted = self._undeleted, []
+            for name in undeleted:
+                self._delete(name)
+        for crew in (self._reads, self._writes):
+            started_at = crew.oldest_started_at()
+            if started_at is not None and time.monotonic() - started_at > self._stall_s and self.health.hangs():
+                self._changed(f"a call has not come back for {self._stall_s:g} s", 0)
+                self._withdraw_all("the disk hangs")
+
+    def _changed(self, reason: str, error_number: int) -> None:
+        state = self.health.state
+        level = logging.INFO if state is State.WELL else logging.ERROR
+        log.log(level, "the disk tier (%r) is %s: %s", self.files, state, reason)
+        self._events.append(StateChanged(state, reason, error_number))
+        self._inbox.announce()
+
+    def _say(self, end: End) -> None:
+        match end:
+            case Written():
+                self._counts["written"] += 1
+            case Loaded():
+                self._counts["loaded"] += 1
+            case Missed():
+                self._counts["missed"] += 1
+            case Failed():
+                self._counts["failed"] += 1
+            case _:
+                assert_never(end)
+        self._events.append(end)
+        self._inbox.announce()
+
+
+def _sentence(error: Exception | None) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror} ({errno_name(error.errno)})"
+    return str(error)
+
+
+def _errno(error: Exception | None) -> int:
+    return (error.errno or 0) if isinstance(error, OSError) else 0

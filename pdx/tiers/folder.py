@@ -1,0 +1,231 @@
+"""Files in one folder: written whole, published at once, read straight into the caller's memory. Knows no blocks.
+
+    lock            held while a process owns the folder
+    tmp/PID-N       being written; what a killed process left here is removed when the folder is opened
+    ab/abcdef...    published by rename, under the first two digits of its name
+
+Nothing is synced to the medium: a kernel crash may leave torn files, and readers verify every byte they use anyway.
+Losing a cached block costs less than a flush per block would. O_DIRECT where the file system can, so that the host's
+page cache keeps no second copy; a request that is not aligned for it goes through the page cache and is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+from pdx.errors import BadBlock, TierUnusable
+from pdx.layout import ALIGN_BYTES
+
+_FOLDERS = [f"{number:02x}" for number in range(256)]
+# Each folder takes a block of the file system when it is made; beyond that, names are charged to their files.
+FOLDER_BYTES = (len(_FOLDERS) + 8) * ALIGN_BYTES
+_IOV_MAX = 1024  # buffers per call: Linux's limit
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    name: str
+    size_bytes: int
+    allocated_bytes: int
+    written_at_ns: int
+
+
+class LeftBehind(OSError):
+    """A write failed, and what it had written can't be deleted: its bytes stay taken."""
+
+
+class Files(Protocol):
+    """What a disk tier needs of a file system. Called by several threads; each call blocks, and raises OSError."""
+
+    @property
+    def unaligned(self) -> int:
+        """Requests so far that went through the page cache although it was to be avoided."""
+
+    def scan(self) -> list[Found]:
+        """All published files."""
+
+    def write(self, name: str, buffers: Sequence[memoryview]) -> int:
+        """Publishes a file of these bytes and returns the bytes it takes on the medium. Raises LeftBehind."""
+
+    def read(self, name: str, *, head: memoryview, rest: Sequence[memoryview]) -> int:
+        """Fills `rest` with the file's last bytes and `head` with those before; returns how many these are.
+
+        Raises BadBlock if the file's length does not allow that.
+        """
+
+    def remove(self, name: str) -> None:
+        """No-op if there is no such file."""
+
+    def close(self) -> None: ...
+
+
+class Folder:
+    """See Files."""
+
+    def __init__(self, path: Path, lock: int, *, is_direct: bool) -> None:
+        self.path = path
+        self.is_direct = is_direct
+        self.unaligned = 0
+        self._lock = lock
+        self._numbers = itertools.count()
+
+    @classmethod
+    def open(cls, path: Path, *, direct: bool = True) -> Self:
+        """Takes the folder over, making it if need be, and clears what was being written.
+
+        Raises TierUnusable, naming the errno, if it can't be used or another process has it.
+        """
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(path / "lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for name in {*_FOLDERS, "tmp"} - set(os.listdir(path)):
+                    (path / name).mkdir(mode=0o700)
+                for leftover in (path / "tmp").iterdir():
+                    leftover.unlink()
+                return cls(path, lock, is_direct=direct and _takes_direct(path / "lock"))
+            except BaseException:
+                os.close(lock)
+                raise
+        except BlockingIOError as error:
+            raise TierUnusable(f"{path} is in use by another pdxd: one folder serves one daemon") from error
+        except OSError as error:
+            raise TierUnusable(
+                f"{path} can't hold a disk tier: {error.strerror} ({errno_name(error.errno)})"
+            ) from error
+
+    def scan(self) -> list[Found]:
+        found = []
+        for folder in _FOLDERS:
+            with os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    if not entry.name.startswith(folder) or not entry.is_file(follow_symlinks=False):
+                        continue  # none of ours
+                    status = entry.stat(follow_symlinks=False)
+                    allocated_bytes = status.st_blocks * 512
+                    found.append(Found(entry.name, status.st_size, allocated_bytes, status.st_mtime_ns))
+        return found
+
+    def write(self, name: str, buffers: Sequence[memoryview]) -> int:
+        temporary = self.path / "tmp" / f"{os.getpid()}-{next(self._numbers)}"
+        try:
+            with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self._direct_flag) as fd:
+                # Asked for in one piece: no room is noticed before the work, and large files are not scattered.
+                _allocate(fd, sum(buffer.nbytes for buffer in buffers))
+                is_cached = self._transfer(os.pwritev, fd, buffers)
+                if is_cached:
+                    os.fdatasync(fd)  # bounds what waits in memory, and lets it be dropped
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                allocated_bytes = os.fstat(fd).st_blocks * 512
+            os.rename(temporary, self._published(name))
+        except (OSError, BadBlock) as error:
+            try:
+                temporary.unlink(missing_ok=True)
+            except OSError as second:
+                raise LeftBehind(second.errno, f"{second.strerror}, after: {error}") from error
+            raise
+        return allocated_bytes
+
+    def read(self, name: str, *, head: memoryview, rest: Sequence[memoryview]) -> int:
+        with _opened(self._published(name), os.O_RDONLY | self._direct_flag) as fd:
+            size_bytes = os.fstat(fd).st_size
+            head_bytes = size_bytes - sum(buffer.nbytes for buffer in rest)
+            if not 0 < head_bytes <= head.nbytes:
+                raise BadBlock(f"its file has {size_bytes} bytes")
+            if self._transfer(os.preadv, fd, [head[:head_bytes], *rest]):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            return head_bytes
+
+    def remove(self, name: str) -> None:
+        self._published(name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Idempotent."""
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
+
+    def __repr__(self) -> str:
+        return f"<Folder {self.path}, {'direct' if self.is_direct else 'through the page cache'}>"
+
+    @property
+    def _direct_flag(self) -> int:
+        return os.O_DIRECT if self.is_direct else 0
+
+    def _published(self, name: str) -> Path:
+        return self.path / name[:2] / name
+
+    def _transfer(self, call: _Vectored, fd: int, buffers: Sequence[memoryview]) -> bool:
+        """Whether it went through the page cache."""
+        if self.is_direct:
+            try:
+                _move_all(call, fd, buffers)
+                return False
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            # Which addresses and lengths O_DIRECT takes depends on device and kernel: asking is the only sure way.
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            self.unaligned += 1
+        _move_all(call, fd, buffers)
+        return True
+
+
+class _Vectored(Protocol):
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, /) -> int: ...
+
+
+def errno_name(number: int | None) -> str:
+    return errno.errorcode.get(number or 0, f"errno {number}")
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _move_all(call: _Vectored, fd: int, buffers: Sequence[memoryview]) -> None:
+    """All of `buffers`, from the file's start on, in as few calls as it takes. Raises BadBlock at the file's end."""
+    left = list(buffers)
+    offset = 0
+    while left:
+        moved = call(fd, left[:_IOV_MAX], offset)
+        if not moved:
+            raise BadBlock("its file is too short")
+        offset += moved
+        while left and moved >= left[0].nbytes:
+            moved -= left.pop(0).nbytes
+        if moved:
+            left[0] = left[0][moved:]
+
+
+def _allocate(fd: int, size_bytes: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size_bytes)
+    except OSError as error:
+        # Some file systems can't, and emulating it is impossible on a descriptor that takes aligned writes only.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+
+
+def _takes_direct(path: Path) -> bool:
+    try:
+        with _opened(path, os.O_RDONLY | os.O_DIRECT):
+            return True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False

@@ -1,0 +1,80 @@
+"""Which blocks go down to a tier, and when. Sans-IO: keys in, keys out; holds no slot and writes nothing.
+
+Write-through writes a block when it is committed: it survives the daemon, and eviction never waits. Write-back writes
+it when its slot is about to be evicted: what nobody asks for twice may never touch the disk, but a claim that is in a
+hurry evicts blocks that are nowhere else. Either way writing is a favour: past its bound the oldest wish is dropped.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from enum import StrEnum
+
+from pdx.tiers.tier import End, Key, Written
+
+BACKLOG_MAX = 4096  # blocks: some seconds of a disk's writing; who waits longer is evicted before
+
+
+class WriteMode(StrEnum):
+    THROUGH = "through"
+    BACK = "back"
+
+
+class Spill:
+    """The driver submits `wanted()`, as many as the tier takes, and holds a block's slot from then to its end."""
+
+    def __init__(self, mode: WriteMode, *, backlog_max: int = BACKLOG_MAX) -> None:
+        self.mode = mode
+        self.dropped = 0
+        self._backlog_max = backlog_max
+        self._waiting: OrderedDict[Key, None] = OrderedDict()
+        self._open: dict[int, Key] = {}
+        self._writing: set[Key] = set()
+
+    def committed(self, keys: Iterable[Key]) -> None:
+        """These blocks are whole and found in memory from now on."""
+        if self.mode is WriteMode.THROUGH:
+            for key in keys:
+                self._add(key)
+
+    def pressed(self, keys: Iterable[Key]) -> None:
+        """These will be evicted next and are not in the tier: they go first, in this order."""
+        for key in reversed(list(keys)):
+            self._add(key)
+            if key in self._waiting:
+                self._waiting.move_to_end(key, last=False)
+
+    def gone(self, key: Key) -> None:
+        """The block has left memory: there is nothing to write any more."""
+        self._waiting.pop(key, None)
+
+    def wanted(self) -> list[Key]:
+        """What to write, the most urgent first."""
+        return list(self._waiting)
+
+    def submitted(self, key: Key, ticket: int) -> None:
+        del self._waiting[key]
+        self._writing.add(key)
+        self._open[ticket] = key
+
+    def on(self, end: End) -> tuple[Key, bool]:
+        """The block whose slot is free of this write now, and whether the tier has it."""
+        key = self._open.pop(end.ticket)
+        self._writing.remove(key)
+        return key, isinstance(end, Written)
+
+    def __len__(self) -> int:
+        """Blocks that wait or are being written."""
+        return len(self._waiting) + len(self._open)
+
+    def __repr__(self) -> str:
+        return f"<Spill {self.mode}: {len(self._waiting)} waiting, {len(self._open)} open, {self.dropped} dropped>"
+
+    def _add(self, key: Key) -> None:
+        if key in self._waiting or key in self._writing:
+            return
+        self._waiting[key] = None
+        if len(self._waiting) > self._backlog_max:
+            self._waiting.popitem(last=False)
+            self.dropped += 1
