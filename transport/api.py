@@ -1,12 +1,18 @@
 """The transport contract. Knows regions, windows, puts and tickets; nothing of handoffs, slots or engines.
 
 A daemon registers its arena once and gets a Region. For each grant it opens a *window*: a set of spans into which one
-peer may put for a while. The window's id is all the peer is told (and, on one-sided lanes, RemoteRegion). The peer
-puts spans of its own region into a window; when the bytes have landed, and only then, the put's notice is delivered.
+peer may put for a while. The window's id is all the peer is told. The peer puts spans of its own region into a window;
+when the bytes have landed, and only then, the put's notice is delivered.
 
 Who enforces a window is declared by the lane: `checked_by = "receiver"` (tcp: every frame is checked against the open
-windows before a byte is written) or `"sender"` (nixl, ucx: one-sided writes run no receiver code, so only peers that
-proved the cluster key get an rkey, and a window is closed only when the peer has drained or its endpoint is gone).
+windows before a byte is written) or `"sender"` (nixl, ucx: one-sided writes run no receiver code). There the sender's
+lane asks the receiver's for a window's spans and checks its copies against them; what opens the region to it is told
+only to peers that proved the cluster key and named an open window. The contract is the same: WindowClosed comes when
+not a byte can follow. On a "sender"-checked lane that is when the peer's lane has drained, or is gone; a peer that is
+merely stopped keeps the window, and so its slots in quarantine, until it goes on or dies.
+
+After a failure: a lost channel is lost for ever (connect() gives a new one), and a lane whose own thread failed loses
+all its channels and every later one; its windows then stay open for good, as nothing is left that could close them.
 
 Threads: all methods are called by the one thread that made the lane (the daemon's control thread) and never block on
 the network. Lanes have threads of their own; what they have to say waits in take_events().
@@ -36,10 +42,9 @@ class Copy(msgspec.Struct, frozen=True):
 
 
 class RemoteRegion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a peer is told of a region: encodable, and powerless without an open window or an rkey."""
+    """What a peer may be told of a region: encodable and powerless. What a fabric needs beyond it, lanes tell lanes."""
 
     length: int
-    rkey: bytes = b""
 
 
 class PutDone(msgspec.Struct, frozen=True):
@@ -92,9 +97,8 @@ class Region(Protocol):
         """
 
     def close_window(self, window: int) -> None:
-        """Admits no further put. Ends in exactly one WindowClosed, at once or when a frame under way has ended.
-
-        On a "sender"-checked lane call it only after the peer drained or its channel is gone. Unknown ids: no-op.
+        """Admits no further put. Ends in exactly one WindowClosed, at once or when what is under way has ended: soon on
+        a "receiver"-checked lane, whenever the peer has drained or gone on a "sender"-checked one. Unknown ids: no-op.
         """
 
 
@@ -134,7 +138,7 @@ class Lane(Protocol):
         """
 
     def cancel(self, queue: bytes) -> None:
-        """Drops what is not yet on the wire: those tickets end in PutFailed, the one under way in either."""
+        """Drops what is not yet on the wire: those tickets end in PutFailed, those under way in either."""
 
     def take_events(self) -> list[Event]:
         """Everything that happened since the last call, in order per channel. Never blocks."""

@@ -34,13 +34,27 @@ class Pair(Protocol):
 MakePair = Callable[[], AbstractContextManager[Pair]]
 
 
+class ProcessPair(Pair, Protocol):
+    """A pair whose far lane is a process of its own: kill_far() is a SIGKILL."""
+
+    def stop_far(self) -> None:
+        """SIGSTOP."""
+
+    def continue_far(self) -> None: ...
+
+
 class Side:
-    """One lane with a registered memory, and all events it has had so far."""
+    """One lane with a registered memory, and all events it has had so far.
+
+    The memory is a bytearray; a lane in another process brings its own, shared with us.
+    """
 
     def __init__(self, lane: Lane, *, seed: int, memory_bytes: int = MEMORY_BYTES) -> None:
         self.lane = lane
-        self.memory = bytearray(random.Random(seed).randbytes(memory_bytes))  # noqa: S311 - seeded on purpose
-        self.region: Region = lane.register(memoryview(self.memory))
+        self._backing = getattr(lane, "make_memory", bytearray)(memory_bytes)
+        self.memory = memoryview(self._backing)
+        self.memory[:] = random.Random(seed).randbytes(memory_bytes)  # noqa: S311 - seeded on purpose
+        self.region: Region = lane.register(self.memory)
         self.events: list[Event] = []
 
     def put(
@@ -57,18 +71,26 @@ class Side:
             channel, region=self.region, window=window, copies=copies, notice=notice, queue=queue, urgency=urgency
         )
 
-    def wait(self, what: str, is_reached: Callable[[list[Event]], bool]) -> None:
-        """Takes events until the condition holds; AssertionError after WAIT_S."""
-        deadline_s = time.monotonic() + WAIT_S
+    def free_memory(self) -> None:
+        """BufferError if the lane still holds a view."""
+        self.memory.release()
+        if isinstance(self._backing, bytearray):
+            self._backing.clear()
+        else:
+            self._backing.close()
+
+    def wait(self, what: str, is_reached: Callable[[list[Event]], bool], wait_s: float = WAIT_S) -> None:
+        """Takes events until the condition holds; AssertionError after `wait_s`."""
+        deadline_s = time.monotonic() + wait_s
         self.events += self.lane.take_events()
         while not is_reached(self.events):
             left_s = deadline_s - time.monotonic()
-            assert left_s > 0, f"{what}: not within {WAIT_S:g} s; events so far: {self.events}"
+            assert left_s > 0, f"{what}: not within {wait_s:g} s; events so far: {self.events}"
             select.select([self.lane.fileno()], [], [], left_s)
             self.events += self.lane.take_events()
 
-    def wait_end(self, ticket: int) -> PutDone | PutFailed:
-        self.wait(f"end of ticket {ticket}", lambda events: bool(ends_of(events, ticket)))
+    def wait_end(self, ticket: int, wait_s: float = WAIT_S) -> PutDone | PutFailed:
+        self.wait(f"end of ticket {ticket}", lambda events: bool(ends_of(events, ticket)), wait_s)
         (end,) = ends_of(self.events, ticket)
         return end
 

@@ -1,4 +1,4 @@
-"""TCP sockets as the lane wants them: options, and exact reads and writes under kernel timeouts.
+"""TCP sockets as the lanes want them: options, and exact reads and writes under kernel timeouts.
 
 Sockets stay blocking and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO, MSG_WAITALL): a frame costs two or
 three system calls and holds the GIL in none of them. shutdown() from another thread ends any call at once.
@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from pdx.config import is_loopback
 from pdx.errors import ConfigError, PeerGone
 
 # A peer that moves no byte in mid-frame for so long holds a window, or our memory, that others wait for.
@@ -23,6 +24,7 @@ USER_TIMEOUT_MS = 10_000
 # Queued but unsent bytes are bytes that an urgent put cannot overtake: one frame. The kernel sizes the socket buffers
 # itself, since fixed ones of 0.4 to 4 MiB were measured no faster on loopback and would cap links of high latency.
 NOTSENT_LOWAT_BYTES = 256 << 10
+ACCEPT_BACKLOG = 64
 
 
 def tune(connection: socket.socket, stall_s: float = STALL_S) -> None:
@@ -40,15 +42,40 @@ def tune(connection: socket.socket, stall_s: float = STALL_S) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
 
-def parse_endpoint(endpoint: str) -> tuple[str, int]:
-    """Host and port of tcp://host:port. Raises ConfigError."""
+def listen_at(url: str, *, scheme: str, key: bytes | None) -> tuple[socket.socket, str]:
+    """A listening socket and the endpoint to publish; port 0 takes a free one.
+
+    Raises ConfigError if the address cannot be had, or is off loopback and there is no cluster key.
+    """
+    host, port = parse_endpoint(url, scheme=scheme)
+    if key is None and not is_loopback(host):
+        raise ConfigError(f"{url}: lanes off loopback need the cluster key; set PDX_KEY_FILE")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"{url}: {error}") from error
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(ACCEPT_BACKLOG)
+        listening.setblocking(False)  # poll() may announce a peer that is gone before accept()
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"{url}: {error}") from error
+    bracketed = f"[{host}]" if ":" in host else host
+    return listening, f"{scheme}://{bracketed}:{listening.getsockname()[1]}"
+
+
+def parse_endpoint(endpoint: str, *, scheme: str = "tcp") -> tuple[str, int]:
+    """Host and port of scheme://host:port. Raises ConfigError."""
     try:
         parts = urlsplit(endpoint)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"{endpoint!r} is not tcp://host:port: {error}") from error
-    if parts.scheme != "tcp" or not host or port is None or parts.path or parts.query:
-        raise ConfigError(f"{endpoint!r} is not tcp://host:port")
+        raise ConfigError(f"{endpoint!r} is not {scheme}://host:port: {error}") from error
+    if parts.scheme != scheme or not host or port is None or parts.path or parts.query:
+        raise ConfigError(f"{endpoint!r} is not {scheme}://host:port")
     return host, port
 
 

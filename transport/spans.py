@@ -24,6 +24,10 @@ class SpanSet:
                 self._starts.append(span.offset)
                 self._ends.append(end)
 
+    def spans(self) -> list[Span]:
+        """The same bytes, in order and as few."""
+        return [Span(start, end - start) for start, end in zip(self._starts, self._ends, strict=True)]
+
     def covers(self, span: Span) -> bool:
         """Whether every byte of a non-empty `span` lies in this set."""
         index = bisect_right(self._starts, span.offset) - 1

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import socket
 import time
 from collections.abc import Sequence
 from typing import Literal
 
-from pdx.config import is_loopback
-from pdx.errors import ClosedTransport, ConfigError
+from pdx.errors import ClosedTransport
 from pdx.transport.api import Copy, Event, PeerLost, PutFailed, Region
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.outbox import Put, checked_copies
-from pdx.transport.sockets import STALL_S, parse_endpoint
+from pdx.transport.sockets import STALL_S, listen_at, parse_endpoint
 from pdx.transport.tcp_receiver import TcpListener
 from pdx.transport.tcp_sender import TcpChannel
 from pdx.transport.windows import CheckedRegion, WindowTable
 
-ACCEPT_BACKLOG = 64
 # abort() waits no longer than this for threads that shutdown() has woken.
 JOIN_S = 6.0
 
@@ -40,12 +37,7 @@ class TcpLane:
 
         Without a key only loopback addresses are served. A peer that stalls in mid-frame for `stall_s` is dropped.
         """
-        host, port = parse_endpoint(url)
-        if key is None and not is_loopback(host):
-            raise ConfigError(f"{url}: lanes off loopback need the cluster key; set PDX_KEY_FILE")
-        listening = _listen(host, port)
-        bracketed = f"[{host}]" if ":" in host else host
-        self.endpoint = f"tcp://{bracketed}:{listening.getsockname()[1]}"
+        listening, self.endpoint = listen_at(url, scheme=self.scheme, key=key)
         self._key = key
         self._name = name
         self._mailbox = Mailbox()
@@ -163,20 +155,3 @@ class TcpLane:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ClosedTransport(f"lane {self.endpoint} is closed")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"tcp://{host}:{port}: {error}") from error
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(ACCEPT_BACKLOG)
-        listening.setblocking(False)  # poll() may announce a peer that is gone before accept()
-    except OSError as error:
-        listening.close()
-        raise ConfigError(f"tcp://{host}:{port}: {error}") from error
-    return listening

@@ -1,47 +1,27 @@
-"""Every lane of this package against the one suite that defines a lane."""
+"""Every lane of this package against the one suite that defines a lane, both sides in one process."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import pytest
+from lane_pairs import KEY, OpenPair, needing
 
 from pdx.transport.api import Lane
 from pdx.transport.conformance import CHECKS, Check
 from pdx.transport.faulty import Faults, Faulty
 from pdx.transport.loopback import LoopbackNet
+from pdx.transport.registry import open_lane
 from pdx.transport.tcp import TcpLane
-
-KEY = b"0123456789abcdef"
-
-
-class OpenPair:
-    """A Pair around a function that opens one lane; a port or name given to it is an endpoint to come back to."""
-
-    def __init__(self, open_lane: Callable[[str], Lane], *, near: str, far: str) -> None:
-        self._open_lane = open_lane
-        self.near = open_lane(near)
-        self.far = open_lane(far)
-        self._opened = [self.near, self.far]
-
-    def kill_far(self) -> None:
-        self.far.abort()
-
-    def revive_far(self) -> Lane:
-        self.far = self._open_lane(self.far.endpoint)
-        self._opened.append(self.far)
-        return self.far
-
-    def abort(self) -> None:
-        for lane in self._opened:
-            lane.abort()
 
 
 @contextmanager
-def tcp_pair() -> Iterator[OpenPair]:
-    pair = OpenPair(lambda url: TcpLane(url, key=KEY, name="test"), near="tcp://127.0.0.1:0", far="tcp://127.0.0.1:0")
+def pair_of(scheme: str) -> Iterator[OpenPair]:
+    url = f"{scheme}://127.0.0.1:0"
+    pair = OpenPair(partial(open_lane, key=KEY, name="test"), near=url, far=url)
     try:
         yield pair
     finally:
@@ -72,7 +52,16 @@ def faultless_pair() -> Iterator[OpenPair]:
         pair.abort()
 
 
+PAIRS = [
+    pytest.param(partial(pair_of, "tcp"), id="tcp"),
+    pytest.param(loopback_pair, id="loopback"),
+    pytest.param(faultless_pair, id="faulty"),
+    pytest.param(partial(pair_of, "nixl"), id="nixl", marks=needing("nixl")),
+    pytest.param(partial(pair_of, "ucx"), id="ucx", marks=needing("ucx")),
+]
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("make_pair", [tcp_pair, loopback_pair, faultless_pair], ids=["tcp", "loopback", "faulty"])
+@pytest.mark.parametrize("make_pair", PAIRS)
 def test_lane(make_pair: Callable[[], AbstractContextManager[OpenPair]], check: Check) -> None:
     check(make_pair)

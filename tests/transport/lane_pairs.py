@@ -1,0 +1,57 @@
+"""Pairs of lanes for the conformance suite, and which lanes can be had on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pdx.transport.api import Lane
+from pdx.transport.fabric import Fabric
+
+EXAMPLE = Path(__file__).parent / "example_lane"
+KEY = b"0123456789abcdef"
+LIBRARY = {"nixl": "nixl", "ucx": "ucxx"}
+
+
+def needing(scheme: str) -> list[pytest.MarkDecorator]:
+    """Marks of a test that needs this lane."""
+    library = LIBRARY.get(scheme)
+    if library is None:
+        return []
+    is_absent = importlib.util.find_spec(library) is None
+    return [pytest.mark.skipif(is_absent, reason=f"{library} is not installed: pip install 'pdx-kv[{scheme}]'")]
+
+
+class OpenPair:
+    """A Pair around a function that opens one lane; a port or name given to it is an endpoint to come back to."""
+
+    def __init__(self, open_lane: Callable[[str], Lane], *, near: str, far: str) -> None:
+        self._open_lane = open_lane
+        self.near = open_lane(near)
+        self.far = open_lane(far)
+        self._opened = [self.near, self.far]
+
+    def kill_far(self) -> None:
+        self.far.abort()
+
+    def revive_far(self) -> Lane:
+        self.far = self._open_lane(self.far.endpoint)
+        self._opened.append(self.far)
+        return self.far
+
+    def abort(self) -> None:
+        for lane in self._opened:
+            lane.abort()
+
+
+def example_fabric() -> Fabric:
+    """The fabric of the example package: one-sided writes that need no library, so that lanes open in no time."""
+    specification = importlib.util.spec_from_file_location("cma_lane", EXAMPLE / "cma_lane.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    fabric: Fabric = module.CmaFabric()
+    return fabric

@@ -1,0 +1,266 @@
+"""One-sided lanes against peers that are not what they should be. They speak through raw links, without any library."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import select
+import socket
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+from lane_pairs import KEY, example_fabric
+
+from pdx.errors import ConfigError, PeerGone, TransportError, WireError
+from pdx.transport.api import Arrived, Copy, PutDone, PutFailed, Span, WindowClosed
+from pdx.transport.handshake import greet_as_acceptor, greet_as_connector
+from pdx.transport.link import Link
+from pdx.transport.link_messages import (
+    MESSAGE_BYTES_MAX,
+    Ask,
+    Bye,
+    Drained,
+    Granted,
+    Landed,
+    LinkMessage,
+    MessageStream,
+    Shut,
+    Unknown,
+    encode,
+)
+from pdx.transport.onesided import OneSidedLane
+from pdx.transport.side import MEMORY_BYTES, WAIT_S, Side, losses_of
+from pdx.transport.sockets import parse_endpoint
+
+SAMPLES: list[LinkMessage] = [
+    Ask(1),
+    Granted(2, 4096, 100, "DRAM", 0, [Span(0, 10), Span(50, 50)], b"key"),
+    Unknown(3),
+    Landed((1 << 64) - 1, b"notice"),
+    Shut(0),
+    Drained(7),
+    Bye(),
+]
+
+
+@contextlib.contextmanager
+def opened(key: bytes | None = KEY, *, seed: int = 2, stall_s: float = 5.0) -> Iterator[Side]:
+    lane = OneSidedLane(
+        "raw://127.0.0.1:0", scheme="raw", key=key, name=f"side{seed}", make_fabric=example_fabric, stall_s=stall_s
+    )
+    side = Side(lane, seed=seed)
+    try:
+        yield side
+    finally:
+        lane.abort()
+
+
+class RawPeer:
+    """The other end of a link, which says what it is told to."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.link = Link(connection)
+        self._said: list[LinkMessage] = []
+
+    def next(self) -> LinkMessage:
+        """What the lane says next. PeerGone when it hangs up."""
+        deadline_s = time.monotonic() + WAIT_S
+        while not self._said:
+            assert select.select([self.link.fileno()], [], [], deadline_s - time.monotonic())[0], "it says nothing"
+            self._said += self.link.receive()
+        return self._said.pop(0)
+
+    def is_dropped(self) -> bool:
+        with contextlib.suppress(PeerGone, ConnectionResetError):
+            while True:
+                self.next()
+        return True
+
+
+@contextlib.contextmanager
+def writer(side: Side) -> Iterator[RawPeer]:
+    """A peer that proved the key and is about to write into `side`."""
+    connection = socket.create_connection(parse_endpoint(side.lane.endpoint, scheme="raw"), timeout=WAIT_S)
+    with connection:
+        greet_as_connector(connection, KEY)
+        yield RawPeer(connection)
+
+
+@contextlib.contextmanager
+def reader(side: Side) -> Iterator[tuple[RawPeer, int]]:
+    """A peer that `side` is about to write into, and the channel to it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(WAIT_S)
+        channel = side.lane.connect(f"raw://127.0.0.1:{listening.getsockname()[1]}")
+        connection, _ = listening.accept()
+        with connection:
+            connection.settimeout(WAIT_S)
+            greet_as_acceptor(connection, KEY)
+            yield RawPeer(connection), channel
+
+
+def test_nothing_is_told_but_to_who_names_an_open_window() -> None:
+    with opened() as side, writer(side) as peer:
+        window = side.region.open_window([Span(100, 50), Span(150, 50)])
+        peer.link.send(Ask(window ^ 1))
+        assert peer.next() == Unknown(window ^ 1)
+        peer.link.send(Ask(window))
+        granted = peer.next()
+        assert isinstance(granted, Granted) and granted.spans == [Span(100, 100)] and granted.metadata
+
+
+def test_a_window_stays_until_its_writer_has_drained() -> None:
+    with opened() as side, writer(side) as peer:
+        window = side.region.open_window([Span(0, 100)])
+        peer.link.send(Ask(window))
+        peer.next()
+        side.region.close_window(window)
+        assert peer.next() == Shut(window)
+        peer.link.send(Landed(window, b"last"))
+        side.wait_arrived(b"last")
+        assert WindowClosed(window) not in side.events
+        peer.link.send(Drained(window))
+        side.wait_closed(window)
+        assert side.events == [Arrived(window, b"last"), WindowClosed(window)]
+        peer.link.send(Landed(window, b"too late"))
+        assert peer.is_dropped()
+
+
+@pytest.mark.parametrize("says_bye", [True, False], ids=["orderly", "without a word"])
+def test_a_window_closes_when_its_writer_is_gone(says_bye: bool) -> None:
+    with opened() as side:
+        window = side.region.open_window([Span(0, 100)])
+        with writer(side) as peer:
+            peer.link.send(Ask(window))
+            peer.next()
+            side.region.close_window(window)
+            if says_bye:
+                peer.link.send(Bye())
+        side.wait_closed(window)
+        assert side.events == [WindowClosed(window)]
+
+
+def test_a_dropped_writer_keeps_its_window_until_it_has_hung_up_too() -> None:
+    with opened() as side:
+        window = side.region.open_window([Span(0, 100)])
+        with writer(side) as peer:
+            peer.link.send(Ask(window))
+            peer.next()
+            peer.link.send(Shut(window))
+            assert peer.is_dropped()
+            side.region.close_window(window)
+            peer.link.send(Drained(window))  # not heard any more
+            barrier = side.region.open_window([])
+            side.region.close_window(barrier)
+            side.wait_closed(barrier)
+            assert side.events == [WindowClosed(barrier)]
+        side.wait_closed(window)
+
+
+@pytest.mark.parametrize(
+    "message", [Landed(5, b"never granted"), Granted(1, 0, 1, "DRAM", 0, [], b""), Unknown(1), Shut(1)], ids=repr
+)
+def test_a_writer_that_says_what_it_may_not_is_dropped(message: LinkMessage) -> None:
+    with opened() as side, writer(side) as peer:
+        peer.link.send(message)
+        assert peer.is_dropped()
+        assert side.lane.take_events() == []
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Ask(1),
+        Landed(1, b""),
+        Granted(99, 0, 10, "DRAM", 0, [], b"1"),  # not asked for
+        Granted(1, 4096, 10, "DRAM", 0, [Span(5, 6)], b"1"),
+        Granted(1, (1 << 64) - 1, 10, "DRAM", 0, [], b"1"),
+        Granted(1, 4096, 10, "DRAM", 0, [Span(0, 10)], b"no such process"),
+    ],
+    ids=["ask", "landed", "unasked", "outside", "overflow", "metadata"],
+)
+def test_a_reader_that_says_what_it_may_not_costs_only_its_channel(message: LinkMessage) -> None:
+    with opened() as side, reader(side) as (peer, channel):
+        ticket = side.put(channel, 1, [Copy(0, 0, 10)], notice=b"n")
+        assert peer.next() == Ask(1)
+        peer.link.send(message)
+        side.wait_lost(channel)
+        assert isinstance(side.wait_end(ticket), PutFailed)
+
+
+def test_a_reader_that_does_not_answer_costs_a_stall_time() -> None:
+    with opened(stall_s=0.3) as side, reader(side) as (peer, channel):
+        ticket = side.put(channel, 1, [Copy(0, 0, 10)], notice=b"n")
+        assert peer.next() == Ask(1)
+        side.wait_lost(channel)
+        assert isinstance(side.wait_end(ticket), PutFailed)
+        assert "did not move" in losses_of(side.events, channel)[0].reason
+
+
+def test_the_sender_asks_once_and_says_when_it_has_drained() -> None:
+    with opened(seed=1) as side, opened() as target, reader(side) as (peer, channel):
+        memory = example_fabric()
+        tickets = [side.put(channel, 1, [Copy(0, 0, 10)], notice=b"%d" % n) for n in range(3)]
+        assert peer.next() == Ask(1)
+        at = target.region.memory.address  # type: ignore[attr-defined]
+        peer.link.send(Granted(1, at, MEMORY_BYTES, "DRAM", 0, [Span(0, 10)], memory.metadata()))
+        assert [peer.next() for _ in tickets] == [Landed(1, b"%d" % n) for n in range(3)]
+        assert [side.wait_end(ticket) for ticket in tickets] == [PutDone(ticket) for ticket in tickets]
+        assert target.memory[:10] == side.memory[:10]
+        peer.link.send(Shut(1))
+        assert peer.next() == Drained(1)
+        late = side.put(channel, 1, [Copy(0, 0, 10)], notice=b"late")
+        assert peer.next() == Ask(1)
+        peer.link.send(Unknown(1))
+        assert isinstance(side.wait_end(late), PutFailed)
+        assert not losses_of(side.events, channel)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(KEY, None), (None, KEY), (KEY, b"another key 0123")])
+def test_keys_must_agree(ours: bytes | None, theirs: bytes | None) -> None:
+    with opened(ours, seed=1) as near, opened(theirs) as far:
+        window = far.region.open_window([Span(0, 10)])
+        channel = near.lane.connect(far.lane.endpoint)
+        ticket = near.put(channel, window, [Copy(0, 0, 10)], notice=b"no")
+        near.wait_lost(channel)
+        assert isinstance(near.wait_end(ticket), PutFailed)
+        assert far.lane.take_events() == []
+
+
+def test_off_loopback_needs_a_key() -> None:
+    with pytest.raises(ConfigError, match="cluster key"):
+        OneSidedLane("raw://192.0.2.1:0", scheme="raw", key=None, name="test", make_fabric=example_fabric)
+
+
+def test_a_fabric_that_cannot_be_had_leaves_nothing_behind() -> None:
+    def absent() -> None:
+        raise TransportError("no such library")
+
+    with pytest.raises(TransportError, match="no such library"):
+        OneSidedLane("raw://127.0.0.1:0", scheme="raw", key=None, name="test", make_fabric=absent)  # type: ignore
+
+
+def test_messages_survive_any_cut() -> None:
+    raw = b"".join(encode(message) for message in SAMPLES)
+    rng = random.Random(1)
+    for _ in range(50):
+        cuts = [0, *sorted(rng.sample(range(len(raw)), 5)), len(raw)]
+        stream = MessageStream()
+        got = [message for start, end in pairwise(cuts) for message in stream.feed(raw[start:end])]
+        assert got == SAMPLES
+
+
+def test_garbage_is_a_wire_error_and_nothing_else() -> None:
+    rng = random.Random(2)
+    raw = b"".join(encode(message) for message in SAMPLES)
+    for _ in range(2000):
+        spoilt = bytearray(raw)
+        for _ in range(rng.randint(1, 4)):
+            spoilt[rng.randrange(len(spoilt))] = rng.randrange(256)
+        with contextlib.suppress(WireError):
+            MessageStream().feed(bytes(spoilt))
+    for length in (0, MESSAGE_BYTES_MAX + 1, 0xFFFFFFFF):
+        with pytest.raises(WireError):
+            MessageStream().feed(length.to_bytes(4, "little"))

@@ -1,0 +1,54 @@
+"""A lane in a package outside pdx: found by its entry point, held to the same suite."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from lane_pairs import EXAMPLE, KEY, OpenPair
+
+from pdx.errors import UnknownTransport
+from pdx.transport.conformance import check_all
+from pdx.transport.registry import ENTRY_POINT_GROUP, known_schemes, open_lane
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip would leave of the example, from its pyproject.toml."""
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    (tmp_path / "cma_lane.py").write_text((EXAMPLE / "cma_lane.py").read_text())
+    information = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    information.mkdir()
+    information.joinpath("METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    entries = project["entry-points"][ENTRY_POINT_GROUP]
+    lines = [f"[{ENTRY_POINT_GROUP}]", *(f"{name} = {value}" for name, value in entries.items())]
+    information.joinpath("entry_points.txt").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@contextmanager
+def example_pair() -> Iterator[OpenPair]:
+    url = "cma://127.0.0.1:0"
+    pair = OpenPair(partial(open_lane, key=KEY, name="test"), near=url, far=url)
+    try:
+        yield pair
+    finally:
+        pair.abort()
+
+
+def test_the_example_is_a_lane(installed: None) -> None:
+    assert "cma" in known_schemes()
+    check_all(example_pair)
+
+
+def test_it_is_small() -> None:
+    assert (EXAMPLE / "cma_lane.py").read_text().count("\n") <= 300
+
+
+def test_not_installed_it_is_unknown() -> None:
+    with pytest.raises(UnknownTransport, match="known: "):
+        open_lane("cma://127.0.0.1:0", key=None, name="test")

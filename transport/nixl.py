@@ -1,0 +1,133 @@
+"""The nixl lane: NVIDIA's NIXL over its UCX backend. Knows NIXL's calls and nothing of windows or puts.
+
+NIXL's agent is asked for a progress thread that sleeps on descriptors; the Python wrapper `nixl_agent` can't say so,
+and its thread spins on a core of its own. Hence the bindings are used directly, as the wrapper does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from pdx.errors import ConfigError, PeerGone, UnknownTransport
+from pdx.transport.api import Copy
+from pdx.transport.fabric import Memory, Transfer
+from pdx.transport.onesided import OneSidedLane
+from pdx.transport.sockets import STALL_S
+
+SCHEME = "nixl"
+BACKEND = "UCX"
+# The progress thread sleeps on descriptors for so long at most; 0 would have it spin.
+PROGRESS_WAIT_US = 100_000
+
+
+class NixlLane(OneSidedLane):
+    """See Lane."""
+
+    def __init__(self, url: str, *, key: bytes | None, name: str, stall_s: float = STALL_S) -> None:
+        """Raises UnknownTransport if NIXL is not installed, ConfigError if it or the address does not work."""
+        super().__init__(url, scheme=SCHEME, key=key, name=name, make_fabric=NixlFabric, stall_s=stall_s)
+
+
+class NixlFabric:
+    """See Fabric. One agent; its name is new in every life, so that no peer takes it for its predecessor."""
+
+    def __init__(self) -> None:
+        try:
+            import nixl._bindings as bindings
+        except ImportError as error:
+            raise UnknownTransport("nixl:// needs NIXL: pip install 'pdx-kv[nixl]'") from error
+        self._nixl: Any = bindings
+        # NIXL's exceptions have no base of their own.
+        self._failure: tuple[type[Exception], ...] = tuple(
+            value for value in vars(bindings).values() if isinstance(value, type) and issubclass(value, Exception)
+        )
+        self._name = f"pdx-{secrets.token_hex(8)}"
+        config = bindings.nixlAgentConfig()
+        config.useProgThread = True
+        config.useListenThread = False
+        config.pthrDelay = PROGRESS_WAIT_US
+        config.syncMode = bindings.NIXL_THREAD_SYNC_STRICT
+        try:
+            self._agent: Any = bindings.nixlAgent(self._name, config)
+            self._backends = [self._agent.createBackend(BACKEND, {})]
+        except Exception as error:
+            raise ConfigError(f"NIXL does not start: {error}") from error
+        self._kinds = {"DRAM": bindings.DRAM_SEG, "VRAM": bindings.VRAM_SEG}
+        self._registered: list[Any] = []
+        self._metadata = b""
+
+    def register(self, memory: Memory) -> None:
+        if not memory.length:
+            return
+        rows = [(memory.address, memory.length, memory.device, "")]
+        registration = self._nixl.nixlRegDList(self._kinds[memory.kind], rows)
+        try:
+            self._agent.registerMem(registration, self._backends)
+            self._metadata = bytes(self._agent.getLocalMD())
+        except self._failure as error:
+            raise ConfigError(f"NIXL cannot register {memory.length} bytes of {memory.kind}: {error}") from error
+        self._registered.append(registration)
+
+    def metadata(self) -> bytes:
+        return self._metadata
+
+    def add_peer(self, metadata: bytes) -> str:
+        if metadata == self._metadata:
+            return self._name  # NIXL reaches its own memory without being told of it
+        try:
+            return str(bytes(self._agent.loadRemoteMD(metadata)), "latin-1")
+        except self._failure as error:
+            raise PeerGone(f"NIXL does not take the peer's metadata: {error}") from error
+
+    def write(self, peer: str, *, source: Memory, target: Memory, copies: Sequence[Copy]) -> Transfer:
+        rows = self._nixl.nixlXferDList
+        ours = [(source.address + copy.source_offset, copy.length, source.device) for copy in copies]
+        theirs = [(target.address + copy.target_offset, copy.length, target.device) for copy in copies]
+        transfer = 0
+        try:
+            transfer = self._agent.createXferReq(
+                self._nixl.NIXL_WRITE,
+                rows(self._kinds[source.kind], ours),
+                rows(self._kinds[target.kind], theirs),
+                peer,
+                "",
+                self._backends,
+            )
+            self._agent.postXferReq(transfer, "")
+        except self._failure as error:
+            self._release(transfer)
+            raise PeerGone(f"NIXL: {error}") from error
+        return Transfer(transfer)
+
+    def is_done(self, transfer: Transfer) -> bool:
+        try:
+            status = self._agent.getXferStatus(transfer)
+            if status == self._nixl.NIXL_IN_PROG:
+                return False
+            self._agent.releaseXferReq(transfer)
+        except self._failure as error:
+            raise PeerGone(f"NIXL: {error}") from error
+        return True
+
+    def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> None:
+        for transfer in transfers:
+            self._release(transfer)
+        if peer == self._name:
+            return
+        with contextlib.suppress(*self._failure):  # it may have noticed the peer's end itself
+            self._agent.invalidateRemoteMD(peer)
+
+    def close(self) -> None:
+        for registration in self._registered:
+            with contextlib.suppress(*self._failure):
+                self._agent.deregisterMem(registration, self._backends)
+        self._registered.clear()
+        self._agent = None  # ends its threads
+
+    def _release(self, transfer: int) -> None:
+        with contextlib.suppress(*self._failure):  # what can't be released ends with the peer
+            if transfer:
+                self._agent.releaseXferReq(transfer)
