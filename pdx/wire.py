@@ -47,6 +47,9 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     role: Role
     model: str
     url: str = ""  # the OpenAI-compatible HTTP server; empty: not to be routed to
+    reasoning_parser: str = ""  # the engine splits its output by this; it must see every token of an answer
+    context_tokens: int = 0  # a prompt and its answer have at most so many together; 0: not told
+    sampling_defaults: dict[str, float] = {}  # by vLLM's names; what holds where a request says nothing
     content: ContentFingerprint
     layout: LayoutFingerprint
 
@@ -136,6 +139,8 @@ class OpenLoad(Message, tag="open_load", frozen=True):
     block_hashes: list[bytes]
     prompt_tokens: int
     tail_hash: bytes
+    # It came beside prefill's request: "wait" until the first page has landed, and the answer then comes by itself.
+    early: bool = False
 
 
 class LetGo(Message, tag="let_go", frozen=True):
@@ -150,8 +155,8 @@ class LetGo(Message, tag="let_go", frozen=True):
     ok: bool
     reason: str = ""
     pages: Count = 0  # pages copied and verified
-    exposed_ns: int = 0  # load: from the scheduler's ask to the last page verified
     done_ns: int = 0
+    spoilt: list[int] = []  # load: which of the places told held a page with a wrong checksum or digest
 
 
 class Renew(Message, tag="renew", frozen=True):
@@ -276,7 +281,6 @@ class Landed(Message, tag="landed", frozen=True):
 
 class EngineLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     engine_id: str
-    running: int = 0
     waiting: int = 0
 
 
@@ -301,7 +305,6 @@ class HandoffFailed(Message, tag="handoff_failed", frozen=True):
 class Welcome(Message, tag="welcome", frozen=True):
     """The router's answer to Announce: proof for the daemon that somebody listens."""
 
-    router_id: str
     warnings: list[str] = []
 
 

@@ -52,8 +52,19 @@ class TorchPeer:
         parameters = {"do_remote_decode": True, "pdx_handle": handle}
         return self.engine.add(Request(name, tokens, parameters))
 
-    def load(self, name: str, tokens: list[int], handle: str, *, max_tokens: int = 5) -> Request:
-        parameters = {"do_remote_prefill": True, "pdx_handle": handle}
+    def load(
+        self,
+        name: str,
+        tokens: list[int],
+        handle: str,
+        *,
+        max_tokens: int = 5,
+        covered: int | None = None,
+        early: bool = False,
+    ) -> Request:
+        """`covered`: how many of the tokens the handoff carries. `early`: prefill has not answered yet."""
+        parameters = {"do_remote_prefill": True, "pdx_handle": handle, "pdx_early": early}
+        parameters["pdx_tokens"] = len(tokens) if covered is None else covered
         return self.engine.add(Request(name, tokens, parameters, max_tokens=max_tokens))
 
     def close(self) -> None:

@@ -17,8 +17,10 @@ LAYOUT = LayoutFingerprint(
 PAGES = PageLayout(layers=30, page_bytes=98304, chunk_blocks=2)
 PLACE = Place(slot_offset=4096, slot_blocks=2, position=1, header_offset=1280, generation=7)
 ENGINE = wire.EngineInfo(
-    engine_id="prefill-0", role="prefill", model="smol", url="http://127.0.0.1:8101", content=CONTENT, layout=LAYOUT
-)
+    engine_id="prefill-0", role="prefill", model="smol", url="http://127.0.0.1:8101", reasoning_parser="deepseek_r1",
+    context_tokens=8192, sampling_defaults={"temperature": 0.6},
+    content=CONTENT, layout=LAYOUT,
+)  # fmt: skip
 DAEMON = wire.DaemonRef(daemon_id="d0", incarnation=99, control="tcp://127.0.0.1:7000", lanes=["tcp://127.0.0.1:7001"])
 PEER = {"handoff_id": ID, "attempt": 1, "lease_epoch": 5, "incarnation": 99}
 
@@ -33,8 +35,10 @@ SAMPLES: list[wire.Message] = [
     wire.Filled(
         step=9, step_started_ns=1, layer=2, filled_ns=3, entries=[wire.FilledEntry(handoff_id=ID, blocks=[0, 1])]
     ),
-    wire.OpenLoad(request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32),
-    wire.LetGo(handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, exposed_ns=5, done_ns=6),
+    wire.OpenLoad(
+        request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32, early=True
+    ),
+    wire.LetGo(handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, done_ns=6, spoilt=[2]),
     wire.Renew(handoff_ids=[ID], running=1, waiting=2),
     wire.SendOpened(request_id="r", handoff_id=ID, places=[PLACE, None]),
     wire.SendEnded(request_id="r", handoff_id=ID, reason="budget"),
@@ -56,11 +60,11 @@ SAMPLES: list[wire.Message] = [
         handoff_id=ID, attempt=1, lease_epoch=5, layer=2, blocks=[0, 1], checksums=bytes(16), digests=bytes(64)
     ),
     wire.Announce(
-        daemon=DAEMON, engines=[ENGINE], loads=[wire.EngineLoad(engine_id="prefill-0", running=1, waiting=2)],
+        daemon=DAEMON, engines=[ENGINE], loads=[wire.EngineLoad(engine_id="prefill-0", waiting=2)],
         reservations_waiting=1, leaving=False,
     ),
     wire.HandoffFailed(handoff_id=ID, attempt=1, reason="nothing landed for 15 s"),
-    wire.Welcome(router_id="r0", warnings=["no decode engine"]),
+    wire.Welcome(warnings=["no decode engine"]),
     wire.CancelHandoff(handoff_id=ID, attempt=1, reason="client left"),
     wire.Ask(verb="trace", handoff_id=ID),
     wire.Answer(body={"a": 1}, error=""),

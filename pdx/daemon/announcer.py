@@ -132,7 +132,7 @@ class Announcer:
     def _send(
         self, socket: zmq.Socket[bytes], engines: list[Engine], reservations_waiting: int, *, leaving: bool
     ) -> None:
-        loads = [EngineLoad(engine_id=e.info.engine_id, running=e.running, waiting=e.waiting) for e in engines]
+        loads = [EngineLoad(engine_id=e.info.engine_id, waiting=e.waiting) for e in engines]
         message = Announce(
             daemon=self._me,
             engines=[engine.info for engine in engines],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pdx.buffer.lease import Lease
+from pdx.buffer.lease import Lease, LeaseState
 from pdx.daemon.ports import Desk, HandoffKey
+from pdx.layout import Place
 from pdx.wire import LetGo
 
 
@@ -20,6 +21,8 @@ class Hold:
     engine_id: str
     lease: Lease
     key: HandoffKey | None = None
+    places: Sequence[Place] = ()  # of a load: as the engine was told
+    asked_at: float | None = None  # once its right is gone: when the engine was last asked to let go
 
 
 class Holds:
@@ -63,6 +66,22 @@ class Holds:
         for hold, _ in done:
             self.remove(hold)
         return done
+
+    def unanswered(self, now: float) -> list[Hold]:
+        """Holds without a right whose engine has not let go for a whole lease since it was asked: ask it (again).
+
+        Its answer, or our question, was lost: ZeroMQ drops what a stopped engine does not read.
+        """
+        silent = []
+        for hold in self._holds.values():
+            if hold.lease.state is not LeaseState.QUARANTINED or hold in self._letting_go:
+                continue
+            if hold.asked_at is None:  # whoever ended the right has asked just now
+                hold.asked_at = now
+            elif now - hold.asked_at >= self._desk.ports.lease_s:
+                hold.asked_at = now
+                silent.append(hold)
+        return silent
 
     def remove(self, hold: Hold) -> None:
         """Off the books, at once for the hold of an engine that is gone: no fence to wait for."""

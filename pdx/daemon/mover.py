@@ -12,6 +12,7 @@ from pdx.buffer.lease import Lease
 from pdx.buffer.store import Store
 from pdx.daemon.holds import Hold, Holds
 from pdx.daemon.ports import Desk, Ports
+from pdx.daemon.questions import Questions
 from pdx.daemon.receiving import Incoming, ReceivingHalves
 from pdx.daemon.sending import Outgoing, SendingHalves
 from pdx.daemon.sessions import Engine
@@ -41,6 +42,7 @@ class Mover:
         self._desk = Desk(store, ports)
         self._holds = Holds(self._desk)
         self._receiving = ReceivingHalves(self._desk, self._holds)
+        self._questions = Questions(self._desk, self._holds, self._receiving)
         self._sending = SendingHalves(self._desk, self._holds, self._land_here)
         self._waiting: deque[Outgoing | Incoming] = deque()
 
@@ -56,7 +58,7 @@ class Mover:
         self._sending.filled(engine_id, message, now)
 
     def open_load(self, engine: Engine, message: OpenLoad, now: float) -> None:
-        self._receiving.open_load(engine, message, now)
+        self._questions.ask(engine, message, now)
 
     def let_go(self, engine_id: str, message: LetGo, now: float) -> None:
         """The engine is done with a handoff's slots once its fence has passed. Only the holder can say so."""
@@ -66,7 +68,10 @@ class Mover:
                 self._holds.let_go(hold, message)
                 self._end_passed(now)
             return
-        record = self._sending.waiting_for_room(message.handoff_id, engine_id) if message.side == "send" else None
+        if message.side == "load":
+            self._questions.withdrawn(engine_id, message, now)
+            return
+        record = self._sending.waiting_for_room(message.handoff_id, engine_id)
         if record is not None:
             reason = f"prefill engine: {message.reason}"
             self._sending.act(record, record.sender.fail(reason, tell_peer=False), now)
@@ -80,6 +85,7 @@ class Mover:
         for record in list(self._sending.records.values()):
             if record.engine.info.engine_id == engine_id:
                 self._sending.act(record, record.sender.fail("prefill engine died", tell_peer=True), now)
+        self._questions.forget(engine_id)
         for incoming in list(self._receiving.records.values()):
             if incoming.receiver.handle.decode_engine == engine_id:
                 self._receiving.act(incoming, incoming.receiver.fail("decode engine died", tell_peer=True), now)
@@ -152,8 +158,11 @@ class Mover:
         for record in list(self._sending.records.values()):
             self._sending.act(record, record.sender.tick(now=now), now)
         self._receiving.tick(now)
+        self._questions.tick(now)
         for lease in self._desk.store.expire(now):
             self._lease_expired(lease, now)
+        for hold in self._holds.unanswered(now):
+            self._ask_to_let_go(hold)
         self._end_passed(now)
         self._serve_waiting(now)
 
@@ -218,6 +227,8 @@ class Mover:
             counters["loads_ok" if message.ok else "loads_failed"] += 1
             if message.done_ns:
                 self._desk.ports.tracer.note(hold.handoff_id, "loaded", message.done_ns, pages=message.pages)
+            spoilt = [hold.places[n] for n in message.spoilt if 0 <= n < len(hold.places)]
+            counters["blocks_spoilt"] += self._desk.store.forget(hold.lease, spoilt)
         self._desk.end_lease(hold.lease)
         if hold.key is None:
             return

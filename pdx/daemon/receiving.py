@@ -1,4 +1,4 @@
-"""Drives the receiving halves and the decode engine's loads. The course of a half is decided in handoff.receiver."""
+"""Drives the receiving halves. The course of a half is decided in handoff.receiver; engines ask in `questions`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, Owner
-from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.holds import Holds
 from pdx.daemon.ports import Desk, HandoffKey, space_of
 from pdx.daemon.sending import Outgoing, checksum_of_checksums
-from pdx.daemon.sessions import Engine
 from pdx.errors import HandleError, Refused, WireError
 from pdx.handoff import actions as do
 from pdx.handoff.receiver import Receiver
-from pdx.handoff.states import Receiving
 from pdx.keys import layout_id, namespace_of
 from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, Place
 from pdx.transport.api import Span
@@ -26,16 +24,10 @@ from pdx.wire import (
     Fail,
     Grant,
     Landed,
-    LoadOpened,
-    OpenLoad,
     PeerMessage,
     Reserve,
     decoder_of,
 )
-
-# A decode request may overtake its RESERVE by the time a connection takes; an id unknown for longer is absent.
-UNKNOWN_HANDOFF_WAIT_S = 0.5
-FORGET_ASKED_S = 10.0
 
 _decode_notice = decoder_of(NOTICE)
 
@@ -69,7 +61,6 @@ class ReceivingHalves:
         self._holds = holds
         self.records: dict[HandoffKey, Incoming] = {}
         self._windows: dict[int, Incoming] = {}
-        self._first_asked: dict[bytes, float] = {}
         self._epochs = 0
 
     # --- from the sending daemon ---
@@ -182,31 +173,9 @@ class ReceivingHalves:
         if record is not None:
             self.act(record, record.receiver.window_closed(), now)
 
-    # --- from the decode engine ---
-
-    def open_load(self, engine: Engine, message: OpenLoad, now: float) -> None:
-        """Answers what of the prompt is here, or will be; "wait" asks the engine to come again."""
-        try:
-            handle = self._desk.verified(message.handle, daemon="decode_daemon")
-            if handle.decode_engine != engine.info.engine_id:
-                raise HandleError(f"handle is for engine {handle.decode_engine!r}")
-        except HandleError as error:
-            self._desk.ports.counters["handles_refused"] += 1
-            self._answer(engine, message, b"", "absent", reason=f"handle refused: {error}")
-            return
-        key = (handle.handoff_id, handle.attempt)
-        record = self.records.get(key)
-        if record is None:
-            self._open_unknown(engine, message, key, now)
-        elif record.receiver.state is Receiving.WAITING:
-            self._answer(engine, message, handle.handoff_id, "wait", reason="the arena is full")
-        else:
-            self._open_known(engine, message, record, now)
-
     def tick(self, now: float) -> None:
         for record in list(self.records.values()):
             self.act(record, record.receiver.tick(now=now), now)
-        self._first_asked = {k: t for k, t in self._first_asked.items() if now - t < FORGET_ASKED_S}
 
     # --- carrying out actions ---
 
@@ -305,64 +274,6 @@ class ReceivingHalves:
         self._windows[window] = record
         return window
 
-    def _open_known(self, engine: Engine, message: OpenLoad, record: Incoming, now: float) -> None:
-        reserve, handoff_id = record.reserve, record.key[0]
-        same = message.block_hashes == reserve.block_hashes and message.tail_hash == reserve.tail_hash
-        common = record.receiver.blocks if same else _common(message.block_hashes, reserve.block_hashes)
-        sender_failed = record.paired is not None and record.paired.sender.reason != ""
-        if not common or record.claim is None or sender_failed or not record.receiver.engine_opened():
-            self._answer(engine, message, handoff_id, "absent", reason=record.receiver.reason or "another prompt")
-            return
-        engine_id = engine.info.engine_id
-        lease = self._desk.store.lease(
-            record.claim, Owner("session", engine_id), now=now, ttl_s=self._desk.ports.lease_s
-        )
-        self._holds.add(Hold(handoff_id, "load", engine_id, lease, record.key))
-        self._desk.trace(record.key, "open_load", places=common)
-        self._answer(engine, message, handoff_id, "granted", places=record.places[:common])
-
-    def _open_unknown(self, engine: Engine, message: OpenLoad, key: HandoffKey, now: float) -> None:
-        """No such handoff here: wait a moment for its RESERVE, then serve what the cache has of the prompt."""
-        handoff_id = key[0]
-        asked = self._first_asked.setdefault(handoff_id, now)
-        if key not in self._desk.tombstones and now - asked < UNKNOWN_HANDOFF_WAIT_S:
-            self._answer(engine, message, handoff_id, "wait", reason="not reserved yet")
-            return
-        if key not in self._desk.tombstones:
-            self._desk.bury(key, "never reserved")
-        reason = self._desk.tombstones[key] or "over"
-        if self._holds.get(handoff_id, "load") is not None:
-            self._answer(engine, message, handoff_id, "absent", reason=reason)
-            return
-        owner = Owner("session", engine.info.engine_id)
-        read = self._desk.store.read(
-            owner, space_of(engine), message.block_hashes, now=now, ttl_s=self._desk.ports.lease_s
-        )
-        if read is None:
-            self._answer(engine, message, handoff_id, "absent", reason=reason)
-            return
-        self._holds.add(Hold(handoff_id, "load", engine.info.engine_id, read.lease))
-        self._answer(engine, message, handoff_id, "granted", places=read.places)
-
-    def _answer(
-        self,
-        engine: Engine,
-        message: OpenLoad,
-        handoff_id: bytes,
-        status: str,
-        *,
-        places: Sequence[Place] = (),
-        reason: str = "",
-    ) -> None:
-        answer = LoadOpened(
-            request_id=message.request_id,
-            handoff_id=handoff_id,
-            status=status,  # type: ignore[arg-type]
-            places=list(places),
-            reason=reason,
-        )
-        self._desk.ports.to_engine(engine.info.engine_id, answer)
-
 
 def _fits(landed: Landed, record: Incoming) -> bool:
     return (
@@ -372,9 +283,3 @@ def _fits(landed: Landed, record: Incoming) -> bool:
         and len(landed.checksums) == len(landed.blocks) * CHECKSUM_BYTES
         and len(landed.digests) in (0, len(landed.blocks) * DIGEST_BYTES)
     )
-
-
-def _common(ours: Sequence[bytes], theirs: Sequence[bytes]) -> int:
-    """How many leading hashes agree."""
-    pairs = zip(ours, theirs, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

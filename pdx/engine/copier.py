@@ -4,7 +4,8 @@ Owns no state but its layout: caches and arena are given with each call, so that
 mapped. A page is bytes here; what they mean is the engine's business.
 
 Checksums and digests are always taken of the *engine's* page: before it leaves, and after it has arrived. So they
-cover both copies, the wire between them, and a slot that changed hands in the middle.
+cover both copies, the wire between them, and a slot that changed hands in the middle. Each is taken while its page is
+in the core's own cache, where it costs a tenth of the copy; so pages go one by one, whatever lies side by side.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Sequence
 import blake3
 import numpy as np
 import numpy.typing as npt
-import xxhash
+from xxhash import xxh3_64_intdigest
 
 from pdx.buffer.headers import Headers
-from pdx.layout import PageLayout, Place
+from pdx.layout import CHECKSUM_BYTES, HEADER_FIXED_BYTES, PageLayout, Place
 
 Pages = npt.NDArray[np.uint8]  # (blocks, page bytes) of one layer; each row contiguous
 
@@ -31,6 +32,19 @@ class Fault(enum.Enum):
     DIGEST = "digest"
 
 
+class Rows:
+    """One layer of an engine's KV cache as flat memory: block n starts at n * stride_bytes.
+
+    Slices of a memoryview cost a third of what numpy's rows do, and copy at the same speed.
+    """
+
+    def __init__(self, pages: Pages) -> None:
+        blocks, page_bytes = pages.shape
+        self.stride_bytes = pages.strides[0]
+        span_bytes = (blocks - 1) * self.stride_bytes + page_bytes
+        self.memory = np.lib.stride_tricks.as_strided(pages, (span_bytes,), (1,)).data
+
+
 class Copier:
     """Gathers and scatters pages of one layout. Call it from the thread that runs the model."""
 
@@ -38,33 +52,43 @@ class Copier:
         self.layout = layout
         self.digest_mode = digest_mode
 
-    def gather(
-        self, pages: Pages, block_ids: Sequence[int], arena: Headers, places: Sequence[Place], layer: int
-    ) -> None:
+    def gather(self, rows: Rows, block_ids: Sequence[int], arena: Headers, places: Sequence[Place], layer: int) -> None:
         """Copies engine blocks into their slots, then writes checksums, then raises watermarks."""
-        slots = np.frombuffer(arena.memory, dtype=np.uint8)
+        memory, stride_bytes, page_bytes = rows.memory, rows.stride_bytes, self.layout.page_bytes
+        slots, longs = arena.memory, arena.memory.cast("Q")
+        checksum_bytes = HEADER_FIXED_BYTES + layer * CHECKSUM_BYTES
         for block_id, place in zip(block_ids, places, strict=True):
-            page = pages[block_id]
-            start = place.page_offset(self.layout, layer)
-            slots[start : start + self.layout.page_bytes] = page
-            arena.set_checksum(place, layer, xxhash.xxh3_64_intdigest(page.data))
+            start = block_id * stride_bytes
+            page = memory[start : start + page_bytes]
+            target = place.slot_offset + (layer * place.slot_blocks + place.position) * page_bytes
+            slots[target : target + page_bytes] = page
+            longs[(place.header_offset + checksum_bytes) >> 3] = xxh3_64_intdigest(page)
             if self.digest_mode:
-                arena.set_digest(place, self.layout, layer, blake3.blake3(page.data).digest())
+                arena.set_digest(place, self.layout, layer, blake3.blake3(page).digest())
             self._raise_watermark(arena, place)
 
     def scatter(
-        self, pages: Pages, block_ids: Sequence[int], arena: Headers, places: Sequence[Place], layer: int
+        self, rows: Rows, block_ids: Sequence[int], arena: Headers, places: Sequence[Place], layer: int
     ) -> list[tuple[int, Fault]]:
         """Copies slots into engine blocks and verifies each copy. Returns (position in `places`, fault) of bad ones."""
-        slots = np.frombuffer(arena.memory, dtype=np.uint8)
+        memory, stride_bytes, page_bytes = rows.memory, rows.stride_bytes, self.layout.page_bytes
+        slots, words, longs = arena.memory, arena.memory.cast("I"), arena.memory.cast("Q")
+        checksum_bytes = HEADER_FIXED_BYTES + layer * CHECKSUM_BYTES
         faults = []
         for position, (block_id, place) in enumerate(zip(block_ids, places, strict=True)):
-            page = pages[block_id]
-            start = place.page_offset(self.layout, layer)
-            page[:] = slots[start : start + self.layout.page_bytes]
-            fault = self._fault(page, arena, place, layer)
-            if fault is not None:
-                faults.append((position, fault))
+            start, header = block_id * stride_bytes, place.header_offset
+            page = memory[start : start + page_bytes]
+            source = place.slot_offset + (layer * place.slot_blocks + place.position) * page_bytes
+            page[:] = slots[source : source + page_bytes]
+            expected = longs[(header + checksum_bytes) >> 3]
+            digest = arena.digest(place, self.layout, layer) if self.digest_mode else b""
+            # Read last: if it is still ours now, so were the bytes and the checksum read before.
+            if words[header >> 2] != place.generation:
+                faults.append((position, Fault.GENERATION))
+            elif xxh3_64_intdigest(page) != expected:
+                faults.append((position, Fault.CHECKSUM))
+            elif self.digest_mode and blake3.blake3(page).digest() != digest:
+                faults.append((position, Fault.DIGEST))
         return faults
 
     def _raise_watermark(self, arena: Headers, place: Place) -> None:
@@ -74,15 +98,3 @@ class Copier:
             after += 1
         if after > before:
             arena.set_watermark(place.header_offset, after)
-
-    def _fault(self, page: Pages, arena: Headers, place: Place, layer: int) -> Fault | None:
-        expected = arena.checksum(place, layer)
-        digest = arena.digest(place, self.layout, layer) if self.digest_mode else b""
-        # Read last: if it is still ours now, so were the bytes and the checksum read before.
-        if arena.generation(place.header_offset) != place.generation:
-            return Fault.GENERATION
-        if xxhash.xxh3_64_intdigest(page.data) != expected:
-            return Fault.CHECKSUM
-        if self.digest_mode and blake3.blake3(page.data).digest() != digest:
-            return Fault.DIGEST
-        return None

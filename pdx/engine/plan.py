@@ -7,8 +7,7 @@ token is computed; the tail, a prompt's last, unfull block, once the prompt's la
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pdx.errors import Refused
 from pdx.layout import CONTROL_BYTES, PageLayout, Place, blocks_for
@@ -67,23 +66,20 @@ class LoadPlan:
         self._done = [0] * len(places)  # leading layers scattered and verified
         self.pages_done = 0
 
-    def due(self, watermark: Callable[[Place], int], *, pages_max: int) -> list[tuple[int, list[int]]]:
-        """(layer, positions in `places`) that have landed and are not done, lowest layer first, `pages_max` at most.
+    def batches(self, watermark: Callable[[Place], int], *, pages_max: int) -> Iterator[tuple[int, list[int]]]:
+        """(layer, positions in `places`) of pages that have landed and are not done, lowest layer first.
 
-        Report each entry with `done`, in this order.
+        `pages_max` is for each. Report each with `done` before taking the next; stop when you like.
         """
-        landed: dict[int, list[int]] = defaultdict(list)
-        for position, done in enumerate(self._done):
-            if done < self._layers:
-                for layer in range(done, min(watermark(self.places[position]), self._layers)):
-                    landed[layer].append(position)
-        due = []
-        for layer in sorted(landed):
-            if pages_max <= 0:
-                break
-            due.append((layer, landed[layer][:pages_max]))
-            pages_max -= len(landed[layer])
-        return due
+        landed = {
+            position: min(watermark(self.places[position]), self._layers)
+            for position, done in enumerate(self._done)
+            if done < self._layers
+        }
+        for layer in range(min(self._done), max(landed.values(), default=0)):
+            due = [position for position, layers in landed.items() if self._done[position] == layer < layers]
+            for start in range(0, len(due), pages_max):
+                yield layer, due[start : start + pages_max]
 
     def done(self, layer: int, positions: Sequence[int]) -> None:
         """These pages are in the engine's cache and verified."""

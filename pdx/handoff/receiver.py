@@ -40,6 +40,7 @@ class Receiver:
         self._incarnation = incarnation
         self._whole = (1 << layers) - 1
         self._landed: dict[int, int] = {}  # wanted block -> bitmap of layers
+        self.begun = False  # the first page is here, or none is to come
         self._commit: Commit | None = None
         self._checking = False
         self._window_open = False
@@ -53,6 +54,7 @@ class Receiver:
         """One claim for all blocks stands; `wanted` are to come. Not `windowed`: the sender fills our slots itself."""
         self.state = after(RECEIVING, self.state, "claimed")
         self._landed = {block: 0 for block in wanted}
+        self.begun = not self._landed
         self._window_open = windowed
         self._progress_at = now
         return [ToPeer(grant)]
@@ -78,6 +80,7 @@ class Receiver:
         for block in blocks:
             if block not in self._landed:
                 continue
+            self.begun = True
             bits = self._landed[block] = self._landed[block] | 1 << layer
             watermarks.append((block, (~bits & (bits + 1)).bit_length() - 1))
         return watermarks

@@ -212,6 +212,18 @@ def test_a_silent_prefill_engine_loses_its_lease_but_not_the_quarantine(tmp_path
         daemon.wait_unleased()
 
 
+def test_an_engine_that_does_not_let_go_is_asked_again(tmp_path: Path) -> None:
+    """Its answer, or the question, may have been lost."""
+    with fleet_in(tmp_path) as fleet:
+        daemon = fleet.daemon(lease_s="0.3")
+        prefill, decode = fleet.engine(daemon, "P"), fleet.engine(daemon, "D")
+        opened = prefill.open_send(prompt_of(64), fleet.handle(prefill, decode))
+        for _ in range(4):  # at the lease's end both the lease and the handoff say so
+            assert prefill.expect(SendEnded).handoff_id == opened.handoff_id
+        prefill.let_go(opened.handoff_id, "send", ok=False)
+        daemon.wait_unleased()
+
+
 def test_a_fence_that_has_not_passed_keeps_the_slots(tmp_path: Path) -> None:
     with fleet_in(tmp_path) as fleet:
         daemon = fleet.daemon()

@@ -65,6 +65,7 @@ class MemoryDaemon:
         self.received: list[Message] = []
         self.let_go: list[LetGo] = []
         self.load_status: str | None = None  # answer this instead of looking
+        self._early: list[tuple[MemoryClient, OpenLoad]] = []  # questions that wait for their first page
         self.hold_back = False  # answers stay in the queue
         self.alive = True
 
@@ -94,6 +95,13 @@ class MemoryDaemon:
     def die(self) -> None:
         self.alive = False
 
+    def give_up(self) -> None:
+        """Every early question is answered: nothing will come."""
+        early, self._early = self._early, []
+        for asker, question in early:
+            handoff_id = verify(question.handle, KEY, now_unix_s=1e9).handoff_id
+            asker.deliver(LoadOpened(request_id=question.request_id, handoff_id=handoff_id, status="absent"))
+
     def end_load(self, client: MemoryClient, handoff_id: bytes, reason: str) -> None:
         client.deliver(LoadEnded(handoff_id=handoff_id, reason=reason))
 
@@ -108,6 +116,9 @@ class MemoryDaemon:
                     for block in entry.blocks:
                         assert message.layer not in filled.setdefault(block, set()), "a page was sent twice"
                         filled[block].add(message.layer)
+                early, self._early = self._early, []
+                for asker, question in early:
+                    self._open_load(asker, question, again=True)
             case OpenLoad():
                 self._open_load(client, message)
             case LetGo():
@@ -133,9 +144,14 @@ class MemoryDaemon:
         self.arena.reset(header, self.layout, self._generation)
         return Place(self._units + unit * self.layout.unit_bytes, 1, 0, header, self._generation)
 
-    def _open_load(self, client: MemoryClient, message: OpenLoad) -> None:
+    def _open_load(self, client: MemoryClient, message: OpenLoad, *, again: bool = False) -> None:
         handoff_id = verify(message.handle, KEY, now_unix_s=1e9).handoff_id
         handoff = self.handoffs.get(handoff_id)
+        if message.early and not (handoff and handoff.filled):
+            self._early.append((client, message))
+            if not again:
+                client.deliver(LoadOpened(request_id=message.request_id, handoff_id=handoff_id, status="wait"))
+            return
         status = self.load_status or ("granted" if handoff else "absent")
         places: list[Place] = []
         if status == "granted":

@@ -15,15 +15,15 @@ from torch_engine import BLOCK_TOKENS, LAYOUT, Request, Scheduled
 from pdx.engine.link import Link
 from pdx.engine.vllm.caches import Caches
 from pdx.engine.vllm.scheduler_side import SchedulerSide
-from pdx.engine.vllm.steps import Load, Save, Step
-from pdx.engine.vllm.worker_side import FORWARD_BYTES_MAX, WorkerSide
+from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
+from pdx.engine.vllm.worker_side import BATCH_BYTES, WorkerSide
 from pdx.layout import PageLayout, Place
 from pdx.wire import Filled, LetGo, LoadEnded, LoadOpened, OpenLoad, OpenSend, Renew, SendEnded, SendOpened
 
 HANDOFF = (1).to_bytes(16, "big")
 IDLE = Scheduled({}, {})
-# A step's budget is eight of these pages.
-LARGE = PageLayout(layers=5, page_bytes=FORWARD_BYTES_MAX // 8, chunk_blocks=1)
+# A batch is one of these pages.
+LARGE = PageLayout(layers=5, page_bytes=BATCH_BYTES, chunk_blocks=1)
 
 
 @pytest.fixture
@@ -84,6 +84,40 @@ def test_clients_may_send_any_parameters(daemon: MemoryDaemon, scheduler: Schedu
     assert scheduler.matched_tokens("r", 0) == (0, False)
     assert scheduler.finished("r") is None
     assert daemon.received == []
+
+
+@pytest.mark.parametrize(
+    "tokens", [0, -1, 11, True, "5", 5.0, None, [], 1 << 20_000], ids=lambda value: type(value).__name__
+)
+def test_a_handoff_covers_some_of_the_prompt_or_there_is_none(
+    daemon: MemoryDaemon, scheduler: SchedulerSide, tokens: Any
+) -> None:
+    request = load_request(daemon)
+    request.kv_transfer_params["pdx_tokens"] = tokens
+    scheduler.on_new_request(request)
+    assert scheduler.matched_tokens("l", 0) == (0, False)
+    assert daemon.received == []
+
+
+def test_what_the_handoff_covers_is_asked_for(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
+    for n, tokens in enumerate((1, 4, 9, 10)):
+        request = load_request(daemon)
+        request.kv_transfer_params["pdx_tokens"] = tokens
+        scheduler.on_new_request(request)
+        asked = daemon.received[n]
+        assert isinstance(asked, OpenLoad)
+        assert (asked.prompt_tokens, len(asked.block_hashes)) == (tokens, tokens // BLOCK_TOKENS)
+        assert bool(asked.tail_hash) == bool(tokens % BLOCK_TOKENS)
+
+
+def test_spoilt_blocks_are_named_along_the_prompt(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
+    """The engine has the first block itself, so the worker's first place is the prompt's second block."""
+    scheduler.on_new_request(send_request(daemon))
+    scheduler.on_new_request(load_request(daemon))
+    assert scheduler.matched_tokens("l", BLOCK_TOKENS) == (10 - BLOCK_TOKENS, True)
+    scheduler.allocated("l", [7, 8, 9], 10 - BLOCK_TOKENS)
+    scheduler.reported(Report(1, {"l": LoadResult(False, 0, 0, "differ", [1])}))
+    assert daemon.let_go[-1].spoilt == [2]
 
 
 def test_a_role_takes_only_its_own_requests(daemon: MemoryDaemon, clock: Clock) -> None:
@@ -200,23 +234,63 @@ def opened(daemon: MemoryDaemon, blocks: int) -> list[Place]:
     return daemon.handoffs[HANDOFF].places
 
 
-def test_loads_stay_within_the_byte_budget_of_a_step(clock: Clock) -> None:
-    daemon = MemoryDaemon(LARGE, blocks=4)
+class TickingClock(Clock):
+    """Every look at it takes a millisecond, so a batch does too."""
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def filled_worker(daemon: MemoryDaemon, clock: Clock) -> tuple[WorkerSide, list[Place]]:
+    """A worker that has saved four blocks, in its first step."""
     places = opened(daemon, 4)
-    worker = worker_of(daemon, LARGE, clock)
+    worker = worker_of(daemon, daemon.layout, clock)
     saves = [Save(HANDOFF, [(n, n, place) for n, place in enumerate(places)], last=True, pages=20)]
     worker.begin(Step(1, daemon.ref.incarnation, 16, saves=saves))
     worker.load()
     worker.end()
-    for number, total in ((2, 8), (3, 16), (4, 20)):
-        loads = [Load("r", places, [4, 5, 6, 7], 9.0)] if number == 2 else []
-        worker.begin(Step(number, daemon.ref.incarnation, 16, loads=loads))
+    return worker, places
+
+
+@pytest.mark.parametrize(("forward_s", "steps"), [(None, 1), (0.0, 20), (0.26, 4), (100.0, 1)])
+def test_a_load_takes_its_share_of_a_step_and_no_more(forward_s: float | None, steps: int) -> None:
+    daemon, clock = MemoryDaemon(LARGE, blocks=4), TickingClock()
+    worker, places = filled_worker(daemon, clock)
+    taken = 0
+    report = None
+    for number in range(2, 2 + steps):
+        assert report is None
+        loads = [Load("r", places, [4, 5, 6, 7], 999.0)] if number == 2 else []
+        worker.begin(Step(number, daemon.ref.incarnation, 16 * (forward_s is not None), loads=loads))
+        clock.now += forward_s or 0.0
         worker.load()
         worker.end()
+        now_taken = worker.take_counts().get("pages_verified", 0)
+        assert now_taken >= 1
+        taken += now_taken
         report = worker.take_ended()
-        assert (report is not None) == (total == 20)
     assert report is not None
-    assert (report.loads["r"].ok, report.loads["r"].pages) == (True, 20)
+    assert (report.loads["r"].ok, report.loads["r"].pages, taken) == (True, 20, 20)
+
+
+def test_what_has_landed_is_taken_before_a_load_that_gets_no_more_ends() -> None:
+    daemon, clock = MemoryDaemon(LARGE, blocks=4), Clock()
+    worker, places = filled_worker(daemon, clock)
+    daemon.arena.set_watermark(places[3].header_offset, 2)
+    loads = [Load("r", places, [4, 5, 6, 7], 9.0), Load("s", places, [0, 1, 2, 3], 9.0)]
+    report, number = None, 2
+    worker.begin(Step(2, daemon.ref.incarnation, 16, loads=loads))
+    while report is None or "r" not in report.loads:
+        worker.load()
+        worker.end()
+        report = worker.take_ended() or report
+        number += 1
+        assert number < 40
+        worker.begin(Step(number, daemon.ref.incarnation, 16, finishing=["r"], dropping=["s"]))
+    assert (report.loads["r"].ok, report.loads["r"].pages) == (False, 17)
+    assert number > 10, "over many steps, at their pace"
+    assert worker.take_invalid() == {0, 1, 2, 3, 7}, "the dropped load took nothing any more"
 
 
 def test_layers_without_a_hook_are_swept_and_hooks_may_fire_twice(daemon: MemoryDaemon, clock: Clock) -> None:

@@ -39,7 +39,10 @@ class Pair:
         self.received: dict[int, Request] = {}
 
     def ask(self, number: int, tokens: list[int]) -> Callable[[], None]:
-        """Gives the prompt to prefill; what is returned gives it to decode, as the router does a little later."""
+        """Gives the prompt to prefill; what is returned gives it to decode, as the router does at once or later.
+
+        Beside prefill two of three are asked for early; behind it every other one goes on from its first token.
+        """
         source, target = self.prefill.daemon_ref, self.decode.daemon_ref
         assert source is not None
         assert target is not None
@@ -51,7 +54,15 @@ class Pair:
         self.sent[number] = self.prefill.send(f"p{number}", tokens, text)
 
         def answer() -> None:
-            self.received[number] = self.decode.load(f"d{number}", tokens, text)
+            sent = self.sent[number]
+            if sent.status != "finished":
+                self.received[number] = self.decode.load(f"d{number}", tokens, text, early=number % 3 > 0)
+            elif number % 2:
+                self.received[number] = self.decode.load(
+                    f"d{number}", [*tokens, *sent.output], text, max_tokens=4, covered=len(tokens)
+                )
+            else:
+                self.received[number] = self.decode.load(f"d{number}", tokens, text)
 
         return answer
 
@@ -68,7 +79,7 @@ class Pair:
         self.step()
 
     def wrong(self, texts: dict[int, list[int]]) -> list[int]:
-        return [n for n, tokens in texts.items() if self.received[n].output != alone(tokens)]
+        return [n for n, tokens in texts.items() if self.received[n].tokens[len(tokens) :] != alone(tokens)]
 
     def close(self) -> None:
         self.prefill.close()
@@ -151,6 +162,40 @@ def test_decode_computes_nothing_but_the_last_token(pair: Pair) -> None:
     pair.settle()
     assert pair.wrong(texts) == []
     assert pair.decode.engine.forward_tokens == 5
+
+
+def test_a_spoilt_block_of_the_cache_is_computed_once_and_good_again(pair: Pair) -> None:
+    """The store's bytes rot; the hit is refused, the block leaves the index, and the next handoff brings it anew."""
+    texts = {n: list(range(37)) for n in (0, 2, 4)}
+
+    def serve(number: int) -> int:
+        """How many blocks did decode load and find wrong?"""
+        pair.decode.engine.forget_prefixes()
+        answer = pair.ask(number, texts[number])
+        while pair.prefill.engine.unfinished:
+            pair.step()
+        answer()
+        pair.settle()
+        assert pair.received[number].output == alone(texts[number])
+        pair.daemons["decode"].wait_unleased()
+        return pair.daemons["decode"].counter("blocks_spoilt")
+
+    assert serve(0) == 0
+    spoil_one_page(pair)
+    assert serve(2) == 1
+    assert serve(4) == 1
+    assert pair.daemons["decode"].counter("loads_failed") == 1
+
+
+def spoil_one_page(pair: Pair) -> None:
+    """Of those in decode's arena that decode's cache has too."""
+    worker = pair.decode.clients[1]
+    assert worker is not None
+    assert worker.arena is not None
+    everything = bytes(worker.arena.memory)
+    pages = (page.tobytes() for page in pair.decode.engine.pages().pages[1])
+    at = next(at for page in pages if any(page) and (at := everything.find(page)) >= 0)
+    worker.arena.memory[at + 7] ^= 1
 
 
 @pytest.mark.parametrize("victim", ["prefill", "decode"])

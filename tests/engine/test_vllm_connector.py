@@ -104,6 +104,52 @@ def test_a_handoff_between_two_schedulers(prefill: Engine, decode: Engine, count
     assert [(m.ok, m.pages) for m in ends] == [(True, blocks * LAYERS)]
 
 
+@pytest.mark.parametrize("count", [20, 31, 32, 64, 150])
+def test_decode_goes_on_behind_prefill_s_first_token(prefill: Engine, decode: Engine, count: int) -> None:
+    """With blocks of 32: the seed opens a block, lies in the tail, or makes the tail a full block."""
+    prefill.add("p", tokens_of(count), sending())
+    prefill.run()
+    request = decode.add("d", [*tokens_of(count), 7], loading() | {"pdx_tokens": count}, max_tokens=2)
+    assert decode.step().total_num_scheduled_tokens == 0
+    assert decode.holds(request, count)
+    assert [s.total_num_scheduled_tokens for s in decode.run()] == [1, 1, 0]
+    ends = [m for m in the_daemon().let_go if m.side == "load"]
+    assert [(m.ok, m.pages) for m in ends] == [(True, -(-count // BLOCK_TOKENS) * LAYERS)]
+    again = decode.add("again", [*tokens_of(count), 7, 7], {}, max_tokens=2)
+    decode.step()
+    assert decode.holds(again, count + 2), "blocks that were loaded in part are right in decode's own cache"
+    decode.run()
+
+
+def test_an_early_request_takes_no_blocks_before_the_first_page(prefill: Engine, decode: Engine) -> None:
+    request = decode.add("d", tokens_of(150), loading() | {"pdx_early": True}, max_tokens=2)
+    free = decode.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
+    for _ in range(3):
+        decode.step()
+    assert (request.status, free()) == (RequestStatus.WAITING, BLOCKS - 1)
+    prefill.add("p", tokens_of(150), sending())
+    prefill.step()
+    decode.step()
+    assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    prefill.run()
+    decode.step()
+    assert decode.holds(request, 150)
+    assert [s.total_num_scheduled_tokens for s in decode.run()] == [1, 1, 0]
+
+
+def test_an_early_request_keeps_leading_blocks_of_a_handoff_that_failed(prefill: Engine, decode: Engine) -> None:
+    request = decode.add("d", tokens_of(150), loading() | {"pdx_early": True}, max_tokens=1)
+    decode.step()
+    prefill.add("p", tokens_of(150), sending())
+    prefill.step()
+    decode.step()
+    assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    line = decode.scheduler.connector._scheduler_side._link.client()  # type: ignore[union-attr]
+    the_daemon().end_load(line, (1).to_bytes(16, "big"), "prefill died")
+    assert [s.total_num_scheduled_tokens for s in decode.run()] == [0, 64, 150 - 2 * 64, 0]
+    assert [m.pages for m in the_daemon().let_go if m.side == "load"] == [64 // BLOCK_TOKENS * LAYERS]
+
+
 def test_a_prefix_hit_on_prefill_is_sent_too(prefill: Engine, decode: Engine) -> None:
     prefill.add("warm", tokens_of(70), {})
     prefill.run()
@@ -274,6 +320,10 @@ def test_settings_are_typed_and_unknown_keys_refused(model_dir: Path) -> None:
         "prefill", "http://127.0.0.1:1", "e", 64,
     )  # fmt: skip
     assert settings.read(vllm_config(model_dir)).engine_id  # vLLM's own
+    assert settings.read(vllm_config(model_dir)).reasoning_parser == ""
+    thinking = vllm_config(model_dir)
+    thinking.structured_outputs_config.reasoning_parser = "deepseek_r1"
+    assert settings.read(thinking).reasoning_parser == "deepseek_r1"
     with pytest.raises(ConfigError, match="did you mean 'chunk_tokens'"):
         settings.read(vllm_config(model_dir, chunk_token=64))
     with pytest.raises(ConfigError):

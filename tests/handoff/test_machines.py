@@ -245,6 +245,15 @@ def test_no_page_is_awaited_twice_or_after_the_end() -> None:
     assert not receiver.awaits(0, [2])
 
 
+def test_a_handoff_has_begun_with_its_first_page_or_when_none_is_to_come() -> None:
+    receiver = make_receiver()
+    receiver.landed(0, [7], now=0.1)
+    assert not receiver.begun
+    receiver.landed(1, [2], now=0.1)
+    assert receiver.begun
+    assert make_receiver(wanted=()).begun
+
+
 def test_watermarks_count_leading_layers_only() -> None:
     receiver = make_receiver()
     assert receiver.landed(1, [0], now=0.1) == [(0, 0)]

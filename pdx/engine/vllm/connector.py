@@ -182,6 +182,9 @@ class PdxConnector(KVConnectorBase_V1):
             role=chosen.role,
             model=description.content.model,
             url=chosen.url,
+            reasoning_parser=chosen.reasoning_parser,
+            context_tokens=chosen.context_tokens,
+            sampling_defaults=chosen.sampling_defaults,
             content=description.content,
             layout=description.layout,
         )

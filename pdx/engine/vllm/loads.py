@@ -4,14 +4,17 @@ Theory of operation. A request is in `_loads` from its OPEN_LOAD until it needs 
 that the daemon granted, `loading` that vLLM has allocated blocks and the worker fills them. Once loading, only the
 worker's report ends it, because only the worker knows that it touches neither slots nor blocks any more: aborts and
 LOAD_ENDED merely ask it to stop. Whatever fails, vLLM recomputes, and this request never comes back here.
+
+An *early* request came beside prefill's, not after its reply. Its answer may take as long as prefill's queue and comes
+by itself; until then vLLM has given it no blocks.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pdx.engine.link import Link
 from pdx.engine.plan import fits, promised_tokens
@@ -27,7 +30,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllm.pdx")
 
 ASK_AGAIN_S = 0.005  # an idle engine asks us every 1.5 ms; the daemon need not hear it each time
+EARLY_ASK_AGAIN_S = 1.0  # the answer comes by itself; this is for one that was lost
 TOTAL_S_MAX = 600.0  # a handle's budget, before anybody verified it, may not exceed this
+
+
+class Work(NamedTuple):
+    """`starting`: loads to begin. `finishing`: nothing more will land, take what has. `dropping`: end at once."""
+
+    starting: list[Load]
+    finishing: list[str]
+    dropping: list[str]
 
 
 @dataclass(eq=False)
@@ -35,9 +47,9 @@ class _Load:
     request_id: str
     prompt: Prompt
     deadline: float
-    asked_ns: int
     ask_again_at: float | None = None  # after a "wait"
     places: list[Place] | None = None
+    first: int = 0  # block of the prompt from which on we load; the engine has those before
     loading: bool = False
 
     @property
@@ -54,12 +66,12 @@ class Loads:
         self._block_tokens = block_tokens
         self._loads: dict[str, _Load] = {}
         self._starting: list[Load] = []
-        self._stopping: list[str] = []
+        self._finishing: list[str] = []
+        self._dropping: list[str] = []
 
-    def open(self, request: Request, prompt: Prompt, now: float, now_ns: int) -> None:
+    def open(self, request: Request, prompt: Prompt, now: float) -> None:
         """Asks the daemon. Without one the request is computed as if it had no handle."""
-        grant_s = min(prompt.handle.budgets.grant_s, GRANT_S_MAX)
-        load = _Load(request.request_id, prompt, now + grant_s + ANSWER_MARGIN_S, now_ns)
+        load = _Load(request.request_id, prompt, now + _patience_s(prompt))
         if self._ask(load):
             self._loads[load.request_id] = load
 
@@ -75,6 +87,10 @@ class Loads:
             load.ask_again_at = None
             self._ask(load)
         return True
+
+    def told_to_wait(self, request_id: str) -> bool:
+        load = self._loads.get(request_id)
+        return load is not None and load.ask_again_at is not None
 
     def promised(self, request_id: str, local_tokens: int) -> int:
         """Tokens that can be loaded beyond the `local_tokens` that the engine has itself. Repeatable."""
@@ -97,11 +113,11 @@ class Loads:
             return
         promised = self._promised(load)
         first, end = (promised - external_tokens) // self._block_tokens, blocks_for(promised, self._block_tokens)
+        load.first = first
         places, targets = load.places[first:end], block_ids[first:end]
         assert places
         assert len(places) == len(targets)
-        budget_s = min(load.prompt.handle.budgets.total_s, TOTAL_S_MAX)
-        self._starting.append(Load(request_id, places, targets, budget_s))
+        self._starting.append(Load(request_id, places, targets, _total_s(load.prompt)))
         load.loading = True
 
     def opened(self, message: LoadOpened, now: float) -> None:
@@ -110,7 +126,7 @@ class Loads:
             if message.status == "granted" and load is None:
                 self._let_go(message.handoff_id, fence=0, ok=False, reason="request is gone")
         elif message.status == "wait":
-            load.ask_again_at = now + ASK_AGAIN_S
+            load.ask_again_at = now + (EARLY_ASK_AGAIN_S if load.prompt.early else ASK_AGAIN_S)
         elif message.status == "absent":
             log.info("no KV for %s: %s", message.request_id, message.reason)
             del self._loads[message.request_id]
@@ -131,13 +147,20 @@ class Loads:
             self._let_go(message.handoff_id, fence=0, ok=False, reason="ended before")
             return
         log.warning("KV of %s stops coming: %s", load.request_id, message.reason)
-        self._stop(load, message.reason)
+        if load.loading:
+            self._finishing.append(load.request_id)
+        else:
+            self._end(load, ok=False, reason=message.reason)
 
     def finished(self, request_id: str) -> None:
         """The request is over, perhaps while its load is under way."""
         load = self._loads.get(request_id)
-        if load is not None:
-            self._stop(load, "request ended")
+        if load is None:
+            return
+        if load.loading:
+            self._dropping.append(request_id)
+        else:
+            self._end(load, ok=False, reason="request ended")
 
     def reported(self, report: Report) -> None:
         """The worker touches these loads' blocks and slots no more."""
@@ -153,14 +176,14 @@ class Loads:
                 ok=result.ok,
                 reason=result.reason,
                 pages=result.pages,
-                exposed_ns=result.done_ns - load.asked_ns,
                 done_ns=result.done_ns,
+                spoilt=[load.first + position for position in result.spoilt],
             )
 
-    def take_work(self) -> tuple[list[Load], list[str]]:
-        """For the worker's next step: loads to start, requests whose load stops."""
-        work = self._starting, self._stopping
-        self._starting, self._stopping = [], []
+    def take_work(self) -> Work:
+        """What the worker's next step is to do about loads."""
+        work = Work(self._starting, self._finishing, self._dropping)
+        self._starting, self._finishing, self._dropping = [], [], []
         return work
 
     def lost(self) -> None:
@@ -180,18 +203,13 @@ class Loads:
                 block_hashes=prompt.block_hashes,
                 prompt_tokens=prompt.tokens,
                 tail_hash=prompt.tail_hash,
+                early=prompt.early,
             )
         )
 
     def _promised(self, load: _Load) -> int:
         assert load.places is not None
         return promised_tokens(len(load.places), prompt_tokens=load.prompt.tokens, block_tokens=self._block_tokens)
-
-    def _stop(self, load: _Load, reason: str) -> None:
-        if load.loading:
-            self._stopping.append(load.request_id)
-        else:
-            self._end(load, ok=False, reason=reason)
 
     def _end(self, load: _Load, *, ok: bool, reason: str) -> None:
         del self._loads[load.request_id]
@@ -205,8 +223,8 @@ class Loads:
         ok: bool,
         reason: str,
         pages: int = 0,
-        exposed_ns: int = 0,
         done_ns: int = 0,
+        spoilt: Sequence[int] = (),
     ) -> None:
         self._link.send(
             LetGo(
@@ -216,7 +234,17 @@ class Loads:
                 ok=ok,
                 reason=reason,
                 pages=pages,
-                exposed_ns=exposed_ns,
                 done_ns=done_ns,
+                spoilt=list(spoilt),
             )
         )
+
+
+def _total_s(prompt: Prompt) -> float:
+    return min(prompt.handle.budgets.total_s, TOTAL_S_MAX)
+
+
+def _patience_s(prompt: Prompt) -> float:
+    """The daemon answers by itself within the handle's budgets; this is for one that does not."""
+    grant_s = min(prompt.handle.budgets.grant_s, GRANT_S_MAX)
+    return grant_s + (_total_s(prompt) if prompt.early else 0.0) + ANSWER_MARGIN_S

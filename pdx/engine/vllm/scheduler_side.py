@@ -48,6 +48,7 @@ class SchedulerSide:
         self._loads = Loads(link, layout=layout, block_tokens=block_tokens)
         self._step = 0
         self._wait_left_s = WAIT_A_STEP_S
+        self._heard_this_turn = False
         self._renew_at = 0.0
         self._waiting: set[str] = set()  # requests that have not been scheduled yet, for the router
         self._unasked: set[str] = set()  # requests whose first answer is still worth a wait
@@ -69,14 +70,16 @@ class SchedulerSide:
             log.warning("request %s is served without handoff: %s", request.request_id, error)
             return
         if loads:
-            self._loads.open(request, prompt, self._clock(), time.monotonic_ns())
+            self._loads.open(request, prompt, self._clock())
         else:
             self._sends.open(request, prompt, self._clock())
         self._unasked.add(request.request_id)
 
     def matched_tokens(self, request_id: str, local_tokens: int) -> tuple[int | None, bool]:
         """vLLM's question before each admission: (None, False) ask again, (0, False) compute, (n, True) load n."""
-        self._hear()
+        if not self._heard_this_turn:  # of all that wait, one listens: it costs some 7 us
+            self._heard_this_turn = True
+            self._hear()
         if self._undecided(request_id):
             if request_id in self._unasked:
                 self._wait_for_answer(request_id)
@@ -101,19 +104,21 @@ class SchedulerSide:
     def step(self, scheduled: SchedulerOutput) -> Step:
         """What the worker does in the step that vLLM has just scheduled."""
         self._hear()
+        self._heard_this_turn = False
         self._step += 1
         self._wait_left_s = WAIT_A_STEP_S
         self._waiting.difference_update(scheduled.num_scheduled_tokens)
         saves = self._sends.saves(self._step, scheduled)
-        loads, drops = self._loads.take_work()
+        work = self._loads.take_work()
         self._renew(running=len(scheduled.num_scheduled_tokens))
         return Step(
             number=self._step,
             incarnation=self._incarnation,
             tokens=scheduled.total_num_scheduled_tokens,
             saves=saves,
-            loads=loads,
-            drops=drops,
+            loads=work.starting,
+            finishing=work.finishing,
+            dropping=work.dropping,
         )
 
     def reported(self, report: Report) -> None:
@@ -125,10 +130,10 @@ class SchedulerSide:
     # --- the daemon -------------------------------------------------------------------------------------------
 
     def _wait_for_answer(self, request_id: str) -> None:
-        """Only once for each request: a "wait", or a full arena, may last for seconds."""
+        """Only once for each request, and only for the first answer: a "wait" may last for seconds."""
         self._unasked.discard(request_id)
         until = time.monotonic() + self._wait_left_s
-        while self._undecided(request_id) and self._wait_left_s > 0:
+        while self._undecided(request_id) and not self._loads.told_to_wait(request_id) and self._wait_left_s > 0:
             self._hear(self._wait_left_s)
             self._wait_left_s = until - time.monotonic()
 

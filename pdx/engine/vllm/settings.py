@@ -22,6 +22,9 @@ class EngineSettings:
     role: Role
     engine_id: str
     url: str  # the engine's HTTP server, for the router; empty: not to be routed to
+    reasoning_parser: str  # by its name; empty: none
+    context_tokens: int
+    sampling_defaults: dict[str, float]
 
 
 def read(vllm_config: VllmConfig) -> EngineSettings:
@@ -35,4 +38,14 @@ def read(vllm_config: VllmConfig) -> EngineSettings:
         raise ConfigError("kv_connector_extra_config: engine_id and url must be text")
     if transfer.kv_role not in _ROLES:
         raise ConfigError(f"kv_role must be one of {', '.join(_ROLES)}, not {transfer.kv_role!r}")
-    return EngineSettings(configuration.load(extra), _ROLES[transfer.kv_role], engine_id, url)
+    parser = vllm_config.structured_outputs_config.reasoning_parser or ""
+    model = vllm_config.model_config
+    return EngineSettings(
+        config=configuration.load(extra),
+        role=_ROLES[transfer.kv_role],
+        engine_id=engine_id,
+        url=url,
+        reasoning_parser=parser,
+        context_tokens=model.max_model_len,
+        sampling_defaults={k: float(v) for k, v in model.get_diff_sampling_param().items()},
+    )

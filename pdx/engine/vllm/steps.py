@@ -39,7 +39,8 @@ class Step:
     tokens: int  # scheduled in this step; 0: no forward pass
     saves: list[Save] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
-    drops: list[str] = field(default_factory=list)  # requests whose load ends now, as far as it got
+    finishing: list[str] = field(default_factory=list)  # requests whose load takes what has landed, then ends
+    dropping: list[str] = field(default_factory=list)  # requests whose load ends now, as far as it got
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class LoadResult:
     pages: int  # verified
     done_ns: int  # CLOCK_MONOTONIC, which the processes of a host share
     reason: str = ""
+    spoilt: list[int] = field(default_factory=list)  # which of the load's places held a wrong page
 
 
 @dataclass(frozen=True)

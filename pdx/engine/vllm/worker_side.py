@@ -15,19 +15,18 @@ from dataclasses import dataclass, field
 
 from pdx.buffer.headers import Headers
 from pdx.client import DaemonClient
-from pdx.engine.copier import Copier
+from pdx.engine.copier import Copier, Fault, Rows
 from pdx.engine.link import Link
 from pdx.engine.plan import LoadPlan
+from pdx.engine.vllm.budget import LoadBudget
 from pdx.engine.vllm.caches import Caches
 from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
 from pdx.errors import DaemonGone, Refused
-from pdx.layout import PageLayout
+from pdx.layout import PageLayout, Place
 from pdx.wire import Filled, FilledEntry, LetGo
 
-# Copied and verified per step at some 3 GB/s: 3 ms after a forward pass, during which the other requests wait.
-FORWARD_BYTES_MAX = 8 << 20
-# Without a forward pass nobody waits but new requests and aborts: 20 ms.
-IDLE_BYTES_MAX = 64 << 20
+# Copied and verified between two looks at the clock: some 30 us.
+BATCH_BYTES = 128 << 10
 
 
 @dataclass(eq=False)
@@ -49,6 +48,9 @@ class _Loading:
     plan: LoadPlan
     deadline: float
     incarnation: int
+    finishing: bool = False  # no more will land
+    dropped: bool = False
+    spoilt: list[int] = field(default_factory=list)
 
 
 class WorkerSide:
@@ -58,11 +60,12 @@ class WorkerSide:
         self, link: Link, caches: Caches, layout: PageLayout, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._link = link
-        self._caches = caches
+        self._rows = [Rows(pages) for pages in caches.pages]
+        self._layer_of = caches.layer_of
         self._layout = layout
+        self._batch_pages = max(1, BATCH_BYTES // layout.page_bytes)
         self._clock = clock
         self._loading: dict[str, _Loading] = {}
-        self._stopping: set[str] = set()
         self._ended: dict[str, LoadResult] = {}
         self._invalid: set[int] = set()
         self._counts: Counter[str] = Counter()
@@ -70,6 +73,7 @@ class WorkerSide:
         self._client: DaemonClient | None = None  # one for the whole step: no arena is unmapped in the middle of it
         self._copier = Copier(layout, digest_mode=False)
         self._saving = _Saving([], 0)
+        self._began_at = 0.0
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -81,40 +85,39 @@ class WorkerSide:
         self._saving = _Saving(step.saves if self._usable(step.incarnation) else [], time.monotonic_ns())
         for load in step.loads:
             self._take_load(load, step.incarnation)
-        self._stopping.update(step.drops)
+        for request_id in step.finishing:
+            if request_id in self._loading:
+                self._loading[request_id].finishing = True
+        for request_id in step.dropping:
+            if request_id in self._loading:
+                self._loading[request_id].dropped = True
+        self._began_at = self._clock()
 
     def save_layer(self, layer_name: str) -> None:
         """In the forward pass, after the attention of this layer: its KV of every request in the step is written."""
-        layer = self._caches.layer_of.get(layer_name)
-        if layer is not None:
+        layer = self._layer_of.get(layer_name)
+        if layer is not None and self._saving.saves:
             self._save(layer)
 
     def load(self) -> None:
-        """Scatters what has landed, within the step's budget of bytes. Oldest request first."""
+        """After the forward pass: scatters what has landed, within the step's budget. Oldest request first."""
         assert self._step is not None
-        budget_bytes = FORWARD_BYTES_MAX if self._step.tokens else IDLE_BYTES_MAX
-        pages_max = max(1, budget_bytes // self._layout.page_bytes)
+        if not self._loading:
+            return
+        forward_s = self._clock() - self._began_at if self._step.tokens else None
+        budget = LoadBudget(forward_s=forward_s, clock=self._clock)
         for request_id, loading in list(self._loading.items()):
-            done_before = loading.plan.pages_done
-            reason = self._advance(loading, pages_max)
-            pages_max -= loading.plan.pages_done - done_before
-            if loading.plan.complete:
-                reason = ""
-            elif not reason and request_id in self._stopping:
-                reason = "stopped"
-            elif not reason and self._clock() >= loading.deadline:
-                reason = "out of time"
-            elif not reason:
-                continue
-            self._end_load(request_id, loading.plan, reason)
-        self._stopping.clear()
+            reason = self._advance(loading, budget)
+            if reason or loading.plan.complete:
+                self._end_load(request_id, loading, reason)
 
     def end(self) -> None:
         """After the forward pass: saves layers that had no hook, publishes the fence, ends what is saved."""
         if self._step is None:
             return
-        for layer in range(self._layout.layers):
-            self._save(layer)
+        if self._saving.saves:
+            for layer in range(self._layout.layers):
+                self._save(layer)
         if self._client is not None and self._client.arena is not None:
             self._client.publish_fence(self._step.number)
         # On the connection that carried FILLED, and behind it.
@@ -151,12 +154,11 @@ class WorkerSide:
 
     def _save(self, layer: int) -> None:
         saving = self._saving
-        if not saving.saves or layer in saving.layers_done:
+        if layer in saving.layers_done:
             return
         assert self._step is not None
         saving.layers_done.add(layer)
-        pages = self._caches.pages[layer]
-        self._copier.gather(pages, saving.block_ids, self._arena, saving.places, layer)
+        self._copier.gather(self._rows[layer], saving.block_ids, self._arena, saving.places, layer)
         self._counts["pages_saved"] += len(saving.block_ids)
         self._counts["bytes_saved"] += len(saving.block_ids) * self._layout.page_bytes
         self._tell(
@@ -190,29 +192,51 @@ class WorkerSide:
             return
         self._loading[load.request_id] = _Loading(plan, self._clock() + load.budget_s, incarnation)
 
-    def _advance(self, loading: _Loading, pages_max: int) -> str:
-        """Scatters at most `pages_max` pages. Returns why this load cannot go on, or nothing."""
+    def _advance(self, loading: _Loading, budget: LoadBudget) -> str:
+        """Scatters pages until the budget is spent. Returns why this load cannot go on, or nothing."""
         if not self._usable(loading.incarnation):
             return "pdxd is gone"
+        if loading.dropped:
+            return "dropped"
         arena, plan = self._arena, loading.plan
-        for layer, positions in plan.due(lambda place: arena.watermark(place.header_offset), pages_max=pages_max):
-            block_ids = [plan.block_ids[n] for n in positions]
-            places = [plan.places[n] for n in positions]
-            faults = dict(self._copier.scatter(self._caches.pages[layer], block_ids, arena, places, layer))
-            good = [position for n, position in enumerate(positions) if n not in faults]
-            plan.done(layer, good)
-            self._counts["pages_verified"] += len(good)
-            self._counts["bytes_loaded"] += len(good) * self._layout.page_bytes
-            if faults:
-                for fault in faults.values():
-                    self._counts[f"{fault.value}_mismatches"] += 1
-                return f"{len(faults)} pages of layer {layer} differ in {next(iter(faults.values())).value}"
-        return ""
 
-    def _end_load(self, request_id: str, plan: LoadPlan, reason: str) -> None:
-        self._loading.pop(request_id, None)
+        def watermark(place: Place) -> int:
+            return arena.watermark(place.header_offset)
+
+        for layer, positions in plan.batches(watermark, pages_max=self._batch_pages):
+            if budget.spent:
+                break
+            faults = self._scatter(loading, layer, positions)
+            if faults:
+                return f"{len(faults)} pages of layer {layer} differ in {faults[0].value}"
+            budget.batch_done()
+        else:
+            if loading.finishing and not plan.complete:
+                return "the rest does not come"
+        return "" if plan.complete or self._clock() < loading.deadline else "out of time"
+
+    def _scatter(self, loading: _Loading, layer: int, positions: list[int]) -> list[Fault]:
+        plan = loading.plan
+        block_ids = [plan.block_ids[n] for n in positions]
+        places = [plan.places[n] for n in positions]
+        faults = dict(self._copier.scatter(self._rows[layer], block_ids, self._arena, places, layer))
+        good = [position for n, position in enumerate(positions) if n not in faults]
+        plan.done(layer, good)
+        self._counts["pages_verified"] += len(good)
+        self._counts["bytes_loaded"] += len(good) * self._layout.page_bytes
+        for n, fault in faults.items():
+            self._counts[f"{fault.value}_mismatches"] += 1
+            # A slot that changed hands says nothing of the block that it holds now.
+            if fault is not Fault.GENERATION:
+                loading.spoilt.append(positions[n])
+        return list(faults.values())
+
+    def _end_load(self, request_id: str, loading: _Loading, reason: str) -> None:
+        del self._loading[request_id]
+        plan = loading.plan
         self._invalid |= plan.unverified_block_ids
-        self._ended[request_id] = LoadResult(plan.complete, plan.pages_done, time.monotonic_ns(), reason)
+        now_ns = time.monotonic_ns()
+        self._ended[request_id] = LoadResult(plan.complete, plan.pages_done, now_ns, reason, loading.spoilt)
         self._counts["loads_ok" if plan.complete else "loads_failed"] += 1
 
     def _refuse_load(self, load: Load, reason: str) -> None:

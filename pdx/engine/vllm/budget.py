@@ -1,0 +1,24 @@
+"""How long the loads of one step may go on. Knows a clock and durations, nothing of pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# A load beside other requests' decoding is work that all of them wait for. They may lose 3 % of their pace to it; the
+# last 1 % is for what else a step with a load costs.
+FORWARD_SHARE = 0.02
+# Without a forward pass nobody waits but new requests and aborts: some 100 MB a step.
+IDLE_S = 0.020
+
+
+class LoadBudget:
+    """One step's. Spent after the first batch at the earliest, so that loads move on in every step."""
+
+    def __init__(self, *, forward_s: float | None, clock: Callable[[], float]) -> None:
+        """`forward_s`: how long this step's forward pass took; None: it had none."""
+        self._clock = clock
+        self._until = clock() + (IDLE_S if forward_s is None else min(FORWARD_SHARE * forward_s, IDLE_S))
+        self.spent = False
+
+    def batch_done(self) -> None:
+        self.spent = self._clock() >= self._until

@@ -1,0 +1,285 @@
+"""When a decode engine's question is answered, and how: one Mover without sockets, both engines on its host."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from pdx.buffer.headers import Headers
+from pdx.buffer.store import Store
+from pdx.daemon import questions
+from pdx.daemon.mover import Mover
+from pdx.daemon.ports import Ports
+from pdx.daemon.sessions import Engine
+from pdx.daemon.trace import Tracer
+from pdx.handoff.handle import TransferHandle, mint
+from pdx.keys import ContentFingerprint, LayoutFingerprint
+from pdx.layout import PageLayout
+from pdx.wire import (
+    Budgets,
+    DaemonRef,
+    EngineInfo,
+    Filled,
+    FilledEntry,
+    LetGo,
+    LoadOpened,
+    Message,
+    OpenLoad,
+    OpenSend,
+    PeerMessage,
+    SendEnded,
+    SendOpened,
+)
+
+KEY = b"k" * 32
+PAGES = PageLayout(layers=2, page_bytes=64, chunk_blocks=2)
+BUDGETS = Budgets(grant_s=3.0, slab_s=3.0, total_s=12.0, claim_s=1.0)
+HASHES = [b"one", b"two", b"three"]
+HERE = DaemonRef(daemon_id="here", incarnation=1, control="", lanes=[])
+
+
+class Host:
+    """A daemon without its loop: `tick` delivers what it sent itself, as the loop's next turn does."""
+
+    def __init__(self, extents: int = 2) -> None:
+        memory = memoryview(bytearray(4096 + extents * (64 << 10)))
+        self.store = Store(Headers(memory), extent_bytes=64 << 10, handoff_share=0.9, poison=True)  # type: ignore[arg-type]
+        self.now = 0.0
+        self.heard: dict[str, list[Message]] = {"P": [], "D": []}
+        self.counters: Counter[str] = Counter()
+        self._to_self: list[PeerMessage] = []
+        self.mover = Mover(
+            self.store,
+            Ports(
+                me=HERE, cluster_key=KEY, to_engine=lambda name, message: self.heard[name].append(message),
+                to_peer=lambda ref, message: self._to_self.append(message),  # type: ignore[arg-type]
+                to_routers=lambda message: None, engine=engine, fence_passed=lambda name, step: True, lanes={},
+                tracer=Tracer(), counters=self.counters, lease_s=30.0, digest_mode=False,
+            ),
+        )  # fmt: skip
+
+    def tick(self, after_s: float = 0.0) -> None:
+        self.now += after_s
+        while self._to_self:
+            self.mover.peer_message(self._to_self.pop(0), self.now)
+        self.mover.tick(self.now)
+        self.store.check_integrity()
+
+    def send(self, number: int = 0, hashes: list[bytes] = HASHES) -> None:
+        message = OpenSend(request_id="p", handle=handle(number), block_hashes=hashes, prompt_tokens=0, tail_hash=b"")
+        self.mover.open_send(engine("P"), message, self.now)
+        self.tick()
+
+    def fill(self, blocks: list[int], layers: range = range(PAGES.layers), number: int = 0) -> None:
+        for layer in layers:
+            entry = FilledEntry(handoff_id=name(number), blocks=blocks)
+            message = Filled(step=1, step_started_ns=0, layer=layer, filled_ns=0, entries=[entry])
+            self.mover.filled("P", message, self.now)
+            self.tick()
+
+    def prefill(self, number: int = 0) -> None:
+        """All of it, to the end."""
+        self.send(number)
+        self.fill([0, 1, 2], number=number)
+        self.mover.let_go("P", LetGo(handoff_id=name(number), side="send", fence=1, ok=True), self.now)
+        self.tick()
+
+    def ask(self, number: int = 0, *, early: bool = True, hashes: list[bytes] = HASHES) -> str:
+        """Returns the status of the answer."""
+        message = OpenLoad(
+            request_id="d", handle=handle(number), block_hashes=hashes, prompt_tokens=0, tail_hash=b"", early=early
+        )
+        self.mover.open_load(engine("D"), message, self.now)
+        (answer,) = self.answers()
+        return answer.status
+
+    def let_go(self, number: int = 0, **about: Any) -> None:
+        self.mover.let_go("D", LetGo(handoff_id=name(number), side="load", fence=0, **about), self.now)
+        self.tick()
+
+    def answers(self) -> list[LoadOpened]:
+        """What decode heard of its question since the last look."""
+        answers = [message for message in self.heard["D"] if isinstance(message, LoadOpened)]
+        self.heard["D"].clear()
+        return answers
+
+    def told(self) -> list[tuple[str, int]]:
+        return [(answer.status, len(answer.places)) for answer in self.answers()]
+
+
+def engine(name: str) -> Engine:
+    content = ContentFingerprint(
+        model="m", weights="w", weight_epoch=0, dtype="bf16", block_tokens=16, hash_algorithm="sha"
+    )
+    layout = LayoutFingerprint(
+        engine="e", attention="a", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=16, packing="L",
+        kv_groups=1, rank=0, world_size=1,
+    )  # fmt: skip
+    return Engine(EngineInfo(engine_id=name, role="both", model="m", content=content, layout=layout), pages=PAGES)
+
+
+def name(number: int) -> bytes:
+    return bytes([number]) * 16
+
+
+def handle(number: int) -> str:
+    return mint(
+        TransferHandle(
+            handoff_id=name(number), attempt=1, prefill_engine="P", decode_engine="D", prefill_daemon=HERE,
+            decode_daemon=HERE, budgets=BUDGETS, issued_unix_s=time.time(),
+        ), KEY,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+def test_an_early_question_is_answered_with_the_first_page(host: Host) -> None:
+    assert host.ask() == "wait"
+    host.tick(BUDGETS.grant_s - 0.1)
+    assert host.told() == []
+    host.send()
+    host.tick(0.2)
+    assert host.told() == [], "reserved, and no page yet"
+    host.fill([0], range(1))
+    assert host.told() == [("granted", 3)]
+    host.fill([0], range(1, 2))
+    host.fill([1, 2])
+    host.let_go(ok=True, pages=6)
+    assert host.told() == []
+
+
+def test_one_that_came_after_prefill_is_answered_before(host: Host) -> None:
+    assert host.ask(early=False) == "wait"
+    host.send()
+    assert host.told() == [], "it asks again"
+    assert host.ask(early=False) == "granted"
+
+
+def test_an_early_question_finds_pages_that_are_here(host: Host) -> None:
+    host.send()
+    host.fill([0, 1, 2])
+    assert host.ask() == "granted"
+
+
+def test_nothing_to_come_is_as_good_as_the_first_page(host: Host) -> None:
+    host.prefill()
+    assert host.ask() == "granted"
+    host.let_go(ok=True)
+    assert host.ask(1) == "wait"
+    host.send(1)
+    host.tick()
+    assert host.told() == [("granted", 3)], "every block was cached"
+
+
+def test_a_handoff_that_stays_unknown_is_absent_after_the_grant_budget(host: Host) -> None:
+    assert host.ask() == "wait"
+    host.tick(BUDGETS.grant_s - 0.1)
+    assert host.ask() == "wait", "to ask again does not start the wait again"
+    host.tick(0.2)
+    assert host.told() == [("absent", 0)]
+    assert host.ask(1, early=False) == "wait"
+    host.tick(questions.UNKNOWN_HANDOFF_WAIT_S + 0.1)
+    assert host.ask(1, early=False) == "absent"
+
+
+@pytest.mark.parametrize("reserved", [False, True])
+def test_the_router_s_cancel_answers_at_once(host: Host, reserved: bool) -> None:
+    assert host.ask() == "wait"
+    if reserved:
+        host.send()
+    host.mover.cancel(name(0), 1, "prefill failed", host.now)
+    host.tick()
+    assert host.told() == [("absent", 0)]
+    assert host.mover.describe() == []
+
+
+def test_prefill_s_failure_answers_at_once_with_what_the_cache_has(host: Host) -> None:
+    host.prefill()
+    assert host.ask() == "granted"
+    host.let_go(ok=True)
+    longer = [*HASHES, b"four"]
+    assert host.ask(1, hashes=longer) == "wait"
+    host.send(1, longer)
+    host.mover.let_go("P", LetGo(handoff_id=name(1), side="send", fence=1, ok=False, reason="aborted"), host.now)
+    host.tick()
+    assert host.told() == [("granted", 3)]
+
+
+def test_a_full_arena_is_waited_for(host: Host) -> None:
+    large = [bytes([n]) for n in range(20)]  # of 30
+    host.send(0, large)
+    assert isinstance(host.heard["P"][0], SendOpened)
+    other = [b"x" + part for part in large]
+    assert host.ask(1, hashes=other) == "wait"
+    host.send(1, other)
+    host.tick(BUDGETS.grant_s / 2)
+    assert host.told() == []
+    host.mover.cancel(name(0), 1, "over", host.now)
+    host.mover.let_go("P", LetGo(handoff_id=name(0), side="send", fence=1, ok=False), host.now)
+    host.tick()
+    assert host.told() == []
+    host.fill([0], number=1)
+    assert host.told() == [("granted", len(other))]
+
+
+def test_an_engine_that_waits_no_longer_ends_its_handoff(host: Host) -> None:
+    assert host.ask() == "wait"
+    host.send()
+    host.let_go(ok=False, reason="request ended")
+    assert isinstance(host.heard["P"][-1], SendEnded)
+    host.fill([0])
+    assert host.told() == []
+    host.mover.let_go("P", LetGo(handoff_id=name(0), side="send", fence=1, ok=False), host.now)
+    host.tick()
+    assert host.store.stats()["leases"] == {"live": 0, "quarantined": 0}
+    assert host.mover.describe() == []
+
+
+def test_a_dead_engine_is_not_answered(host: Host) -> None:
+    assert host.ask() == "wait"
+    host.mover.engine_failing("D", host.now)
+    host.prefill()
+    host.tick(BUDGETS.grant_s + 0.1)
+    assert host.told() == []
+    assert not any(host.store.stats()["leases"].values())
+
+
+def test_questions_are_kept_up_to_a_bound_and_asked_again_beyond(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(questions, "EARLY_MAX", 1)
+    assert [host.ask(0), host.ask(1)] == ["wait", "wait"]
+    host.prefill(1)
+    assert host.told() == []
+    assert host.ask(1) == "granted"
+
+
+@pytest.mark.parametrize("spoilt", [[1], [1, 1, 7, -1, 1 << 40]])
+def test_a_spoilt_block_is_found_no_more(host: Host, spoilt: list[int]) -> None:
+    host.prefill()
+    assert host.ask() == "granted"
+    host.let_go(ok=True)
+    host.mover.cancel(name(1), 1, "prefill failed", host.now)
+    assert host.ask(1) == "granted", "from the cache"
+    host.let_go(1, ok=False, reason="1 pages of layer 0 differ in checksum", pages=3, spoilt=spoilt)
+    assert host.counters["blocks_spoilt"] == 1
+    host.tick()
+    host.mover.cancel(name(2), 1, "prefill failed", host.now)
+    assert host.ask(2) == "granted"
+    host.let_go(2, ok=True)
+    host.send(3)
+    opened = host.heard["P"][-1]
+    assert isinstance(opened, SendOpened)
+    assert [place is None for place in opened.places] == [True, False, True], "filled anew"
+
+
+def test_a_slot_whose_last_block_was_spoilt_is_free(host: Host) -> None:
+    host.prefill()
+    assert host.ask() == "granted"
+    host.let_go(ok=False, spoilt=[0, 1, 2])
+    assert host.counters["blocks_spoilt"] == 3
+    assert host.store.stats()["used_bytes"] == 0
