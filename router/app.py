@@ -17,8 +17,9 @@ import msgspec
 from aiohttp import web
 
 from pdx.handoff.handle import HANDOFF_ID_BYTES
+from pdx.router.actions import Begin
 from pdx.router.conductor import Conductor, Outside
-from pdx.router.journey import Begin, Journey, Request, Settings
+from pdx.router.journey import Journey, Request, Settings
 from pdx.router.policy import Snapshot, choose_pair, serving
 from pdx.router.replies import error_body
 from pdx.router.servable import CHAT, COMPLETIONS, without_private
@@ -61,10 +62,10 @@ class Front:
 
     def snapshot(self) -> Snapshot:
         """The routable engines with this router's own load counted in."""
-        in_flight = self._outside.in_flight
+        flight, line = self._outside.in_flight, self._outside.in_line
         return tuple(
-            msgspec.structs.replace(candidate, in_flight=in_flight[candidate.engine_id])
-            for candidate in self._outside.directory.snapshot()
+            msgspec.structs.replace(seen, in_flight=flight[seen.engine_id], in_line=line[seen.engine_id])
+            for seen in self._outside.directory.snapshot()
         )
 
     # --- generation -------------------------------------------------------------------------------------------

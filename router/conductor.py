@@ -1,6 +1,7 @@
 """Plays journeys against real sockets: turns their actions into calls and what the calls say into events.
 
-One `Conductor` a request; it lives in the task that serves the client's connection. Decides nothing: see `journey`.
+One `Conductor` a request; it lives in the task that serves the client's connection, with at most one task more for each
+of the two engines. Only one of them writes to the client at any time. Decides nothing: see `journey`.
 """
 
 from __future__ import annotations
@@ -8,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter as Tally
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, contextmanager
 from typing import Any
 
 from aiohttp import web
 
-from pdx.router.directory import Directory
-from pdx.router.journey import (
+from pdx.router.actions import (
     Action,
     Answer,
     Begin,
@@ -25,25 +25,32 @@ from pdx.router.journey import (
     CloseStream,
     DeadlinePassed,
     DecodeAnswered,
+    DecodeFailed,
+    DropPrefill,
     EndHandoff,
     Event,
     HandoffBroke,
-    Journey,
     PassOn,
     PrefillAnswered,
+    PrefillFailed,
+    ShowCached,
     StreamFinished,
-    UpstreamFailed,
+    Write,
 )
+from pdx.router.directory import Directory
+from pdx.router.journey import Journey
 from pdx.router.metrics import Metrics
 from pdx.router.pending import Pending
-from pdx.router.policy import Candidate
+from pdx.router.policy import Candidate, Side
 from pdx.router.registry import Registry
 from pdx.router.upstream import Reply, Upstream, UpstreamError
-from pdx.router.usage import EventStream, with_cached_tokens
+from pdx.router.usage import EventStream
 
 # Writing the last bytes to a client that no longer reads must end too.
 CLOSE_S = 5.0
 CLIENT_GONE_CODE = 499  # never sent: how the metrics show clients that left
+STREAM_TYPE = "text/event-stream; charset=utf-8"  # as vLLM says it
+SIDES: tuple[Side, Side] = ("prefill", "decode")  # prefill is heard first: it knows what decode's stream is to show
 
 
 class Outside:
@@ -58,16 +65,13 @@ class Outside:
         self.metrics = metrics
         self.pending = pending
         self.in_flight: Tally[str] = Tally()  # engine id -> calls under way
+        self.in_line: Tally[str] = Tally()  # engine id -> those of them from which nothing has come yet
 
-    @contextmanager
-    def counted(self, engine: Candidate) -> Iterator[None]:
-        self.in_flight[engine.engine_id] += 1
-        try:
-            yield
-        finally:
-            self.in_flight[engine.engine_id] -= 1
-            if not self.in_flight[engine.engine_id]:
-                del self.in_flight[engine.engine_id]
+    def in_flight_at(self, engine: Candidate) -> AbstractContextManager[None]:
+        return _counted(self.in_flight, engine.engine_id)
+
+    def in_line_at(self, engine: Candidate) -> AbstractContextManager[None]:
+        return _counted(self.in_line, engine.engine_id)
 
 
 class Conductor:
@@ -82,7 +86,8 @@ class Conductor:
         self._model = model
         self._headers = headers  # for the engines
         self._started_at = time.monotonic()
-        self._call = AsyncExitStack()  # the upstream call under way
+        self._calls: dict[Side, asyncio.Task[Event]] = {}
+        self._decode_call = AsyncExitStack()  # decode's connection, open as long as its stream
         self._chunks: AsyncIterator[bytes] | None = None
         self._events = EventStream(None)
         self._content_type = "application/json"
@@ -95,7 +100,7 @@ class Conductor:
                 async with asyncio.timeout(timeout_s):
                     await self._run(begin)
             except TimeoutError:
-                await self._call.aclose()
+                await self._drop_all()
                 if self._journey.state == "ended":
                     raise  # all is said, but the client does not take it
                 async with asyncio.timeout(CLOSE_S):
@@ -105,45 +110,87 @@ class Conductor:
             if self._client.transport is not None:
                 self._client.transport.abort()
         finally:
-            await self._call.aclose()
+            await self._drop_all()
             if self._journey.state not in ("choosing", "ended"):
                 for action in self._journey.on(ClientGone()):
-                    self._end_handoff(action)
+                    if isinstance(action, EndHandoff):
+                        self._end_handoff(action)
             self._count()
         return self._response or web.Response(status=CLIENT_GONE_CODE)
 
     async def _run(self, first: Event) -> None:
         event: Event | None = first
         while event is not None:
-            actions = self._journey.on(event)
-            event = None
-            for action in actions:
-                event = await self._perform(action)
+            for action in self._journey.on(event):
+                await self._perform(action)
+            event = await self._next_event()
 
-    async def _perform(self, action: Action) -> Event | None:
+    async def _perform(self, action: Action) -> None:
         match action:
             case CallPrefill():
-                return await self._prefill(action)
+                self._start("prefill", action.engine, self._prefill(action))
             case CallDecode():
-                return await self._decode(action)
+                await self._drop("decode")
+                # Counted before the first await: of requests that come together, each must see those before it.
+                self._decode_call.enter_context(self._outside.in_flight_at(action.engine))
+                self._start("decode", action.engine, self._decode(action))
+            case DropPrefill():
+                await self._drop("prefill")
+            case ShowCached():
+                self._events.cached_tokens = action.cached_tokens
             case EndHandoff():
                 self._end_handoff(action)
             case Answer():
-                await self._answer(action)
+                self._answer(action)
+            case Write():
+                self._content_type = STREAM_TYPE
+                await self._write(action.body)
             case PassOn():
-                await self._begin_stream(action.body)
-                return await self._pump()
+                await self._write(action.body)
+                self._calls["decode"] = asyncio.create_task(self._pump())
             case CloseStream():
                 assert self._response is not None
                 if action.body:
                     await self._response.write(action.body)
                 await self._response.write_eof()
-        return None
+
+    # --- the calls under way ----------------------------------------------------------------------------------
+
+    def _start(self, side: Side, engine: Candidate, call: Coroutine[Any, Any, Event]) -> None:
+        counts = ExitStack()
+        counts.enter_context(self._outside.in_line_at(engine))
+        if side == "prefill":
+            counts.enter_context(self._outside.in_flight_at(engine))
+        self._calls[side] = task = asyncio.create_task(call)
+        # Not within the coroutine: of a task that is cancelled before it has begun, nothing runs.
+        task.add_done_callback(lambda _: counts.close())
+
+    async def _next_event(self) -> Event | None:
+        """What the calls under way say next; None when there are none."""
+        if not self._calls:
+            return None
+        await asyncio.wait(self._calls.values(), return_when=asyncio.FIRST_COMPLETED)
+        side = next(side for side in SIDES if side in self._calls and self._calls[side].done())
+        return self._calls.pop(side).result()
+
+    async def _drop(self, side: Side) -> None:
+        task = self._calls.pop(side, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # seen: what a dropped call ended with is of no interest
+        if side == "decode":
+            ended, self._decode_call = self._decode_call, AsyncExitStack()
+            await ended.aclose()
+
+    async def _drop_all(self) -> None:
+        for side in SIDES:
+            await self._drop(side)
 
     async def _prefill(self, action: CallPrefill) -> Event:
         """Prefill's answer, or the daemons' word that it is of no use any more, whichever comes first."""
-        # Counted before the first await: of requests that come together, each must see those before it.
-        with self._outside.counted(action.engine), self._outside.pending.watch(self._journey.handoff_id) as failure:
+        with self._outside.pending.watch(self._journey.handoff_id) as failure:
             call = asyncio.create_task(self._call_prefill(action))
             either: set[asyncio.Future[Any]] = {call, failure}
             try:
@@ -159,27 +206,25 @@ class Conductor:
                 reply = await self._open(stack, action.engine, action.body)
                 return PrefillAnswered(reply.status, await reply.read())
         except UpstreamError as error:
-            return self._failed(action.engine, error)
+            self._note(action.engine, error)
+            return PrefillFailed(str(error))
         except TimeoutError:
-            return UpstreamFailed("timeout")
+            return PrefillFailed("timeout")
 
     async def _decode(self, action: CallDecode) -> Event:
-        await self._call.aclose()
-        self._call = AsyncExitStack()
-        self._call.enter_context(self._outside.counted(action.engine))
+        self._events = EventStream(action.cached_tokens, action.seed)
         try:
-            reply = await self._open(self._call, action.engine, action.body)
-            self._content_type = reply.content_type
+            reply = await self._open(self._decode_call, action.engine, action.body)
             if reply.status == 200 and reply.content_type.startswith("text/event-stream"):
+                self._content_type = reply.content_type
                 self._chunks = reply.chunks()
-                self._events = EventStream(action.cached_tokens)
                 first = await self._next_events()
-                return DecodeAnswered(200, first, streaming=True) if first else UpstreamFailed("empty_stream")
+                return DecodeAnswered(200, first, streaming=True) if first else DecodeFailed("empty_stream")
             body = await reply.read()
         except UpstreamError as error:
-            return self._failed(action.engine, error)
-        if reply.status == 200 and action.cached_tokens is not None:
-            body = with_cached_tokens(body, action.cached_tokens)
+            self._note(action.engine, error)
+            return DecodeFailed(str(error))
+        self._content_type = reply.content_type
         return DecodeAnswered(reply.status, body)
 
     async def _pump(self) -> Event:
@@ -188,7 +233,7 @@ class Conductor:
             while passed := await self._next_events():
                 await self._response.write(passed)
         except UpstreamError as error:
-            return UpstreamFailed(str(error))
+            return DecodeFailed(str(error))
         return StreamFinished()
 
     async def _next_events(self) -> bytes:
@@ -203,14 +248,17 @@ class Conductor:
         url = engine.info.url.rstrip("/") + self._client.path
         return await stack.enter_async_context(self._outside.upstream.call(url, body, self._headers))
 
-    async def _begin_stream(self, first: bytes) -> None:
-        headers = {**self._pdx_headers(), "Content-Type": self._content_type, "Cache-Control": "no-cache"}
-        self._response = web.StreamResponse(headers=headers)
-        await self._response.prepare(self._client)
-        self._observe_first_byte()
-        await self._response.write(first)
+    # --- the client -------------------------------------------------------------------------------------------
 
-    async def _answer(self, action: Answer) -> None:
+    async def _write(self, events: bytes) -> None:
+        if self._response is None:
+            headers = {**self._pdx_headers(), "Content-Type": self._content_type, "Cache-Control": "no-cache"}
+            self._response = web.StreamResponse(headers=headers)
+            await self._response.prepare(self._client)
+            self._observe_first_byte()
+        await self._response.write(events)
+
+    def _answer(self, action: Answer) -> None:
         content_type = self._content_type if action.status == 200 else "application/json"
         headers = {**self._pdx_headers(), "Content-Type": content_type}
         if action.retry_after_s:
@@ -218,27 +266,27 @@ class Conductor:
         self._response = web.Response(status=action.status, body=action.body, headers=headers)
         self._observe_first_byte()
 
-    def _failed(self, engine: Candidate, error: UpstreamError) -> UpstreamFailed:
+    def _note(self, engine: Candidate, error: UpstreamError) -> None:
         if error.unreachable:
             self._outside.directory.on_unreachable(engine.engine_id, time.monotonic())
-        return UpstreamFailed(str(error))
 
-    def _end_handoff(self, action: Action) -> None:
-        assert isinstance(action, EndHandoff)
+    def _end_handoff(self, action: EndHandoff) -> None:
         daemons = {d.daemon_id: d for d in (action.pair.prefill.daemon, action.pair.decode.daemon)}
         for daemon in daemons.values():  # one, when both engines share a host
             self._outside.registry.cancel(daemon, handoff_id=action.handoff_id, reason=action.reason)
 
     def _pdx_headers(self) -> dict[str, str]:
         journey = self._journey
-        headers = {"X-Request-Id": self._headers["X-Request-Id"], "x-pdx-handoff": "none"}
-        if journey.paired:
+        headers = {"X-Request-Id": self._headers["X-Request-Id"], "x-pdx-handoff": "none", "x-pdx-way": journey.way}
+        if journey.by_pair:
             headers["x-pdx-handoff"] = journey.handoff_id.hex()
             headers["x-pdx-prefill"] = journey.prefill.engine_id if journey.prefill else ""
         if journey.decode is not None:
             headers["x-pdx-decode"] = journey.decode.engine_id
         if journey.reason:
             headers["x-pdx-reason"] = journey.reason
+        if journey.unseeded:
+            headers["x-pdx-unseeded"] = journey.unseeded
         return headers
 
     def _observe_first_byte(self) -> None:
@@ -248,7 +296,21 @@ class Conductor:
         metrics, journey = self._outside.metrics, self._journey
         code = self._response.status if self._response is not None else CLIENT_GONE_CODE
         metrics.requests.labels(model=self._model, code=str(code)).inc()
+        metrics.journeys.labels(way=journey.way).inc()
+        if journey.unseeded:
+            metrics.unseeded.labels(reason=journey.unseeded).inc()
         if journey.handoff_id:
             metrics.handoffs.labels(outcome=journey.outcome).inc()
         if journey.reason:
             metrics.alone.labels(reason=journey.reason).inc()
+
+
+@contextmanager
+def _counted(tally: Tally[str], engine_id: str) -> Iterator[None]:
+    tally[engine_id] += 1
+    try:
+        yield
+    finally:
+        tally[engine_id] -= 1
+        if not tally[engine_id]:
+            del tally[engine_id]

@@ -1,13 +1,20 @@
 """One request's way through the engines, as a pure machine: events in, actions out, time and randomness passed in.
 
-    choosing ── pair ──► prefilling ── prefilled ──► decoding ── first_byte ──► streaming ── finish ──► ended
-        │                    └── fall back ──► alone ── first_byte ──┘               └── break ──► ended
-        └── alone ──────────────────────────────┘ └── retry ──► retrying (alone, another engine)
+    choosing ── pair ──► prefilling ── seed ──► seeding ─────── first_byte ──► streaming ── finish ──► ended
+        │                    │  │                  └─ retry ─► reseeding ─┘
+        │                    │  └── prefilled ──► decoding ──── first_byte ──┘   (also: answer, reject, break,
+        │                    └───── fall_back ──► alone ─────── first_byte ──┘    leave, each to ended)
+        ├── both ──► both ── prefilled ► decoding, fall_back ► alone, first_byte ► overtaking ► streaming
+        └── alone ──────────────────────────────► alone ─ retry ─► retrying (alone, another engine)
+
+Three ways through a pair. *Seeded*: prefill's first token is streamed at once, decode continues from it. *Paired*: both
+engines are asked at once, the answer is decode's. *After*: decode is asked when prefill has answered, and makes every
+token itself; what was to be seeded ends here if the token's text can't be shown by itself.
 
 Its rules: an error that the client caused (4xx) reaches the client as the engine put it. An error of prefill costs
-the handoff, never the request: the chosen decode engine computes the prompt itself. An error of decode before the
-first byte is repeated once on another engine. After the first byte nothing can be repeated: the stream ends with an
-error event. Whoever leaves early cancels the handoff at both daemons.
+the handoff, never the request: the chosen decode engine computes the prompt itself. An error of decode before its
+first byte is repeated once on another engine, after a seed with prompt and seed. Once the client has bytes that nobody
+can continue, the stream ends with an error event. Whoever leaves early cancels the handoff at both daemons.
 
 A journey belongs to the task that serves its client's connection.
 """
@@ -20,42 +27,43 @@ import msgspec
 
 from pdx.errors import IllegalTransition
 from pdx.handoff.handle import TransferHandle, mint
-from pdx.router.policy import Candidate, Pair, PolicyName, Snapshot, choose_alone, choose_pair
+from pdx.router.actions import (
+    Action,
+    Answer,
+    Begin,
+    CallDecode,
+    CallPrefill,
+    ClientGone,
+    CloseStream,
+    DeadlinePassed,
+    DecodeAnswered,
+    DecodeFailed,
+    DropPrefill,
+    EndHandoff,
+    Event,
+    HandoffBroke,
+    PassOn,
+    PrefillAnswered,
+    PrefillFailed,
+    ShowCached,
+    StreamFinished,
+    Write,
+)
+from pdx.router.policy import NO_LIMIT, Candidate, Pair, PolicyName, choose_alone, choose_pair
 from pdx.router.prefill_reply import PrefillReply
-from pdx.router.replies import error_body, error_event
-from pdx.router.servable import alone_reason, decode_body, prefill_body
+from pdx.router.replies import as_event, error_body
+from pdx.router.seed import Seed, own_answer
+from pdx.router.seedable import unseedable_reason
+from pdx.router.servable import alone_reason, decode_body, early_body, output_limit, prefill_body, seeded_body
+from pdx.router.states import HEARD, MOVES, State
+from pdx.router.usage import with_cached_tokens
 from pdx.wire import Budgets
 
-State = Literal["choosing", "prefilling", "decoding", "alone", "retrying", "streaming", "ended"]
+Way = Literal["seeded", "paired", "after", "alone"]
+JourneyName = Literal["auto", "seeded", "paired", "after"]
 
-RETRY_AFTER_S = 1  # engines join within seconds of their /health answering
-
-MOVES: dict[tuple[State, str], State] = {
-    ("choosing", "pair"): "prefilling",
-    ("choosing", "alone"): "alone",
-    ("choosing", "reject"): "ended",
-    ("prefilling", "prefilled"): "decoding",
-    ("prefilling", "fall_back"): "alone",
-    ("prefilling", "reject"): "ended",
-    ("decoding", "first_byte"): "streaming",
-    ("decoding", "answer"): "ended",
-    ("decoding", "retry"): "retrying",
-    ("decoding", "reject"): "ended",
-    ("alone", "first_byte"): "streaming",
-    ("alone", "answer"): "ended",
-    ("alone", "retry"): "retrying",
-    ("alone", "reject"): "ended",
-    ("retrying", "first_byte"): "streaming",
-    ("retrying", "answer"): "ended",
-    ("retrying", "reject"): "ended",
-    ("streaming", "finish"): "ended",
-    ("streaming", "break"): "ended",
-    ("prefilling", "leave"): "ended",
-    ("decoding", "leave"): "ended",
-    ("alone", "leave"): "ended",
-    ("retrying", "leave"): "ended",
-    ("streaming", "leave"): "ended",
-}
+RETRY_AFTER_S = 1  # engines join within seconds of their /health answering, and a line moves within seconds
+WORDS_MAX = 500  # of an engine's refusal, in an error event
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,8 +71,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     cluster_key: bytes
     policy: PolicyName = "round_robin"
+    journey: JourneyName = "auto"
     budgets: Budgets = Budgets()
     prefill_timeout_s: float = 120.0
+    max_waiting: int = 32  # requests in line at one engine; 0 is no limit
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,123 +86,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     raw: bytes  # what one engine alone gets: the body as it came, or encoded anew if something was stripped
 
 
-# --- events ---------------------------------------------------------------------------------------------------
-
-
-class Begin(msgspec.Struct, frozen=True, kw_only=True):
-    """The start, with all that chance and time have to say about it."""
-
-    snapshot: Snapshot
-    turn: int  # of this router, counting requests
-    handoff_id: bytes  # 16 random bytes
-    now_unix_s: float
-
-
-class PrefillAnswered(msgspec.Struct, frozen=True):
-    status: int
-    body: bytes
-
-
-class HandoffBroke(msgspec.Struct, frozen=True):
-    """A daemon said that the handoff has failed while prefill was still awaited. Its words are for logs only."""
-
-    reason: str
-
-
-class DecodeAnswered(msgspec.Struct, frozen=True):
-    """A whole answer, or the first bytes of a stream whose status is `status`."""
-
-    status: int
-    body: bytes
-    streaming: bool = False
-
-
-class UpstreamFailed(msgspec.Struct, frozen=True):
-    """The call under way broke, could not connect or took too long."""
-
-    reason: str
-
-
-class StreamFinished(msgspec.Struct, frozen=True):
-    pass
-
-
-class DeadlinePassed(msgspec.Struct, frozen=True):
-    pass
-
-
-class ClientGone(msgspec.Struct, frozen=True):
-    pass
-
-
-Event = (
-    Begin
-    | PrefillAnswered
-    | HandoffBroke
-    | DecodeAnswered
-    | UpstreamFailed
-    | StreamFinished
-    | DeadlinePassed
-    | ClientGone
-)
-
-
-# --- actions --------------------------------------------------------------------------------------------------
-
-
-class CallPrefill(msgspec.Struct, frozen=True, kw_only=True):
-    engine: Candidate
-    body: bytes
-    timeout_s: float
-
-
-class CallDecode(msgspec.Struct, frozen=True, kw_only=True):
-    engine: Candidate
-    body: bytes
-    cached_tokens: int | None = None  # prefill's number, to be shown to the client instead of decode's
-
-
-class EndHandoff(msgspec.Struct, frozen=True, kw_only=True):
-    """CancelHandoff to both daemons."""
-
-    pair: Pair
-    handoff_id: bytes
-    reason: str
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole answer to the client."""
-
-    status: int
-    body: bytes
-    retry_after_s: int = 0
-
-
-class PassOn(msgspec.Struct, frozen=True):
-    """Stream to the client: these bytes, then all that come from upstream."""
-
-    body: bytes
-
-
-class CloseStream(msgspec.Struct, frozen=True):
-    """Write these last bytes to the client and end the stream."""
-
-    body: bytes = b""
-
-
-Action = CallPrefill | CallDecode | EndHandoff | Answer | PassOn | CloseStream
-
-
 class Journey:
     """One request. `on(event)` returns what to do next, in order; an event the table forbids changes nothing.
 
-    `outcome` and `reason` are for headers and metrics: what became of the handoff, and why an engine answers alone.
+    `way`, `outcome`, `reason` and `unseeded` are for headers and metrics: how the answer is made, what became of the
+    handoff, why an engine answers alone, and why decode makes the first token.
     """
 
     def __init__(self, request: Request, settings: Settings) -> None:
         self.state: State = "choosing"
+        self.way: Way = "alone"
         self.reason = ""
-        self.outcome = "none"  # "none", "ok", "client_error", or why it failed
+        self.unseeded = ""
+        self.outcome = "none"  # "none", "ok", "client_error", "not_needed", or why it failed
         self.prefill: Candidate | None = None
         self.decode: Candidate | None = None
         self.handoff_id = b""
@@ -201,34 +107,50 @@ class Journey:
         self._begin: Begin | None = None
         self._pair: Pair | None = None  # while its handoff may still be under way
         self._handle = ""
+        self._beside = False  # prefill is under way beside decode
+        self._reply: PrefillReply | None = None
+        self._seed: Seed | None = None  # given out, or held for a whole answer
 
     @property
-    def paired(self) -> bool:
+    def by_pair(self) -> bool:
         """Whether the answer comes, or would have come, from a pair."""
         return bool(self.handoff_id) and not self.reason
+
+    @property
+    def _streams(self) -> bool:
+        return bool(self._request.body.get("stream"))
+
+    @property
+    def _opened(self) -> bool:
+        """Whether the client has bytes."""
+        return self.state in ("streaming", "overtaking") or (self._seed is not None and self._streams)
 
     def __repr__(self) -> str:
         engines = [candidate.engine_id for candidate in (self.prefill, self.decode) if candidate]
         return f"<Journey {self.state} {'→'.join(engines) or '-'} {self.reason or self.outcome}>"
 
     def on(self, event: Event) -> list[Action]:
+        if self.state not in HEARD.get(type(event), (self.state,)):
+            raise IllegalTransition(f"journey: {type(event).__name__} in state {self.state}")
         match event:
             case Begin():
                 return self._choose(event)
             case PrefillAnswered():
                 return self._on_prefill(event)
+            case PrefillFailed():
+                return self._fall_back(f"prefill_{event.reason}")
             case HandoffBroke():
                 return self._fall_back("handoff_failed")
             case DecodeAnswered():
                 return self._on_decode(event)
-            case UpstreamFailed():
-                return self._on_failure(event.reason)
+            case DecodeFailed():
+                return self._on_decode_failure(event.reason)
             case StreamFinished():
                 self._move("finish")
-                self._settle("ok")
-                return [CloseStream()]
+                return [*self._finished(), CloseStream()]
             case DeadlinePassed():
-                return self._on_deadline()
+                message = "the request took longer than this router allows"
+                return self._give_up("deadline", Answer(status=504, body=error_body(504, message)))
             case ClientGone():
                 self._move("leave")
                 return self._end_handoff("client_gone")
@@ -238,27 +160,61 @@ class Journey:
     # --- choosing ---------------------------------------------------------------------------------------------
 
     def _choose(self, begin: Begin) -> list[Action]:
-        request, policy = self._request, self._settings.policy
-        reason = alone_reason(request.path, request.body)
-        pair = None if reason else choose_pair(begin.snapshot, request.model, policy=policy, turn=begin.turn)
+        body, path = self._request.body, self._request.path
+        reason = alone_reason(path, body)
+        line_max = self._settings.max_waiting or NO_LIMIT
+        pair = None if reason else self._choose_pair(begin, line_max)
         if pair is not None:
-            self._move("pair")
-            self._begin = begin
-            return self._call_prefill(pair, begin)
-        decode = choose_alone(begin.snapshot, request.model, policy=policy, turn=begin.turn)
+            return self._set_out(pair, begin)
+        if not reason and self._choose_pair(begin, NO_LIMIT) is not None:
+            return self._turn_away(429, "no_room", "the line before every pair of engines is full; ask again later")
+        decode = self._choose_alone(begin, line_max)
+        if decode is None and self._choose_alone(begin, NO_LIMIT) is not None:
+            return self._turn_away(429, "no_room", "every decode engine has a full line; ask again later")
         if decode is None:
-            self._move("reject")
-            self.reason = "no_decode"
-            message = f"no decode engine is ready for model {request.model!r}"
-            return [Answer(status=503, body=error_body(503, message), retry_after_s=RETRY_AFTER_S)]
+            return self._turn_away(503, "no_decode", f"no decode engine is ready for model {self._request.model!r}")
         self._move("alone")
         self._begin = begin
         self.reason = reason or "no_pair"
         return [self._call_alone(decode)]
 
-    def _call_prefill(self, pair: Pair, begin: Begin) -> list[Action]:
-        self._pair, self.prefill, self.decode = pair, pair.prefill, pair.decode
+    def _choose_pair(self, begin: Begin, line_max: int) -> Pair | None:
+        policy = self._settings.policy
+        return choose_pair(begin.snapshot, self._request.model, policy=policy, turn=begin.turn, line_max=line_max)
+
+    def _choose_alone(self, begin: Begin, line_max: int, exclude: frozenset[str] = frozenset()) -> Candidate | None:
+        return choose_alone(
+            begin.snapshot,
+            self._request.model,
+            policy=self._settings.policy,
+            turn=begin.turn,
+            line_max=line_max,
+            exclude=exclude,
+        )
+
+    def _turn_away(self, status: int, reason: str, message: str) -> list[Action]:
+        self._move("reject")
+        self.reason = reason
+        return [Answer(status=status, body=error_body(status, message), retry_after_s=RETRY_AFTER_S)]
+
+    def _set_out(self, pair: Pair, begin: Begin) -> list[Action]:
+        path, body, wish = self._request.path, self._request.body, self._settings.journey
+        match wish:
+            case "paired" | "after":
+                self.way = wish
+            case "auto" | "seeded":
+                self.unseeded = unseedable_reason(path, body, pair.prefill.info, pair.decode.info)
+                self.way = "paired" if self.unseeded else "seeded"
+        self._beside = self.way == "paired"
+        self._move("both" if self._beside else "pair")
+        self._begin, self._pair, self.prefill, self.decode = begin, pair, pair.prefill, pair.decode
         self.handoff_id = begin.handoff_id
+        self._handle = self._mint(pair, begin)
+        asked = msgspec.json.encode(prefill_body(path, body, self._handle))
+        call = CallPrefill(engine=pair.prefill, body=asked, timeout_s=self._settings.prefill_timeout_s)
+        return [call, self._call(early_body(body, self._handle))] if self._beside else [call]
+
+    def _mint(self, pair: Pair, begin: Begin) -> str:
         handle = TransferHandle(
             handoff_id=begin.handoff_id,
             attempt=0,
@@ -269,31 +225,81 @@ class Journey:
             budgets=self._settings.budgets,
             issued_unix_s=begin.now_unix_s,
         )
-        self._handle = mint(handle, self._settings.cluster_key)
-        body = prefill_body(self._request.path, self._request.body, self._handle)
-        timeout_s = self._settings.prefill_timeout_s
-        return [CallPrefill(engine=pair.prefill, body=msgspec.json.encode(body), timeout_s=timeout_s)]
+        return mint(handle, self._settings.cluster_key)
+
+    def _call(self, body: dict[str, Any]) -> CallDecode:
+        assert self.decode is not None
+        cached = self._reply.cached_tokens if self._reply else None
+        return CallDecode(engine=self.decode, body=msgspec.json.encode(body), cached_tokens=cached, seed=self._seed)
 
     def _call_alone(self, engine: Candidate) -> CallDecode:
-        self.decode = engine
+        self.decode, self.way = engine, "alone"
+        self._reply = None  # its number of cached tokens is not this engine's
         return CallDecode(engine=engine, body=self._request.raw)
 
     # --- prefill ----------------------------------------------------------------------------------------------
 
     def _on_prefill(self, event: PrefillAnswered) -> list[Action]:
-        if 400 <= event.status < 500:
+        if 400 <= event.status < 500 and not self._beside:
             self._move("reject")
             return [*self._end_handoff("client_error"), Answer(status=event.status, body=event.body)]
         reply = PrefillReply.read(event.body) if event.status == 200 else None
         if reply is None:
             return self._fall_back(f"prefill_{event.status}" if event.status != 200 else "prefill_bad_reply")
-        self._move("prefilled")
+        beside, self._beside = self._beside, False
+        ended = [] if reply.handed_over else self._end_handoff("not_sent")
+        if beside:
+            self._move("prefilled")
+            self._reply = reply
+            return ended if reply.cached_tokens is None else [*ended, ShowCached(reply.cached_tokens)]
+        return ended + (self._on_seed(reply, event.body) if self.way == "seeded" else self._decode_after(reply))
+
+    def _on_seed(self, reply: PrefillReply, body: bytes) -> list[Action]:
+        seed, wanted = reply.seed, self._request.body
+        if seed is not None and self._is_all(seed):
+            self._move("answer")
+            ended = self._end_handoff("not_needed")
+            if not self._streams:
+                return [*ended, Answer(status=200, body=own_answer(body))]
+            usage = bool((wanted.get("stream_options") or {}).get("include_usage"))
+            return [*ended, Write(seed.stream(usage=usage)), CloseStream()]
+        self.unseeded = seed.unusable(wanted.get("stop")) if seed is not None else "no_seed"
+        if seed is None or self.unseeded:
+            self.way = "after"
+            return self._decode_after(reply)
+        self._move("seed")
+        self._reply, self._seed = reply, seed
+        call = self._call(self._seeded_body(self._handle))
+        return [call, Write(seed.opening())] if self._streams else [call]
+
+    def _is_all(self, seed: Seed) -> bool:
+        """Whether the answer ends with its first token."""
         assert self.decode is not None
-        body = decode_body(self._request.path, self._request.body, self._handle, reply.prompt_token_ids)
-        return [CallDecode(engine=self.decode, body=msgspec.json.encode(body), cached_tokens=reply.cached_tokens)]
+        room = (self.decode.info.context_tokens or NO_LIMIT) - seed.prompt_tokens
+        limit = output_limit(self._request.path, self._request.body)
+        if seed.finish_reason == "length":
+            return limit == 1 or room == 1
+        return seed.finish_reason == "stop"
+
+    def _decode_after(self, reply: PrefillReply) -> list[Action]:
+        self._move("prefilled")
+        self._reply = reply
+        return [self._call(decode_body(self._request.path, self._request.body, self._handle, reply.prompt_token_ids))]
+
+    def _seeded_body(self, handle: str) -> dict[str, Any]:
+        assert self._seed is not None
+        assert self._reply is not None
+        ids = self._reply.prompt_token_ids
+        return seeded_body(self._request.path, self._request.body, handle, ids, self._seed.token_id)
 
     def _fall_back(self, reason: str) -> list[Action]:
+        """Goes on without prefill. A decode engine that is at work already computes what it lacks."""
         self._move("fall_back")
+        if self._beside:
+            self._beside = False
+            if self.state == "alone":
+                self.reason, self.way = reason, "alone"
+            return self._end_handoff(reason)
         assert self.decode is not None
         self.reason = reason
         return [*self._end_handoff(reason), self._call_alone(self.decode)]
@@ -303,58 +309,73 @@ class Journey:
     def _on_decode(self, event: DecodeAnswered) -> list[Action]:
         if event.status >= 500:
             return self._retry(f"decode_{event.status}")
+        if event.status >= 400 and self._opened:
+            return self._give_up("client_error", _no_answer("the engine refused to go on: " + _words(event.body)))
         if event.status >= 400:
             self._move("answer")
             return [*self._end_handoff("client_error"), Answer(status=event.status, body=event.body)]
+        if self._seed is not None and event.streaming != self._streams:
+            return self._retry("decode_bad_reply")
         if event.streaming:
             self._move("first_byte")
             return [PassOn(event.body)]
+        body = self._shown(event.body) if event.status == 200 else event.body
+        if body is None:
+            return self._retry("decode_bad_reply")
         self._move("answer")
-        self._settle("ok")
-        return [Answer(status=event.status, body=event.body)]
+        return [*self._finished(), Answer(status=event.status, body=body)]
 
-    def _on_failure(self, reason: str) -> list[Action]:
-        if self.state == "prefilling":
-            return self._fall_back(f"prefill_{reason}")
-        if self.state == "streaming":
-            self._move("break")
-            message = f"the engine broke off: {reason}"
-            return [*self._end_handoff(f"decode_{reason}"), CloseStream(error_event(502, message))]
+    def _shown(self, body: bytes) -> bytes | None:
+        """Decode's whole answer as the client gets it."""
+        if self._seed is not None:
+            return self._seed.merged(body)
+        cached = self._reply.cached_tokens if self._reply else None
+        return body if cached is None else with_cached_tokens(body, cached)
+
+    def _on_decode_failure(self, reason: str) -> list[Action]:
+        if self.state in ("streaming", "overtaking"):
+            return self._give_up(f"decode_{reason}", _no_answer(f"the engine broke off: {reason}"))
         return self._retry(f"decode_{reason}")
 
     def _retry(self, reason: str) -> list[Action]:
         begin, tried = self._begin, self.decode
         other = None
-        if self.state != "retrying" and begin is not None and tried is not None:
-            other = choose_alone(
-                begin.snapshot,
-                self._request.model,
-                policy=self._settings.policy,
-                turn=begin.turn,
-                exclude=frozenset({tried.engine_id}),
-            )
+        if self.state not in ("retrying", "reseeding") and begin is not None and tried is not None:
+            # Token ids go on only with an engine that reads them alike.
+            strangers = {c.engine_id for c in begin.snapshot if self._seed and c.info.content != tried.info.content}
+            other = self._choose_alone(begin, NO_LIMIT, frozenset({tried.engine_id, *strangers}))
         if other is None:
-            self._move("reject")
-            message = f"no engine could answer: {reason}"
-            return [*self._end_handoff(reason), Answer(status=502, body=error_body(502, message))]
+            return self._give_up(reason, _no_answer(f"no engine could answer: {reason}"))
         self._move("retry")
         self.reason = reason
-        return [*self._end_handoff(reason), self._call_alone(other)]
+        ended = self._end_handoff(reason)
+        if self._seed is None:
+            return [*ended, self._call_alone(other)]
+        self.decode = other
+        return [*ended, self._call(self._seeded_body(handle=""))]
 
     # --- endings ----------------------------------------------------------------------------------------------
 
-    def _on_deadline(self) -> list[Action]:
-        message = "the request took longer than this router allows"
-        if self.state == "streaming":
-            self._move("break")
-            return [*self._end_handoff("deadline"), CloseStream(error_event(504, message))]
-        self._move("reject")
-        return [*self._end_handoff("deadline"), Answer(status=504, body=error_body(504, message))]
+    def _finished(self) -> list[Action]:
+        """The answer is whole."""
+        if self._beside:  # decode has computed the prompt itself
+            return self._end_handoff("not_needed")
+        self._settle("ok")
+        return []
+
+    def _give_up(self, reason: str, answer: Answer) -> list[Action]:
+        """Ends with this answer, or with the error event that it becomes for a client which has bytes already."""
+        if not self._opened:
+            self._move("reject")
+            return [*self._end_handoff(reason), answer]
+        self._move("break")
+        return [*self._end_handoff(reason), CloseStream(as_event(answer.body))]
 
     def _end_handoff(self, reason: str) -> list[Action]:
-        pair = self._pair
+        drops: list[Action] = [DropPrefill()] if self._beside else []
+        pair, self._beside = self._pair, False
         self._settle(reason)
-        return [] if pair is None else [EndHandoff(pair=pair, handoff_id=self.handoff_id, reason=reason)]
+        return drops if pair is None else [*drops, EndHandoff(pair=pair, handoff_id=self.handoff_id, reason=reason)]
 
     def _settle(self, outcome: str) -> None:
         if self._pair is not None:
@@ -366,3 +387,11 @@ class Journey:
             self.state = MOVES[self.state, move]
         except KeyError:
             raise IllegalTransition(f"journey: {move} in state {self.state}") from None
+
+
+def _no_answer(message: str) -> Answer:
+    return Answer(status=502, body=error_body(502, message))
+
+
+def _words(body: bytes) -> str:
+    return body[:WORDS_MAX].decode(errors="replace")

@@ -25,6 +25,17 @@ examples:
                                               serve other hosts; they need the same key file
   curl localhost:8000/readyz                  which engines have joined, and what is missing
 """
+_JOURNEYS = {
+    "auto": "seeded where the request allows it, else paired",
+    "seeded": "the same",
+    "paired": "both engines are asked at once, every token comes from decode",
+    "after": "decode is asked when prefill has answered, every token comes from decode",
+}
+_JOURNEYS_HELP = (
+    "how a pair answers; seeded: prefill's first token is streamed at once and decode continues from it. "
+    + "; ".join(f"{name}: {what}" for name, what in _JOURNEYS.items())
+    + " (default: %(default)s)"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         default="round_robin",
         help="how engines are chosen (default: %(default)s)",
     )
+    parser.add_argument("--journey", choices=tuple(_JOURNEYS), default="auto", help=_JOURNEYS_HELP)
+    parser.add_argument(
+        "--max-waiting",
+        type=_count,
+        default=32,
+        metavar="N",
+        help="answer 429 when every prefill engine has N requests of this router in line, or every decode engine says "
+        "that N requests wait in it; 0 is no limit (default: %(default)s)",
+    )
     parser.add_argument("--request-timeout-secs", type=_seconds, default=600.0, metavar="S", help="(default: 600)")
     parser.add_argument("--prefill-timeout-secs", type=_seconds, default=120.0, metavar="S", help="(default: 120)")
     budgets = parser.add_argument_group("budgets of a handoff, in seconds")
@@ -81,6 +101,13 @@ def _port(text: str) -> int:
     value = int(text)
     if not 0 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of requests")
     return value
 
 
@@ -124,6 +151,8 @@ def _options(flags: argparse.Namespace, config: Config) -> Options:
     settings = Settings(
         cluster_key=cluster_key(config),
         policy=flags.policy,
+        journey=flags.journey,
+        max_waiting=flags.max_waiting,
         budgets=config.budgets,
         prefill_timeout_s=flags.prefill_timeout_secs,
     )

@@ -34,6 +34,12 @@ class Metrics:
         self.in_flight = Gauge(f"{prefix}_inflight", "Requests under way", registry=registry)
         self.handoffs = Counter(f"{prefix}_handoffs", "Handoffs by how they ended", ["outcome"], registry=registry)
         self.alone = Counter(f"{prefix}_alone", "Requests served without a handoff", ["reason"], registry=registry)
+        self.journeys = Counter(
+            f"{prefix}_journeys", "Requests by the way that their answer was made", ["way"], registry=registry
+        )
+        self.unseeded = Counter(
+            f"{prefix}_unseeded", "Requests of a pair whose first token came from decode", ["reason"], registry=registry
+        )
         self.stripped = Counter(
             f"{prefix}_stripped_params", "Requests whose private fields were stripped", registry=registry
         )

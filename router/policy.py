@@ -16,6 +16,8 @@ from pdx.wire import DaemonRef, EngineInfo
 PolicyName = Literal["round_robin", "least_loaded"]
 Side = Literal["prefill", "decode"]
 
+NO_LIMIT = 1 << 30  # no line is as long: aiohttp would have run out of sockets
+
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A routable engine, as the directory and the router's own counts see it at one moment."""
@@ -23,8 +25,10 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     info: EngineInfo
     daemon: DaemonRef
     pairable: bool = True  # its daemon answers
-    waiting: int = 0  # requests queued in the engine, as announced
+    # Requests queued in the engine, as announced: decode's line. (Those in flight may be running, and run for long.)
+    waiting: int = 0
     in_flight: int = 0  # requests that this router has under way there
+    in_line: int = 0  # those of them from which nothing has come yet: prefill's line, known at once
 
     @property
     def engine_id(self) -> str:
@@ -57,10 +61,12 @@ def least_loaded(candidates: Sequence[Candidate], turn: int) -> Candidate:
 POLICIES: Mapping[PolicyName, Policy] = {"round_robin": round_robin, "least_loaded": least_loaded}
 
 
-def choose_pair(snapshot: Snapshot, model: str, *, policy: PolicyName, turn: int) -> Pair | None:
-    """A prefill engine and a decode engine that fit each other, or None."""
-    decodes = serving(snapshot, model, "decode")
-    candidates = serving(snapshot, model, "prefill")
+def choose_pair(
+    snapshot: Snapshot, model: str, *, policy: PolicyName, turn: int, line_max: int = NO_LIMIT
+) -> Pair | None:
+    """A prefill engine and a decode engine that fits it, both with lines shorter than `line_max`, or None."""
+    decodes = [c for c in serving(snapshot, model, "decode") if c.waiting < line_max]
+    candidates = [c for c in serving(snapshot, model, "prefill") if c.in_line < line_max]
     partners = {p.engine_id: [d for d in decodes if fit(p, d)] for p in candidates}
     prefills = [p for p in candidates if partners[p.engine_id]]
     if not prefills:
@@ -73,10 +79,16 @@ def choose_pair(snapshot: Snapshot, model: str, *, policy: PolicyName, turn: int
 
 
 def choose_alone(
-    snapshot: Snapshot, model: str, *, policy: PolicyName, turn: int, exclude: frozenset[str] = frozenset()
+    snapshot: Snapshot,
+    model: str,
+    *,
+    policy: PolicyName,
+    turn: int,
+    line_max: int = NO_LIMIT,
+    exclude: frozenset[str] = frozenset(),
 ) -> Candidate | None:
-    """One engine that serves a whole request, or None."""
-    candidates = [c for c in serving(snapshot, model, "decode") if c.engine_id not in exclude]
+    """One engine that serves a whole request and whose line is shorter than `line_max`, or None."""
+    candidates = [c for c in serving(snapshot, model, "decode") if c.engine_id not in exclude and c.waiting < line_max]
     return POLICIES[policy](candidates, turn) if candidates else None
 
 

@@ -46,14 +46,12 @@ class Registry:
         self,
         control: str,
         *,
-        router_id: str,
         cluster_key: bytes,
         heard: Callable[[Announce], list[str]],
         handoff_failed: Callable[[bytes, str], None],
         metrics: Metrics,
     ) -> None:
         """Binds. Raises ConfigError if the endpoint is taken or malformed."""
-        self._router_id = router_id
         self._heard = heard
         self._handoff_failed = handoff_failed
         self._metrics = metrics
@@ -113,7 +111,7 @@ class Registry:
         if daemon.daemon_id not in self._identities and len(self._identities) >= DAEMONS_MAX:
             self._identities.pop(next(iter(self._identities)))  # the oldest; a live one is back within a second
         self._identities[daemon.daemon_id] = (daemon.incarnation, identity)
-        self._send(identity, Welcome(router_id=self._router_id, warnings=warnings))
+        self._send(identity, Welcome(warnings=warnings))
 
     def _send(self, identity: bytes, message: Message) -> None:
         # NOBLOCK: at once, or refused because the peer is gone or its queue is full.

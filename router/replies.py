@@ -10,6 +10,7 @@ _TYPES = {
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     413: "RequestEntityTooLargeError",
+    429: "RateLimitError",
     502: "BadGatewayError",
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
@@ -22,6 +23,6 @@ def error_body(status: int, message: str) -> bytes:
     return msgspec.json.encode({"error": error})
 
 
-def error_event(status: int, message: str) -> bytes:
-    """The same as a server-sent event, for streams that have begun. No [DONE] may follow it."""
-    return b"event: error\ndata: " + error_body(status, message) + b"\n\n"
+def as_event(error: bytes) -> bytes:
+    """An error object as a server-sent event, for streams that have begun. No [DONE] may follow it."""
+    return b"event: error\ndata: " + error + b"\n\n"

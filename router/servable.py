@@ -14,6 +14,7 @@ Body = Mapping[str, Any]
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+COMPLETION_TOKENS = 16  # vLLM's limit for completions that give none
 
 # Fields by which routers steer engines. From a client they are stripped: it could name handoffs that are not its own.
 PRIVATE_FIELDS = ("kv_transfer_params", "ec_transfer_params")
@@ -62,7 +63,7 @@ class FieldRule(NamedTuple):
     """What becomes of one field in prefill's copy. Fields without a rule are kept."""
 
     field: str
-    action: str  # "set", "drop" or "keep"
+    action: str  # "set", "cap" (numbers above the value), "drop" or "keep"
     value: Any = None
     paths: tuple[str, ...] = (COMPLETIONS, CHAT)
 
@@ -75,14 +76,7 @@ PREFILL_FIELDS: tuple[FieldRule, ...] = (
     # Refused by the engine without stream=true.
     FieldRule("stream_options", "drop"),
     FieldRule("stream_interval", "drop"),
-    # Refused if larger than max_tokens.
-    FieldRule("min_tokens", "drop"),
-    # They shape only the answer, and prefill's one token is thrown away.
-    FieldRule("stop", "drop"),
-    FieldRule("stop_token_ids", "drop"),
-    FieldRule("logprobs", "drop"),
-    FieldRule("top_logprobs", "drop"),
-    FieldRule("logprob_token_ids", "drop"),  # refused without logprobs
+    FieldRule("min_tokens", "cap", 1),  # refused if larger than max_tokens; one token is what it can say of the first
     FieldRule("return_tokens_as_token_ids", "drop"),
     # Compiling a grammar would delay the forward pass, and it is not part of the prompt.
     FieldRule("structured_outputs", "drop"),
@@ -100,7 +94,15 @@ PREFILL_FIELDS: tuple[FieldRule, ...] = (
     FieldRule("truncate_prompt_tokens", "keep"),
     FieldRule("cache_salt", "keep"),
     FieldRule("priority", "keep"),
+    # These shape the first token, which the client may get from prefill.
     FieldRule("ignore_eos", "keep"),
+    FieldRule("stop", "keep"),
+    FieldRule("stop_token_ids", "keep"),
+    FieldRule("logit_bias", "keep"),
+    FieldRule("allowed_token_ids", "keep"),
+    FieldRule("logprobs", "keep"),
+    FieldRule("top_logprobs", "keep"),
+    FieldRule("logprob_token_ids", "keep"),
 )
 
 
@@ -125,23 +127,55 @@ def prefill_body(path: str, body: Body, handle: str) -> dict[str, Any]:
             copy.pop(rule.field, None)
         elif rule.action == "set":
             copy[rule.field] = rule.value
+        elif rule.action == "cap" and type(copy.get(rule.field)) is int:
+            copy[rule.field] = min(copy[rule.field], rule.value)
     copy["kv_transfer_params"] = {"do_remote_decode": True, "pdx_handle": handle}
     return copy
 
 
 def decode_body(path: str, body: Body, handle: str, prompt_token_ids: list[int]) -> dict[str, Any]:
-    """What the decode engine is asked: the client's body with prefill's token ids, so that both have one prompt.
+    """What the decode engine is asked after prefill: the client's body with prefill's ids: one prompt for both."""
+    params = {"do_remote_prefill": True, "pdx_handle": handle}
+    return _with_ids(path, body, params, prompt_token_ids)
 
-    vLLM takes the ids from kv_transfer_params for chat only; a completion's prompt may be token ids by itself.
+
+def early_body(body: Body, handle: str) -> dict[str, Any]:
+    """What the decode engine is asked beside prefill: it finds the token ids itself, and compares."""
+    return {**body, "kv_transfer_params": {"do_remote_prefill": True, "pdx_handle": handle, "pdx_early": True}}
+
+
+def seeded_body(path: str, body: Body, handle: str, prompt_token_ids: list[int], seed_token_id: int) -> dict[str, Any]:
+    """What the decode engine is asked to go on from prefill's token, which counts as one of the answer's.
+
+    Without a handle, the engine computes the whole prompt itself.
     """
-    params: dict[str, Any] = {"do_remote_prefill": True, "pdx_handle": handle}
-    copy = dict(body)
-    if path == CHAT:
-        params["prompt_token_ids"] = prompt_token_ids
-    else:
-        copy["prompt"] = prompt_token_ids
-    copy["kv_transfer_params"] = params
+    params = {"do_remote_prefill": True, "pdx_handle": handle, "pdx_tokens": len(prompt_token_ids)} if handle else {}
+    copy = _with_ids(path, body, params, [*prompt_token_ids, seed_token_id])
+    limit = output_limit(path, body)
+    copy.pop("max_completion_tokens", None)
+    if limit is not None:
+        copy["max_tokens"] = limit - 1
+    if body.get("min_tokens"):
+        copy["min_tokens"] = body["min_tokens"] - 1
+    for field in ("truncate_prompt_tokens", "truncation_side"):  # the ids are cut already; one more would be lost now
+        copy.pop(field, None)
     return copy
+
+
+def output_limit(path: str, body: Body) -> int | None:
+    """How many tokens the client wants at most, as vLLM reads it; None: as many as there is room for."""
+    if path == COMPLETIONS:
+        return body.get("max_tokens") or COMPLETION_TOKENS
+    limit = body.get("max_completion_tokens")
+    return limit if limit is not None else body.get("max_tokens")
+
+
+def _with_ids(path: str, body: Body, params: dict[str, Any], prompt_token_ids: list[int]) -> dict[str, Any]:
+    """vLLM takes the ids from kv_transfer_params for chat only; a completion's prompt may be token ids by itself."""
+    if path == CHAT:
+        return {**body, "kv_transfer_params": {**params, "prompt_token_ids": prompt_token_ids}}
+    copy = {**body, "prompt": prompt_token_ids}
+    return {**copy, "kv_transfer_params": params} if params else copy
 
 
 def _prompts(body: Body) -> int:

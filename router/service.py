@@ -78,7 +78,6 @@ async def running(options: Options) -> AsyncIterator[tuple[Published, asyncio.Ta
     async with AsyncExitStack() as stack:
         registry = Registry(
             options.control,
-            router_id=secrets.token_hex(8),
             cluster_key=options.settings.cluster_key,
             heard=heard,
             handoff_failed=pending.failed,

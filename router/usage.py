@@ -1,22 +1,29 @@
-"""Rewrites one number in what passes through: usage.prompt_tokens_details.cached_tokens.
+"""Cuts decode's stream into events, and rewrites one number in them: usage.prompt_tokens_details.cached_tokens.
 
 To the decode engine the whole prompt looks cached, since its KV came by handoff. What the client wants to know is how
-much prefill did not have to compute. Every byte but the usage event's passes unchanged.
+much prefill did not have to compute. Every byte but the usage event's passes unchanged, except where a stream goes on
+from a seed: then `seed` says what changes.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from pdx.router.seed import Continuation, Seed
+
 # An event that does not end within this is passed on as it is: no event that the router rewrites is that long.
 EVENT_BYTES_MAX = 1 << 20
 
 
 class EventStream:
-    """Cuts a stream into whole server-sent events, so that one broken off never reaches the client in part."""
+    """Cuts a stream into whole server-sent events, so that one broken off never reaches the client in part.
 
-    def __init__(self, cached_tokens: int | None) -> None:
-        self._cached_tokens = cached_tokens
+    `cached_tokens` may still become known while the stream passes.
+    """
+
+    def __init__(self, cached_tokens: int | None, seed: Seed | None = None) -> None:
+        self.cached_tokens = cached_tokens
+        self._continuation = Continuation(seed) if seed is not None else None
         self._rest = b""
 
     def feed(self, chunk: bytes) -> bytes:
@@ -25,7 +32,9 @@ class EventStream:
         if not separator and len(self._rest) > EVENT_BYTES_MAX:
             whole, self._rest = self._rest, b""
         passed = whole + separator
-        if self._cached_tokens is None or b'"cached_tokens"' not in passed:
+        if self._continuation is not None:
+            return self._continuation.events(passed)
+        if self.cached_tokens is None or b'"cached_tokens"' not in passed:
             return passed
         return b"\n\n".join(self._rewritten(event) for event in passed.split(b"\n\n"))
 
@@ -38,8 +47,8 @@ class EventStream:
         prefix = b"data: "
         if not event.startswith(prefix) or b'"cached_tokens"' not in event:
             return event
-        assert self._cached_tokens is not None
-        return prefix + with_cached_tokens(event[len(prefix) :], self._cached_tokens)
+        assert self.cached_tokens is not None
+        return prefix + with_cached_tokens(event[len(prefix) :], self.cached_tokens)
 
 
 def with_cached_tokens(body: bytes, cached_tokens: int) -> bytes:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks.rig import Part, Reply, Rig, counter, post_stream, rig_in, stats, unleased, wait_until
+from benchmarks.rig import START_S, Part, Reply, Rig, counter, post_stream, rig_in, stats, unleased, wait_until
 from pdx.client import DaemonClient
 from pdx.launch import processes
 
@@ -55,7 +55,7 @@ def system(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sy
     with rig_in(model, tmp_path_factory.mktemp("rig")) as rig:
         rig.start_router()
         for name in "ab":
-            rig.start_daemon(name, arena="512MiB", digest_mode="true", poison="true")
+            rig.start_daemon(name, arena="512MiB", digest_mode="true", poison="true", linger_s=str(START_S))
         prefill = rig.start_engine("P0", "prefill", "a", cpu=0, flags=("--max-num-batched-tokens", str(CHUNK_TOKENS)))
         decode = rig.start_engine("D0", "decode", "b", cpu=1)
         sessions = {part.process.pid for part in rig.parts}
@@ -97,10 +97,29 @@ def test_a_streamed_chat_answer_is_right(system: System) -> None:
     assert events[-1] == "[DONE]"
 
 
-def test_a_stream_is_the_one_that_the_engine_alone_sends(system: System) -> None:
-    _, through_pair = chat(system, system.rig.url)
-    _, alone = chat(system, system.decode.url)
+@pytest.mark.parametrize("ask", ["completion", "chat"])
+@pytest.mark.parametrize(
+    "more", [{}, {"max_tokens": 1}, {"max_tokens": 2}, {"stop": ["."]}, {"logit_bias": {"2": 100}}]
+)
+def test_a_seeded_stream_is_the_one_that_the_engine_alone_sends(system: System, ask: str, more: dict[str, Any]) -> None:
+    """Prefill's first token, decode's others; token 2 is the model's end of text."""
+    streamed = chat if ask == "chat" else completion
+    reply, through_pair = streamed(system, system.rig.url, **more)
+    _, alone = streamed(system, system.decode.url, **more)
+    assert reply.headers["x-pdx-way"] == "seeded"
+    if "stop" in more:  # what is held back meanwhile is cut into other events
+        assert told(through_pair) == told(alone)
+    else:
+        assert [plain(event) for event in through_pair] == [plain(event) for event in alone]
+
+
+def test_a_paired_stream_is_the_one_that_the_engine_alone_sends(system: System) -> None:
+    before = system.counters()
+    reply, through_pair = chat(system, system.rig.url, presence_penalty=0.5)
+    _, alone = chat(system, system.decode.url, presence_penalty=0.5)
+    assert (reply.headers["x-pdx-way"], reply.headers["x-pdx-unseeded"]) == ("paired", "penalty")
     assert [plain(event) for event in through_pair] == [plain(event) for event in alone]
+    assert (system.counters() - before)["loads_ok"] == 1
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 257, 600])
@@ -158,15 +177,38 @@ def test_killing_the_prefill_engine_in_mid_prompt_costs_only_time(system: System
     assert reply.text == system.rig.complete(prompt, url=system.decode.url).text
 
 
-def chat(system: System, url: str) -> tuple[Reply, list[str]]:
+def chat(system: System, url: str, **more: Any) -> tuple[Reply, list[str]]:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    return stream(system, f"{url}/v1/chat/completions", {"messages": messages, **more})
+
+
+def completion(system: System, url: str, **more: Any) -> tuple[Reply, list[str]]:
+    return stream(system, f"{url}/v1/completions", {"prompt": QUESTIONS[0], **more})
+
+
+def stream(system: System, url: str, asked: dict[str, Any]) -> tuple[Reply, list[str]]:
     body = {
         "model": str(system.rig.model), "max_tokens": 16, "temperature": 0, "stream": True,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True}, **asked,
     }  # fmt: skip
-    return post_stream(f"{url}/v1/chat/completions", body, deadline_s=DEADLINE_S)
+    return post_stream(url, body, deadline_s=DEADLINE_S)
+
+
+def told(events: list[str]) -> tuple[str, Any]:
+    """All the text, and the usage at the end."""
+    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    text = "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
+    return text + choices[-1]["finish_reason"], without_cached(chunks[-1]["usage"])
 
 
 def plain(event: str) -> Any:
     """An event without what differs between any two answers."""
-    return event if event == "[DONE]" else {k: v for k, v in json.loads(event).items() if k not in CHANGING}
+    if event == "[DONE]":
+        return event
+    chunk = {k: v for k, v in json.loads(event).items() if k not in CHANGING}
+    return {**chunk, "usage": without_cached(chunk["usage"])} if chunk.get("usage") else chunk
+
+
+def without_cached(usage: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in usage.items() if k != "prompt_tokens_details"}

@@ -148,6 +148,8 @@ class FakeEngine:
         prompt = self._prompt_ids(path, body)
         choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
         answer: dict[str, Any] = {"id": "x", "model": MODEL, "choices": [choice], "usage": self._usage(prompt)}
+        if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
+            answer["kv_transfer_params"] = {"pdx": {"handoff": "00", "pages": 1}}
         if path.endswith("/chat/completions"):
             choice["message"] = {"role": "assistant", "content": f"by {self.engine_id}"}
             if body.get("return_token_ids"):
@@ -170,11 +172,14 @@ class FakeEngine:
         cached = 2 if self.role == "prefill" else len(prompt) - 1
         return {"prompt_tokens": len(prompt), "prompt_tokens_details": {"cached_tokens": cached}}
 
+    def _events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        events = [{"id": "x", "choices": [{"index": 0, "text": f"{self.engine_id} {n}"}]} for n in range(3)]
+        return [*events, {"id": "x", "choices": [], "usage": self._usage(self._prompt_ids(path, body))}]
+
     async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        events = [{"id": "x", "choices": [{"index": 0, "text": f"{self.engine_id} {n}"}]} for n in range(3)]
-        events.append({"id": "x", "choices": [], "usage": self._usage(self._prompt_ids(request.path, body))})
-        frames = [f"data: {json.dumps(event)}\n\n".encode() for event in events] + [b"data: [DONE]\n\n"]
+        events = [json.dumps(event, separators=(",", ":")) for event in self._events(request.path, body)]
+        frames = [f"data: {event}\n\n".encode() for event in (*events, "[DONE]")]
         await response.prepare(request)
         for number, frame in enumerate(frames):
             if self.fault == "part" or (self.fault == "break" and number == 1):
@@ -277,7 +282,8 @@ class Fleet:
 @asynccontextmanager
 async def fleet(*engines: FakeEngine, hosts: int = 1, **changed: Any) -> AsyncIterator[Fleet]:
     """Engines spread over `hosts` daemons, announced to a router and ready; `changed` are Options and Settings."""
-    settings = {name: changed.pop(name) for name in ("policy", "prefill_timeout_s") if name in changed}
+    names = ("policy", "journey", "prefill_timeout_s", "max_waiting")
+    settings = {"journey": "after"} | {name: changed.pop(name) for name in names if name in changed}
     options = Options(settings=Settings(cluster_key=KEY, **settings), port=0, control="tcp://127.0.0.1:0", **changed)
     async with AsyncExitStack() as stack:
         published, _ = await stack.enter_async_context(running(options))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from engine_fakes import KEY, daemon_ref, engine_info, verified
 
 from pdx.errors import IllegalTransition
-from pdx.router.journey import (
-    MOVES,
+from pdx.router.actions import (
     Answer,
     Begin,
     CallDecode,
@@ -20,23 +21,27 @@ from pdx.router.journey import (
     CloseStream,
     DeadlinePassed,
     DecodeAnswered,
+    DecodeFailed,
+    DropPrefill,
     EndHandoff,
     Event,
     HandoffBroke,
-    Journey,
     PassOn,
     PrefillAnswered,
-    Request,
-    Settings,
+    PrefillFailed,
+    ShowCached,
     StreamFinished,
-    UpstreamFailed,
+    Write,
 )
+from pdx.router.journey import Journey, JourneyName, Request, Settings
 from pdx.router.policy import Candidate, Snapshot
+from pdx.router.states import MOVES
 from pdx.wire import Budgets, Role
 
 BODY: dict[str, Any] = {"model": "smol", "prompt": "x"}
-IDS = b'{"choices":[{"prompt_token_ids":[1,2,3]}],"usage":{"prompt_tokens_details":{"cached_tokens":2}}}'
-CHAT_IDS = b'{"choices":[{"message":{}}],"prompt_token_ids":[1,2,3]}'
+SENT = b'"kv_transfer_params":{"pdx":{"handoff":"00","pages":1}}'
+IDS = b'{"choices":[{"prompt_token_ids":[1,2,3]}],"usage":{"prompt_tokens_details":{"cached_tokens":2}},%b}' % SENT
+CHAT_IDS = b'{"choices":[{"message":{}}],"prompt_token_ids":[1,2,3],%b}' % SENT
 ID = bytes(range(16))
 NOW_UNIX_S = 1_000_000.0
 
@@ -45,6 +50,16 @@ def candidate(engine_id: str, role: Role) -> Candidate:
     return Candidate(info=engine_info(engine_id, role), daemon=daemon_ref(f"host-{engine_id}"))
 
 
+SEED = PrefillAnswered(
+    200,
+    b'{"id":"cmpl-r","created":5,"model":"smol","choices":[{"text":" a","finish_reason":"length","token_ids":[7],'
+    b'"prompt_token_ids":[1,2,3]}],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4,'
+    b'"prompt_tokens_details":{"cached_tokens":2}},%b}' % SENT,
+)
+UNSENT = PrefillAnswered(200, SEED.body.replace(b"pdx", b"nothing"))
+REST = b'{"created":6,"choices":[{"text":" b"}],"usage":{"prompt_tokens":4,"completion_tokens":1,"total_tokens":5}}'
+STREAMED = {**BODY, "stream": True}
+UNSEEDABLE = {**BODY, "presence_penalty": 1}
 P0, D0, D1 = candidate("p0", "prefill"), candidate("d0", "decode"), candidate("d1", "decode")
 
 
@@ -52,8 +67,8 @@ def begin(*engines: Candidate) -> Begin:
     return Begin(snapshot=tuple(engines), turn=0, handoff_id=ID, now_unix_s=NOW_UNIX_S)
 
 
-def journey(body: dict[str, Any] = BODY, path: str = "/v1/completions") -> Journey:
-    settings = Settings(cluster_key=KEY, budgets=Budgets(total_s=33.0))
+def journey(body: dict[str, Any] = BODY, path: str = "/v1/completions", *, wish: JourneyName = "after") -> Journey:
+    settings = Settings(cluster_key=KEY, journey=wish, budgets=Budgets(total_s=33.0))
     request = Request(path=path, model="smol", body=body, raw=json.dumps(body).encode())
     return Journey(request, settings)
 
@@ -86,7 +101,8 @@ def test_a_pair_serves() -> None:
     assert isinstance(told, CallDecode)
     assert (told.engine, told.cached_tokens, json.loads(told.body)["prompt"]) == (D0, 2, [1, 2, 3])
     assert machine.on(DecodeAnswered(200, b"{}")) == [Answer(status=200, body=b"{}")]
-    assert (machine.state, machine.outcome, machine.paired) == ("ended", "ok", True)
+    assert (machine.state, machine.outcome, machine.by_pair) == ("ended", "ok", True)
+    assert machine.way == "after"
     assert repr(machine) == "<Journey ended p0→d0 ok>"
 
 
@@ -111,7 +127,7 @@ def test_alone_without_a_pair_and_by_rule() -> None:
         (call,) = machine.on(begin(*engines))
         assert isinstance(call, CallDecode)
         assert (call.engine, json.loads(call.body), machine.reason) == (D0, body, reason)
-        assert not machine.paired
+        assert not machine.by_pair
         assert machine.handoff_id == b""
         assert kinds(machine.on(ClientGone())) == []  # there is no handoff to end
 
@@ -136,7 +152,7 @@ def test_prefills_client_error_is_the_clients() -> None:
         (PrefillAnswered(302, b""), "prefill_302"),
         (PrefillAnswered(200, b'{"choices":[]}'), "prefill_bad_reply"),
         (PrefillAnswered(200, b"<html>"), "prefill_bad_reply"),
-        (UpstreamFailed("timeout"), "prefill_timeout"),
+        (PrefillFailed("timeout"), "prefill_timeout"),
         (HandoffBroke("nothing landed for 15 s"), "handoff_failed"),
     ],
 )
@@ -146,12 +162,12 @@ def test_prefill_fails_and_decode_computes_itself(event: Event, reason: str) -> 
     assert (ended.handoff_id, ended.reason) == (ID, reason)
     assert (ended.pair.prefill, ended.pair.decode) == (P0, D0)
     assert (call.engine, json.loads(call.body), call.cached_tokens) == (D0, BODY, None)
-    assert (machine.reason, machine.outcome, machine.paired) == (reason, reason, False)
+    assert (machine.reason, machine.outcome, machine.by_pair) == (reason, reason, False)
     assert kinds(machine.on(DecodeAnswered(200, b""))) == [Answer]
     assert machine.outcome == reason  # of the handoff, not of the request
 
 
-@pytest.mark.parametrize("event", [UpstreamFailed("broken"), DecodeAnswered(500, b"")])
+@pytest.mark.parametrize("event", [DecodeFailed("broken"), DecodeAnswered(500, b"")])
 def test_decode_is_repeated_once_alone_elsewhere(event: Event) -> None:
     machine = journey()
     ended, call = through(machine, begin(P0, D0, D1), PREFILLED, event)
@@ -162,7 +178,7 @@ def test_decode_is_repeated_once_alone_elsewhere(event: Event) -> None:
 
 
 def test_decode_fails_with_nobody_else() -> None:
-    ended, answer = through(journey(), begin(P0, D0), PREFILLED, UpstreamFailed("broken"))
+    ended, answer = through(journey(), begin(P0, D0), PREFILLED, DecodeFailed("broken"))
     assert isinstance(ended, EndHandoff)
     assert (answer.status, json.loads(answer.body)["error"]["code"]) == (502, 502)
 
@@ -173,7 +189,7 @@ def test_decodes_client_error_is_the_clients() -> None:
     assert actions[1].body == b"bad"
 
 
-@pytest.mark.parametrize(("event", "code"), [(UpstreamFailed("broken"), 502), (DeadlinePassed(), 504)])
+@pytest.mark.parametrize(("event", "code"), [(DecodeFailed("broken"), 502), (DeadlinePassed(), 504)])
 def test_after_the_first_byte_only_an_error_event_is_left(event: Event, code: int) -> None:
     machine = journey()
     actions = through(machine, begin(P0, D0, D1), PREFILLED, DecodeAnswered(200, b"1", streaming=True), event)
@@ -183,25 +199,186 @@ def test_after_the_first_byte_only_an_error_event_is_left(event: Event, code: in
     assert b"[DONE]" not in actions[1].body
 
 
-STAGES: dict[str, list[Event]] = {
-    "prefilling": [begin(P0, D0)],
-    "decoding": [begin(P0, D0), PREFILLED],
-    "streaming": [begin(P0, D0), PREFILLED, DecodeAnswered(200, b"1", streaming=True)],
+# --- seeded ---------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_is_written_when_decode_is_called() -> None:
+    machine = journey(STREAMED, wish="auto")
+    assert kinds(machine.on(begin(P0, D0))) == [CallPrefill]
+    call, write = machine.on(SEED)
+    assert isinstance(call, CallDecode)
+    assert isinstance(write, Write)
+    asked = json.loads(call.body)
+    assert (asked["prompt"], asked["max_tokens"], asked["kv_transfer_params"]["pdx_tokens"]) == ([1, 2, 3, 7], 15, 3)
+    assert call.seed is not None
+    assert json.loads(write.body[6:])["choices"][0]["text"] == " a"
+    assert machine.on(DecodeAnswered(200, b"1", streaming=True)) == [PassOn(b"1")]
+    assert machine.on(StreamFinished()) == [CloseStream()]
+    assert (machine.way, machine.outcome, machine.unseeded) == ("seeded", "ok", "")
+
+
+def test_a_whole_seeded_answer_is_merged() -> None:
+    machine = journey(wish="auto")
+    assert kinds(through(machine, begin(P0, D0), SEED)) == [CallDecode]
+    (answer,) = machine.on(DecodeAnswered(200, REST))
+    merged = json.loads(answer.body)
+    assert (merged["choices"][0]["text"], merged["created"]) == (" a b", 5)
+    assert merged["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_first_token_that_is_all(stream: bool) -> None:
+    machine = journey({**BODY, "max_tokens": 1, "stream": stream}, wish="auto")
+    actions = through(machine, begin(P0, D0), SEED)
+    assert kinds(actions) == ([EndHandoff, Write, CloseStream] if stream else [EndHandoff, Answer])
+    assert (machine.state, machine.outcome) == ("ended", "not_needed")
+
+
+@pytest.mark.parametrize(
+    ("reply", "unseeded"),
+    [(PREFILLED, "no_seed"), (PrefillAnswered(200, SEED.body.replace(b" a", b"")), "seed_text")],
+)
+def test_a_token_that_can_not_be_shown_is_left_to_decode(reply: PrefillAnswered, unseeded: str) -> None:
+    machine = journey(STREAMED, wish="auto")
+    (call,) = through(machine, begin(P0, D0), reply)
+    assert (json.loads(call.body)["prompt"], call.seed, call.cached_tokens) == ([1, 2, 3], None, 2)
+    assert (machine.state, machine.way, machine.unseeded) == ("decoding", "after", unseeded)
+
+
+@pytest.mark.parametrize("body", [BODY, STREAMED])
+@pytest.mark.parametrize("event", [DecodeFailed("broken"), DecodeAnswered(500, b""), DecodeAnswered(200, b"<html>")])
+def test_decode_is_repeated_once_from_the_seed(body: dict[str, Any], event: Event) -> None:
+    machine = journey(body, wish="auto")
+    ended, call = through(machine, begin(P0, D0, D1), SEED, event)
+    assert isinstance(ended, EndHandoff)
+    assert (call.engine, json.loads(call.body)["prompt"], call.seed is not None) == (D1, [1, 2, 3, 7], True)
+    assert "kv_transfer_params" not in json.loads(call.body)
+    assert machine.state == "reseeding"
+    (end,) = machine.on(event)
+    assert type(end) is (CloseStream if body is STREAMED else Answer)
+    assert b'"code":502' in end.body
+    assert b"[DONE]" not in end.body
+
+
+@pytest.mark.parametrize("event", [DecodeAnswered(400, b"bad"), DeadlinePassed()])
+def test_after_the_seed_only_an_error_event_is_left(event: Event) -> None:
+    actions = through(journey(STREAMED, wish="auto"), begin(P0, D0, D1), SEED, event)
+    assert kinds(actions) == [EndHandoff, CloseStream]
+    assert actions[1].body.startswith(b"event: error\ndata: ")
+    assert kinds(through(journey(wish="auto"), begin(P0, D0, D1), SEED, event)) == [EndHandoff, Answer]
+
+
+# --- paired ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("body", "wish"), [(BODY, "paired"), (UNSEEDABLE, "auto"), (UNSEEDABLE, "seeded")])
+def test_both_are_asked_at_once(body: dict[str, Any], wish: JourneyName) -> None:
+    machine = journey(body, wish=wish)
+    prefill, decode = machine.on(begin(P0, D0))
+    assert isinstance(prefill, CallPrefill)
+    asked = json.loads(decode.body)
+    assert asked["kv_transfer_params"]["pdx_early"] is True
+    assert {k: v for k, v in asked.items() if k != "kv_transfer_params"} == body
+    assert machine.on(SEED) == [ShowCached(2)]
+    assert machine.on(DecodeAnswered(200, b"1", streaming=True)) == [PassOn(b"1")]
+    assert machine.on(StreamFinished()) == [CloseStream()]
+    assert (machine.way, machine.outcome) == ("paired", "ok")
+
+
+@pytest.mark.parametrize("wish", ["seeded", "paired", "after"])
+def test_a_handoff_that_never_began_is_ended_so_that_decode_need_not_wait_for_it(wish: JourneyName) -> None:
+    machine = journey(wish=wish)
+    ended, *rest = through(machine, begin(P0, D0), UNSENT)
+    assert isinstance(ended, EndHandoff)
+    assert ended.reason == "not_sent"
+    assert kinds(rest) == [ShowCached if wish == "paired" else CallDecode]
+    assert machine.outcome == "not_sent"
+
+
+def test_prefills_number_is_in_a_whole_paired_answer() -> None:
+    machine = journey(wish="paired")
+    answer = b'{"usage":{"prompt_tokens_details":{"cached_tokens":%d}}}'
+    assert through(machine, begin(P0, D0), SEED, DecodeAnswered(200, answer % 9))[0].body == answer % 2
+
+
+def test_decode_overtakes_prefill() -> None:
+    machine = journey(wish="paired")
+    assert kinds(through(machine, begin(P0, D0), DecodeAnswered(200, b"{}"))) == [DropPrefill, EndHandoff, Answer]
+    machine = journey(wish="paired")
+    first = DecodeAnswered(200, b"1", streaming=True)
+    assert kinds(through(machine, begin(P0, D0), first)) == [PassOn]
+    assert kinds(machine.on(StreamFinished())) == [DropPrefill, EndHandoff, CloseStream]
+    assert machine.outcome == "not_needed"
+    machine = journey(wish="paired")
+    assert through(machine, begin(P0, D0), first, SEED) == [ShowCached(2)]
+    assert machine.state == "streaming"
+    machine = journey(wish="paired")
+    assert kinds(through(machine, begin(P0, D0), first, PrefillFailed("timeout"))) == [EndHandoff]
+    assert machine.on(StreamFinished()) == [CloseStream()]
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (PrefillAnswered(400, b""), "prefill_400"),
+        (PrefillAnswered(500, b""), "prefill_500"),
+        (PrefillFailed("timeout"), "prefill_timeout"),
+        (HandoffBroke("peer lost"), "handoff_failed"),
+    ],
+)
+def test_prefill_fails_beside_decode_which_goes_on(event: Event, reason: str) -> None:
+    machine = journey(wish="paired")
+    (ended,) = through(machine, begin(P0, D0, D1), event)
+    assert (ended.reason, machine.state, machine.reason, machine.way) == (reason, "alone", reason, "alone")
+    assert kinds(machine.on(DecodeAnswered(200, b"{}"))) == [Answer]
+    assert machine.outcome == reason
+
+
+def test_decode_fails_beside_prefill() -> None:
+    machine = journey(wish="paired")
+    dropped, ended, call = through(machine, begin(P0, D0, D1), DecodeFailed("broken"))
+    assert (type(dropped), type(ended)) == (DropPrefill, EndHandoff)
+    assert (call.engine, json.loads(call.body)) == (D1, BODY)
+    actions = through(journey(wish="paired"), begin(P0, D0, D1), DecodeAnswered(400, b"bad"))
+    assert kinds(actions) == [DropPrefill, EndHandoff, Answer]
+
+
+def test_a_full_line() -> None:
+    busy_p, busy_d = msgspec.structs.replace(P0, in_line=32), msgspec.structs.replace(D0, waiting=32)
+    for body, engines in ((BODY, (busy_p, D0)), (BODY, (P0, busy_d)), ({**BODY, "n": 2}, (P0, busy_d))):
+        machine = journey(body)
+        (answer,) = machine.on(begin(*engines))
+        assert (answer.status, answer.retry_after_s, machine.reason) == (429, 1, "no_room")
+
+
+# --- endings --------------------------------------------------------------------------------------------------
+
+STAGES: dict[str, tuple[Journey, list[Event]]] = {
+    "prefilling": (journey(), [begin(P0, D0)]),
+    "decoding": (journey(), [begin(P0, D0), PREFILLED]),
+    "seeding": (journey(wish="auto"), [begin(P0, D0), SEED]),
+    "both": (journey(wish="paired"), [begin(P0, D0)]),
+    "overtaking": (journey(wish="paired"), [begin(P0, D0), DecodeAnswered(200, b"1", streaming=True)]),
+    "streaming": (journey(), [begin(P0, D0), PREFILLED, DecodeAnswered(200, b"1", streaming=True)]),
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_client_that_leaves_ends_the_handoff(stage: str) -> None:
-    machine = journey()
-    (ended,) = through(machine, *STAGES[stage], ClientGone())
+    machine = copy.copy(STAGES[stage][0])
+    through(machine, *STAGES[stage][1])
+    assert machine.state == stage
+    *dropped, ended = machine.on(ClientGone())
+    assert kinds(dropped) == ([DropPrefill] if stage in ("both", "overtaking") else [])
     assert (ended.reason, machine.state, machine.outcome) == ("client_gone", "ended", "client_gone")
 
 
-@pytest.mark.parametrize("stage", ["prefilling", "decoding"])
+@pytest.mark.parametrize("stage", ["prefilling", "decoding", "seeding", "both"])
 def test_deadline(stage: str) -> None:
-    actions = through(journey(), *STAGES[stage], DeadlinePassed())
-    assert kinds(actions) == [EndHandoff, Answer]
-    assert actions[1].status == 504
+    machine = copy.copy(STAGES[stage][0])
+    *dropped, ended, answer = through(machine, *STAGES[stage][1], DeadlinePassed())
+    assert (kinds(dropped), type(ended)) == ([DropPrefill] if stage == "both" else [], EndHandoff)
+    assert answer.status == 504
 
 
 def test_an_event_out_of_turn_changes_nothing() -> None:
@@ -221,21 +398,25 @@ def test_chance() -> None:
     """Whatever comes in whatever order: legal moves end, the client gets one end, a handoff ends at most once."""
     chance = random.Random(7)
     events: list[Event] = [
-        PREFILLED, PrefillAnswered(400, b""), PrefillAnswered(500, b""), UpstreamFailed("broken"), StreamFinished(),
-        DecodeAnswered(200, b""), DecodeAnswered(200, b"", streaming=True), DecodeAnswered(404, b""),
-        DecodeAnswered(503, b""), DeadlinePassed(), ClientGone(),
+        PREFILLED, SEED, PrefillAnswered(400, b""), PrefillAnswered(500, b""), PrefillFailed("timeout"),
+        HandoffBroke("peer lost"), DecodeFailed("broken"), StreamFinished(), DecodeAnswered(200, REST),
+        DecodeAnswered(200, b"", streaming=True), DecodeAnswered(404, b""), DecodeAnswered(503, b""),
+        DeadlinePassed(), ClientGone(),
     ]  # fmt: skip
     fleets: list[Snapshot] = [(P0, D0), (P0, D0, D1), (D0,), (P0,), ()]
+    wishes: list[JourneyName] = ["auto", "paired", "after"]
     seen = set()
+    states = set()
     for _ in range(3000):
-        machine = journey()
+        machine = journey(chance.choice((BODY, STREAMED)), wish=chance.choice(wishes))
         actions = machine.on(begin(*chance.choice(fleets)))
-        for _ in range(30):
-            before = machine.state
+        for _ in range(60):
+            before = vars(machine).copy()
             try:
                 actions += machine.on(chance.choice(events))
             except IllegalTransition:
-                assert machine.state == before
+                assert vars(machine) == before
+            states.add(machine.state)
         calls = [a for a in actions if isinstance(a, CallDecode)]
         assert machine.state == "ended"
         assert len(calls) <= 3
@@ -244,7 +425,8 @@ def test_chance() -> None:
         paired = any(isinstance(a, CallPrefill) for a in actions)
         assert (machine.outcome != "none") == paired
         seen.add(machine.outcome)
-    assert len(seen) >= 7
+    assert len(seen) >= 10
+    assert states == set(MOVES.values())
 
 
 def test_every_state_of_the_table_is_reached_and_left() -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from engine_fakes import CONTENT, LAYOUT, daemon_ref, engine_info
 
-from pdx.router.policy import Candidate, choose_alone, choose_pair, fit
+from pdx.router.policy import Candidate, Snapshot, choose_alone, choose_pair, fit
 from pdx.wire import Role
 
 
@@ -93,3 +93,21 @@ def test_a_prefill_engine_without_partner_is_passed_over() -> None:
         pair = choose_pair(snapshot, "smol", policy="round_robin", turn=turn)
         assert pair is not None
         assert pair.prefill == PREFILL
+
+
+def test_a_full_line_takes_no_more() -> None:
+    def seen(p0: int, p1: int, d0: int) -> Snapshot:
+        lines = {"p0": p0, "p1": p1}
+        prefills = [msgspec.structs.replace(candidate(name, "prefill"), in_line=n) for name, n in lines.items()]
+        # What decode is running is no line, however much it is: what waits in the engine is.
+        return (*prefills, msgspec.structs.replace(candidate("d0", "decode"), waiting=d0, in_line=99))
+
+    for turn in range(4):
+        pair = choose_pair(seen(3, 2, 2), "smol", policy="round_robin", turn=turn, line_max=3)
+        assert pair is not None
+        assert (pair.prefill.engine_id, pair.decode.engine_id) == ("p1", "d0")
+        assert choose_pair(seen(3, 3, 0), "smol", policy="round_robin", turn=turn, line_max=3) is None
+        assert choose_pair(seen(0, 0, 3), "smol", policy="round_robin", turn=turn, line_max=3) is None
+        assert choose_pair(seen(9, 9, 9), "smol", policy="round_robin", turn=turn) is not None
+        assert choose_alone(seen(9, 9, 3), "smol", policy="round_robin", turn=turn, line_max=3) is None
+        assert choose_alone(seen(9, 9, 2), "smol", policy="round_robin", turn=turn, line_max=3) is not None

@@ -85,7 +85,9 @@ def test_refusals_are_one_line(flags: list[str], capsys: pytest.CaptureFixture[s
     assert lines[0].startswith("pdx-router: ")
 
 
-@pytest.mark.parametrize("flags", [["--port", "70000"], ["--handoff-total-s", "-1"], ["--policy", "random"]])
+@pytest.mark.parametrize(
+    "flags", [["--port", "70000"], ["--handoff-total-s", "-1"], ["--policy", "random"], ["--max-waiting", "-1"]]
+)
 def test_bad_flags(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(flags)

@@ -14,7 +14,10 @@ from pdx.router.servable import (
     FieldRule,
     alone_reason,
     decode_body,
+    early_body,
+    output_limit,
     prefill_body,
+    seeded_body,
     without_private,
 )
 
@@ -79,7 +82,7 @@ def test_every_alone_rule_has_a_row() -> None:
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("rule", PREFILL_FIELDS, ids=lambda rule: rule.field)
 def test_prefill_field(rule: FieldRule, path: str) -> None:
-    given = object()
+    given = 7 if rule.action == "cap" else object()
     copy = prefill_body(path, {rule.field: given}, "h")
     if rule.action == "keep" or path not in rule.paths:
         assert copy[rule.field] is given
@@ -104,6 +107,46 @@ def test_decode_gets_prefills_token_ids() -> None:
     chat = decode_body(CHAT, MESSAGES, "h", [1, 2])
     assert chat["messages"] == MESSAGES["messages"]
     assert chat["kv_transfer_params"] == {"do_remote_prefill": True, "pdx_handle": "h", "prompt_token_ids": [1, 2]}
+
+
+def test_min_tokens_are_capped_and_nonsense_is_left_to_the_engine() -> None:
+    for given, asked in ((0, 0), (1, 1), (9, 1), ("nine", "nine")):
+        assert prefill_body(COMPLETIONS, {**PROMPT, "min_tokens": given}, "h")["min_tokens"] == asked
+
+
+def test_decode_beside_prefill_gets_the_clients_body() -> None:
+    params = {"do_remote_prefill": True, "pdx_handle": "h", "pdx_early": True}
+    assert early_body(MESSAGES, "h") == {**MESSAGES, "kv_transfer_params": params}
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "limit"),
+    [
+        (COMPLETIONS, {}, 16),
+        (COMPLETIONS, {"max_tokens": None}, 16),
+        (COMPLETIONS, {"max_tokens": 5}, 5),
+        (CHAT, {}, None),
+        (CHAT, {"max_tokens": 5}, 5),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 7}, 7),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": None}, 5),
+    ],
+)
+def test_limit_of_the_answer(path: str, given: dict[str, Any], limit: int | None) -> None:
+    assert output_limit(path, given) == limit
+    seeded = seeded_body(path, {**given, "min_tokens": 3, "truncate_prompt_tokens": 2}, "h", [1, 2], 9)
+    assert seeded.get("max_tokens") == (limit - 1 if limit else None)
+    assert seeded["min_tokens"] == 2
+    assert not {"max_completion_tokens", "truncate_prompt_tokens"} & set(seeded)
+
+
+def test_decode_goes_on_from_prefills_token() -> None:
+    params = {"do_remote_prefill": True, "pdx_handle": "h", "pdx_tokens": 2}
+    completion = seeded_body(COMPLETIONS, PROMPT, "h", [1, 2], 9)
+    assert (completion["prompt"], completion["kv_transfer_params"]) == ([1, 2, 9], params)
+    chat = seeded_body(CHAT, MESSAGES, "h", [1, 2], 9)
+    assert chat == {**MESSAGES, "kv_transfer_params": {**params, "prompt_token_ids": [1, 2, 9]}}
+    assert "kv_transfer_params" not in seeded_body(COMPLETIONS, PROMPT, "", [1, 2], 9)
+    assert seeded_body(CHAT, MESSAGES, "", [1], 9)["kv_transfer_params"] == {"prompt_token_ids": [1, 9]}
 
 
 def test_private_fields() -> None:
