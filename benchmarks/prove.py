@@ -22,8 +22,9 @@ from typing import Any
 
 from benchmarks.demo import the_document
 from benchmarks.model import build
+from benchmarks.part import Part
 from benchmarks.report import HISTORY, Report
-from benchmarks.rig import REPOSITORY, Part, Reply, Rig, counter, get, leases, post, rig_in, stats, unleased, wait_until
+from benchmarks.rig import REPOSITORY, Reply, Rig, counter, get, leases, post, rig_in, stats, unleased, wait_until
 from pdx.buffer.arena import Arena
 from pdx.client import DaemonClient
 from pdx.errors import PdxError
@@ -81,17 +82,22 @@ def prove_identity(rig: Rig, report: Report) -> None:
     prompt = tokens_of(600, 99)
     clean = rig.complete(prompt)
     failed = counter(target, "loads_failed")
-    with intruder(rig, "b") as arena:
-        post(f"{decode.url}/reset_prefix_cache", {}, deadline_s=10)  # or decode would not need to load at all
-        for extent in range(CONTROL_BYTES, arena.bytes_total, EXTENT_BYTES):
-            for offset in range(extent + HEADERS_BYTES, min(extent + EXTENT_BYTES, arena.bytes_total), 32 << 10):
-                arena.memory[offset] ^= 1
+    post(f"{decode.url}/reset_prefix_cache", {}, deadline_s=10)  # or decode would not need to load at all
+    flip_every_page(rig, "b")
     spoilt = rig.complete(prompt)
     report.equal("control, one flipped byte a page: load refused", counter(target, "loads_failed") - failed, 1)
     report.equal("control, one flipped byte a page: same answer by recompute", spoilt.text, clean.text)
 
 
 EXTENT_BYTES, HEADERS_BYTES = 64 << 20, 64 << 10  # more than the headers of an extent's 22 blocks
+
+
+def flip_every_page(rig: Rig, daemon: str, *, extent_bytes: int = EXTENT_BYTES) -> None:
+    """A bit in every 32 KiB of a daemon's arena, but not in the headers: pages are larger than that."""
+    with intruder(rig, daemon) as arena:
+        for extent in range(CONTROL_BYTES, arena.bytes_total, extent_bytes):
+            for offset in range(extent + HEADERS_BYTES, min(extent + extent_bytes, arena.bytes_total), 32 << 10):
+                arena.memory[offset] ^= 1
 
 
 @contextlib.contextmanager

