@@ -21,8 +21,8 @@ from functools import partial
 import numpy as np
 import xxhash
 
-from benchmarks.measure import median, table
-from benchmarks.report import Report, options
+from benchmarks.harness.measure import median, table
+from benchmarks.harness.report import Report, options
 from pdx.buffer.arena import Arena
 from pdx.buffer.lease import Owner
 from pdx.buffer.store import Store

@@ -13,13 +13,13 @@ import argparse
 import sys
 from dataclasses import dataclass
 
-from benchmarks.arms import Scratch, pdx_pair
-from benchmarks.measure import fit, memcpy_rate, pin_client, table
+from benchmarks.harness.arms import Scratch, pdx_pair
+from benchmarks.harness.measure import fit, memcpy_rate, pin_client, table
+from benchmarks.harness.peers import TCP, nixl_pairs
+from benchmarks.harness.relay import Relay
+from benchmarks.harness.report import Report, options
+from benchmarks.harness.ways import Samples, Way, failed_loads, interleaved, measure, verified
 from benchmarks.model import build
-from benchmarks.peers import TCP, nixl_pairs
-from benchmarks.relay import Relay
-from benchmarks.report import Report, options
-from benchmarks.ways import Samples, Way, failed_loads, interleaved, measure, verified
 
 EXTRA_MS = 4.0
 NIXL_FACTOR, NIXL_FROM_TOKENS = 0.5, 2048
@@ -42,7 +42,7 @@ QUICK = Plan((257, 513, 1025, 2049), 2, ("proxy",), after=False)
 def run(scratch: Scratch, report: Report, plan: Plan) -> None:
     with Relay() as pdx_relay, Relay() as nixl_relay:
         peers = nixl_pairs(scratch, NIXL, plan.fronts, lanes=TCP, relay=nixl_relay)
-        pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.late", relay=pdx_relay)
+        pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.harness.late", relay=pdx_relay)
         ways = [Way(PAIRED, pair, "paired"), Way(NAIVE, pair, "paired", late=True)]
         ways += [Way(AFTER, pair, "after")] if plan.after else []
         ways += [Way(f"{NIXL}, {front}", peer) for front, peer in zip(plan.fronts, peers, strict=True)]

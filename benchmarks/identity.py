@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.answers import Answer, answer_of, at_once, compare
-from benchmarks.arms import DECODE_CPUS, PdxPair, Scratch, pdx_pair, plain
-from benchmarks.measure import pin_client, prompt_of, table
+from benchmarks.harness.answers import Answer, answer_of, at_once, compare
+from benchmarks.harness.arms import DECODE_CPUS, PdxPair, Scratch, pdx_pair, plain
+from benchmarks.harness.measure import pin_client, prompt_of, table
+from benchmarks.harness.peers import nixl_pair
+from benchmarks.harness.report import Report, options
+from benchmarks.harness.rig import counter, post, stats, unleased
 from benchmarks.model import build
-from benchmarks.peers import nixl_pair
 from benchmarks.prove import flip_every_page
-from benchmarks.report import Report, options
-from benchmarks.rig import counter, post, stats, unleased
 
 CHUNK = ("--max-num-batched-tokens", "512")  # several prompt chunks in most prompts, the same cuts in every arm
 DAEMON = {"arena": "128MiB", "digest_mode": "true", "poison": "true"}  # room for one prompt of 3,500 tokens and a half

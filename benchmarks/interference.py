@@ -17,14 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.arms import Arm, PdxPair, Scratch, pdx_pair, serving, start_plain, two_plain, wait_engines
-from benchmarks.gain import Measured
-from benchmarks.measure import completion, median, percentile, pin_client, prompt_of, stream, table
+from benchmarks.harness.arms import Arm, PdxPair, Scratch, pdx_pair, serving, start_plain, two_plain, wait_engines
+from benchmarks.harness.gain import Measured
+from benchmarks.harness.measure import completion, median, percentile, pin_client, prompt_of, stream, table
+from benchmarks.harness.pictures import OTHER, PAIR, PLAIN, Mark, Panel, frontier, gain_map
+from benchmarks.harness.report import Report, options
+from benchmarks.harness.rig import REPOSITORY, counter
+from benchmarks.harness.steady import Outcome, run_load
 from benchmarks.model import build
-from benchmarks.pictures import OTHER, PAIR, PLAIN, Mark, Panel, frontier, gain_map
-from benchmarks.report import Report, options
-from benchmarks.rig import REPOSITORY, counter
-from benchmarks.steady import Outcome, run_load
 
 PDX, TWO = "pdx pair", "two plain engines in turn"  # names of arms; see also plain_name
 STREAMS = 4

@@ -16,17 +16,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from benchmarks.arms import DAEMON_SETTINGS, DECODE_CPUS, ENGINE_FLAGS, PREFILL_CPUS, Arm, Scratch, wait_engines
-from benchmarks.exposure import Exposure, read_exposure
-from benchmarks.late import after_prefill
-from benchmarks.measure import completion, median, pin_client, prompt_of, stream, table
+from benchmarks.harness.arms import DAEMON_SETTINGS, DECODE_CPUS, ENGINE_FLAGS, PREFILL_CPUS, Arm, Scratch, wait_engines
+from benchmarks.harness.exposure import Exposure, read_exposure
+from benchmarks.harness.late import after_prefill
+from benchmarks.harness.measure import completion, median, pin_client, prompt_of, stream, table
+from benchmarks.harness.netns import WIRE_DEVICE, Wire, why_not
+from benchmarks.harness.part import Part
+from benchmarks.harness.peers import TCP, start_front, start_nixl
+from benchmarks.harness.relay import Relay
+from benchmarks.harness.report import Report, options
+from benchmarks.harness.rig import counter, wait_until
 from benchmarks.model import build
-from benchmarks.netns import WIRE_DEVICE, Wire, why_not
-from benchmarks.part import Part
-from benchmarks.peers import TCP, start_front, start_nixl
-from benchmarks.relay import Relay
-from benchmarks.report import Report, options
-from benchmarks.rig import counter, wait_until
 from pdx.wire import Ask
 
 RHOS = (0.1, 0.5, 0.9, 1.5)
@@ -78,7 +78,7 @@ class TwoHosts:
         rig.start_router(*LONG_BUDGETS, host=wire.outside, cpus=DECODE_CPUS)
         for name, host, cpus in (("source", wire.source, PREFILL_CPUS), ("target", wire.target, DECODE_CPUS)):
             rig.start_daemon(
-                name, cpus=cpus, prefix=host.prefix, module="benchmarks.late", host=host.wire, **DAEMON_SETTINGS
+                name, cpus=cpus, prefix=host.prefix, module="benchmarks.harness.late", host=host.wire, **DAEMON_SETTINGS
             )
         self._start_engine("D", "decode", ())
         self.source, self.target = rig.tool("source"), rig.tool("target")

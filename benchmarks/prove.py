@@ -21,10 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.demo import the_document
+from benchmarks.harness.part import Part
+from benchmarks.harness.report import HISTORY, Report
+from benchmarks.harness.rig import (
+    REPOSITORY,
+    Reply,
+    Rig,
+    counter,
+    get,
+    leases,
+    post,
+    rig_in,
+    stats,
+    unleased,
+    wait_until,
+)
 from benchmarks.model import build
-from benchmarks.part import Part
-from benchmarks.report import HISTORY, Report
-from benchmarks.rig import REPOSITORY, Reply, Rig, counter, get, leases, post, rig_in, stats, unleased, wait_until
 from pdx.buffer.arena import Arena
 from pdx.client import DaemonClient
 from pdx.errors import PdxError

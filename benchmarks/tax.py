@@ -17,8 +17,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.arms import DECODE_CPUS, PREFILL_CPUS, Arm, PdxPair, Scratch, pdx_pair, plain_engines
-from benchmarks.measure import (
+from benchmarks.harness.arms import DECODE_CPUS, PREFILL_CPUS, Arm, PdxPair, Scratch, pdx_pair, plain_engines
+from benchmarks.harness.measure import (
     Background,
     Timing,
     bootstrap_interval,
@@ -31,9 +31,9 @@ from benchmarks.measure import (
     stream,
     table,
 )  # fmt: skip
+from benchmarks.harness.report import Report, options
+from benchmarks.harness.rig import counter
 from benchmarks.model import build
-from benchmarks.report import Report, options
-from benchmarks.rig import counter
 
 TAX_MAX, EXCLUDED = 1.03, 1.05  # the bar of the median, and what its 95 % interval must not reach
 STEADY_PROMPT, STEADY_TOKENS, LOADED_TOKENS = 64, 128, 240  # a stream alone, and one that outlasts a prefill beside it

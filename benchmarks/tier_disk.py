@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.report import Report
+from benchmarks.harness.report import Report
 from pdx.buffer.evict import Lru
 from pdx.tiers.conformance import User
 from pdx.tiers.disk import READERS, DiskTier

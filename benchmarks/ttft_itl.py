@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.arms import Arm, Scratch, pdx_pair, plain
-from benchmarks.load import bench_serve
-from benchmarks.measure import (
+from benchmarks.harness.arms import Arm, Scratch, pdx_pair, plain
+from benchmarks.harness.load import bench_serve
+from benchmarks.harness.measure import (
     Background,
     Fit,
     completion,
@@ -29,10 +29,10 @@ from benchmarks.measure import (
     prompt_of,
     table,
 )
+from benchmarks.harness.peers import nixl_pair
+from benchmarks.harness.report import Report, options
+from benchmarks.harness.ways import DEADLINE_S, Samples, Way, failed_loads, interleaved, measure, this_way, verified
 from benchmarks.model import build
-from benchmarks.peers import nixl_pair
-from benchmarks.report import Report, options
-from benchmarks.ways import DEADLINE_S, Samples, Way, failed_loads, interleaved, measure, this_way, verified
 from pdx.errors import PdxError
 
 FIRST_EXTRA_MS, SECOND_EXTRA_MS, COPY_FACTOR = 5.0, 8.0, 1.3
@@ -59,7 +59,7 @@ QUICK = Plan((257, 513, 1025, 2049), 1, (513,), 1, bench_prompts=0, bench_tokens
 
 
 def run(scratch: Scratch, report: Report, plan: Plan) -> None:
-    pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.late")
+    pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.harness.late")
     alone, nixl = plain(scratch, "alone"), nixl_pair(scratch, "NixlConnector")
     seeded = Way(SEEDED, pair, "auto")
     ways = [

@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the named benchmark with the other arguments; lists all of them without a name."""
     arguments = sys.argv[1:] if argv is None else argv
     folder = Path(pdx.__file__).resolve().parent.parent / "benchmarks"
-    scripts = {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
+    scripts = _scripts(folder)
     if not scripts:
         print("pdx bench: the benchmarks are in the source tree; clone it and run this there", file=sys.stderr)
         return 2
@@ -35,6 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0
+
+
+def _scripts(folder: Path) -> dict[str, Path]:
+    """Name -> file: each script, and each package that can be run."""
+    files = {path.stem: path for path in folder.glob("[a-z]*.py")}
+    packages = {path.parent.name: path for path in folder.glob("[a-z]*/__main__.py")}
+    return dict(sorted((files | packages).items()))
 
 
 def _first_line(path: Path) -> str:

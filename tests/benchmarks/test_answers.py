@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from benchmarks.answers import Answer, at_once, compare
+from benchmarks.harness.answers import Answer, at_once, compare
 
 RIVALS = [{"a": -0.1, "b": -2.0}, {"c": -0.70, "d": -0.69}]
 

@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks.arms import Arm
-from benchmarks.ways import ATTEMPTS, Way, interleaved, measure
+from benchmarks.harness.arms import Arm
+from benchmarks.harness.ways import ATTEMPTS, Way, interleaved, measure
 from pdx.errors import PdxError
 
 

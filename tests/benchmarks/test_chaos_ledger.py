@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.chaos_call import Heard
-from benchmarks.chaos_ledger import FINDINGS_MAX, SLOWEST_MAX, Ledger, State, table, way_of
-from benchmarks.chaos_plan import Fault, Wish
-from benchmarks.chaos_verdict import Verdict
+from benchmarks.chaos.call import Heard
+from benchmarks.chaos.ledger import FINDINGS_MAX, SLOWEST_MAX, Ledger, State, table, way_of
+from benchmarks.chaos.plan import Fault, Wish
+from benchmarks.chaos.verdict import Verdict
 
 WISH = Wish(1, 0, 4, streamed=True, unseedable=False, usage_asked=False)
 

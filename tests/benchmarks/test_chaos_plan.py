@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from benchmarks.chaos_plan import (
+from benchmarks.chaos.plan import (
     CLIENT,
     DAEMONS,
     DECODES,
@@ -18,7 +18,7 @@ from benchmarks.chaos_plan import (
     next_fault,
     wish,
 )
-from benchmarks.chaos_questions import COMPLETIONS, TOKENS_MIN, Known, Question
+from benchmarks.chaos.questions import COMPLETIONS, TOKENS_MIN, Known, Question
 
 POOL = [
     Known(Question(COMPLETIONS, "short"), [" a", ""], True, 1),

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.chaos_call import Heard
-from benchmarks.chaos_plan import Wish
-from benchmarks.chaos_questions import CHAT, COMPLETIONS, Known, Question, known
-from benchmarks.chaos_verdict import Verdict, judge
+from benchmarks.chaos.call import Heard
+from benchmarks.chaos.plan import Wish
+from benchmarks.chaos.questions import CHAT, COMPLETIONS, Known, Question, known
+from benchmarks.chaos.verdict import Verdict, judge
 
 QUESTION = Known(Question(COMPLETIONS, "count"), [" one", " two", " three"], False, 5)
 STREAMED = Wish(1, 0, 2, streamed=True, unseedable=False, usage_asked=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.exposure import HIDDEN_SLACK_S, SLOW_LINK_FACTOR, read_exposure
+from benchmarks.harness.exposure import HIDDEN_SLACK_S, SLOW_LINK_FACTOR, read_exposure
 
 PAGE_BYTES = 1000
 LAYERS, STEPS, PAGES = 3, 2, 2  # pages of a layer and step

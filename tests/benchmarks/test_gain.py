@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gain import Measured, between
+from benchmarks.harness.gain import Measured, between
 
 FAST, SLOW = 1e12, 1e5  # bytes/s
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import handoff, ttft_itl
-from benchmarks.arms import Arm
-from benchmarks.measure import Timing
-from benchmarks.report import Report
-from benchmarks.ways import Floor, Sample, Samples, Way
+from benchmarks.harness.arms import Arm
+from benchmarks.harness.measure import Timing
+from benchmarks.harness.report import Report
+from benchmarks.harness.ways import Floor, Sample, Samples, Way
 
 SIZES = (257, 513, 1025, 2049)
 BYTES = {size: size * 23_000 for size in SIZES}

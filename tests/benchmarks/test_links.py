@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.exposure import Exposure
+from benchmarks.harness.exposure import Exposure
+from benchmarks.harness.report import Report
 from benchmarks.links import QUICK, Point, judge
-from benchmarks.report import Report
 
 TOTAL_BYTES, LAST_BYTES, COMPUTE_S = 10_000_000, 100_000, 1.0
 

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks.measure import Background, bootstrap_interval, completion, fit, percentile, prompt_of, stream
+from benchmarks.harness.measure import Background, bootstrap_interval, completion, fit, percentile, prompt_of, stream
 
 
 def test_prompts_share_no_prefix() -> None:

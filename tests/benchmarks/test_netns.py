@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import netns
-from benchmarks.netns import Wire, inside
+from benchmarks.harness import netns
+from benchmarks.harness.netns import Wire, inside
 from pdx.errors import ConfigError
 
 needs_namespaces = pytest.mark.skipif(bool(netns.why_not()), reason=netns.why_not() or "there are namespaces")

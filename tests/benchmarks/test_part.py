@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.arms import Arm, Scratch
-from benchmarks.part import Part, cores_of
-from benchmarks.report import Report
+from benchmarks.harness.arms import Arm, Scratch
+from benchmarks.harness.part import Part, cores_of
+from benchmarks.harness.report import Report
 
 BUSY = "import threading\nthreading.Thread(target=lambda: [None for _ in iter(int, 1)], daemon=True).start()\ninput()"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-from benchmarks.pictures import GAIN, LOSS, Mark, Panel, frontier, gain_map
+from benchmarks.harness.pictures import GAIN, LOSS, Mark, Panel, frontier, gain_map
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 
-from benchmarks.prefill_first import Proxy
+from benchmarks.harness.prefill_first import Proxy
 
 PARAMS = {"do_remote_prefill": True, "remote_engine_id": "P", "remote_block_ids": [[1, 2]]}
 ANSWER = b'data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n'

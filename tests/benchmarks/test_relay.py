@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks.relay import Relay
+from benchmarks.harness.relay import Relay
 from pdx.errors import PdxError
 
 BODY = b"x" * 300_000

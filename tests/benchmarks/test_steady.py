@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks.steady import STEADY_TOKENS, Steady, gaps_within, run_load
+from benchmarks.harness.steady import STEADY_TOKENS, Steady, gaps_within, run_load
 
 TOKEN_S = 0.005
 

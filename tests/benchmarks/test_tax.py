@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.measure import Timing
-from benchmarks.report import Report
+from benchmarks.harness.measure import Timing
+from benchmarks.harness.report import Report
 from benchmarks.tax import gaps_between, judge
 
 PLAIN = [1.0, 2.0, 3.0, 2.0]

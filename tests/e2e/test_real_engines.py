@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks.rig import START_S, Part, Reply, Rig, counter, post_stream, rig_in, stats, unleased, wait_until
+from benchmarks.harness.rig import START_S, Part, Reply, Rig, counter, post_stream, rig_in, stats, unleased, wait_until
 from pdx.client import DaemonClient
 from pdx.launch import processes
 

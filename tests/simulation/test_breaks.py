@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.simulator import run_episode
-from benchmarks.simulator_breaks import BREAKS
-from benchmarks.simulator_worker import fault_of
+from benchmarks.simulate.breaks import BREAKS
+from benchmarks.simulate.simulator import run_episode
+from benchmarks.simulate.worker import fault_of
 
 EPISODES_MAX = 40
 CAUGHT_AS = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import simulate
-from benchmarks.simulator import Episode, Outcome, run_episode
+from benchmarks.simulate import __main__ as simulate
+from benchmarks.simulate.simulator import Episode, Outcome, run_episode
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +48,7 @@ def test_the_worlds_are_not_too_kind() -> None:
 
 def test_a_seed_says_all() -> None:
     """Also where hashes of strings differ: an order that depends on them would make a finding impossible to repeat."""
-    code = "from benchmarks.simulator import run_episode; print(run_episode(3, handoffs=30).fingerprint)"
+    code = "from benchmarks.simulate.simulator import run_episode; print(run_episode(3, handoffs=30).fingerprint)"
     said = {
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": hash_seed},

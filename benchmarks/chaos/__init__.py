@@ -1,0 +1,1 @@
+"""Real engines, daemons and a router under random faults; then overload."""

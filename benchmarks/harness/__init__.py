@@ -1,0 +1,1 @@
+"""What the benchmarks share: real programs to start and stop, systems to compare, measuring, reports."""

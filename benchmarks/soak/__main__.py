@@ -1,0 +1,201 @@
+"""`make soak`: thousands of handoffs between real daemons while engines and daemons are killed and stopped.
+
+Engines are page engines (tests/page_engine.py): the real connector halves, no model, and every row of KV that is read
+is checked. The seed fixes what is asked and what breaks in each burst, not the timing. After each burst everything is
+healed and must be quiet, whole and free. A run that was interrupted goes on with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.harness.report import HISTORY, Report
+from benchmarks.harness.rig import wait_until
+from benchmarks.soak.burst import BURST, ENGINES, Burst, Failed
+from benchmarks.soak.parts import Engine, Host
+from pdx.errors import PdxError
+from pdx.launch import processes
+
+# 1 MiB holds some 15 prompts: reservations wait and cache is evicted all the time.
+SETTINGS = {"arena": "1MiB", "linger_s": "2", "lease_s": "2", "digest_mode": "true", "poison": "true"}
+FDS_GROWN_MAX = 16  # connections to peers that come and go
+MINUTES = 5.0
+
+
+class Progress(msgspec.Struct):
+    """What --resume keeps."""
+
+    seed: int
+    bursts: int = 0
+    seconds: float = 0.0
+    counts: dict[str, int] = msgspec.field(default_factory=dict)
+
+
+class Soak:
+    """The parts, and one burst after the other until enough has been seen."""
+
+    def __init__(self, scratch: Path, progress: Progress) -> None:
+        self.progress = progress
+        self.key = secrets.token_bytes(32)
+        key_file = scratch / "cluster.key"
+        key_file.touch(mode=0o600)
+        key_file.write_bytes(self.key)
+        self._scratch = scratch
+        self._number = 0
+        self._fds: dict[int, int] = {}  # pid -> descriptors when it was first seen quiet
+        self.fds_grown = 0
+        self.hosts = {n: Host(n, scratch / n, key_file=str(key_file), **SETTINGS) for n in "ab"}
+        self.engines: dict[str, Engine] = {}
+        for name in ENGINES:
+            self.start_engine(name)
+
+    def start_engine(self, name: str) -> None:
+        role, host = ENGINES[name]
+        self.engines[name] = Engine(name, role, self.hosts[host], log=self._scratch / f"{name}.log")
+
+    def next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def count(self, what: str) -> None:
+        self.progress.counts[what] = self.progress.counts.get(what, 0) + 1
+
+    @property
+    def handoffs(self) -> int:
+        return sum(self.progress.counts.get(how, 0) for how in ("answered", "given up", "lost"))
+
+    def burst(self) -> None:
+        """Raises Failed or TimeoutError."""
+        begun = time.monotonic()
+        generator = random.Random(f"{self.progress.seed}/{self.progress.bursts}")
+        Burst(self, generator).run()
+        self._look()
+        self.progress.bursts += 1
+        self.progress.seconds += time.monotonic() - begun
+
+    def _look(self) -> None:
+        """Everything is healed and nothing is asked: everything must be there, free and whole."""
+        for host in self.hosts.values():
+            complaint = host.complaint()
+            if complaint:
+                raise Failed(complaint)
+            if len(self._daemons(host)) != 1:
+                raise Failed(f"daemons of {host.name}: {self._daemons(host)}")
+        for part in [*self.hosts.values(), *self.engines.values()]:
+            now = len(os.listdir(f"/proc/{part.pid}/fd"))
+            grown = now - self._fds.setdefault(part.pid, now)
+            self.fds_grown = max(grown, self.fds_grown)
+            if grown > FDS_GROWN_MAX:
+                raise Failed(f"{part.name} holds {grown} descriptors more than when it was first seen quiet")
+
+    def _daemons(self, host: Host) -> list[int]:
+        flag, found = f"--run-dir={host.flags['run_dir']}".encode(), []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and flag in (entry / "cmdline").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+        return found
+
+    def close(self) -> list[int]:
+        """Ends everything. Returns processes that are left."""
+        for engine in self.engines.values():
+            if not engine.ended:
+                engine.end()
+        for host in self.hosts.values():
+            host.resume()
+            host.close()
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not any(self._daemons(host) for host in self.hosts.values()), 20, "daemons linger out")
+        left = [pid for host in self.hosts.values() for pid in self._daemons(host)]
+        processes.kill(left)
+        return left
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__)
+    parser.add_argument("--seed", type=int, help="of what is asked and what breaks (default: a random one)")
+    parser.add_argument("--handoffs", type=int, help="end after so many")
+    parser.add_argument("--minutes", type=float, help=f"end after so long (default {MINUTES:g}, or as --handoffs says)")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on where FILE says, and keep it up to date")
+    parser.add_argument("--json", type=Path, help=f"where to write (default: a new file in {HISTORY.name}/)")
+    options = parser.parse_args(argv)
+    if options.minutes is None and options.handoffs is None:
+        options.minutes = MINUTES
+    progress = Progress(options.seed if options.seed is not None else secrets.randbits(32))
+    if options.resume and options.resume.exists():
+        progress = msgspec.json.decode(options.resume.read_bytes(), type=Progress)
+    report = Report("soak")
+    scratch = Path(tempfile.mkdtemp(prefix="pdx-soak-"))
+    print(f"seed {progress.seed}; logs in {scratch}", flush=True)
+    soak = Soak(scratch, progress)
+    finding = ""
+    try:
+        while not _enough(soak, options):
+            soak.burst()
+            _tell(soak, options)
+            if options.resume:
+                _keep(progress, options.resume)
+    except (Failed, TimeoutError, PdxError) as error:
+        finding = f"burst {progress.bursts} of seed {progress.seed}: {error}"
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    left = soak.close()
+    _judge(report, soak, finding, left)
+    report.write(options.json)
+    if report.all_hold:
+        shutil.rmtree(scratch)
+    return 0 if report.all_hold else 1
+
+
+def _done(soak: Soak, options: argparse.Namespace) -> float:
+    """How much of the run is over, from 0 to 1."""
+    by_time = soak.progress.seconds / (options.minutes * 60) if options.minutes else 0.0
+    by_count = soak.handoffs / options.handoffs if options.handoffs else 0.0
+    return max(by_time, by_count)
+
+
+def _enough(soak: Soak, options: argparse.Namespace) -> bool:
+    return _done(soak, options) >= 1.0
+
+
+def _tell(soak: Soak, options: argparse.Namespace) -> None:
+    progress, done = soak.progress, _done(soak, options)
+    left_s = progress.seconds * (1 - done) / done if done < 1 else 0.0
+    counts = ", ".join(f"{count} {what}" for what, count in sorted(progress.counts.items()))
+    print(f"  burst {progress.bursts}: {soak.handoffs} handoffs, {soak.handoffs / progress.seconds:.0f}/s ({counts}); "
+          f"about {left_s:.0f} s to go", flush=True)  # fmt: skip
+
+
+def _keep(progress: Progress, path: Path) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_bytes(msgspec.json.encode(progress))
+    unfinished.replace(path)
+
+
+def _judge(report: Report, soak: Soak, finding: str, left: list[int]) -> None:
+    progress, totals = soak.progress, Counter[str]()
+    for host in soak.hosts.values():
+        totals += host.counters
+    whole = f"{soak.handoffs} handoffs in {progress.bursts} bursts of {BURST}"
+    report.bar("every page read was right; all leases, slots, descriptors and processes came back", finding or whole,
+               "nothing found", not finding and soak.handoffs > 0)  # fmt: skip
+    report.equal("processes left at the end", len(left), 0)
+    report.bar("pages verified", totals["pages_verified"], "> 0", totals["pages_verified"] > 0)
+    report.figures = {"seed": progress.seed, "descriptors_grown": soak.fds_grown, "seconds": round(progress.seconds, 1),
+                      **progress.counts, "daemons": dict(totals)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
