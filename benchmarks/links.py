@@ -176,7 +176,7 @@ def sweep_nixl(scratch: Scratch, wire: Wire, points: list[Point], plan: Plan, re
             timing = stream(front.url, completion(rig.model, prompt_of(tokens, seed), STEPS), DEADLINE_S)
             if not timing.good:
                 raise SystemExit(f"NixlConnector: status {timing.status}, {timing.error}")
-            return (timing.token_ns[0] - relay.answered_ns(timing.sent_ns)) / 1e9 - median(timing.gaps_s)
+            return (timing.token_ns[0] - relay.answered(timing.sent_ns).last_byte_ns) / 1e9 - median(timing.gaps_s)
 
         wire.shape(OPEN_BYTES_PER_S)
         gap_s(NIXL_SEED)

@@ -1,5 +1,9 @@
 """First token, second token and the other streams' gaps, always together: seeded journey against its peers.
 
+The first token's bar is the time that the pair adds to prefill's own answer to the same request, stamped by a relay
+before the prefill engine. That engine without pdx (plain vLLM on the same core) stands beside it: what pushing costs
+prefill itself is a few percent of seconds, and has its own benchmark (tax).
+
 Arms: the prefill engine alone (plain vLLM on the same core); the pdx pair, seeded; the same pair with each half of the
 idea taken away (first token only after decode has it; pages pushed only after prefill), which must miss its bar;
 vLLM's NixlConnector pair behind the usual proxy. Idle rounds hold the bars. Then busy rounds: a stream decodes on the
@@ -30,6 +34,7 @@ from benchmarks.harness.measure import (
     table,
 )
 from benchmarks.harness.peers import nixl_pair
+from benchmarks.harness.relay import Relay
 from benchmarks.harness.report import Report, options
 from benchmarks.harness.ways import DEADLINE_S, Samples, Way, failed_loads, interleaved, measure, this_way, verified
 from benchmarks.model import build
@@ -59,7 +64,12 @@ QUICK = Plan((257, 513, 1025, 2049), 1, (513,), 1, bench_prompts=0, bench_tokens
 
 
 def run(scratch: Scratch, report: Report, plan: Plan) -> None:
-    pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.harness.late")
+    with Relay() as relay:
+        run_with(relay, scratch, report, plan)
+
+
+def run_with(relay: Relay, scratch: Scratch, report: Report, plan: Plan) -> None:
+    pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.harness.late", relay=relay)
     alone, nixl = plain(scratch, "alone"), nixl_pair(scratch, "NixlConnector")
     seeded = Way(SEEDED, pair, "auto")
     ways = [
@@ -76,7 +86,8 @@ def run(scratch: Scratch, report: Report, plan: Plan) -> None:
     samples = Samples()
     for number, way in interleaved(ways, plan.rounds):
         for size in plan.sizes:
-            samples.add(way, size, measure(way, size, number * len(ways) + ways.index(way)))
+            stamps = relay if way.arm is pair else None
+            samples.add(way, size, measure(way, size, number * len(ways) + ways.index(way), stamps))
         report.progress(f"round {number + 1} of {plan.rounds}: {way.name}")
     busy = run_busy(ways, report, plan)
     with pair.active():
@@ -128,12 +139,11 @@ def decode_url(arm: Arm) -> str:
 
 def judge(report: Report, plan: Plan, samples: Samples, bytes_of: dict[int, int]) -> None:
     for size in plan.sizes:
-        allowed_ms = 1e3 * samples.first_token_s(ALONE, size) + FIRST_EXTRA_MS
-        first_ms, naive_ms = (1e3 * samples.first_token_s(way, size) for way in (SEEDED, NAIVE_FIRST))
-        report.bar(f"first token at {size}", round(first_ms, 1), f"<= {allowed_ms:.1f} = alone + {FIRST_EXTRA_MS:g}",
-                   first_ms <= allowed_ms, unit="ms")  # fmt: skip
-        report.bar(f"first token at {size}, naive variant misses it", round(naive_ms, 1), f"> {allowed_ms:.1f}",
-                   naive_ms > allowed_ms, unit="ms")  # fmt: skip
+        first_ms, naive_ms = (1e3 * samples.beside_prefill_s(way, size) for way in (SEEDED, NAIVE_FIRST))
+        report.bar(f"first token at {size}, beside prefill's own answer", round(first_ms, 1), f"<= {FIRST_EXTRA_MS:g}",
+                   first_ms <= FIRST_EXTRA_MS, unit="ms")  # fmt: skip
+        report.bar(f"first token at {size}, naive variant misses it", round(naive_ms, 1), f"> {FIRST_EXTRA_MS:g}",
+                   naive_ms > FIRST_EXTRA_MS, unit="ms")  # fmt: skip
         floor = samples.floor((SEEDED, NAIVE_SECOND, NAIVE_FIRST), size)
         copy_ms = COPY_FACTOR * bytes_of[size] / report.figures["memcpy_gb_per_s"] / 1e6
         allowed_ms = 1e3 * (floor.step_s + floor.engine_s) + copy_ms + SECOND_EXTRA_MS

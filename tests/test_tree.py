@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from markdown_tables import ROOT, moves_under
+from markdown_tables import ROOT, moves_under, rows_under
 
 FILE_LINES_MAX = 450
 FUNCTION_LINES_MAX = 70
@@ -163,6 +163,25 @@ def test_page_agrees_with_receiving_states() -> None:
     from pdx.handoff.states import RECEIVING
 
     assert moves_under("Handoff states, receiving side (decode's pdxd)") == plain(RECEIVING)
+
+
+def test_page_agrees_with_journey_states() -> None:
+    from pdx.router.states import MOVES
+
+    shown = {}
+    for state, _, goes_on, ends_by in rows_under("Journey states (router)"):
+        for move in filter(None, goes_on.split(", ")):
+            event, _, after = move.partition(" → ")
+            shown[state, event] = after
+        shown.update({(state, event): "ended" for event in ends_by.split(", ")})
+    assert shown == MOVES
+
+
+def test_page_agrees_with_tier_states() -> None:
+    from pdx.tiers import health, ledger
+
+    assert moves_under("Tier health") == plain(health.MOVES)
+    assert moves_under("Tier entries") == plain(ledger.MOVES)
 
 
 def plain(moves: Mapping[tuple[enum.Enum, str], enum.Enum]) -> dict[tuple[str, str], str]:

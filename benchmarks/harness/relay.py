@@ -70,11 +70,11 @@ class Relay:
         self._selector.close()
         self._listener.close()
 
-    def answered_ns(self, since_ns: int) -> int:
-        """When the last byte came back for the last POST since then. Raises PdxError if there was none."""
+    def answered(self, since_ns: int) -> Answer:
+        """The last answer to a POST since then. Raises PdxError if there was none."""
         for answer in reversed(self.answers):
             if answer.asked_ns >= since_ns and answer.last_byte_ns:
-                return answer.last_byte_ns
+                return answer
         raise PdxError("nothing was asked of the engine behind the relay")
 
     # --- in the thread ---

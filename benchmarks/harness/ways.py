@@ -23,6 +23,7 @@ ANSWER_TOKENS = 10
 DEADLINE_S = 120.0
 ATTEMPTS, SEEDS_APART = 5, 100_000
 WARM_SEED = -2
+WAKE_TOKENS = 513
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ class Floor:
 @dataclass(frozen=True)
 class Sample:
     timing: Timing
-    gap_s: float = 0.0  # from prefill's last byte to the client's first token; measured where there is a relay
+    # Measured where there is a relay: from prefill's last byte to the client's first token, and all that the first
+    # token took beside prefill's own answer, on the way to it as well.
+    gap_s: float = 0.0
+    beside_prefill_s: float = 0.0
     floor: Floor | None = None
 
     @property
@@ -94,6 +98,9 @@ class Samples:
     def gap_s(self, way: str, size: int) -> float:
         return median([sample.gap_s for sample in self.of(way, size)])
 
+    def beside_prefill_s(self, way: str, size: int) -> float:
+        return median([sample.beside_prefill_s for sample in self.of(way, size)])
+
     def overhead_s(self, way: str, size: int) -> float:
         """Of the hand-over, over one decode step of the same answer."""
         return median([sample.gap_s - sample.step_s for sample in self.of(way, size)])
@@ -123,9 +130,12 @@ class Samples:
 def measure(way: Way, size: int, seed: int, relay: Relay | None = None) -> Sample:
     """One new prompt on an active arm. Raises PdxError if the answer is not whole."""
     prompt, timing = this_way(way, size, seed)
-    gap_s = (timing.token_ns[0] - relay.answered_ns(timing.sent_ns)) / 1e9 if relay else 0.0
     floor = floor_of(way.arm, prompt) if isinstance(way.arm, PdxPair) else None
-    return Sample(timing, gap_s, floor)
+    if relay is None:
+        return Sample(timing, floor=floor)
+    answer = relay.answered(timing.sent_ns)
+    gap_ns = timing.token_ns[0] - answer.last_byte_ns
+    return Sample(timing, gap_ns / 1e9, (gap_ns + answer.asked_ns - timing.sent_ns) / 1e9, floor)
 
 
 def this_way(way: Way, size: int, seed: int) -> tuple[list[int], Timing]:
@@ -154,11 +164,15 @@ def asked(url: str, arm: Arm, prompt: list[int], who: str) -> Timing:
 
 
 def interleaved(ways: Sequence[Way], rounds: int) -> Iterator[tuple[int, Way]]:
-    """Every round has all ways, each round begins with the next one. The way is active while it is yielded."""
+    """Every round has all ways, each round begins with the next one. The way is active while it is yielded.
+
+    Before, it has answered a prompt that does not count: the kernel may have taken away what a stopped arm did not use.
+    """
     for number in range(rounds):
         start = number % len(ways)
         for way in (*ways[start:], *ways[:start]):
             with way.active():
+                asked(way.arm.url, way.arm, prompt_of(WAKE_TOKENS, -number - 3), way.name)
                 yield number, way
 
 

@@ -55,6 +55,7 @@ class SimulatedEngine(Engine):
         self.letting_go_s = 0.0  # how slow it is in that
         self._works: dict[str, Work] = {}
         self._step = 0
+        self._newest_step = 0  # of those that may touch slots of the present daemon
         self._in_step: list[Work] = []
         self._next_at = float("inf")
         self._poll_s = POLL_FIRST_S
@@ -73,10 +74,11 @@ class SimulatedEngine(Engine):
     def _born_again(self) -> None:
         self._works.clear()
         self._in_step = []
-        self._step = 0
+        self._step = self._newest_step = 0
         self._next_at = float("inf")
 
     def _claims_lost(self) -> None:
+        self._newest_step = 0
         for work in self._works.values():
             if work.phase == "asking" or (work.places is not None and work.load is None):
                 self._go_on_alone(work)
@@ -148,7 +150,10 @@ class SimulatedEngine(Engine):
             reason=reason,
             spoilt=list(spoilt),
         )
-        self.later(self.letting_go_s, self._say, message)
+        if self.letting_go_s:
+            self.later(self.letting_go_s, self._say, message)
+        else:
+            self._say(message)
 
     # --- the daemon -------------------------------------------------------------------------------------------
 
@@ -188,7 +193,9 @@ class SimulatedEngine(Engine):
             work = self._works.get(message.request_id)
         if work is None or (work.places is None and work.phase != "asking"):
             if message.handoff_id:
-                ended = LetGo(handoff_id=message.handoff_id, side="send", fence=self._step, ok=False, reason="ended")
+                ended = LetGo(
+                    handoff_id=message.handoff_id, side="send", fence=self._newest_step, ok=False, reason="ended"
+                )
                 self._say(ended)
             return
         if message.handoff_id:
@@ -219,11 +226,11 @@ class SimulatedEngine(Engine):
         work.phase = "starting"
 
     def _load_ended(self, message: LoadEnded) -> None:
-        works = self._works.values()
-        work = next((w for w in works if w.handoff_id == message.handoff_id and w.load is not None), None)
-        if work is None or work.load is None:
+        loads = [work for work in self._works.values() if work.phase == "asking" or work.load is not None]
+        work = next((w for w in loads if w.handoff_id == message.handoff_id and isinstance(w.question, OpenLoad)), None)
+        if work is None:
             self._say(LetGo(handoff_id=message.handoff_id, side="load", fence=0, ok=False, reason="ended before"))
-        elif work.phase == "loading":
+        elif work.load is not None and work.phase == "loading":
             work.load.stopping = True
         else:
             self._let_go(work, ok=False, reason=message.reason)
@@ -292,6 +299,7 @@ class SimulatedEngine(Engine):
             self._next_step_in(max(POLL_FIRST_S, min(asking) - self.world.now))
             return
         self._step += 1
+        self._newest_step = self._step
         for work in busy:
             work.last_step = self._step
         self._in_step = busy
