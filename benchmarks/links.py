@@ -22,7 +22,7 @@ from benchmarks.harness.late import after_prefill
 from benchmarks.harness.measure import completion, median, pin_client, prompt_of, stream, table
 from benchmarks.harness.netns import WIRE_DEVICE, Wire, why_not
 from benchmarks.harness.part import Part
-from benchmarks.harness.peers import TCP, start_front, start_nixl
+from benchmarks.harness.peers import TCP, calm_progress_threads, start_front, start_nixl
 from benchmarks.harness.relay import Relay
 from benchmarks.harness.report import Report, options
 from benchmarks.harness.rig import counter, wait_until
@@ -171,6 +171,7 @@ def sweep_nixl(scratch: Scratch, wire: Wire, points: list[Point], plan: Plan, re
         relay.target = engines[0].url
         front = start_front(rig, "proxy", relay.url, engines[1].url)
         arm = Arm(scratch, "NixlConnector", front.url, rig.parts, ready=lambda: True)
+        calm_progress_threads(engines)
 
         def gap_s(seed: int) -> float:
             timing = stream(front.url, completion(rig.model, prompt_of(tokens, seed), STEPS), DEADLINE_S)

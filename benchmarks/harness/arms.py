@@ -28,7 +28,8 @@ from pdx.client import DaemonClient
 from pdx.errors import PdxError
 from pdx.launch.ports import free_ports
 
-PROBE_TOKENS = 130
+# The kernel may have taken away what a stopped arm did not use: a probe of several steps brings it back.
+PROBE_TOKENS = 513
 WARM_S = 120.0
 RESUME_S = 30.0  # a router that was stopped with its engines hears of all of them again within two heartbeats
 PREFILL_CPUS, DECODE_CPUS = "0", "1"

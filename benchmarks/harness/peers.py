@@ -29,6 +29,7 @@ ALL_LANES = "tcp,cma,sysv,posix,self"
 TCP = "tcp"
 FRONT_S = 60.0
 LOOK_S, BUSY_PART = 2.0, 0.08  # an idle engine's other threads take some 1 % of a core
+LAST = 19  # the lowest priority: some 1.5 % of a core that others want
 
 
 def nixl_pair(scratch: Scratch, name: str, front: str = "proxy", **more: Any) -> Arm:
@@ -60,14 +61,18 @@ def nixl_pairs(
         part = start_front(rig, front, prefill_url, decode.url)
         called = name if len(fronts) == 1 else f"{name}-{front}"
         arms.append(Arm(scratch, called, part.url, [prefill, decode, part], ready=serving(part)))
-    free_progress_threads([prefill, decode])
+    calm_progress_threads([prefill, decode])
     for arm in arms:
         arm.pause()
     return arms
 
 
-def free_progress_threads(engines: Sequence[Part]) -> None:
-    """Lets those threads of idle engines that are busy all the same run on any core. Call once they are pinned."""
+def calm_progress_threads(engines: Sequence[Part]) -> None:
+    """Lets those threads of idle engines that are busy all the same run on any core, behind everything else.
+
+    NIXL polls without a pause. Pinned beside the model's thread it would halve the engine's speed, which says more of
+    a machine with two cores than of NIXL. Call once the engines are pinned.
+    """
     before = [engine.thread_ticks() for engine in engines]
     time.sleep(LOOK_S)
     for engine, ticks in zip(engines, before, strict=True):
@@ -77,6 +82,7 @@ def free_progress_threads(engines: Sequence[Part]) -> None:
                 and now - ticks.get(thread, 0) >= LOOK_S * os.sysconf("SC_CLK_TCK") * BUSY_PART
             ):
                 os.sched_setaffinity(thread, range(os.cpu_count() or 1))
+                os.setpriority(os.PRIO_PROCESS, thread, LAST)
 
 
 def start_nixl(

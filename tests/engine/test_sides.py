@@ -189,6 +189,22 @@ def test_a_daemon_that_asks_again_is_answered_again(daemon: MemoryDaemon, schedu
     assert [(m.side, m.fence) for m in daemon.let_go] == [("send", 3), ("load", 0)]
 
 
+def test_no_step_has_touched_the_slots_of_a_daemon_that_came_after_it(daemon: MemoryDaemon) -> None:
+    """An idle engine would not publish its old step's number to the new daemon: that fence would never pass."""
+    attachment = MemoryAttachment(daemon)
+    link = Link(attachment)  # type: ignore[arg-type]
+    link.client()
+    scheduler = SchedulerSide(link, role="prefill", layout=LAYOUT, block_tokens=BLOCK_TOKENS)
+    for _ in range(3):
+        scheduler.step(IDLE)  # type: ignore[arg-type]
+    daemon.die()
+    attachment.daemon = MemoryDaemon(LAYOUT, blocks=8, incarnation=2)
+    scheduler.matched_tokens("any", 0)
+    attachment.daemon.clients[0].deliver(SendEnded(request_id="", handoff_id=HANDOFF, reason="lease expired"))
+    scheduler.finished("any")
+    assert [(m.side, m.fence) for m in attachment.daemon.let_go] == [("send", 0)]
+
+
 def test_a_send_is_ended_by_its_handoff(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
     scheduler.on_new_request(send_request(daemon))
     assert scheduler.matched_tokens("s", 0) == (0, False)

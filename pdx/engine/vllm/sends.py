@@ -143,8 +143,9 @@ class Sends:
         return self._results.pop(request_id, None)
 
     def lost(self) -> None:
-        """The daemon is gone and with it every claim."""
+        """The daemon is gone and with it every claim. Of the next one's slots no step so far has touched any."""
         self._sends.clear()
+        self._step = 0
 
     @property
     def live(self) -> Iterable[bytes]:
