@@ -24,7 +24,7 @@ from benchmarks.harness.peers import nixl_pair
 from benchmarks.harness.report import Report, options
 from benchmarks.harness.rig import counter, post, stats, unleased
 from benchmarks.model import build
-from benchmarks.prove import flip_every_page
+from benchmarks.skeleton import flip_every_page
 
 CHUNK = ("--max-num-batched-tokens", "512")  # several prompt chunks in most prompts, the same cuts in every arm
 DAEMON = {"arena": "128MiB", "digest_mode": "true", "poison": "true"}  # room for one prompt of 3,500 tokens and a half
