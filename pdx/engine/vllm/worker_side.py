@@ -25,8 +25,8 @@ from pdx.errors import DaemonGone, Refused
 from pdx.layout import PageLayout, Place
 from pdx.wire import Filled, FilledEntry, LetGo
 
-# Copied and verified between two looks at the clock: some 30 us.
-BATCH_BYTES = 128 << 10
+# Copied and verified between two looks at the clock: some 100 us. Page by page the bookkeeping cost a quarter more.
+BATCH_BYTES = 512 << 10
 
 
 @dataclass(eq=False)
