@@ -22,9 +22,10 @@ def new_report() -> Report:
 
 
 def sample(*, first_s: float, second_gap_s: float = STEP_S, gap_s: float = 0.0) -> Sample:
+    """An answer whose prefill took a second."""
     times_s = [first_s, first_s + second_gap_s, *(first_s + second_gap_s + n * STEP_S for n in (1, 2, 3))]
     timing = Timing(200, 0, token_ns=tuple(int(1e9 * s) for s in times_s), finished=True)
-    return Sample(timing, gap_s, Floor(STEP_S, 0.01))
+    return Sample(timing, gap_s, first_s - 1.0, Floor(STEP_S, 0.01))
 
 
 def filled(samples: dict[str, Sample], unused_arm: Arm) -> Samples:
