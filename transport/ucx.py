@@ -2,6 +2,10 @@
 
 ucxx makes the worker, its progress thread and the endpoints; its Python side has no one-sided writes, so those few
 functions of libucp, which ucxx has loaded, are called as C. Their structs are of a stable ABI: fields are only added.
+
+Over a network without RDMA, UCX emulates one-sided writes: the side that is written to answers each of them, and where
+such an answer meets a writer that was killed, UCX (1.21) calls abort(), `ucp_request.inl: Fatal: unexpected error:
+Endpoint timeout`, in one kill of five. A peer's death must not be ours, so such a machine has no ucx lane.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import ctypes
 import itertools
 import threading
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,6 +28,7 @@ from pdx.transport.onesided import OneSidedLane
 from pdx.transport.sockets import STALL_S
 
 SCHEME = "ucx"
+RDMA_DEVICES = Path("/sys/class/infiniband")
 # A forced close of an endpoint cancels what is under way and ends in a few rounds of progress.
 CLOSE_PERIOD_NS, CLOSE_ATTEMPTS = 10_000_000, 100
 
@@ -32,19 +39,29 @@ PROGRESS_ROUNDS = 16
 class UcxLane(OneSidedLane):
     """See Lane."""
 
-    def __init__(self, url: str, *, key: bytes | None, name: str, stall_s: float = STALL_S) -> None:
-        """Raises UnknownTransport if ucxx is not installed, ConfigError if it or the address does not work."""
-        super().__init__(url, scheme=SCHEME, key=key, name=name, make_fabric=UcxFabric, stall_s=stall_s)
+    def __init__(
+        self, url: str, *, key: bytes | None, name: str, stall_s: float = STALL_S, emulated: bool = False
+    ) -> None:
+        """`emulated`: also where UCX emulates writes and may end this process with a peer's. For tests and benchmarks.
+
+        Raises UnknownTransport if ucxx is not installed, ConfigError if it or the address does not work.
+        """
+        make_fabric = partial(UcxFabric, emulated=emulated)
+        super().__init__(url, scheme=SCHEME, key=key, name=name, make_fabric=make_fabric, stall_s=stall_s)
 
 
 class UcxFabric:
     """See Fabric. One worker, one endpoint a peer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, emulated: bool) -> None:
         try:
             from ucxx._lib import libucxx
         except ImportError as error:
             raise UnknownTransport("ucx:// needs ucxx: pip install 'pdx-kv[ucx]'") from error
+        if not emulated and not _has_rdma():
+            raise ConfigError(
+                "ucx:// needs an RDMA device: without one UCX emulates writes and aborts when a peer dies; use tcp://"
+            )
         self._ucxx: Any = libucxx
         try:
             features = (libucxx.Feature.RMA, libucxx.Feature.WAKEUP)
@@ -130,6 +147,13 @@ class UcxFabric:
         with contextlib.suppress(self._ucxx.UCXError, RuntimeError):
             self._worker.stop_progress_thread()
         self._worker = self._context = None
+
+
+def _has_rdma() -> bool:
+    try:
+        return any(RDMA_DEVICES.iterdir())
+    except OSError:
+        return False
 
 
 class _Metadata(msgspec.Struct, array_like=True, frozen=True):

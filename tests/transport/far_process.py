@@ -12,8 +12,9 @@ import select
 import socket
 import sys
 
+from lane_pairs import open_any
+
 from pdx.transport.api import Arrived, Copy, Event, Lane, PeerLost, PutDone, PutFailed, Region, Span, WindowClosed
-from pdx.transport.registry import open_lane
 
 EVENT_KINDS = {kind.__name__: kind for kind in (PutDone, PutFailed, Arrived, WindowClosed, PeerLost)}
 
@@ -76,7 +77,7 @@ class Far:
 
 def main() -> None:
     url, key, memory_fd, calls_fd = sys.argv[1:]
-    lane = open_lane(url, key=bytes.fromhex(key), name="far")
+    lane = open_any(url, key=bytes.fromhex(key), name="far")
     memory = mmap.mmap(int(memory_fd), os.fstat(int(memory_fd)).st_size)
     Far(lane, memory, socket.socket(fileno=int(calls_fd))).run()
     lane.abort()

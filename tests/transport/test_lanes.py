@@ -8,20 +8,19 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import pytest
-from lane_pairs import KEY, OpenPair, needing
+from lane_pairs import KEY, OpenPair, needing, open_any
 
 from pdx.transport.api import Lane
 from pdx.transport.conformance import CHECKS, Check
 from pdx.transport.faulty import Faults, Faulty
 from pdx.transport.loopback import LoopbackNet
-from pdx.transport.registry import open_lane
 from pdx.transport.tcp import TcpLane
 
 
 @contextmanager
 def pair_of(scheme: str) -> Iterator[OpenPair]:
     url = f"{scheme}://127.0.0.1:0"
-    pair = OpenPair(partial(open_lane, key=KEY, name="test"), near=url, far=url)
+    pair = OpenPair(partial(open_any, key=KEY, name="test"), near=url, far=url)
     try:
         yield pair
     finally:
