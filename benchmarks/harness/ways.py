@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.arms import Arm, PdxPair
@@ -126,10 +126,17 @@ class Samples:
         return found
 
 
-def measure(way: Way, size: int, seed: int, relay: Relay | None = None) -> Sample:
+def measure(
+    way: Way,
+    size: int,
+    seed: int,
+    relay: Relay | None = None,
+    *,
+    find_floor: Callable[[PdxPair, list[int]], Floor] | None = None,
+) -> Sample:
     """One new prompt on an active arm. Raises PdxError if the answer is not whole."""
     prompt, timing = this_way(way, size, seed)
-    floor = floor_of(way.arm, prompt) if isinstance(way.arm, PdxPair) else None
+    floor = find_floor(way.arm, prompt) if find_floor and isinstance(way.arm, PdxPair) else None
     if relay is None:
         return Sample(timing, floor=floor)
     answer = relay.answered(timing.sent_ns)
@@ -153,6 +160,16 @@ def floor_of(pair: PdxPair, prompt: list[int]) -> Floor:
     timing = asked(pair.decode.url, pair, prompt, "the decode engine alone")
     step_s = median(timing.gaps_s)
     return Floor(step_s, timing.first_token_s - step_s)
+
+
+def rested_floor_of(pair: PdxPair, prompt: list[int]) -> Floor:
+    """The same of a decode engine that has just stood by for as long as another such prompt was computed beside it.
+
+    So it does in every hand-over, and its first step after that is slower: the processor's caches hold other things.
+    """
+    other = [*prompt[1:], prompt[0]]
+    asked(pair.prefill.url, pair, other, "the prefill engine alone")
+    return floor_of(pair, prompt)
 
 
 def asked(url: str, arm: Arm, prompt: list[int], who: str) -> Timing:

@@ -70,7 +70,7 @@ def test_first_and_second_token(unused_arm: Arm, capsys: pytest.CaptureFixture[s
         ttft_itl.NIXL: sample(first_s=1.1),
     }, unused_arm)  # fmt: skip
     report = new_report()
-    plan = ttft_itl.Plan(SIZES, 1, (513,), 1, 0, 0)
+    plan = ttft_itl.Plan(SIZES, 1, (513,), 1, 0, 0, peer=True)
     ttft_itl.judge(report, plan, samples, BYTES)
     assert report.all_hold
     busy = {way: [ttft_itl.Busy(1.0, 0.05, [0.04, 0.05])] for way in (ttft_itl.ALONE, ttft_itl.SEEDED)}
