@@ -148,7 +148,12 @@ class PdxPair(Arm):
     @property
     def run_dir(self) -> Path:
         """Of prefill's daemon."""
-        return self.rig.settings_of(self.daemons[0]).run_path
+        return self.run_dirs[0]
+
+    @property
+    def run_dirs(self) -> list[Path]:
+        """Of both daemons."""
+        return [self.rig.settings_of(daemon).run_path for daemon in self.daemons]
 
     def tools(self) -> tuple[DaemonClient, DaemonClient]:
         """Clients of prefill's and of decode's daemon. Ask only while the arm is active."""

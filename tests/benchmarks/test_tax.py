@@ -6,21 +6,22 @@ import pytest
 
 from benchmarks.harness.measure import Timing
 from benchmarks.harness.report import Report
-from benchmarks.tax import gaps_between, judge
+from benchmarks.tax import NAIVE, PDX, gaps_between, judge
 
 PLAIN = [1.0, 2.0, 3.0, 2.0]
 
 
 def samples(factor: float) -> dict[str, list[float]]:
-    return {"plain": PLAIN, "control": PLAIN, "pdx": [seconds * factor for seconds in PLAIN]}
+    pdx = [seconds * factor for seconds in PLAIN]
+    return {"plain": PLAIN, "control": PLAIN, PDX: pdx, NAIVE: [1.5]}
 
 
 @pytest.mark.parametrize(("factor", "holds"), [(1.01, [True, True]), (1.04, [False, True]), (1.06, [False, False])])
 def test_a_ratio_is_taken_within_a_round(factor: float, holds: list[bool]) -> None:
     report = Report("tax")
     row = judge("ITL", samples(factor), report)
-    assert [bar["holds"] for bar in report.bars.values()] == holds
-    assert row[-1] == f"{factor:.4f} ({factor:.4f} to {factor:.4f})"
+    assert [bar["holds"] for bar in report.bars.values()] == [*holds, True]
+    assert row[-2] == f"{factor:.4f} ({factor:.4f} to {factor:.4f})"
     assert report.figures["ITL"]["control"] == [1.0, 1.0, 1.0]
 
 
