@@ -7,6 +7,7 @@ cache in between.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import IO
 
@@ -55,12 +57,20 @@ _decode = decoder_of(TO_ENGINE)
 
 
 class DaemonClient:
-    """One process's connection to the host's pdxd. One thread only."""
+    """One process's connection to the host's pdxd. One thread only.
 
-    def __init__(self, connection: socket.socket, attached: Attached, descriptor: int | None) -> None:
+    A `worker` speaks in every layer of a forward pass, so it writes to the connection itself: one system call, where
+    ZeroMQ wakes a thread of its own on either side, on cores that compute. All others, and all answers, go by ZeroMQ.
+    """
+
+    def __init__(
+        self, connection: socket.socket, attached: Attached, descriptor: int | None, *, worker: bool = False
+    ) -> None:
         self.attached = attached
         self.arena: Arena | None = None
         self._connection = connection
+        self._worker = worker
+        self._unsent: deque[bytes] = deque()  # a worker's, for which the connection had no room
         self._alive = True
         self._ending = select.poll()
         self._ending.register(connection, select.POLLIN)
@@ -106,7 +116,7 @@ class DaemonClient:
             connection.close()
             raise Refused(answer.reason)
         connection.setblocking(False)
-        return cls(connection, answer, descriptors[0] if descriptors else None)
+        return cls(connection, answer, descriptors[0] if descriptors else None, worker=hello.kind == "worker")
 
     @property
     def alive(self) -> bool:
@@ -119,6 +129,10 @@ class DaemonClient:
         """Queues a message; never blocks. Raises DaemonGone if the daemon died or stopped reading long ago."""
         if not self.alive:
             raise DaemonGone("pdxd has died")
+        if self._worker:
+            self._unsent.append(encode(message))
+            self._flush()
+            return
         try:
             self._socket.send(encode(message), zmq.DONTWAIT)
         except zmq.Again as error:
@@ -144,6 +158,9 @@ class DaemonClient:
         """Worker: step `step` is over, and with it every access to slots that belonged to it. Steps only grow."""
         assert self.arena is not None
         self.arena.set_fence(self.attached.fence_offset, step)
+        if self._unsent:
+            with contextlib.suppress(DaemonGone):
+                self._flush()
 
     def ask(self, question: Ask, *, timeout_s: float = 5.0) -> Answer:
         """For tools: one question, one answer. Raises DaemonGone after `timeout_s`."""
@@ -168,6 +185,18 @@ class DaemonClient:
         self._socket.close(0)
         self._context.term()
         self._connection.close()
+
+    def _flush(self) -> None:
+        """What finds no room waits for the next step: a daemon that reads nothing is no reason to stop for."""
+        try:
+            while self._unsent:
+                self._connection.send(self._unsent[0], socket.MSG_DONTWAIT)
+                self._unsent.popleft()
+        except BlockingIOError:
+            if len(self._unsent) > SEND_QUEUE_MAX:
+                raise DaemonGone("pdxd does not read its messages") from None
+        except OSError as error:
+            raise DaemonGone("pdxd has died") from error
 
     def __enter__(self) -> DaemonClient:
         return self

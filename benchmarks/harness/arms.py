@@ -2,9 +2,10 @@
 
 Owns how plain engines and pdx pairs are put together and pinned; peers' arms are in `peers`. Knows nothing of load.
 
-On two cores the map is: prefill engine and its pdxd on core 0; decode engine, its pdxd, the router and the client on
-core 1. `Part.pin` moves every thread there: vLLM binds only its OMP threads, and a pair whose other threads float runs
-at half speed, which must not be sold as anybody's gain.
+On two cores the map is: the prefill engine on core 0; the decode engine, both pdxd, the router and the client on core
+1. Hosts have cores beside those that compute, and here prefill's computes without a pause. `Part.pin` moves every
+thread there: vLLM binds only its OMP threads, and a pair whose other threads float runs at half speed, which must not
+be sold as anybody's gain.
 """
 
 from __future__ import annotations
@@ -220,9 +221,9 @@ def pdx_pair(
     """
     rig = scratch.rig(name)
     rig.start_router(*BUDGETS, *router_flags, cpus=DECODE_CPUS)
-    for daemon, cpus in dict(zip(daemons, (PREFILL_CPUS, DECODE_CPUS), strict=True)).items():
+    for daemon in dict.fromkeys(daemons):
         settings = {**DAEMON_SETTINGS, **(daemon_settings or {})}
-        rig.start_daemon(daemon, cpus=cpus, prefix=(), module=daemon_module, **settings)
+        rig.start_daemon(daemon, cpus=DECODE_CPUS, prefix=(), module=daemon_module, **settings)
     common = (*ENGINE_FLAGS, *engine_flags)
     behind = relay.url if relay else ""
     prefill = rig.start_engine(

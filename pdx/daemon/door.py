@@ -1,6 +1,7 @@
 """The Unix socket by which processes of this host attach: hello in, answer and the arena's descriptor out.
 
-One SEQPACKET message each way; then the connection only stands for the client's life (see `sessions`).
+One SEQPACKET message each way; then the connection stands for the client's life (see `sessions`), and an engine's
+worker says on it what it has to say.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pdx.config import SOCKET_NAME
 from pdx.errors import ConfigError, WireError
 from pdx.wire import ATTACH, Attach, Message, decoder_of, encode
 
-HELLO_BYTES_MAX = 64 << 10
+FRAME_BYTES_MAX = 64 << 10  # of all that comes here
 
 _decode = decoder_of(ATTACH)
 
@@ -48,20 +49,20 @@ class Door:
     def read_hello(connection: socket.socket) -> Attach | None:
         """The hello, or None at EOF. Raises WireError, BlockingIOError."""
         try:
-            frame = connection.recv(HELLO_BYTES_MAX)
+            frame = connection.recv(FRAME_BYTES_MAX)
         except ConnectionError:
             return None
         return _decode(frame) if frame else None
 
     @staticmethod
-    def has_left(connection: socket.socket) -> bool:
-        """EOF. What an attached client says here beside it is not for us, and no reason to take it for dead."""
+    def read(connection: socket.socket) -> bytes:
+        """An attached client's next frame; empty when it has left. Raises BlockingIOError if there is none now."""
         try:
-            return not connection.recv(HELLO_BYTES_MAX)
+            return connection.recv(FRAME_BYTES_MAX)
         except BlockingIOError:
-            return False
+            raise
         except OSError:
-            return True
+            return b""
 
     @staticmethod
     def answer(connection: socket.socket, message: Message, descriptor: int | None = None) -> None:

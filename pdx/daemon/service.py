@@ -135,8 +135,7 @@ class Service:
         self._announcer.handle_ready(ready, lambda message: self._cancel(message, now))
         # Ends first, then hellos, then new connections: each step may reuse a descriptor that the one before closed.
         for descriptor in [d for d in ready if d in self._connections]:
-            if Door.has_left(self._connections[descriptor].connection):
-                self._ended(self._connections.pop(descriptor), now)
+            self._take_connection(descriptor, now)
         for descriptor in [d for d in ready if d in self._hellos]:
             self._hello(self._hellos.pop(descriptor))
         if self._door.listener.fileno() in ready:
@@ -159,6 +158,23 @@ class Service:
             session = self._sessions.by_identity.get(identity)
             if session is None:
                 self._counters["frames_of_strangers"] += 1
+                continue
+            self._from_client(session, message, now)
+
+    def _take_connection(self, descriptor: int, now: float) -> None:
+        """What a worker says, up to its end."""
+        session = self._connections[descriptor]
+        for _ in range(BURST):
+            try:
+                frame = Door.read(session.connection)
+                if not frame:
+                    self._ended(self._connections.pop(descriptor), now)
+                    return
+                message = _decode_engine(frame)
+            except BlockingIOError:
+                return
+            except WireError:
+                self._counters["bad_frames"] += 1
                 continue
             self._from_client(session, message, now)
 

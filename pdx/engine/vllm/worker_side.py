@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pdx.buffer.headers import Headers
@@ -27,6 +27,7 @@ from pdx.wire import Filled, FilledEntry, LetGo
 
 # Copied and verified between two looks at the clock: some 100 us. Page by page the bookkeeping cost a quarter more.
 BATCH_BYTES = 512 << 10
+FILLED_BLOCKS_MAX = 2000  # of one message: a frame of 64 KiB has room for as many, each of another request
 
 
 @dataclass(eq=False)
@@ -40,7 +41,24 @@ class _Saving:
     def __post_init__(self) -> None:
         self.block_ids = [block_id for save in self.saves for _, block_id, _ in save.blocks]
         self.places = [place for save in self.saves for _, _, place in save.blocks]
-        self.entries = [FilledEntry(save.handoff_id, [index for index, _, _ in save.blocks]) for save in self.saves]
+        self.lots = list(_lots(self.saves))
+
+
+def _lots(saves: Sequence[Save]) -> Iterator[list[FilledEntry]]:
+    """What one message after the other says of them: no more than its frame may hold. One, almost always."""
+    lot: list[FilledEntry] = []
+    room = FILLED_BLOCKS_MAX
+    for save in saves:
+        blocks = [index for index, _, _ in save.blocks]
+        while blocks:
+            taken, blocks = blocks[:room], blocks[room:]
+            lot.append(FilledEntry(save.handoff_id, taken))
+            room -= len(taken)
+            if not room:
+                yield lot
+                lot, room = [], FILLED_BLOCKS_MAX
+    if lot:
+        yield lot
 
 
 @dataclass(eq=False)
@@ -161,15 +179,17 @@ class WorkerSide:
         self._copier.gather(self._rows[layer], saving.block_ids, self._arena, saving.places, layer)
         self._counts["pages_saved"] += len(saving.block_ids)
         self._counts["bytes_saved"] += len(saving.block_ids) * self._layout.page_bytes
-        self._tell(
-            Filled(
-                step=self._step.number,
-                step_started_ns=saving.started_ns,
-                layer=layer,
-                filled_ns=time.monotonic_ns(),
-                entries=saving.entries,
+        filled_ns = time.monotonic_ns()
+        for entries in saving.lots:
+            self._tell(
+                Filled(
+                    step=self._step.number,
+                    step_started_ns=saving.started_ns,
+                    layer=layer,
+                    filled_ns=filled_ns,
+                    entries=entries,
+                )
             )
-        )
 
     def _tell(self, message: Filled | LetGo) -> None:
         assert self._client is not None
