@@ -6,7 +6,7 @@ Decode: inter-token latency of an engine with the connector over a plain engine'
 pages arrive and are loaded; then the plain engine has a plain prefill engine at work on the other core. Every figure is
 a ratio within one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. The
 control is a second plain engine, and its ratio to the first what this machine can tell apart at all. The naive variant
-is the same pair whose daemons poll instead of sleeping; it must miss every bar, in the first rounds.
+is the same pair whose daemons poll instead of sleeping, each on its engine's core; it must miss every bar.
 The full run takes about 15 minutes.
 """
 
@@ -144,9 +144,14 @@ class Tax:
     @contextlib.contextmanager
     def _active(self, name: str, which: int) -> Iterator[Arm]:
         """The pair, or of two plain engines that for prefill (0) or that for decode (1)."""
-        with (self.plains[name][which] if name in self.plains else self.pair).active() as arm:
-            with polling(self.pair.run_dirs) if name == NAIVE else contextlib.nullcontext():
-                yield arm
+        with (
+            (self.plains[name][which] if name in self.plains else self.pair).active() as arm,
+            contextlib.ExitStack() as stack,
+        ):
+            if name == NAIVE:
+                stack.enter_context(polling(self.pair.run_dirs))
+                stack.enter_context(self.pair.part("pdxd-a").moved(PREFILL_CPUS))
+            yield arm
 
     def _decoder(self, name: str) -> str:
         return self.plains[name][1].url if name in self.plains else self.pair.decode.url

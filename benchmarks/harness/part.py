@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,17 @@ class Part:
             with contextlib.suppress(ProcessLookupError):
                 if not os.sched_getaffinity(thread) <= cores_of(self.cpus):  # one OMP thread a core stays so
                     os.sched_setaffinity(thread, cores_of(self.cpus))
+
+    @contextlib.contextmanager
+    def moved(self, cpus: str) -> Iterator[None]:
+        """All of its threads on other cores for a while."""
+        usual, self.cpus = self.cpus, cpus
+        self.pin()
+        try:
+            yield
+        finally:
+            self.cpus = usual
+            self.pin()
 
     def cores(self) -> str:
         """The cores that its threads may run on, all taken together."""
