@@ -14,7 +14,7 @@ import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -26,6 +26,7 @@ KEY_BYTES_MIN = 16
 SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
+Offload = Literal["off", "prompts", "all"]
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -43,6 +44,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lease_s: float = 30.0  # an engine that renews nothing for so long loses its leases (to quarantine)
     handoff_share: float = 0.9  # a prompt needing more of the arena than this is refused
     digest_mode: bool = False  # blake3 of every page on both sides of a handoff; for proofs
+    offload: Offload = "all"  # blocks of requests outside handoffs that engines keep in the arena, and look up
+    disk: str = ""  # folder of the disk tier, on a file system of this host; empty: none
+    disk_cap: str = "10GiB"  # bytes that it may take there, never more
     poison: bool = False  # fill freed slots with 0xDB; for tests
     budgets: Budgets = Budgets()
 
@@ -50,6 +54,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         parse_size(self.arena, key="arena")
         if self.extent:
             parse_size(self.extent, key="extent")
+        parse_size(self.disk_cap, key="disk_cap")
         if not 0.05 <= self.handoff_share <= 1.0:
             raise ConfigError(f"handoff_share must be between 0.05 and 1, not {self.handoff_share}")
         if self.chunk_tokens < 1:
@@ -66,6 +71,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return min(64 << 20, self.arena_bytes // 8)
 
     @property
+    def disk_cap_bytes(self) -> int:
+        return parse_size(self.disk_cap, key="disk_cap")
+
+    @property
     def run_path(self) -> Path:
         return Path(self.run_dir)
 
@@ -80,6 +89,8 @@ FLAGS = {
     "linger_s": "seconds to stay after the last client has left (default 60)",
     "lease_s": "seconds until a silent engine loses its leases (default 30)",
     "handoff_share": "largest part of the arena that one prompt may take (default 0.9)",
+    "disk": "folder in which blocks survive the daemon (default: none)",
+    "disk_cap": "bytes that they may take there (default 10GiB)",
     "digest_mode": "true: blake3 of every page on both sides of a handoff",
     "poison": "true: overwrite freed slots (for tests)",
 }
@@ -100,7 +111,7 @@ def load(
     merged.update(_checked(_from_environ(environ), source="environment"))
     merged.update(_checked({k: v for k, v in (overrides or {}).items() if v is not None}, source="command line"))
     merged["run_dir"] = merged.get("run_dir") or default_run_dir(environ)
-    for key in ("run_dir", "key_file"):
+    for key in ("run_dir", "key_file", "disk"):
         if merged.get(key):
             merged[key] = os.path.abspath(str(merged[key]))  # daemons are started from another directory
     try:

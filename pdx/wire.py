@@ -143,6 +143,22 @@ class OpenLoad(Message, tag="open_load", frozen=True):
     early: bool = False
 
 
+class LookUp(Message, tag="look_up", frozen=True):
+    """A request without a handle: how many of its leading blocks are in the arena? Answered at once by LoadOpened."""
+
+    request_id: str
+    handoff_id: bytes  # chosen by the engine: names this load as a handoff's id names its own
+    block_hashes: list[bytes]
+
+
+class Keep(Message, tag="keep", frozen=True):
+    """The engine will have these full blocks, whole. Answered at once: SendOpened with places, or SendEnded."""
+
+    request_id: str
+    handoff_id: bytes  # chosen by the engine
+    block_hashes: list[bytes]
+
+
 class LetGo(Message, tag="let_go", frozen=True):
     """The engine's side of `handoff_id` is over. No step after `fence` touches its slots.
 
@@ -184,7 +200,7 @@ class SendEnded(Message, tag="send_ended", frozen=True):
 
 
 class LoadOpened(Message, tag="load_opened", frozen=True):
-    """The answer to OpenLoad. "wait": ask again, the handoff waits for slots. "absent": compute it yourself."""
+    """The answer to OpenLoad and LookUp. "wait": ask again, the handoff waits. "absent": compute it yourself."""
 
     request_id: str
     handoff_id: bytes
@@ -331,7 +347,7 @@ class Answer(Message, tag="answer", frozen=True):
 
 ATTACH = Attach
 TO_ATTACH = Attached | AttachRefused
-ENGINE = OpenSend | Filled | OpenLoad | LetGo | Renew | Ask
+ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | LetGo | Renew | Ask
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
 PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
 NOTICE = Landed

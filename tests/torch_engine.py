@@ -36,6 +36,7 @@ class Request:
     max_tokens: int = 1
     mm_features: list[Any] = field(default_factory=list)
     lora_request: Any = None
+    skip_reading_prefix_cache: bool = False
     num_computed_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
@@ -43,11 +44,19 @@ class Request:
     result: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.prompt_token_ids)
-        self.block_hashes, parent = [], b""
-        for start in range(0, len(self.tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-            parent = hashlib.sha256(parent + bytes(self.tokens[start : start + BLOCK_TOKENS])).digest()
-            self.block_hashes.append(parent)
+        self.block_hashes: list[bytes] = []
+        for token in self.prompt_token_ids:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        if len(self.tokens) % BLOCK_TOKENS == 0:
+            parent = self.block_hashes[-1] if self.block_hashes else b""
+            self.block_hashes.append(hashlib.sha256(parent + bytes(self.tokens[-BLOCK_TOKENS:])).digest())
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
 
     @property
     def output(self) -> list[int]:
@@ -150,7 +159,7 @@ class TorchEngine:
             request.num_computed_tokens += count
             self._cache_blocks(request)
             if request.num_computed_tokens == len(request.tokens):
-                request.tokens.append(int(logits[request_id].argmax()))
+                request.append(int(logits[request_id].argmax()))
                 if len(request.output) == request.max_tokens:
                     self._finish(request)
         if report is not None:

@@ -38,6 +38,8 @@ SAMPLES: list[wire.Message] = [
     wire.OpenLoad(
         request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32, early=True
     ),
+    wire.LookUp(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32]),
+    wire.Keep(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32]),
     wire.LetGo(handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, done_ns=6, spoilt=[2]),
     wire.Renew(handoff_ids=[ID], running=1, waiting=2),
     wire.SendOpened(request_id="r", handoff_id=ID, places=[PLACE, None]),

@@ -30,14 +30,14 @@ class Index:
                 del self._entries[key]
         slot.indexed = 0
 
-    def forget(self, slot: Slot, position: int) -> bool:
-        """Afterwards no lookup finds this block of the slot. False if none did before."""
+    def forget(self, slot: Slot, position: int) -> BlockKey | None:
+        """Afterwards no lookup finds this block of the slot. Returns its key; None if no lookup found it before."""
         key = slot.keys[position]
         if key is None or self._entries.get(key) != (slot, position):
-            return False
+            return None
         del self._entries[key]
         slot.indexed -= 1
-        return True
+        return key
 
     def find(self, namespace: bytes, block_hashes: Sequence[bytes]) -> list[tuple[Slot, int] | None]:
         """For each hash its slot and position, or None."""

@@ -11,7 +11,7 @@ too. One thread owns a Store; others touch only the bytes of places it has hande
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -58,6 +58,7 @@ class Store:
         self.leases: dict[int, Lease] = {}  # all that have not ended, by id
         self.policy: Policy = Lru() if policy is None else policy
         self.evicted_blocks = 0
+        self.on_commit: Callable[[Sequence[Slot]], None] = lambda slots: None  # told of slots that are whole now
         self._poison = poison
         self._generation = 0
         self._lease_id = 0
@@ -126,15 +127,16 @@ class Store:
         for slot in claim.fresh_slots:
             slot.on("commit")
             self.index.add(slot)
+        self.on_commit(claim.fresh_slots)
 
-    def forget(self, lease: Lease, places: Iterable[Place]) -> int:
+    def forget(self, lease: Lease, places: Iterable[Place]) -> list[BlockKey]:
         """Takes these blocks, which lie in slots that `lease` holds, out of the index: their bytes are not right.
 
-        Returns how many lookups could have found. The slots stay as they are until their holds end.
+        Returns those that lookups could have found. The slots stay as they are until their holds end.
         """
         held = {slot.run.offset: slot for slot in lease.slots}
         spots = [(held[place.slot_offset], place.position) for place in places if place.slot_offset in held]
-        return sum(self.index.forget(slot, position) for slot, position in spots)
+        return [key for slot, position in spots if (key := self.index.forget(slot, position)) is not None]
 
     def abandon(self, claim: Claim) -> None:
         """The fresh blocks will never be whole. Their slots are free when the last hold ends. Raises like commit."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, LeaseState
 from pdx.daemon.ports import Desk, HandoffKey
 from pdx.layout import Place
@@ -14,7 +15,7 @@ from pdx.wire import LetGo
 
 @dataclass(eq=False)
 class Hold:
-    """One engine's lease in one handoff. `key` is None for a load served from the cache alone."""
+    """One engine's lease in one handoff. `key` is None where there is none: loads from the cache, blocks to keep."""
 
     handoff_id: bytes
     side: Literal["send", "load"]
@@ -22,6 +23,7 @@ class Hold:
     lease: Lease
     key: HandoffKey | None = None
     places: Sequence[Place] = ()  # of a load: as the engine was told
+    claim: Claim | None = None  # of blocks to keep
     asked_at: float | None = None  # once its right is gone: when the engine was last asked to let go
 
 

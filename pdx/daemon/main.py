@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pdx import __version__, config
 from pdx.errors import ConfigError, PdxError
 
+if TYPE_CHECKING:
+    from pdx.tiers.disk import DiskTier
+
 INFO_NAME = "pdxd.json"
+DISK_DRAIN_S = 5.0  # for blocks that are on their way to the disk when the daemon ends
 
 log = logging.getLogger("pdxd")
 
@@ -74,14 +80,16 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
     log.info("configuration:\n%s", config.shown(settings))
     arena = Arena.create(CONTROL_BYTES + settings.arena_bytes)  # on top, or the last extent would not fit
     lane = open_lane(f"tcp://{settings.host}:0", key=key, name=str(run_dir))
+    tier = None
     try:
+        tier = _open_disk(settings, key)
         store = Store(
             arena,
             extent_bytes=settings.extent_bytes,
             handoff_share=settings.handoff_share,
             poison=settings.poison,
         )
-        service = Service(settings, store, [lane], run_dir=run_dir, key=key)
+        service = Service(settings, store, [lane], run_dir=run_dir, key=key, tier=tier)
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: service.stop())
@@ -94,8 +102,22 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             (run_dir / INFO_NAME).unlink(missing_ok=True)
     finally:
         lane.close(drain_s=0.0)
+        if tier is not None:
+            tier.close(drain_s=DISK_DRAIN_S)
         arena.close()
     log.info("gone")
+
+
+def _open_disk(settings: config.Config, key: bytes) -> DiskTier | None:
+    """Its files carry a MAC of the cluster key, so that nobody without it can put words into an engine's mouth."""
+    if not settings.disk:
+        return None
+    from pdx.tiers.disk import DiskTier
+
+    secret = hashlib.blake2b(key, digest_size=32, person=b"pdx-disk").digest()
+    tier = DiskTier.open(Path(settings.disk), cap_bytes=settings.disk_cap_bytes, secret=secret)
+    log.info("disk tier %s: %d blocks from earlier lives", settings.disk, tier.stats().blocks)
+    return tier
 
 
 def _publish(run_dir: Path, service: object) -> None:

@@ -12,10 +12,12 @@ from pdx.buffer.lease import Lease
 from pdx.buffer.store import Store
 from pdx.daemon.holds import Hold, Holds
 from pdx.daemon.ports import Desk, Ports
+from pdx.daemon.prefixes import Prefixes
 from pdx.daemon.questions import Questions
 from pdx.daemon.receiving import Incoming, ReceivingHalves
 from pdx.daemon.sending import Outgoing, SendingHalves
 from pdx.daemon.sessions import Engine
+from pdx.daemon.tiering import Tiering
 from pdx.handoff import actions as do
 from pdx.transport.api import Arrived, Event, PeerLost, PutDone, PutFailed, WindowClosed
 from pdx.wire import (
@@ -23,8 +25,10 @@ from pdx.wire import (
     Committed,
     Filled,
     Grant,
+    Keep,
     LetGo,
     LoadEnded,
+    LookUp,
     OpenLoad,
     OpenSend,
     PeerMessage,
@@ -43,6 +47,8 @@ class Mover:
         self._holds = Holds(self._desk)
         self._receiving = ReceivingHalves(self._desk, self._holds)
         self._questions = Questions(self._desk, self._holds, self._receiving)
+        self._tiering = Tiering(self._desk, ports.tier, mode=ports.write_mode) if ports.tier else None
+        self._prefixes = Prefixes(self._desk, self._holds, self._tiering)
         self._sending = SendingHalves(self._desk, self._holds, self._land_here)
         self._waiting: deque[Outgoing | Incoming] = deque()
 
@@ -59,6 +65,12 @@ class Mover:
 
     def open_load(self, engine: Engine, message: OpenLoad, now: float) -> None:
         self._questions.ask(engine, message, now)
+
+    def look_up(self, engine: Engine, message: LookUp, now: float) -> None:
+        self._prefixes.look_up(engine, message, now)
+
+    def keep(self, engine: Engine, message: Keep, now: float) -> None:
+        self._prefixes.keep(engine, message, now, room=not self._waiting)
 
     def let_go(self, engine_id: str, message: LetGo, now: float) -> None:
         """The engine is done with a handoff's slots once its fence has passed. Only the holder can say so."""
@@ -164,6 +176,8 @@ class Mover:
         for hold in self._holds.unanswered(now):
             self._ask_to_let_go(hold)
         self._end_passed(now)
+        if self._tiering is not None:
+            self._tiering.tick()
         self._serve_waiting(now)
 
     # --- for the service and the verbs ---
@@ -228,7 +242,11 @@ class Mover:
             if message.done_ns:
                 self._desk.ports.tracer.note(hold.handoff_id, "loaded", message.done_ns, pages=message.pages)
             spoilt = [hold.places[n] for n in message.spoilt if 0 <= n < len(hold.places)]
-            counters["blocks_spoilt"] += self._desk.store.forget(hold.lease, spoilt)
+            forgotten = self._desk.store.forget(hold.lease, spoilt)
+            counters["blocks_spoilt"] += len(forgotten)
+            if self._tiering is not None:
+                self._tiering.forget(forgotten)
+        self._prefixes.ended(hold, message)
         self._desk.end_lease(hold.lease)
         if hold.key is None:
             return

@@ -15,6 +15,8 @@ from pdx.daemon.trace import Tracer
 from pdx.errors import HandleError
 from pdx.handoff.handle import SeenHandles, TransferHandle, verify
 from pdx.keys import layout_id, namespace_of
+from pdx.tiers.spill import WriteMode
+from pdx.tiers.tier import Tier
 from pdx.transport.api import Lane, Region
 from pdx.wire import DaemonRef, HandoffFailed, Message
 
@@ -40,6 +42,8 @@ class Ports:
     counters: Counter[str]
     lease_s: float
     digest_mode: bool
+    tier: Tier | None = None  # below the arena
+    write_mode: WriteMode = WriteMode.THROUGH
     wall_clock: Callable[[], float] = time.time
     trace_clock_ns: Callable[[], int] = time.monotonic_ns
 

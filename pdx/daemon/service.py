@@ -26,6 +26,7 @@ from pdx.daemon.sessions import Engine, Session, Sessions
 from pdx.daemon.trace import Tracer
 from pdx.daemon.verbs import answer
 from pdx.errors import Refused, WireError
+from pdx.tiers.tier import Tier
 from pdx.transport.api import Lane
 from pdx.wire import (
     ENGINE,
@@ -37,8 +38,10 @@ from pdx.wire import (
     CancelHandoff,
     DaemonRef,
     Filled,
+    Keep,
     LetGo,
     LoadOpened,
+    LookUp,
     Message,
     OpenLoad,
     OpenSend,
@@ -62,10 +65,13 @@ _decode_peer = decoder_of(PEER)
 class Service:
     """Everything of a running daemon, wired. `run` returns when told to stop or when nobody needs it any more."""
 
-    def __init__(self, config: Config, store: Store, lanes: list[Lane], *, run_dir: Path, key: bytes) -> None:
+    def __init__(
+        self, config: Config, store: Store, lanes: list[Lane], *, run_dir: Path, key: bytes, tier: Tier | None = None
+    ) -> None:
         self._config = config
         self._store = store
         self._lanes = lanes
+        self._tier = tier
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._counters: Counter[str] = Counter()
@@ -88,6 +94,8 @@ class Service:
         self._announcer = Announcer(self._context, self._poller, self.me, self._counters, cluster_key=key)
         for lane in lanes:
             self._poller.register(lane.fileno(), zmq.POLLIN)
+        if tier is not None:
+            self._poller.register(tier.fileno(), zmq.POLLIN)
         self._poller.register(self._door.listener, zmq.POLLIN)
         self._mover = Mover(store, self._ports(key))
         self._alone_since = time.monotonic()
@@ -196,11 +204,15 @@ class Service:
                 self._mover.open_send(engine, message, now)
             case OpenLoad() if engine is not None and engine.complete:
                 self._mover.open_load(engine, message, now)
-            case OpenSend() if engine is not None:
+            case LookUp() if engine is not None and engine.complete:
+                self._mover.look_up(engine, message, now)
+            case Keep() if engine is not None and engine.complete:
+                self._mover.keep(engine, message, now)
+            case OpenSend() | Keep() if engine is not None:
                 self._counters["messages_before_attach"] += 1
                 ended = SendEnded(request_id=message.request_id, handoff_id=b"", reason=HALF_ATTACHED)
                 self._to_engine(session.engine_id, ended)
-            case OpenLoad() if engine is not None:
+            case OpenLoad() | LookUp() if engine is not None:
                 self._counters["messages_before_attach"] += 1
                 absent = LoadOpened(
                     request_id=message.request_id, handoff_id=b"", status="absent", reason=HALF_ATTACHED
@@ -309,6 +321,7 @@ class Service:
             counters=self._counters,
             lease_s=self._config.lease_s,
             digest_mode=self._config.digest_mode,
+            tier=self._tier,
         )
 
     def _to_engine(self, engine_id: str, message: Message) -> None:

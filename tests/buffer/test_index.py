@@ -55,8 +55,8 @@ def test_a_block_that_is_forgotten_leaves_its_neighbours_and_twins() -> None:
     index, first, second = Index(), slot_of(b"a", b"b"), slot_of(b"b", None)
     index.add(first)
     index.add(second)
-    assert [index.forget(first, 1), index.forget(first, 1)] == [True, False]
-    assert not index.forget(second, 0), "it never was the one to be found"
-    assert not index.forget(second, 1), "a tail never is"
+    assert [index.forget(first, 1), index.forget(first, 1)] == [(b"n", b"b"), None]
+    assert index.forget(second, 0) is None, "it never was the one to be found"
+    assert index.forget(second, 1) is None, "a tail never is"
     assert index.find(b"n", [b"a", b"b"]) == [(first, 0), None]
     assert (first.indexed, second.indexed) == (1, 0)

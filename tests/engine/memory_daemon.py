@@ -20,9 +20,11 @@ from pdx.wire import (
     Budgets,
     DaemonRef,
     Filled,
+    Keep,
     LetGo,
     LoadEnded,
     LoadOpened,
+    LookUp,
     Message,
     OpenLoad,
     OpenSend,
@@ -64,6 +66,8 @@ class MemoryDaemon:
         self.clients: list[MemoryClient] = []
         self.received: list[Message] = []
         self.let_go: list[LetGo] = []
+        self.kept: dict[bytes, Place] = {}  # block hash -> whole block of a request without a handle
+        self._offers: dict[bytes, dict[bytes, Place]] = {}
         self.load_status: str | None = None  # answer this instead of looking
         self._early: list[tuple[MemoryClient, OpenLoad]] = []  # questions that wait for their first page
         self.hold_back = False  # answers stay in the queue
@@ -121,8 +125,15 @@ class MemoryDaemon:
                     self._open_load(asker, question, again=True)
             case OpenLoad():
                 self._open_load(client, message)
+            case LookUp():
+                self._look_up(client, message)
+            case Keep():
+                self._keep(client, message)
             case LetGo():
                 self.let_go.append(message)
+                offer = self._offers.pop(message.handoff_id, {}) if message.side == "send" else {}
+                if message.ok:
+                    self.kept.update(offer)
                 if message.handoff_id in self.handoffs:
                     self.handoffs[message.handoff_id].let_go[message.side] = message
             case Renew():
@@ -137,6 +148,28 @@ class MemoryDaemon:
         places = [self._claim() for _ in range(blocks)]
         self.handoffs[handoff_id] = Handoff(message, places)
         client.deliver(SendOpened(request_id=message.request_id, handoff_id=handoff_id, places=list(places)))
+
+    def _look_up(self, client: MemoryClient, message: LookUp) -> None:
+        places = []
+        for block_hash in message.block_hashes:
+            if block_hash not in self.kept:
+                break
+            places.append(self.kept[block_hash])
+        client.deliver(
+            LoadOpened(
+                request_id=message.request_id, handoff_id=message.handoff_id,
+                status="granted" if places else "absent", places=places,
+            )
+        )  # fmt: skip
+
+    def _keep(self, client: MemoryClient, message: Keep) -> None:
+        fresh = [block_hash for block_hash in message.block_hashes if block_hash not in self.kept]
+        if self._used + len(fresh) > self._capacity:
+            client.deliver(SendEnded(request_id=message.request_id, handoff_id=b"", reason="full"))
+            return
+        offer = self._offers[message.handoff_id] = {block_hash: self._claim() for block_hash in fresh}
+        places = [offer.get(block_hash) for block_hash in message.block_hashes]
+        client.deliver(SendOpened(request_id=message.request_id, handoff_id=message.handoff_id, places=places))
 
     def _claim(self) -> Place:
         unit, self._used, self._generation = self._used, self._used + 1, self._generation + 1

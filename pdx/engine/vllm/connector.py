@@ -57,6 +57,7 @@ class PdxConnector(KVConnectorBase_V1):
                 role=self._settings.role,
                 layout=self._description.pages,
                 block_tokens=self._description.layout.block_tokens,
+                offload=self._settings.config.offload,
             )
 
     @classmethod

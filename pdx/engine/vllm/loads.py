@@ -22,7 +22,7 @@ from pdx.engine.vllm.prompts import Prompt
 from pdx.engine.vllm.sends import ANSWER_MARGIN_S, GRANT_S_MAX
 from pdx.engine.vllm.steps import Load, Report
 from pdx.layout import PageLayout, Place, blocks_for
-from pdx.wire import LetGo, LoadEnded, LoadOpened, OpenLoad
+from pdx.wire import LetGo, LoadEnded, LoadOpened, LookUp, OpenLoad
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -54,7 +54,7 @@ class _Load:
 
     @property
     def handoff_id(self) -> bytes:
-        return self.prompt.handle.handoff_id
+        return self.prompt.handoff_id
 
 
 class Loads:
@@ -128,7 +128,8 @@ class Loads:
         elif message.status == "wait":
             load.ask_again_at = now + (EARLY_ASK_AGAIN_S if load.prompt.early else ASK_AGAIN_S)
         elif message.status == "absent":
-            log.info("no KV for %s: %s", message.request_id, message.reason)
+            if load.prompt.handle:
+                log.info("no KV for %s: %s", message.request_id, message.reason)
             del self._loads[message.request_id]
         elif message.handoff_id != load.handoff_id or not 1 <= len(message.places) <= load.prompt.blocks:
             self._end(load, ok=False, reason="grant does not fit the prompt")
@@ -196,10 +197,13 @@ class Loads:
 
     def _ask(self, load: _Load) -> bool:
         prompt = load.prompt
+        if not prompt.handle:
+            look_up = LookUp(request_id=load.request_id, handoff_id=prompt.handoff_id, block_hashes=prompt.block_hashes)
+            return self._link.send(look_up)
         return self._link.send(
             OpenLoad(
                 request_id=load.request_id,
-                handle=prompt.text,
+                handle=prompt.handle,
                 block_hashes=prompt.block_hashes,
                 prompt_tokens=prompt.tokens,
                 tail_hash=prompt.tail_hash,
@@ -241,10 +245,12 @@ class Loads:
 
 
 def _total_s(prompt: Prompt) -> float:
-    return min(prompt.handle.budgets.total_s, TOTAL_S_MAX)
+    return min(prompt.budgets.total_s, TOTAL_S_MAX)
 
 
 def _patience_s(prompt: Prompt) -> float:
     """The daemon answers by itself within the handle's budgets; this is for one that does not."""
-    grant_s = min(prompt.handle.budgets.grant_s, GRANT_S_MAX)
+    grant_s = min(prompt.budgets.grant_s, GRANT_S_MAX)
+    if not prompt.handle:
+        return grant_s  # a look-up: late is a miss
     return grant_s + (_total_s(prompt) if prompt.early else 0.0) + ANSWER_MARGIN_S

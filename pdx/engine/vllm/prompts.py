@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import HandleError, Refused
-from pdx.handoff.handle import TransferHandle, peek
+from pdx.handoff.handle import peek
 from pdx.keys import tail_hash
+from pdx.wire import Budgets
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -15,25 +17,49 @@ if TYPE_CHECKING:
 SEND_FLAG, LOAD_FLAG, HANDLE_KEY = "do_remote_decode", "do_remote_prefill", "pdx_handle"
 TOKENS_KEY = "pdx_tokens"  # the handoff covers so many of the prompt's tokens; behind them comes what prefill generated
 EARLY_KEY = "pdx_early"  # the request came beside prefill's, not after its reply
+ID_BYTES = 16
+# pdxd answers in some 0.2 ms. A look-up that takes longer than this is a miss.
+LOOKUP_S = 0.02
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a handoff covers of one request's prompt, as the daemon wants to know it.
+    """What a handoff, a look-up or an offer covers of one request, as the daemon wants to know it.
 
-    `handle` is not verified here: the daemon does that.
+    `handle` is the text of one that is not verified here (the daemon does that); empty: there is none.
     """
 
-    text: str
-    handle: TransferHandle
+    handle: str
+    handoff_id: bytes
+    budgets: Budgets
     tokens: int
     block_hashes: list[bytes]
-    tail_hash: bytes
-    early: bool
+    tail_hash: bytes = b""
+    early: bool = False
+    first: int = 0  # block of the request with which `block_hashes` begins
 
     @property
     def blocks(self) -> int:
         return len(self.block_hashes) + bool(self.tail_hash)
+
+
+def blocks_of(request: Request, *, block_tokens: int, first: int = 0, tokens: int | None = None) -> Prompt | None:
+    """The full blocks of a request, from block `first` on and of its first `tokens` tokens (None: those of its prompt).
+
+    None if there are none. Their hashes name all that went into them, adapters and images too.
+    """
+    covered = request.num_prompt_tokens if tokens is None else tokens
+    hashes = [bytes(block_hash) for block_hash in request.block_hashes[first : covered // block_tokens]]
+    if not hashes:
+        return None
+    end = (first + len(hashes)) * block_tokens
+    budgets = Budgets(grant_s=LOOKUP_S)
+    return Prompt("", secrets.token_bytes(ID_BYTES), budgets, end, hashes, first=first)
+
+
+def named_anew(prompt: Prompt) -> Prompt:
+    """The same blocks under another name, to be loaded and kept side by side."""
+    return replace(prompt, handoff_id=secrets.token_bytes(ID_BYTES))
 
 
 def asks_for(request: Request, flag: str) -> bool:
@@ -58,7 +84,9 @@ def read(request: Request, *, block_tokens: int) -> Prompt:
     if len(hashes) != full_blocks:
         raise Refused(f"{len(hashes)} block hashes for {covered} prompt tokens")
     tail = tail_hash(hashes[-1] if hashes else b"", list(tokens[full_blocks * block_tokens : covered]))
-    return Prompt(text, peek(text), covered, hashes, tail, early=parameters.get(EARLY_KEY) is True)
+    handle = peek(text)
+    early = parameters.get(EARLY_KEY) is True
+    return Prompt(text, handle.handoff_id, handle.budgets, covered, hashes, tail, early)
 
 
 def _covered(tokens: Any, prompt_tokens: int) -> int:

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pdx.config import Offload
 from pdx.engine.link import Link
 from pdx.engine.vllm import prompts
 from pdx.engine.vllm.loads import Loads, log
+from pdx.engine.vllm.prompts import Prompt
 from pdx.engine.vllm.sends import Sends
 from pdx.engine.vllm.steps import Report, Step
 from pdx.errors import HandleError, Refused
@@ -37,10 +39,13 @@ class SchedulerSide:
         role: Role,
         layout: PageLayout,
         block_tokens: int,
+        offload: Offload = "off",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`offload`: which blocks of requests outside handoffs are kept, and looked up: none, prompts', or all."""
         self._link = link
         self._role = role
+        self._offload = offload
         self._block_tokens = block_tokens
         self._clock = clock
         self._incarnation = link.incarnation
@@ -62,18 +67,21 @@ class SchedulerSide:
         self._waiting.add(request.request_id)
         sends = self._role != "decode" and prompts.asks_for(request, prompts.SEND_FLAG)
         loads = self._role != "prefill" and prompts.asks_for(request, prompts.LOAD_FLAG)
-        if not sends and not loads:
-            return
-        try:
-            prompt = prompts.read(request, block_tokens=self._block_tokens)
-        except (HandleError, Refused) as error:
-            log.warning("request %s is served without handoff: %s", request.request_id, error)
-            return
-        if loads:
-            self._loads.open(request, prompt, self._clock())
-        else:
-            self._sends.open(request, prompt, self._clock())
-        self._unasked.add(request.request_id)
+        handed = self._read(request) if sends or loads else None
+        own = prompts.blocks_of(request, block_tokens=self._block_tokens) if self._offload != "off" else None
+        now = self._clock()
+        if handed and loads:
+            self._loads.open(request, handed, now)
+        elif own and not request.skip_reading_prefix_cache:
+            self._loads.open(request, own, now)
+        if handed and sends:
+            self._sends.open(request, handed, now)
+        elif own and not handed:
+            self._sends.open(request, prompts.named_anew(own), now)
+        if self._offload == "all" and not sends:
+            self._sends.follow(request, first=own.blocks if own else 0)
+        if handed or own:
+            self._unasked.add(request.request_id)
 
     def matched_tokens(self, request_id: str, local_tokens: int) -> tuple[int | None, bool]:
         """vLLM's question before each admission: (None, False) ask again, (0, False) compute, (n, True) load n."""
@@ -128,6 +136,14 @@ class SchedulerSide:
         self._link.close()
 
     # --- the daemon -------------------------------------------------------------------------------------------
+
+    def _read(self, request: Request) -> Prompt | None:
+        """What its handle covers; None if that is no good, and the request is served as if it had none."""
+        try:
+            return prompts.read(request, block_tokens=self._block_tokens)
+        except (HandleError, Refused) as error:
+            log.warning("request %s is served without handoff: %s", request.request_id, error)
+            return None
 
     def _wait_for_answer(self, request_id: str) -> None:
         """Only once for each request, and only for the first answer: a "wait" may last for seconds."""

@@ -1,10 +1,13 @@
-"""The scheduler's view of outgoing requests: what is claimed, what each step saves, when it is over.
+"""The scheduler's view of what is saved: for a handoff, or for whoever asks for the same tokens later.
 
 Theory of operation. A request is in `_sends` from its OPEN_SEND until it needs nothing more from here: without a plan
 it waits for the daemon's answer (vLLM is told "ask again"), with one its pages are saved as they become whole. The last
 pages leave with `last` set, and the *worker* says LET_GO after them: on its own connection, so that the daemon cannot
 hear it before the FILLED messages it belongs to. All other ends are told by us. A request that is in no table is
 served like any other.
+
+Without a handle nothing waits: blocks are *offered* (KEEP) and saved in the next step after the daemon has made room.
+A request that is followed offers its blocks as they become whole, one lot after the other.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from pdx.engine.link import Link
 from pdx.engine.plan import SendPlan, fits
-from pdx.engine.vllm.prompts import Prompt
+from pdx.engine.vllm.prompts import Prompt, blocks_of
 from pdx.engine.vllm.steps import Save
 from pdx.errors import Refused
 from pdx.layout import PageLayout
-from pdx.wire import LetGo, OpenSend, SendEnded, SendOpened
+from pdx.wire import Keep, LetGo, OpenSend, SendEnded, SendOpened
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -44,7 +47,13 @@ class _Send:
 
     @property
     def handoff_id(self) -> bytes:
-        return self.prompt.handle.handoff_id
+        return self.prompt.handoff_id
+
+
+@dataclass(eq=False)
+class _Followed:
+    request: Request
+    next: int  # its first block that was not offered
 
 
 class Sends:
@@ -57,24 +66,37 @@ class Sends:
         self._sends: dict[str, _Send] = {}
         self._step = 0  # the newest one planned: no later one touches slots of a handoff that is not in `_sends`
         self._results: dict[str, dict[str, Any]] = {}  # saved, for the reply of a request that still runs
+        self._followed: dict[str, _Followed] = {}
 
-    def open(self, request: Request, prompt: Prompt, now: float) -> None:
-        """Asks for a claim. Without a daemon the request is served as if it had no handle."""
-        message = OpenSend(
-            request_id=request.request_id,
-            handle=prompt.text,
-            block_hashes=prompt.block_hashes,
-            prompt_tokens=prompt.tokens,
-            tail_hash=prompt.tail_hash,
-        )
-        if self._link.send(message):
-            grant_s = min(prompt.handle.budgets.grant_s, GRANT_S_MAX)
-            self._sends[request.request_id] = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
+    def open(self, request: Request, prompt: Prompt, now: float) -> bool:
+        """Asks for a claim. False without a daemon: then the request is served as if it had no handle."""
+        message: OpenSend | Keep
+        if prompt.handle:
+            message = OpenSend(
+                request_id=request.request_id,
+                handle=prompt.handle,
+                block_hashes=prompt.block_hashes,
+                prompt_tokens=prompt.tokens,
+                tail_hash=prompt.tail_hash,
+            )
+        else:
+            message = Keep(
+                request_id=request.request_id, handoff_id=prompt.handoff_id, block_hashes=prompt.block_hashes
+            )
+        if not self._link.send(message):
+            return False
+        grant_s = min(prompt.budgets.grant_s, GRANT_S_MAX)
+        self._sends[request.request_id] = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
+        return True
+
+    def follow(self, request: Request, *, first: int) -> None:
+        """Offers the blocks of this request as they become whole, from block `first` on."""
+        self._followed[request.request_id] = _Followed(request, first)
 
     def undecided(self, request_id: str, now: float) -> bool:
-        """True while this request must not start: its claim may still come."""
+        """True while this request must not start: its claim may still come. What is only offered never delays it."""
         send = self._sends.get(request_id)
-        if send is None or send.plan is not None:
+        if send is None or send.plan is not None or not send.prompt.handle:
             return False
         if now < send.deadline:
             return True
@@ -91,7 +113,8 @@ class Sends:
             self._end(send, "pdxd named places outside its arena")
             return
         try:
-            send.plan = SendPlan(message.places, prompt_tokens=send.prompt.tokens, block_tokens=self._block_tokens)
+            places = [*([None] * send.prompt.first), *message.places]
+            send.plan = SendPlan(places, prompt_tokens=send.prompt.tokens, block_tokens=self._block_tokens)
         except Refused as error:
             self._end(send, str(error))
             return
@@ -109,7 +132,8 @@ class Sends:
             if message.handoff_id:
                 self._let_go(message.handoff_id, fence=self._step, ok=False, reason="ended before")
             return
-        log.warning("KV of %s is not handed over: %s", send.request.request_id, message.reason)
+        if send.prompt.handle:
+            log.warning("KV of %s is not handed over: %s", send.request.request_id, message.reason)
         if message.handoff_id:
             self._end(send, message.reason)
         else:
@@ -130,22 +154,42 @@ class Sends:
             if blocks:
                 send.last_step = step
                 pages = send.plan.blocks_to_save * self._layout.layers
-                saves.append(Save(send.handoff_id, blocks, last=send.plan.complete, pages=pages))
+                streamed = bool(send.prompt.handle)
+                saves.append(Save(send.handoff_id, blocks, last=send.plan.complete, pages=pages, streamed=streamed))
             if send.plan.complete:
                 self._succeed(send)
+        self._offer_more(scheduled)
         return saves
+
+    def _offer_more(self, scheduled: SchedulerOutput) -> None:
+        for request_id, tokens in scheduled.num_scheduled_tokens.items():
+            followed = self._followed.get(request_id)
+            if followed is None or request_id in self._sends:
+                continue
+            whole_after = followed.request.num_computed_tokens + tokens
+            if whole_after < (followed.next + 1) * self._block_tokens:
+                continue
+            lot = blocks_of(followed.request, block_tokens=self._block_tokens, first=followed.next, tokens=whole_after)
+            if lot is not None and self.open(followed.request, lot, 0.0):
+                followed.next += lot.blocks
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """The request is over. Returns what its reply may tell."""
+        self._followed.pop(request_id, None)
         send = self._sends.get(request_id)
         if send is not None:
             self._end(send, "request ended before its KV was saved")
         return self._results.pop(request_id, None)
 
     def lost(self) -> None:
-        """The daemon is gone and with it every claim. Of the next one's slots no step so far has touched any."""
+        """The daemon is gone and with it every claim. Of the next one's slots no step so far has touched any.
+
+        What is followed is offered to the next daemon from its first block on.
+        """
         self._sends.clear()
         self._step = 0
+        for followed in self._followed.values():
+            followed.next = 0
 
     @property
     def live(self) -> Iterable[bytes]:
@@ -155,6 +199,8 @@ class Sends:
         assert send.plan is not None
         request_id = send.request.request_id
         del self._sends[request_id]
+        if not send.prompt.handle:
+            return
         pages = send.plan.blocks_to_save * self._layout.layers
         self._results[request_id] = {"handoff": send.handoff_id.hex(), "pages": pages}
 

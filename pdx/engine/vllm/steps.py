@@ -12,12 +12,13 @@ from pdx.layout import Place
 
 @dataclass(frozen=True)
 class Save:
-    """Blocks of one handoff that become whole in this step: (block index, engine block id, place)."""
+    """Blocks of one handoff (or kept ones) that become whole in this step: (block index, engine block id, place)."""
 
     handoff_id: bytes
     blocks: list[tuple[int, int, Place]]
     last: bool  # no page of this handoff is missing after this step
     pages: int  # of the whole handoff, for LetGo
+    streamed: bool = True  # the daemon wants to know of every layer, to push it on at once
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class _Saving:
     def __post_init__(self) -> None:
         self.block_ids = [block_id for save in self.saves for _, block_id, _ in save.blocks]
         self.places = [place for save in self.saves for _, _, place in save.blocks]
-        self.lots = list(_lots(self.saves))
+        self.lots = list(_lots([save for save in self.saves if save.streamed]))
 
 
 def _lots(saves: Sequence[Save]) -> Iterator[list[FilledEntry]]:

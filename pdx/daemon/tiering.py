@@ -1,0 +1,184 @@
+"""Between the arena and the tier below it: blocks go down as `tiers.spill` says, and come up for those who ask.
+
+A block that comes up is a claim of one block that the tier fills; whoever asked follows its watermark as it follows a
+handoff's, and is told if it does not come. Blocks come up once for all who wait for them, and stay as cache. Every
+buffer that the tier has is held by a lease of ours until the tier has given it back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pdx.buffer.claim import Claim
+from pdx.buffer.lease import Lease, Owner
+from pdx.buffer.slots import Slot
+from pdx.daemon.ports import Desk
+from pdx.errors import BadBlock, Refused
+from pdx.layout import PageLayout, Place
+from pdx.tiers.pages import meta_of, pages_of, restore
+from pdx.tiers.spill import Spill, WriteMode
+from pdx.tiers.tier import End, Key, Loaded, Read, StateChanged, Tier, Write
+from pdx.wire import LoadEnded
+
+OWNER = Owner("wire", "tier")
+
+log = logging.getLogger("pdxd")
+
+
+@dataclass(eq=False)
+class _Promotion:
+    """One block on its way up."""
+
+    key: Key
+    claim: Claim
+    pages: PageLayout
+    asked_by: dict[bytes, str] = field(default_factory=dict)  # load -> engine id: those who wait for it
+
+    @property
+    def place(self) -> Place:
+        return self.claim.places[0]
+
+
+class Tiering:
+    """Owned by the control thread."""
+
+    def __init__(self, desk: Desk, tier: Tier, *, mode: WriteMode) -> None:
+        self._desk = desk
+        self._tier = tier
+        self._spill = Spill(mode)
+        self._writes: dict[int, Lease] = {}  # ticket -> holds the block
+        self._promotions: dict[Key, _Promotion] = {}
+        self._queue: deque[_Promotion] = deque()  # not submitted yet
+        self._reads: dict[int, _Promotion] = {}  # by ticket
+        desk.store.on_commit = self._committed
+
+    def promote(
+        self, space: bytes, pages: PageLayout, hashes: Sequence[bytes], *, load: bytes, engine_id: str, now: float
+    ) -> tuple[list[Place], list[Lease]]:
+        """Places of the leading blocks that the tier has, which are filled one after the other from now on.
+
+        Fewer where the arena has no room. If one does not come, `engine_id` hears LOAD_ENDED for `load`. The leases
+        keep what has come already: release them once the places are under a lease of your own.
+        """
+        keys = [(space, block_hash) for block_hash in hashes]
+        places, ready = [], []
+        for key, is_there in zip(keys, self._tier.contains(keys), strict=True):
+            claim = None if key in self._promotions or not is_there else self._claim(key, pages, now)
+            if claim is not None and not claim.fresh:  # memory had it, behind one that it had not
+                places.append(claim.places[0])
+                ready.append(claim.lease)
+                continue
+            if claim is not None:
+                self._promotions[key] = _Promotion(key, claim, pages)
+                self._queue.append(self._promotions[key])
+            promotion = self._promotions.get(key)
+            if promotion is None:
+                break
+            promotion.asked_by[load] = engine_id
+            places.append(promotion.place)
+        self._submit_reads()
+        self._desk.ports.counters["blocks_promoted"] += len(places) - len(ready)
+        return places, ready
+
+    def withdrawn(self, load: bytes) -> None:
+        """Nobody waits for this load's blocks any more. What nobody else wants, and has not begun, never does."""
+        for promotion in list(self._promotions.values()):
+            if promotion.asked_by.pop(load, None) is not None and not promotion.asked_by and promotion in self._queue:
+                self._queue.remove(promotion)
+                self._end(promotion, ok=False, reason="nobody waits for it")
+
+    def forget(self, keys: Sequence[Key]) -> None:
+        """Their bytes were wrong in the arena: what was written from there may be too."""
+        for key in keys:
+            self._spill.gone(key)
+            self._tier.remove(key)
+
+    def tick(self) -> None:
+        """Takes what the tier has to say, and gives it more to do."""
+        for event in self._tier.take_events():
+            if isinstance(event, StateChanged):
+                log.warning("disk tier is %s: %s", event.state, event.reason)
+                self._desk.ports.counters[f"disk_{event.state}"] += 1
+            elif event.ticket in self._writes:
+                self._written(event)
+            else:
+                self._read(event)
+        self._submit_reads()
+        self._submit_writes()
+
+    # --- up ---
+
+    def _claim(self, key: Key, pages: PageLayout, now: float) -> Claim | None:
+        space, block_hash = key
+        try:
+            return self._desk.store.claim(OWNER, space, pages, [block_hash], tail=False, now=now, ttl_s=float("inf"))
+        except Refused:
+            return None
+
+    def _submit_reads(self) -> None:
+        arena = self._desk.store.arena
+        while self._queue:
+            promotion = self._queue[0]
+            ticket = self._tier.submit(Read(promotion.key, pages_of(arena, promotion.place, promotion.pages)))
+            if ticket is None:
+                return
+            self._queue.popleft()
+            self._reads[ticket] = promotion
+
+    def _read(self, end: End) -> None:
+        promotion = self._reads.pop(end.ticket)
+        if not isinstance(end, Loaded):
+            self._end(promotion, ok=False, reason=getattr(end, "reason", "not there"))
+            return
+        try:
+            restore(self._desk.store.arena, promotion.place, promotion.pages, end.meta)
+        except BadBlock as error:
+            self._tier.remove(promotion.key)
+            self._end(promotion, ok=False, reason=str(error))
+            return
+        self._end(promotion, ok=True, reason="")
+
+    def _end(self, promotion: _Promotion, *, ok: bool, reason: str) -> None:
+        store, counters = self._desk.store, self._desk.ports.counters
+        if ok:
+            store.commit(promotion.claim)  # still known here as on its way up: it need not go down again
+        else:
+            store.abandon(promotion.claim)
+            counters["promotions_failed"] += 1
+            for load, engine_id in promotion.asked_by.items():
+                self._desk.ports.to_engine(engine_id, LoadEnded(handoff_id=load, reason=f"disk: {reason}"))
+        del self._promotions[promotion.key]
+        store.release(promotion.claim.lease)
+
+    # --- down ---
+
+    def _committed(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            keys = [key for key in slot.keys if key is not None and key not in self._promotions]
+            self._spill.committed(keys)
+
+    def _submit_writes(self) -> None:
+        store = self._desk.store
+        for key in self._spill.wanted():
+            spot = store.index.find(key[0], [key[1]])[0]
+            if spot is None:
+                self._spill.gone(key)
+                continue
+            slot, position = spot
+            place = slot.places[position]
+            lease = store.lease([place], OWNER, now=0.0, ttl_s=float("inf"))
+            pages, meta = pages_of(store.arena, place, slot.layout), meta_of(store.arena, place, slot.layout)
+            ticket = self._tier.submit(Write(key, pages, meta))
+            if ticket is None:
+                store.release(lease)
+                return
+            self._spill.submitted(key, ticket)
+            self._writes[ticket] = lease
+
+    def _written(self, end: End) -> None:
+        _, ok = self._spill.on(end)
+        self._desk.store.release(self._writes.pop(end.ticket))
+        self._desk.ports.counters["blocks_written" if ok else "writes_failed"] += 1

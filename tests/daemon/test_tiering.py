@@ -1,0 +1,233 @@
+"""Blocks on their way to a tier and back, through one Mover; the tier works when it is asked for events."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from one_host import HASHES, PAGES, Host, engine
+from test_prefixes import MINE, OTHER, heard, keep, leases, let_go, look_up
+
+from pdx.layout import Place
+from pdx.tiers.memory import MemoryTier
+from pdx.wire import LoadEnded, SendOpened
+
+CAP = 1 << 20
+THIRD = b"t" * 16
+
+
+@pytest.fixture
+def tier() -> Iterator[MemoryTier]:
+    tier = MemoryTier(cap_bytes=CAP)
+    yield tier
+    tier.close(drain_s=0.0)
+
+
+@pytest.fixture
+def host(tier: MemoryTier) -> Host:
+    return Host(tier=tier)
+
+
+def fill(host: Host, places: list[Place | None], seed: int = 0) -> None:
+    """What a worker does: bytes, and all layers declared."""
+    for n, place in enumerate(places):
+        if place is not None:
+            for layer in range(PAGES.layers):
+                start = place.page_offset(PAGES, layer)
+                host.store.arena.memory[start : start + PAGES.page_bytes] = pattern(seed + n, layer)
+            host.store.arena.set_watermark(place.header_offset, PAGES.layers)
+
+
+def pattern(number: int, layer: int) -> bytes:
+    return bytes([number * 16 + layer + 1]) * PAGES.page_bytes
+
+
+def bytes_at(host: Host, place: Place, layer: int) -> bytes:
+    start = place.page_offset(PAGES, layer)
+    return bytes(host.store.arena.memory[start : start + PAGES.page_bytes])
+
+
+def keep_filled(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE, seed: int = 0) -> None:
+    opened = keep(host, hashes, called)
+    assert isinstance(opened, SendOpened), opened
+    fill(host, opened.places, seed)
+    let_go(host, called)
+    host.tick()
+
+
+def crowd_out(host: Host) -> None:
+    """Everything idle leaves the arena: more is claimed than fits beside it."""
+    blocks = host.store.extents.capacity(PAGES)
+    crowd = [b"crowd %d" % n for n in range(blocks)]
+    for called, hashes in ((OTHER, crowd[: blocks // 2]), (THIRD, crowd[blocks // 2 :])):
+        assert isinstance(keep(host, hashes, called), SendOpened)
+    for called in (OTHER, THIRD):
+        let_go(host, called, ok=False)
+    assert host.store.index.find(host_space(host), HASHES)[0] is None
+
+
+def host_space(host: Host) -> bytes:
+    from pdx.daemon.ports import space_of
+
+    return space_of(engine("P"))
+
+
+def watermark(host: Host, place: Place) -> int:
+    return host.store.arena.watermark(place.header_offset)
+
+
+def test_what_left_the_arena_comes_back(host: Host, tier: MemoryTier) -> None:
+    keep_filled(host)
+    assert tier.stats().blocks == 3
+    crowd_out(host)
+    places = look_up(host)
+    assert len(places) == 3
+    assert [watermark(host, place) for place in places] == [0, 0, 0], "it is on its way"
+    host.tick()
+    assert [watermark(host, place) for place in places] == [PAGES.layers] * 3
+    for n, place in enumerate(places):
+        assert [bytes_at(host, place, layer) for layer in range(PAGES.layers)] == [pattern(n, 0), pattern(n, 1)]
+    assert host.heard["P"] == []
+    let_go(host, side="load")
+    assert leases(host) == 0
+    assert look_up(host) == places, "it is cache again"
+    assert tier.stats().written == 3, "and is not written again"
+
+
+def test_a_daemon_that_comes_after_finds_it(host: Host, tier: MemoryTier) -> None:
+    keep_filled(host)
+    successor = Host(tier=tier)
+    places = look_up(successor)
+    successor.tick()
+    assert [bytes_at(successor, place, 0) for place in places] == [pattern(n, 0) for n in range(3)]
+
+
+def test_memory_and_tier_together(host: Host) -> None:
+    keep_filled(host)
+    crowd_out(host)
+    keep_filled(host, HASHES[:1])
+    places = look_up(host)
+    assert [watermark(host, place) for place in places] == [PAGES.layers, 0, 0]
+    host.tick()
+    let_go(host, side="load")
+    assert leases(host) == 0
+
+
+def test_memory_behind_a_gap_that_the_tier_fills(host: Host, tier: MemoryTier) -> None:
+    keep_filled(host)
+    crowd_out(host)
+    keep_filled(host, HASHES[1:2], seed=1)
+    places = look_up(host)
+    assert [watermark(host, place) for place in places] == [0, PAGES.layers, 0]
+    host.tick()
+    assert [bytes_at(host, place, 0) for place in places] == [pattern(n, 0) for n in range(3)]
+    let_go(host, side="load")
+    assert leases(host) == 0
+
+
+def test_two_who_wait_for_a_block_wait_for_one_read(host: Host, tier: MemoryTier) -> None:
+    keep_filled(host)
+    crowd_out(host)
+    first = look_up(host)
+    assert look_up(host, called=OTHER) == first
+    host.tick()
+    assert tier.stats().loaded == 3
+    let_go(host, side="load")
+    let_go(host, OTHER, side="load")
+    assert leases(host) == 0
+
+
+def test_a_block_that_does_not_come_is_told(host: Host, tier: MemoryTier) -> None:
+    keep_filled(host)
+    crowd_out(host)
+    places = look_up(host)
+    tier.remove((host_space(host), HASHES[1]))
+    host.tick()
+    ended = heard(host)
+    assert isinstance(ended, LoadEnded) and "unknown" in ended.reason
+    assert [watermark(host, place) for place in places] == [PAGES.layers, 0, PAGES.layers]
+    let_go(host, side="load", ok=False)
+    assert leases(host) == 0
+    assert len(look_up(host)) == 1
+
+
+def test_nobody_waits_so_nothing_is_read(tier: MemoryTier) -> None:
+    class Busy(MemoryTier):
+        def submit(self, request: Any) -> int | None:
+            return None
+
+    keep_filled(Host(tier=tier))
+    busy = Busy(cap_bytes=CAP)
+    busy.contains = tier.contains  # type: ignore[method-assign]
+    host = Host(tier=busy)
+    assert len(look_up(host)) == 3
+    let_go(host, side="load", ok=False)
+    assert leases(host) == 0 and not host.store.slots
+    busy.close(drain_s=0.0)
+
+
+def test_a_promise_outlives_the_engine_that_asked(host: Host) -> None:
+    keep_filled(host)
+    crowd_out(host)
+    look_up(host)
+    host.mover.engine_gone("P", host.now)
+    host.tick()
+    assert leases(host) == 0
+    assert len(look_up(host)) == 3
+
+
+def test_a_spoilt_block_leaves_the_tier_too(host: Host, tier: MemoryTier) -> None:
+    keep_filled(host)
+    look_up(host)
+    let_go(host, side="load", ok=False, spoilt=[0])
+    assert tier.stats().blocks == 2
+    assert look_up(host) == []
+
+
+def test_a_full_arena_promises_less(host: Host) -> None:
+    keep_filled(host)
+    crowd_out(host)
+    blocks = host.store.extents.capacity(PAGES)
+    for number in range(2):
+        host.send(number, [b"%d/%d" % (number, n) for n in range(blocks // 2)])
+    host.heard["P"].clear()
+    assert look_up(host) == []
+    assert host.store.leases
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_course_ends_with_everything_free(seed: int) -> None:
+    chance = random.Random(seed)
+    tier = MemoryTier(cap_bytes=chance.choice([2000, 20_000]))
+    host = Host(extents=1, tier=tier)
+    names = [bytes([n]) * 16 for n in range(40, 60)]
+    loads: dict[bytes, list[Place]] = {}
+    prompts = [[b"%d/%d" % (stem, n) for n in range(6)] for stem in range(8)]
+    for _ in range(600):
+        hashes = chance.choice(prompts)[: chance.randrange(1, 7)]
+        called, roll = chance.choice(names), chance.random()
+        if roll < 0.3 and called not in loads:
+            opened = keep(host, hashes, called)
+            if isinstance(opened, SendOpened):
+                fill(host, opened.places)
+                let_go(host, called, ok=chance.random() < 0.9)
+        elif roll < 0.6 and called not in loads:
+            if places := look_up(host, hashes, called):
+                loads[called] = places
+        elif roll < 0.8 and loads:
+            called = chance.choice(list(loads))
+            host.heard["P"].clear()
+            let_go(host, called, side="load", spoilt=[0] if chance.random() < 0.2 else [])
+            del loads[called]
+        else:
+            host.tick()
+        host.heard["P"].clear()
+        tier.check_integrity()
+    for called in list(loads):
+        let_go(host, called, side="load")
+    host.tick()
+    host.tick()
+    assert leases(host) == 0
+    tier.close(drain_s=0.0)

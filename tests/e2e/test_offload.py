@@ -1,0 +1,96 @@
+"""A real vLLM engine by itself: what left its cache comes back from the arena, and from the disk after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.measure import prompt_of
+from benchmarks.harness.rig import Part, Rig, counter, post, rig_in, stats, unleased, wait_until
+from pdx.client import DaemonClient
+from pdx.launch import processes
+from pdx.wire import Attach
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+LAYERS, BLOCK_TOKENS = 30, 128
+ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
+PROMPT_TOKENS = 5 * BLOCK_TOKENS + 40
+WHOLE = PROMPT_TOKENS // BLOCK_TOKENS
+
+
+@dataclass
+class Host:
+    rig: Rig
+    engine: Part
+    tool: DaemonClient
+
+    def ask(self, prompt: list[int], max_tokens: int = 8) -> str:
+        reply = self.rig.complete(prompt, url=self.engine.url, max_tokens=max_tokens)
+        assert reply.status == 200, reply.text
+        return reply.text
+
+    def forget(self) -> None:
+        """The engine's own cache."""
+        post(f"{self.engine.url}/reset_prefix_cache", {}, deadline_s=10)
+
+    def grown(self, before: dict[str, int], name: str) -> int:
+        return counter(self.tool, name) - before.get(name, 0)
+
+    def counters(self) -> dict[str, int]:
+        return dict(stats(self.tool)["counters"])
+
+
+@pytest.fixture(scope="module")
+def host(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """The engine starts its daemon itself, the second one too."""
+    with rig_in(model, tmp_path_factory.mktemp("rig")) as rig:
+        rig.start_router()
+        engine = rig.start_engine(
+            "E0", "both", "a", cpu="0-1", environment=ENVIRONMENT, arena="512MiB", digest_mode="true", poison="true",
+            linger_s="1", disk=str(tmp_path_factory.mktemp("disk")), disk_cap="1GiB",
+        )  # fmt: skip
+        sessions = {part.process.pid for part in rig.parts}
+        rig.wait_routable(1)
+        host = Host(rig, engine, rig.tool("a"))
+        assert unleased(host.tool)  # and its connection, which ZeroMQ makes in the background, is there
+        yield host
+    assert processes.of_sessions(sessions) == []
+
+
+def test_a_prompt_that_left_the_engines_cache_is_loaded(host: Host) -> None:
+    prompt = prompt_of(PROMPT_TOKENS, 1)
+    computed = host.ask(prompt)
+    assert host.ask(prompt) == computed, "a hit in the engine's own cache"
+    before = host.counters()
+    host.forget()
+    assert host.ask(prompt) == computed
+    assert host.grown(before, "lookup_hit_blocks") == WHOLE
+    assert host.grown(before, "pages_verified") == WHOLE * LAYERS
+    assert (host.grown(before, "loads_ok"), host.grown(before, "loads_failed")) == (1, 0)
+    assert unleased(host.tool)
+
+
+def test_what_was_generated_is_kept(host: Host) -> None:
+    before = host.counters()
+    host.ask(prompt_of(BLOCK_TOKENS + 20, 2), max_tokens=BLOCK_TOKENS)  # the second block becomes whole on the way
+    assert unleased(host.tool)
+    assert host.grown(before, "blocks_kept") == 2
+
+
+def test_a_daemon_that_was_killed_leaves_its_disk_to_the_next(host: Host) -> None:
+    prompt = prompt_of(PROMPT_TOKENS, 3)
+    computed = host.ask(prompt)
+    wait_until(lambda: counter(host.tool, "blocks_written") == counter(host.tool, "blocks_kept"), 20, "all is on disk")
+    host.rig.kill_daemon("a")
+    wait_until((host.rig.settings_of("a").run_path / "pdxd.json").exists, 30, "the engine has started another")
+    with DaemonClient.attach(host.rig.settings_of("a"), Attach(kind="tool"), start=False, deadline_s=30) as tool:
+        wait_until(lambda: any(e["complete"] for e in stats(tool)["engines"].values()), 30, "it is attached")
+        host.forget()
+        assert host.ask(prompt) == computed
+        assert counter(tool, "blocks_promoted") == WHOLE
+        assert (counter(tool, "loads_ok"), counter(tool, "loads_failed")) == (1, 0)
+        assert unleased(tool)
