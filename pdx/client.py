@@ -130,6 +130,8 @@ class DaemonClient:
         if not self.alive:
             raise DaemonGone("pdxd has died")
         if self._worker:
+            if len(self._unsent) >= SEND_QUEUE_MAX:
+                raise DaemonGone("pdxd does not read its messages")
             self._unsent.append(encode(message))
             self._flush()
             return
@@ -158,9 +160,6 @@ class DaemonClient:
         """Worker: step `step` is over, and with it every access to slots that belonged to it. Steps only grow."""
         assert self.arena is not None
         self.arena.set_fence(self.attached.fence_offset, step)
-        if self._unsent:
-            with contextlib.suppress(DaemonGone):
-                self._flush()
 
     def ask(self, question: Ask, *, timeout_s: float = 5.0) -> Answer:
         """For tools: one question, one answer. Raises DaemonGone after `timeout_s`."""
@@ -186,15 +185,27 @@ class DaemonClient:
         self._context.term()
         self._connection.close()
 
+    def finish_sending(self, *, timeout_s: float) -> None:
+        """Worker, at the end of a step: the engine may be idle after it, and nothing else would send what is left.
+
+        Costs nothing when all is sent, as it is unless the daemon has not read for a hundred messages and more.
+        """
+        until = time.monotonic() + timeout_s
+        room = select.poll()
+        room.register(self._connection, select.POLLOUT)
+        with contextlib.suppress(DaemonGone):
+            while self._unsent and self.alive and (left := until - time.monotonic()) > 0:
+                room.poll(left * 1000)
+                self._flush()
+
     def _flush(self) -> None:
-        """What finds no room waits for the next step: a daemon that reads nothing is no reason to stop for."""
+        """As much as finds room."""
         try:
             while self._unsent:
                 self._connection.send(self._unsent[0], socket.MSG_DONTWAIT)
                 self._unsent.popleft()
         except BlockingIOError:
-            if len(self._unsent) > SEND_QUEUE_MAX:
-                raise DaemonGone("pdxd does not read its messages") from None
+            pass
         except OSError as error:
             raise DaemonGone("pdxd has died") from error
 

@@ -67,7 +67,7 @@ class Mover:
         self._questions.ask(engine, message, now)
 
     def look_up(self, engine: Engine, message: LookUp, now: float) -> None:
-        self._prefixes.look_up(engine, message, now)
+        self._prefixes.look_up(engine, message, now, room=not self._waiting)
 
     def keep(self, engine: Engine, message: Keep, now: float) -> None:
         self._prefixes.keep(engine, message, now, room=not self._waiting)
@@ -239,7 +239,7 @@ class Mover:
         if hold.side == "load":
             counters["pages_verified"] += message.pages
             counters["loads_ok" if message.ok else "loads_failed"] += 1
-            if message.done_ns:
+            if message.done_ns and hold.key is not None:
                 self._desk.ports.tracer.note(hold.handoff_id, "loaded", message.done_ns, pages=message.pages)
             spoilt = [hold.places[n] for n in message.spoilt if 0 <= n < len(hold.places)]
             forgotten = self._desk.store.forget(hold.lease, spoilt)

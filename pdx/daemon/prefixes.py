@@ -25,9 +25,10 @@ class Prefixes:
         self._holds = holds
         self._tiering = tiering
 
-    def look_up(self, engine: Engine, message: LookUp, now: float) -> None:
+    def look_up(self, engine: Engine, message: LookUp, now: float, *, room: bool) -> None:
+        """`room`: nobody more important waits for some, so that blocks may come up from below."""
         ports, engine_id, load = self._desk.ports, engine.info.engine_id, message.handoff_id
-        places = [] if self._holds.get(load, "load") else self._lease_leading(engine, message, now)
+        places = [] if self._holds.get(load, "load") else self._lease_leading(engine, message, now, room=room)
         ports.counters["lookups"] += 1
         ports.counters["lookup_blocks"] += len(message.block_hashes)
         ports.counters["lookup_hit_blocks"] += len(places)
@@ -36,7 +37,7 @@ class Prefixes:
         )
         ports.to_engine(engine_id, answer)
 
-    def _lease_leading(self, engine: Engine, message: LookUp, now: float) -> list[Place]:
+    def _lease_leading(self, engine: Engine, message: LookUp, now: float, *, room: bool) -> list[Place]:
         """The leading blocks that are here or come from below, held for the engine."""
         assert engine.pages is not None
         store, engine_id, space, load = self._desk.store, engine.info.engine_id, space_of(engine), message.handoff_id
@@ -44,7 +45,7 @@ class Prefixes:
         read = store.read(owner, space, message.block_hashes, now=now, ttl_s=lease_s)
         places, leases = ([], []) if read is None else (list(read.places), [read.lease])
         rest = message.block_hashes[len(places) :]
-        if self._tiering is not None and rest:
+        if self._tiering is not None and rest and room:
             more, ready = self._tiering.promote(space, engine.pages, rest, load=load, engine_id=engine_id, now=now)
             places += more
             leases += ready

@@ -50,6 +50,8 @@ class Tiering:
         self._tier = tier
         self._spill = Spill(mode)
         self._writes: dict[int, Lease] = {}  # ticket -> holds the block
+        self._writes_refused = False  # since the last end of one
+        self._spoilt: set[Key] = set()  # being written, and found wrong meanwhile
         self._promotions: dict[Key, _Promotion] = {}
         self._queue: deque[_Promotion] = deque()  # not submitted yet
         self._reads: dict[int, _Promotion] = {}  # by ticket
@@ -66,7 +68,9 @@ class Tiering:
         keys = [(space, block_hash) for block_hash in hashes]
         places, ready = [], []
         for key, is_there in zip(keys, self._tier.contains(keys), strict=True):
-            claim = None if key in self._promotions or not is_there else self._claim(key, pages, now)
+            if not is_there:  # nor join one on its way: a disk that hangs has nothing any more
+                break
+            claim = None if key in self._promotions else self._claim(key, pages, now)
             if claim is not None and not claim.fresh:  # memory had it, behind one that it had not
                 places.append(claim.places[0])
                 ready.append(claim.lease)
@@ -95,6 +99,8 @@ class Tiering:
         for key in keys:
             self._spill.gone(key)
             self._tier.remove(key)
+            if key in self._spill.writing:
+                self._spoilt.add(key)
 
     def tick(self) -> None:
         """Takes what the tier has to say, and gives it more to do."""
@@ -102,6 +108,9 @@ class Tiering:
             if isinstance(event, StateChanged):
                 log.warning("disk tier is %s: %s", event.state, event.reason)
                 self._desk.ports.counters[f"disk_{event.state}"] += 1
+                if event.state == "off":
+                    for promotion in list(self._reads.values()):
+                        self._tell(promotion, event.reason)
             elif event.ticket in self._writes:
                 self._written(event)
             else:
@@ -148,21 +157,28 @@ class Tiering:
         else:
             store.abandon(promotion.claim)
             counters["promotions_failed"] += 1
-            for load, engine_id in promotion.asked_by.items():
-                self._desk.ports.to_engine(engine_id, LoadEnded(handoff_id=load, reason=f"disk: {reason}"))
+            self._tell(promotion, reason)
         del self._promotions[promotion.key]
         store.release(promotion.claim.lease)
+
+    def _tell(self, promotion: _Promotion, reason: str) -> None:
+        """Everybody who waits, once: of what a load had yet to get, it takes no more then."""
+        for load, engine_id in list(promotion.asked_by.items()):
+            self._desk.ports.to_engine(engine_id, LoadEnded(handoff_id=load, reason=f"disk: {reason}"))
+            self.withdrawn(load)
 
     # --- down ---
 
     def _committed(self, slots: Sequence[Slot]) -> None:
-        for slot in slots:
+        # The end of a chain first: what is written last counts as used last, and heads must outlive their tails.
+        for slot in reversed(slots):
             keys = [key for key in slot.keys if key is not None and key not in self._promotions]
-            self._spill.committed(keys)
+            self._spill.committed(reversed(keys))
+        self._writes_refused = False
 
     def _submit_writes(self) -> None:
         store = self._desk.store
-        for key in self._spill.wanted():
+        for key in [] if self._writes_refused else self._spill.wanted():
             spot = store.index.find(key[0], [key[1]])[0]
             if spot is None:
                 self._spill.gone(key)
@@ -171,14 +187,25 @@ class Tiering:
             place = slot.places[position]
             lease = store.lease([place], OWNER, now=0.0, ttl_s=float("inf"))
             pages, meta = pages_of(store.arena, place, slot.layout), meta_of(store.arena, place, slot.layout)
-            ticket = self._tier.submit(Write(key, pages, meta))
+            try:
+                ticket = self._tier.submit(Write(key, pages, meta))
+            except ValueError as error:  # no tier could keep it
+                log.warning("a block is not written: %s", error)
+                store.release(lease)
+                self._spill.gone(key)
+                continue
             if ticket is None:
                 store.release(lease)
+                self._writes_refused = True
                 return
             self._spill.submitted(key, ticket)
             self._writes[ticket] = lease
 
     def _written(self, end: End) -> None:
-        _, ok = self._spill.on(end)
+        key, ok = self._spill.on(end)
+        self._writes_refused = False
+        if key in self._spoilt:
+            self._spoilt.remove(key)
+            self._tier.remove(key)
         self._desk.store.release(self._writes.pop(end.ticket))
         self._desk.ports.counters["blocks_written" if ok else "writes_failed"] += 1

@@ -8,7 +8,7 @@ hurry evicts blocks that are nowhere else. Either way writing is a favour: past 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 
 from pdx.tiers.tier import End, Key, Written
@@ -57,6 +57,11 @@ class Spill:
         del self._waiting[key]
         self._writing.add(key)
         self._open[ticket] = key
+
+    @property
+    def writing(self) -> Collection[Key]:
+        """Blocks that were submitted and have not ended."""
+        return self._writing
 
     def on(self, end: End) -> tuple[Key, bool]:
         """The block whose slot is free of this write now, and whether the tier has it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from test_prefixes import MINE, OTHER, heard, keep, leases, let_go, look_up
 
 from pdx.layout import Place
 from pdx.tiers.memory import MemoryTier
+from pdx.tiers.tier import Event, StateChanged
 from pdx.wire import LoadEnded, SendOpened
 
 CAP = 1 << 20
@@ -166,6 +167,49 @@ def test_nobody_waits_so_nothing_is_read(tier: MemoryTier) -> None:
     let_go(host, side="load", ok=False)
     assert leases(host) == 0 and not host.store.slots
     busy.close(drain_s=0.0)
+
+
+def test_a_disk_that_goes_off_is_told_once_and_asked_no_more(tier: MemoryTier) -> None:
+    class Hanging(MemoryTier):
+        """Takes reads and says nothing of them."""
+
+        said: Sequence[Event] = ()
+
+        def take_events(self) -> list[Event]:
+            said, self.said = list(self.said), ()
+            return said
+
+    keep_filled(Host(tier=tier))
+    hanging = Hanging(cap_bytes=CAP)
+    hanging.contains = tier.contains  # type: ignore[method-assign]
+    host = Host(tier=hanging)
+    look_up(host)
+    hanging.said = [StateChanged("off", "it hangs")]
+    hanging.contains = lambda keys: [False] * len(keys)  # type: ignore[method-assign]
+    host.tick()
+    assert isinstance(heard(host), LoadEnded)
+    let_go(host, side="load", ok=False)
+    assert look_up(host) == []
+    assert leases(host) == 3, "the buffers that it has are safe from everybody"
+    hanging.close(drain_s=0.0)
+
+
+def test_nothing_comes_up_while_handoffs_wait_for_room(host: Host) -> None:
+    keep_filled(host)
+    crowd_out(host)
+    blocks = host.store.extents.capacity(PAGES)
+    for number in range(2):
+        host.send(number, [b"%d/%d" % (number, n) for n in range(int(blocks * 0.6))])
+    assert host.mover.reservations_waiting
+    host.heard["P"].clear()
+    assert look_up(host) == []
+
+
+def test_a_name_that_no_tier_takes_is_kept_in_memory_only(host: Host, tier: MemoryTier) -> None:
+    keep_filled(host, [b"x" * 300])
+    assert tier.stats().blocks == 0
+    assert len(look_up(host, [b"x" * 300])) == 1
+    assert leases(host) == 1
 
 
 def test_a_promise_outlives_the_engine_that_asked(host: Host) -> None:

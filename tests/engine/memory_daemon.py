@@ -242,6 +242,9 @@ class MemoryClient:
     def wait(self, timeout_s: float) -> list[Message]:
         return self.poll()  # what will come is here: the daemon answers within `send`
 
+    def finish_sending(self, *, timeout_s: float) -> None:
+        """All is sent."""
+
     def publish_fence(self, step: int) -> None:
         assert self.arena is not None
         self.arena.set_fence(self.attached.fence_offset, step)

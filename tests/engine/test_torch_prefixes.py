@@ -53,6 +53,7 @@ def test_what_left_the_engines_own_cache_is_loaded(engine: Side, tokens: int) ->
     assert first.output == second.output == alone(text)
     whole = tokens // BLOCK_TOKENS * BLOCK_TOKENS
     assert count == max(1, tokens - whole) + 4, "all full blocks were loaded; the last token is always computed"
+    assert not engine.engine.unfinished
 
 
 def test_another_engine_finds_it_too(daemon: MemoryDaemon, engine: Side, clock: Clock) -> None:
@@ -217,3 +218,26 @@ def test_any_course_gives_the_same_answers(seed: int) -> None:
     assert asked
     for request in asked:
         assert request.output == alone(request.prompt_token_ids)
+
+
+def test_after_a_reset_nothing_old_is_loaded(daemon: MemoryDaemon, engine: Side) -> None:
+    text = prompt(13, 20)
+    ask(engine, "a", text)
+    engine.engine.forget_prefixes()
+    assert engine.engine.scheduler is not None
+    assert not engine.engine.scheduler.refuse_reset()
+    count, request = computed(engine, "b", text)
+    assert (count, request.output) == (24, alone(text))
+
+
+def test_adapters_are_left_alone(daemon: MemoryDaemon, engine: Side) -> None:
+    engine.engine.add(Request("a", prompt(14, 20), lora_request="adapter"))
+    run(engine.engine)
+    assert not [m for m in daemon.received if isinstance(m, Keep | LookUp)]
+
+
+def test_what_waits_in_the_queue_takes_no_room(daemon: MemoryDaemon, engine: Side) -> None:
+    for number in range(5):
+        engine.engine.add(Request(f"r{number}", prompt(number, 40), max_tokens=2))
+    engine.engine.step()  # ten tokens: the first one runs
+    assert [m.request_id for m in daemon.received if isinstance(m, Keep)] == ["r0"]

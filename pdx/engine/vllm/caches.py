@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file
 SAFETENSORS_HEADER_BYTES_MAX = 100 << 20  # the format's own limit
 PAGE_ORDER = "LBHNC"  # a block of one layer is contiguous: heads, then tokens, then K|V
 _PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -146,7 +147,10 @@ def _content(vllm_config: VllmConfig, block_tokens: int) -> ContentFingerprint:
 
 
 def _weights_digest(vllm_config: VllmConfig) -> str:
-    """Names, sizes and headers of the weight files, and what changes their meaning. Not their gigabytes."""
+    """Names, sizes, headers and samples of the weight files, and what changes their meaning. Not their gigabytes.
+
+    The samples tell checkpoints of one shape apart: training changes nearly every weight.
+    """
     model = vllm_config.model_config
     digest = hashlib.blake2b(digest_size=16, person=b"pdx-weights")
     overrides = {
@@ -174,6 +178,16 @@ def _weight_files(folder: Path) -> Iterator[bytes]:
             yield f"{path.name} {path.stat().st_size}".encode()
             if path.suffix == ".safetensors":
                 yield _safetensors_header(path)
+            yield from _samples(path)
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """Spread evenly over the file, its last bytes among them."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for number in range(SAMPLES):
+            file.seek(max(0, (size - SAMPLE_BYTES) * number // (SAMPLES - 1)))
+            yield file.read(SAMPLE_BYTES)
 
 
 def _safetensors_header(path: Path) -> bytes:

@@ -140,6 +140,10 @@ class PdxConnector(KVConnectorBase_V1):
         result = self._scheduler.finished(request.request_id)
         return False, {"pdx": result} if result else None
 
+    def reset_cache(self) -> bool:
+        """Not possible yet: what other engines of this host computed would go with it."""
+        return self._scheduler.refuse_reset()
+
     # --- both -------------------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:

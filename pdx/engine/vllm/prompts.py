@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import HandleError, Refused
@@ -20,6 +20,7 @@ EARLY_KEY = "pdx_early"  # the request came beside prefill's, not after its repl
 ID_BYTES = 16
 # pdxd answers in some 0.2 ms. A look-up that takes longer than this is a miss.
 LOOKUP_S = 0.02
+LOAD_S = 15.0  # what it has found is here, or on its way from a disk
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,18 @@ class Prompt:
 def blocks_of(request: Request, *, block_tokens: int, first: int = 0, tokens: int | None = None) -> Prompt | None:
     """The full blocks of a request, from block `first` on and of its first `tokens` tokens (None: those of its prompt).
 
-    None if there are none. Their hashes name all that went into them, adapters and images too.
+    None if there are none. Their hashes name all that went into them, images too; of an adapter they name the place,
+    where tomorrow there may be another one.
     """
+    if request.lora_request is not None:
+        return None
     covered = request.num_prompt_tokens if tokens is None else tokens
     hashes = [bytes(block_hash) for block_hash in request.block_hashes[first : covered // block_tokens]]
     if not hashes:
         return None
     end = (first + len(hashes)) * block_tokens
-    budgets = Budgets(grant_s=LOOKUP_S)
+    budgets = Budgets(grant_s=LOOKUP_S, total_s=LOAD_S)
     return Prompt("", secrets.token_bytes(ID_BYTES), budgets, end, hashes, first=first)
-
-
-def named_anew(prompt: Prompt) -> Prompt:
-    """The same blocks under another name, to be loaded and kept side by side."""
-    return replace(prompt, handoff_id=secrets.token_bytes(ID_BYTES))
 
 
 def asks_for(request: Request, flag: str) -> bool:

@@ -76,10 +76,9 @@ class SchedulerSide:
             self._loads.open(request, own, now)
         if handed and sends:
             self._sends.open(request, handed, now)
-        elif own and not handed:
-            self._sends.open(request, prompts.named_anew(own), now)
-        if self._offload == "all" and not sends:
-            self._sends.follow(request, first=own.blocks if own else 0)
+        elif self._offload != "off" and not request.lora_request:
+            first = len(handed.block_hashes) if handed else 0
+            self._sends.follow(request, first=first, answer=self._offload == "all")
         if handed or own:
             self._unasked.add(request.request_id)
 
@@ -131,6 +130,13 @@ class SchedulerSide:
 
     def reported(self, report: Report) -> None:
         self._loads.reported(report)
+
+    def refuse_reset(self) -> bool:
+        """After a reset, blocks computed before mean something else, perhaps: neither loads nor keeps any more."""
+        log.warning("pdx keeps what it has, but this engine looks up and keeps no more: restart it to begin anew")
+        self._offload = "off"
+        self._sends.unfollow()
+        return False
 
     def close(self) -> None:
         self._link.close()

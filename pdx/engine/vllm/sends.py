@@ -54,6 +54,7 @@ class _Send:
 class _Followed:
     request: Request
     next: int  # its first block that was not offered
+    tokens: float  # of which to offer blocks
 
 
 class Sends:
@@ -89,9 +90,17 @@ class Sends:
         self._sends[request.request_id] = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
         return True
 
-    def follow(self, request: Request, *, first: int) -> None:
-        """Offers the blocks of this request as they become whole, from block `first` on."""
-        self._followed[request.request_id] = _Followed(request, first)
+    def follow(self, request: Request, *, first: int, answer: bool) -> None:
+        """Offers the blocks of this request as they become whole, from block `first` on; with or without its answer's.
+
+        Not before it runs: what waits in a queue must not take room for what it will have some day.
+        """
+        tokens = float("inf") if answer else request.num_prompt_tokens
+        self._followed[request.request_id] = _Followed(request, first, tokens)
+
+    def unfollow(self) -> None:
+        """Offers no more blocks of any request."""
+        self._followed.clear()
 
     def undecided(self, request_id: str, now: float) -> bool:
         """True while this request must not start: its claim may still come. What is only offered never delays it."""
@@ -132,7 +141,9 @@ class Sends:
             if message.handoff_id:
                 self._let_go(message.handoff_id, fence=self._step, ok=False, reason="ended before")
             return
-        if send.prompt.handle:
+        if not send.prompt.handle:
+            self._followed.pop(send.request.request_id, None)  # behind a gap, no block is of use
+        else:
             log.warning("KV of %s is not handed over: %s", send.request.request_id, message.reason)
         if message.handoff_id:
             self._end(send, message.reason)
@@ -166,11 +177,14 @@ class Sends:
             followed = self._followed.get(request_id)
             if followed is None or request_id in self._sends:
                 continue
-            whole_after = followed.request.num_computed_tokens + tokens
-            if whole_after < (followed.next + 1) * self._block_tokens:
+            request = followed.request
+            # Of a prompt that runs, all blocks at once: each is saved in the very step that makes it whole.
+            known = max(request.num_computed_tokens + tokens, request.num_prompt_tokens)
+            offered = int(min(known, followed.tokens))
+            if offered < (followed.next + 1) * self._block_tokens:
                 continue
-            lot = blocks_of(followed.request, block_tokens=self._block_tokens, first=followed.next, tokens=whole_after)
-            if lot is not None and self.open(followed.request, lot, 0.0):
+            lot = blocks_of(request, block_tokens=self._block_tokens, first=followed.next, tokens=offered)
+            if lot is not None and self.open(request, lot, 0.0):
                 followed.next += lot.blocks
 
     def finished(self, request_id: str) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from pdx.wire import Filled, FilledEntry, LetGo
 
 # Copied and verified between two looks at the clock: some 100 us. Page by page the bookkeeping cost a quarter more.
 BATCH_BYTES = 512 << 10
+FINISH_S = 0.02  # for messages that the daemon had no room for; more than that it may lose to its next step
 FILLED_BLOCKS_MAX = 2000  # of one message: a frame of 64 KiB has room for as many, each of another request
 
 
@@ -144,6 +145,8 @@ class WorkerSide:
                 self._tell(
                     LetGo(handoff_id=save.handoff_id, side="send", fence=self._step.number, ok=True, pages=save.pages)
                 )
+        if self._client is not None and self._saving.saves:
+            self._client.finish_sending(timeout_s=FINISH_S)
         self._saving = _Saving([], 0)
 
     # --- what vLLM collects after each step -------------------------------------------------------------------
