@@ -36,6 +36,10 @@ class DaemonGone(PdxError):
     """pdxd does not answer or has died. Unmap, serve without a cache, attach again with backoff."""
 
 
+class DeviceLost(PdxError):
+    """The accelerator reported an error that no later call survives. The engine is lost too; nothing copied counts."""
+
+
 class IllegalTransition(PdxError):
     """Our own bug: an event that a state table does not allow. The state has not changed."""
 

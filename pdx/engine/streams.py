@@ -1,0 +1,77 @@
+"""What movement needs of a device: streams, events, staging memory, the two kernels, copies. A contract, no code.
+
+Work of one stream runs in its order; work of two streams in any order, unless `wait` puts one behind the other. Every
+call but `synchronize` only enqueues and returns at once. Whatever a call names (block list, staging, arena) must stay
+as it is until an event recorded behind it has been reached.
+
+`pdx.engine.device` implements it for CUDA; tests have a model that runs streams in any order the rules allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Stream(Protocol):
+    """A queue of work on the device."""
+
+
+class Event(Protocol):
+    """A point in a stream's queue."""
+
+
+class BlockList(Protocol):
+    """Engine block ids where the kernels can read them."""
+
+
+class Staging(Protocol):
+    """Device memory for `pages_max` pages side by side, and for one digest each."""
+
+    pages_max: int
+
+
+class Digests(Protocol):
+    """Digests on their way to the host."""
+
+    def read(self) -> Sequence[int]:
+        """xxh3-64 of each page, once an event recorded behind the call that made this has been reached."""
+
+
+class Device(Protocol):
+    """One accelerator that holds an engine's KV cache. Any thread, but no stream from two threads at once."""
+
+    def compute_stream(self) -> Stream:
+        """On which the engine enqueues its model's work now."""
+
+    def new_stream(self) -> Stream: ...
+
+    def new_staging(self, pages_max: int) -> Staging: ...
+
+    def record(self, stream: Stream) -> Event: ...
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """What is enqueued in `stream` from now on runs after `event`. The host does not wait."""
+
+    def reached(self, event: Event) -> bool: ...
+
+    def synchronize(self, event: Event) -> None:
+        """Blocks this thread, without the interpreter's lock, until `event` is reached. Raises DeviceLost."""
+
+    def block_list(self, stream: Stream, block_ids: Sequence[int]) -> BlockList: ...
+
+    def gather(
+        self, stream: Stream, layer: int, blocks: BlockList, first: int, count: int, staging: Staging
+    ) -> Digests:
+        """Pages of `blocks[first : first + count]` in this layer → staging pages 0…, and their digests."""
+
+    def scatter(
+        self, stream: Stream, layer: int, blocks: BlockList, first: int, count: int, staging: Staging
+    ) -> Digests:
+        """Staging pages 0… → pages of `blocks[first : first + count]` in this layer; digests of what was written."""
+
+    def copy_out(self, stream: Stream, staging: Staging, first_page: int, pages: int, arena_offset: int) -> None:
+        """Staging pages → the arena, side by side from `arena_offset` on."""
+
+    def copy_in(self, stream: Stream, arena_offset: int, staging: Staging, first_page: int, pages: int) -> None:
+        """The arena, from `arena_offset` on → staging pages."""
