@@ -10,7 +10,15 @@ as it is until an event recorded behind it has been reached.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Copy(NamedTuple):
+    """Pages that lie side by side in the arena, and in the staging buffer or block list from `first` on."""
+
+    first: int
+    pages: int
+    arena_offset: int
 
 
 class Stream(Protocol):
