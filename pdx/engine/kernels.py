@@ -128,9 +128,7 @@ class Kernels:
         """
         if count == 0:
             return
-        suffix, grid, threads = launch_of(
-            count, layer_count, page_bytes, self.processors, digest=bool(digests)
-        )
+        suffix, grid, threads = launch_of(count, layer_count, page_bytes, self.processors, digest=bool(digests))
         name = f"pdx_{mode}" + ("_digest" if digests else "") + ("" if wide else "_bytes") + suffix
         try:
             kernel = self._kernels.get(name)

@@ -64,9 +64,7 @@ def measure(device: CudaDevice) -> Rates:
     """Runs both ways in turn over pinned memory of its own."""
     pages = max(1, min(PROBE_BYTES // device.page_bytes, device.num_blocks, PROBE_BLOCKS_MAX))
     run = max(1, SLAB_BYTES // device.page_bytes)
-    copies = [
-        Copy(first, min(run, pages - first), first * device.page_bytes) for first in range(0, pages, run)
-    ]
+    copies = [Copy(first, min(run, pages - first), first * device.page_bytes) for first in range(0, pages, run)]
     memory = torch.zeros(pages * device.page_bytes, dtype=torch.uint8, pin_memory=True)
     arena, staging, stream = device.pinned(memory), device.new_staging(pages), device.new_stream()
     # Far apart, as an engine's blocks are: each page is a copy of its own.

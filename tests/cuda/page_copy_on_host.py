@@ -108,10 +108,7 @@ class OnHost:
     def _arguments(mode: str, shape: Shape, ids: Sequence[int], cache: Bytes, slab: Bytes, digests: Any) -> list[Any]:
         assert cache.nbytes == shape.cache_bytes() and slab.nbytes == shape.slab_bytes(len(ids))
         layers = (Layer * shape.layers)(
-            *(
-                Layer(cache.ctypes.data + shape.in_cache(layer, 0).start, shape.stride)
-                for layer in range(shape.layers)
-            )
+            *(Layer(cache.ctypes.data + shape.in_cache(layer, 0).start, shape.stride) for layer in range(shape.layers))
         )
         start = ctypes.c_void_p(slab.ctypes.data + shape.offset) if slab.nbytes else None
         return [
