@@ -28,6 +28,7 @@ class Saving:
     block_ids: list[int]
     places: list[Place]  # of those blocks
     entries: list[list[FilledEntry]]  # of one FILLED after the other; the same in each layer
+    handoffs: list[bytes]  # whose pages they are
     let_gos: list[LetGo]  # for what is saved whole with this step: told behind its last FILLED
 
     def filled(self, layer: int) -> Iterator[Filled]:

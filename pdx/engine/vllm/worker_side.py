@@ -166,6 +166,7 @@ def _saving(step: Step) -> Saving:
         [block_id for save in step.saves for _, block_id, _ in save.blocks],
         [place for save in step.saves for _, _, place in save.blocks],
         list(_entries([save for save in step.saves if save.streamed])),
+        [save.handoff_id for save in step.saves],
         [
             LetGo(handoff_id=save.handoff_id, side="send", fence=step.number, ok=True, pages=save.pages)
             for save in step.saves
