@@ -1,6 +1,7 @@
 """Loads into device memory: arena → staging → blocks, and what of it may be used.
 
-Theory of operation. Two streams: one copies in, one scatters. What has landed is enqueued batch by batch and seen again
+Theory of operation. Two streams: one copies into staging, one scatters from there into blocks (or, *straight*, copies
+into them and looks at what it has written). What has landed is enqueued batch by batch and seen again
 in a later call, once its event has been reached; only then, behind the last access, generation and checksum are looked
 at. A load is settled when none of its batches is under way, whatever became of it: till then its blocks are not the
 engine's.
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from pdx.engine.completions import Completions
 from pdx.engine.copier import Fault
 from pdx.engine.mover import Budget, Loading
 from pdx.engine.runs import runs
@@ -47,13 +47,20 @@ class DeviceLoads:
     """Owned by the model's thread."""
 
     def __init__(
-        self, device: Device, layout: PageLayout, completions: Completions, tally: Tally, ring: StagingRing
+        self,
+        device: Device,
+        layout: PageLayout,
+        tally: Tally,
+        ring: StagingRing,
+        *,
+        straight: bool,
     ) -> None:
+        """`straight`: without staging, each page by a copy of its own."""
         self._device = device
         self._layout = layout
-        self._completions = completions
         self._tally = tally
         self._ring = ring
+        self._straight = straight
         self._copying: Stream = device.new_stream()
         self._scattering: Stream = device.new_stream()
         self._under_way: deque[_Batch] = deque()
@@ -104,18 +111,22 @@ class DeviceLoads:
         device, arena, plan = self._device, session.arena, loading.plan
         assert arena is not None
         session.fence.hold(step)
-        buffer = self._ring.take(self._copying)
-        for run in runs([plan.places[n] for n in positions]):
-            offset = run.place.page_offset(self._layout, layer)
-            device.copy_in(self._copying, arena, offset, buffer.staging, run.first, run.pages)
-        device.wait(self._scattering, device.record(self._copying))
+        copies = [run.copy(self._layout, layer) for run in runs([plan.places[n] for n in positions])]
         blocks = device.block_list(self._scattering, [plan.block_ids[n] for n in positions])
-        digests = device.scatter(self._scattering, layer, blocks, 0, len(positions), buffer.staging)
-        buffer.emptied = device.record(self._scattering)
+        if self._straight:
+            device.copy_straight(self._scattering, arena, layer, blocks, copies)
+            digests = device.look(self._scattering, layer, blocks, 0, len(positions))
+            scattered = device.record(self._scattering)
+        else:
+            buffer = self._ring.take(self._copying)
+            device.copy_in(self._copying, arena, buffer.staging, copies)
+            device.wait(self._scattering, device.record(self._copying))
+            digests = device.scatter(self._scattering, layer, blocks, 0, len(positions), buffer.staging)
+            scattered = buffer.emptied = device.record(self._scattering)
         plan.issue(layer, positions)
         loading.in_flight += 1
         self._pages_under_way += len(positions)
-        self._under_way.append(_Batch(loading, session, step, layer, positions, blocks, digests, buffer.emptied))
+        self._under_way.append(_Batch(loading, session, step, layer, positions, blocks, digests, scattered))
 
     def _look(self) -> None:
         """Takes off what is done. Batches end in the order in which they began: they share their streams."""

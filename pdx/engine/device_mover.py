@@ -51,9 +51,13 @@ class DeviceMover:
         staging_bytes: int = STAGING_BYTES,
         lots_max: int = LOTS_MAX,
         stall_s: float = STALL_S,
+        loads_straight: bool = False,
         threaded: bool = True,
     ) -> None:
-        """`client`: whose arena is pinned before this returns. Without `threaded` the owner calls `work`."""
+        """`client`: whose arena is pinned before this returns. `loads_straight`: they need no staging on this device.
+
+        Without `threaded` the owner calls `work`.
+        """
         self._device = device
         self._completions = Completions(device)
         self._tally = Tally()
@@ -62,7 +66,7 @@ class DeviceMover:
         self._saves = DeviceSaves(
             device, layout, self._completions, self._tally, rings[0], lots_max=lots_max, stall_s=stall_s
         )
-        self._loads = DeviceLoads(device, layout, self._completions, self._tally, rings[1])
+        self._loads = DeviceLoads(device, layout, self._tally, rings[1], straight=loads_straight)
         self._client: DaemonClient | None = None
         self._session: Session | None = None
         self._step = 0
@@ -85,14 +89,14 @@ class DeviceMover:
 
     def usable(self, incarnation: int) -> bool:
         session = self._session
-        pinned = session is not None and session.arena is not None and session.incarnation == incarnation
-        return pinned and not self._completions.lost
+        return session is not None and session.incarnation == incarnation and not self._completions.lost
 
     def save(self, saving: Saving, layer: int) -> None:
-        if self._session is None or self._completions.lost:
-            return
+        session = self._session
+        if session is None or session.arena is None or self._completions.lost:
+            return  # an arena that is pinned by the step's end still gets all layers
         try:
-            self._saves.save(saving, self._session, layer)
+            self._saves.save(saving, session, layer)
         except DeviceLost as error:
             self._completions.lose(error)
 
@@ -109,6 +113,10 @@ class DeviceMover:
 
     def load(self, loading: Loading, budget: Budget) -> bool:
         assert self._session is not None
+        if self._session.arena is None:
+            if self._session.refused:
+                loading.reason = "the arena can't be pinned"
+            return False
         try:
             return self._loads.load(loading, self._session, self._step, budget)
         except DeviceLost as error:
@@ -145,7 +153,7 @@ class DeviceMover:
         self._client = client
         self._session = Session(client) if client is not None and client.arena is not None else None
         if self._session is not None:
-            # By the other thread: it takes seconds for a large arena. What is saved till then is not, for lack of room.
+            # By the other thread, since it takes seconds for a large arena. Till then loads wait, and sends fail.
             self._completions.put(None, partial(self._session.pin, self._device))
 
     def _release(self) -> None:

@@ -50,7 +50,7 @@ class _Step:
     saving: Saving
     session: Session
     lots: list[_Lot]
-    blocks: BlockList
+    blocks: BlockList | None
     layers_begun: set[int]
     gathered: Event | None = None  # the last gather enqueued
     failed: bool = False  # not all of its pages will be in their slots
@@ -94,6 +94,9 @@ class DeviceSaves:
 
     def end(self, saving: Saving, session: Session) -> None:
         """Raises DeviceLost."""
+        if session.arena is None:
+            self._completions.put(None, partial(self._ended, _Step(saving, session, [], None, set(), failed=True)))
+            return
         step = self._step or self._open(saving, session)
         missing = [layer for layer in range(self._layout.layers) if layer not in step.layers_begun]
         if missing:
@@ -134,14 +137,13 @@ class DeviceSaves:
     def _begin_lot(self, step: _Step, layer: int, lot: _Lot) -> None:
         device, arena = self._device, step.session.arena
         assert arena is not None
+        assert step.blocks is not None
         step.session.fence.hold(step.saving.step)
         buffer = self._ring.take(self._gathering)
         digests = device.gather(self._gathering, layer, step.blocks, lot.first, lot.count, buffer.staging)
         step.gathered = device.record(self._gathering)
         device.wait(self._copying, step.gathered)
-        for run in lot.runs:
-            offset = run.place.page_offset(self._layout, layer)
-            device.copy_out(self._copying, buffer.staging, run.first, run.pages, arena, offset)
+        device.copy_out(self._copying, buffer.staging, arena, [run.copy(self._layout, layer) for run in lot.runs])
         buffer.emptied = device.record(self._copying)
         self._completions.put(buffer.emptied, partial(self._copied, step, layer, lot, digests))
 

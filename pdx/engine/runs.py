@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pdx.layout import Place
+from pdx.engine.streams import Copy
+from pdx.layout import PageLayout, Place
 
 
 class Run(NamedTuple):
@@ -14,6 +15,9 @@ class Run(NamedTuple):
     first: int
     pages: int
     place: Place
+
+    def copy(self, layout: PageLayout, layer: int) -> Copy:
+        return Copy(self.first, self.pages, self.place.page_offset(layout, layer))
 
 
 def runs(places: Sequence[Place]) -> list[Run]:

@@ -30,6 +30,7 @@ class Session:
         self.headers = Headers(client.arena.memory[:])
         self.words = HeaderWords(self.headers.memory)
         self.arena: Pinned | None = None  # until it is pinned nothing moves
+        self.refused = False  # it never will be
         self.left = False  # the daemon is gone, or another one has come: what is still copied counts for nothing
         self._voice = client.voice()
         fence_offset = client.attached.fence_offset
@@ -39,6 +40,7 @@ class Session:
         try:
             self.arena = device.pin(self.headers.memory)
         except (Refused, DeviceLost) as error:
+            self.refused = True
             log.error("KV is neither saved nor loaded with this pdxd: %s", error)
 
     def tell(self, message: Message) -> bool:

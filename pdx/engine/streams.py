@@ -10,7 +10,15 @@ it is until an event recorded behind it has been reached. Any call may raise Dev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Copy(NamedTuple):
+    """Pages that lie side by side in the arena, and in the staging buffer or block list from `first` on."""
+
+    first: int
+    pages: int
+    arena_offset: int
 
 
 class Stream(Protocol):
@@ -80,15 +88,19 @@ class Device(Protocol):
     ) -> Digests:
         """Staging pages 0… → pages of `blocks[first : first + count]` in this layer; digests of what was written."""
 
-    def copy_out(
-        self, stream: Stream, staging: Staging, first_page: int, pages: int, arena: Pinned, arena_offset: int
-    ) -> None:
-        """Staging pages → the arena, side by side from `arena_offset` on."""
+    def copy_out(self, stream: Stream, staging: Staging, arena: Pinned, copies: Sequence[Copy]) -> None:
+        """Staging pages → the arena."""
 
-    def copy_in(
-        self, stream: Stream, arena: Pinned, arena_offset: int, staging: Staging, first_page: int, pages: int
+    def copy_in(self, stream: Stream, arena: Pinned, staging: Staging, copies: Sequence[Copy]) -> None:
+        """The arena → staging pages."""
+
+    def copy_straight(
+        self, stream: Stream, arena: Pinned, layer: int, blocks: BlockList, copies: Sequence[Copy]
     ) -> None:
-        """The arena, from `arena_offset` on → staging pages."""
+        """The arena → pages of `blocks[copy.first : copy.first + copy.pages]` in this layer, without staging."""
+
+    def look(self, stream: Stream, layer: int, blocks: BlockList, first: int, count: int) -> Digests:
+        """Digests of pages of `blocks[first : first + count]` in this layer, as they are."""
 
     def page(self, layer: int, block_id: int) -> bytes:
         """A copy of the engine's page as it is now; the host waits for it. For digest mode only: slow."""

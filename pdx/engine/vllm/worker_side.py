@@ -132,7 +132,7 @@ class WorkerSide:
 
     def _advance(self, loading: Loading, budget: LoadBudget) -> None:
         """Scatters pages until the budget is spent, and says why this load cannot go on if it can't."""
-        if loading.reason:
+        if loading.reason or loading.plan.complete:
             return
         if not self._mover.usable(loading.incarnation):
             loading.reason = "pdxd is gone"
