@@ -159,6 +159,7 @@ class DeviceMover:
     def _release(self) -> None:
         """Lets go of the session's arena behind the last copy that touches it."""
         session, self._session = self._session, None
+        self._saves.begin()
         if session is None:
             return
         last: Event | None = None  # saves' copies are waited for one by one; this is of loads'

@@ -83,6 +83,7 @@ class DeviceSaves:
         self._failed: set[bytes] = set()  # handoffs with a page that was not saved
 
     def begin(self) -> None:
+        """A step, or the end of all: nothing of the last one is known any more."""
         self._step = None
 
     def save(self, saving: Saving, session: Session, layer: int) -> None:

@@ -382,6 +382,7 @@ class ModelDevice:
         work = stream.queue[stream.done]
         if work.run is not None:
             work.run()
+        work.run = None  # it knows an arena
         stream.done += 1
 
     def _force(self, event: ModelEvent) -> None:
