@@ -12,6 +12,7 @@ from pdx.engine import device_mover
 from pdx.engine.device_loads import DeviceLoads
 from pdx.engine.fence import Fence
 from pdx.engine.staging_ring import Buffer, StagingRing
+from pdx.errors import Refused
 from pdx.wire import Filled, LetGo
 
 SEEDS = range(12)
@@ -310,4 +311,42 @@ def test_in_digest_mode_what_was_copied_is_read_again() -> None:
     assert [m.layer for m in daemon.received if isinstance(m, Filled)] == [0]
     assert [m.ok for m in daemon.let_go] == [False]
     assert engine.worker.take_counts()["checksum_mismatches"] == 1
+    engine.close()
+
+
+def test_an_arena_that_cannot_be_pinned_moves_nothing_and_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: ModelDevice, memory: memoryview) -> None:
+        raise Refused("ulimit -l")
+
+    monkeypatch.setattr(ModelDevice, "pin", refuse)
+    engine = MovingEngine(8, WatchfulDaemon(LAYOUT, blocks=64))
+    engine.send([1])
+    engine.receive("r", [1])
+    engine.step(starting=["r"])
+    while engine.sending:
+        engine.step()
+    engine.complete(99)
+    assert [receiving.result.reason for receiving in engine.over if receiving.result] == ["the arena can't be pinned"]
+    assert [m.ok for m in engine.daemon.let_go] == [False]
+    assert engine.daemon.arena.fence(0) == engine.number
+    engine.close()
+
+
+def test_loads_are_issued_ahead_of_their_verification_and_no_further_than_allowed() -> None:
+    engine = MovingEngine(9, WatchfulDaemon(LAYOUT, blocks=64), staging_pages=2)
+    engine.mover._loads._pages_max = 4
+    engine.device.starved = {3, 4}
+    receiving = engine.receive("r", [4])
+    for block in range(4):
+        for _ in range(LAYOUT.layers):
+            engine.land(receiving, block)
+    engine.step(starting=["r"])
+    assert engine.device.copies == [2, 2], "two batches under way, ten pages wait"
+    engine.step()
+    assert engine.device.copies == [2, 2]
+    engine.device.finish()
+    engine.step()
+    assert engine.device.copies == [2, 2, 2, 2]
+    engine.drain()
+    assert [r.result.pages for r in engine.over if r.result] == [4 * LAYOUT.layers]
     engine.close()
