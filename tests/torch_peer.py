@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch_engine import BLOCK_TOKENS, LAYERS, LAYOUT, Request, TorchEngine
 
 from pdx.client import Attachment, DaemonClient
 from pdx.config import Config
 from pdx.engine.link import Link
+from pdx.engine.mover import Mover
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.keys import ContentFingerprint, LayoutFingerprint
@@ -24,7 +27,16 @@ PACKING = LayoutFingerprint(
 class TorchPeer:
     """Attached when constructed; attaches again by itself when its daemon died. One thread only."""
 
-    def __init__(self, engine: TorchEngine, config: Config, name: str, role: Role) -> None:
+    def __init__(
+        self,
+        engine: TorchEngine,
+        config: Config,
+        name: str,
+        role: Role,
+        *,
+        mover_of: Callable[[TorchEngine, DaemonClient | None], Mover] | None = None,
+    ) -> None:
+        """`mover_of`: for an engine whose pages are not in host memory."""
         self.engine = engine
         self.name = name
         info = EngineInfo(engine_id=name, role=role, model="torch", content=CONTENT, layout=PACKING)
@@ -32,10 +44,11 @@ class TorchPeer:
             Link(Attachment(config, Attach(kind="scheduler", engine=info))),
             Link(Attachment(config, Attach(kind="worker", engine=info, pages=LAYOUT))),
         ]
-        for link in self._links:
-            link.client()
-        scheduler = SchedulerSide(self._links[0], role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS)
-        engine.connect(scheduler, WorkerSide(self._links[1], engine.pages(), LAYOUT))
+        clients = [link.client() for link in self._links]
+        self._scheduler = SchedulerSide(self._links[0], role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS)
+        mover = mover_of(engine, clients[1]) if mover_of is not None else None
+        self._worker = WorkerSide(self._links[1], engine.pages(), LAYOUT, mover=mover)
+        engine.connect(self._scheduler, self._worker)
 
     @property
     def clients(self) -> list[DaemonClient | None]:
@@ -68,5 +81,5 @@ class TorchPeer:
         return self.engine.add(Request(name, tokens, parameters, max_tokens=max_tokens))
 
     def close(self) -> None:
-        for link in self._links:
-            link.close()
+        self._scheduler.close()
+        self._worker.close()

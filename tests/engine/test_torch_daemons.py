@@ -14,10 +14,12 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed: no engine to test with")
 
 from daemon.fleet import Daemon, Fleet, fleet_in, until
-from torch_engine import VOCABULARY, Model, Request, TorchEngine
+from stream_model import ModelDevice
+from torch_engine import LAYOUT, VOCABULARY, Model, Request, TorchEngine
 from torch_peer import TorchPeer
 
 from pdx.client import DaemonClient
+from pdx.engine.device_mover import DeviceMover
 from pdx.handoff.handle import TransferHandle, mint
 from pdx.wire import Ask, Attach, Budgets
 
@@ -30,11 +32,12 @@ MODEL = Model()
 class Pair:
     """Prefill and decode, stepped in turns by one thread as two busy engines would step by themselves."""
 
-    def __init__(self, fleet: Fleet, source: Daemon, target: Daemon) -> None:
+    def __init__(self, fleet: Fleet, source: Daemon, target: Daemon, *, on_device: bool) -> None:
         self.fleet = fleet
         self.daemons = {"prefill": source, "decode": target}
-        self.prefill = TorchPeer(TorchEngine(MODEL, blocks=512), source.config, "P", "prefill")
-        self.decode = TorchPeer(TorchEngine(MODEL, blocks=512), target.config, "D", "decode")
+        mover_of = device_mover_of if on_device else None
+        self.prefill = TorchPeer(TorchEngine(MODEL, blocks=512), source.config, "P", "prefill", mover_of=mover_of)
+        self.decode = TorchPeer(TorchEngine(MODEL, blocks=512), target.config, "D", "decode", mover_of=mover_of)
         self.sent: dict[int, Request] = {}
         self.received: dict[int, Request] = {}
 
@@ -86,11 +89,22 @@ class Pair:
         self.decode.close()
 
 
-@pytest.fixture(params=["tcp", "same daemon"])
+def device_mover_of(engine: TorchEngine, client: DaemonClient | None) -> DeviceMover:
+    """Gathers and scatters at once, as this engine computes; what is between staging and arena takes its time."""
+    caches = [pages.reshape(-1).data for pages in engine.pages().pages]
+    device = ModelDevice(caches, LAYOUT, eager=True)
+    device.checks_order = False  # the engine's own accesses are not the device's
+    mover = DeviceMover(device, LAYOUT, client, staging_bytes=4 * LAYOUT.page_bytes)
+    device.starved = {2}  # copies out, until the other thread waits for them
+    return mover
+
+
+@pytest.fixture(params=["tcp", "same daemon", "device"])
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     with fleet_in(tmp_path) as fleet:
         source = fleet.daemon()
-        pair = Pair(fleet, source, fleet.daemon() if request.param == "tcp" else source)
+        target = source if request.param == "same daemon" else fleet.daemon()
+        pair = Pair(fleet, source, target, on_device=request.param == "device")
         try:
             yield pair
         finally:
