@@ -83,13 +83,14 @@ class Scheduled:
 
 
 class Model:
-    """Weights; equal seeds give equal models."""
+    """Weights; equal seeds give equal models. The engine computes, and keeps its cache, where they are."""
 
-    def __init__(self, seed: int = 7) -> None:
+    def __init__(self, seed: int = 7, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(seed)
         self.embedding = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64, generator=generator)
         self.mix = torch.randn(LAYERS, WIDTH, 3 * WIDTH, dtype=torch.float64, generator=generator) / WIDTH**0.5
         self.out = torch.randn(LAYERS, WIDTH, WIDTH, dtype=torch.float64, generator=generator) / WIDTH**0.5
+        self.embedding, self.mix, self.out = (each.to(device) for each in (self.embedding, self.mix, self.out))
 
 
 class TorchEngine:
@@ -101,7 +102,8 @@ class TorchEngine:
         self.model = model
         self.tokens_a_step = tokens_a_step
         self.requests: dict[str, Request] = {}
-        self.caches = torch.zeros(LAYERS, blocks, BLOCK_TOKENS, 2, WIDTH, dtype=torch.float64)
+        shape = (LAYERS, blocks, BLOCK_TOKENS, 2, WIDTH)
+        self.caches = torch.zeros(shape, dtype=torch.float64, device=model.embedding.device)
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
         self.forward_tokens = 0
@@ -111,9 +113,12 @@ class TorchEngine:
         self._cached: dict[bytes, int] = {}
 
     def pages(self) -> Caches:
-        """Byte views of the cache, for the worker's half."""
-        views = tuple(layer.view(torch.uint8).flatten(1).numpy() for layer in self.caches)
+        """Byte views of the cache, for the worker's half. Of a cache on a device they are copies."""
+        views = tuple(view.cpu().numpy() for view in self.byte_views())
         return Caches(views, {f"layer.{layer}": layer for layer in range(LAYERS)})
+
+    def byte_views(self) -> list[torch.Tensor]:
+        return [layer.view(torch.uint8).flatten(1) for layer in self.caches]
 
     def connect(self, scheduler: SchedulerSide, worker: WorkerSide) -> None:
         self.scheduler, self.worker = scheduler, worker
@@ -280,11 +285,11 @@ class TorchEngine:
         context = self.caches[layer, table].flatten(0, 1)[:end]
         key, value = (context[:, kind].unflatten(-1, (HEADS, HEAD_SIZE)) for kind in (0, 1))
         scores = torch.einsum("qhd,khd->hqk", query.unflatten(-1, (HEADS, HEAD_SIZE)), key) / HEAD_SIZE**0.5
-        future = torch.arange(end)[None, :] > torch.arange(start, end)[:, None]
+        future = torch.ones(end - start, end, dtype=torch.bool, device=query.device).triu(1 + start)
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 
     def prompt_bytes(self, request: Request, block_ids: list[int]) -> np.ndarray:
         """The written K and V of a request's prompt, for comparison between engines."""
         tokens = len(request.prompt_token_ids)
-        return self.caches[:, block_ids].flatten(1, 2)[:, :tokens].contiguous().numpy().view(np.uint8)
+        return self.caches[:, block_ids].flatten(1, 2)[:, :tokens].contiguous().cpu().numpy().view(np.uint8)

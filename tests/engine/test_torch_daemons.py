@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,16 +29,19 @@ PROMPTS = 20
 BUDGETS = Budgets(grant_s=2.0, slab_s=2.0, total_s=10.0, claim_s=1.0)
 MODEL = Model()
 
+MoverOf = Callable[[TorchEngine, DaemonClient | None], DeviceMover]
+
 
 class Pair:
     """Prefill and decode, stepped in turns by one thread as two busy engines would step by themselves."""
 
-    def __init__(self, fleet: Fleet, source: Daemon, target: Daemon, *, on_device: bool) -> None:
+    def __init__(
+        self, fleet: Fleet, source: Daemon, target: Daemon, *, model: Model = MODEL, mover_of: MoverOf | None = None
+    ) -> None:
         self.fleet = fleet
         self.daemons = {"prefill": source, "decode": target}
-        mover_of = device_mover_of if on_device else None
-        self.prefill = TorchPeer(TorchEngine(MODEL, blocks=512), source.config, "P", "prefill", mover_of=mover_of)
-        self.decode = TorchPeer(TorchEngine(MODEL, blocks=512), target.config, "D", "decode", mover_of=mover_of)
+        self.prefill = TorchPeer(TorchEngine(model, blocks=512), source.config, "P", "prefill", mover_of=mover_of)
+        self.decode = TorchPeer(TorchEngine(model, blocks=512), target.config, "D", "decode", mover_of=mover_of)
         self.sent: dict[int, Request] = {}
         self.received: dict[int, Request] = {}
 
@@ -99,12 +103,38 @@ def device_mover_of(engine: TorchEngine, client: DaemonClient | None) -> DeviceM
     return mover
 
 
-@pytest.fixture(params=["tcp", "same daemon", "device"])
+@pytest.fixture(autouse=True, scope="module")
+def gpu_at_work() -> None:
+    """What CUDA opens once in a process is no leak of the first test that uses it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.zeros(1, pin_memory=True).to("cuda")
+
+
+def gpu_mover_of(engine: TorchEngine, client: DaemonClient | None, *, folder: Path, straight: bool) -> DeviceMover:
+    """The real thing: CUDA's streams, our kernels, the arena pinned."""
+    from pdx.engine.device import CudaDevice
+
+    device = CudaDevice(engine.byte_views(), folder)
+    return DeviceMover(device, LAYOUT, client, staging_bytes=4 * LAYOUT.page_bytes, loads_straight=straight)
+
+
+ON_GPU = ("gpu, staged", "gpu, straight")
+
+
+@pytest.fixture(
+    params=["tcp", "same daemon", "device", *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)]
+)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     with fleet_in(tmp_path) as fleet:
         source = fleet.daemon()
         target = source if request.param == "same daemon" else fleet.daemon()
-        pair = Pair(fleet, source, target, on_device=request.param == "device")
+        model = Model(device="cuda") if request.param in ON_GPU else MODEL
+        mover_of: MoverOf | None = device_mover_of if request.param == "device" else None
+        if request.param in ON_GPU:
+            mover_of = partial(gpu_mover_of, folder=tmp_path / "kernels", straight=request.param == ON_GPU[1])
+        pair = Pair(fleet, source, target, model=model, mover_of=mover_of)
         try:
             yield pair
         finally:
