@@ -8,7 +8,7 @@ import pytest
 from moving_engine import HOOKS, LAYOUT, MovingEngine, Receiving, WatchfulDaemon
 from stream_model import ModelDevice, ModelEvent, ModelStream, UnorderedAccess
 
-from pdx.engine import device_mover
+from pdx.engine import device_loads, device_mover
 from pdx.engine.device_loads import DeviceLoads
 from pdx.engine.fence import Fence
 from pdx.engine.staging_ring import Buffer, StagingRing
@@ -329,6 +329,21 @@ def test_an_arena_that_cannot_be_pinned_moves_nothing_and_keeps_nobody_waiting(m
     assert [receiving.result.reason for receiving in engine.over if receiving.result] == ["the arena can't be pinned"]
     assert [m.ok for m in engine.daemon.let_go] == [False]
     assert engine.daemon.arena.fence(0) == engine.number
+    engine.close()
+
+
+def test_a_step_begins_so_many_batches_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_loads, "BATCHES_A_STEP", 2)
+    engine = MovingEngine(9, WatchfulDaemon(LAYOUT, blocks=64), staging_pages=1)
+    for name in ("r", "s"):
+        receiving = engine.receive(name, [1])
+        for _ in range(LAYOUT.layers):
+            engine.land(receiving, 0)
+    for begun in (2, 4, 6):
+        engine.step(starting=["r", "s"] if begun == 2 else [])
+        assert len(engine.device.copies) == begun
+    engine.drain()
+    assert [r.result.ok for r in engine.over if r.result] == [True, True]
     engine.close()
 
 
