@@ -127,12 +127,11 @@ class DeviceMover:
 
     def settled(self, loading: Loading) -> bool:
         try:
-            if not self._completions.lost:
-                return self._loads.settled(loading)
+            return self._loads.settled(loading)
         except DeviceLost as error:
             self._completions.lose(error)
-        self._loads.forget()
-        return True
+            self._loads.forget()
+            return True
 
     def take_counts(self) -> Counter[str]:
         return self._tally.take()

@@ -11,6 +11,7 @@ from stream_model import ModelDevice, ModelEvent, ModelStream, UnorderedAccess
 from pdx.engine import device_loads, device_mover
 from pdx.engine.device_loads import DeviceLoads
 from pdx.engine.fence import Fence
+from pdx.engine.header_words import HeaderWords
 from pdx.engine.staging_ring import Buffer, StagingRing
 from pdx.errors import Refused
 from pdx.wire import Filled, LetGo
@@ -365,3 +366,29 @@ def test_loads_are_issued_ahead_of_their_verification_and_no_further_than_allowe
     engine.drain()
     assert [r.result.pages for r in engine.over if r.result] == [4 * LAYOUT.layers]
     engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_fails_takes_no_copy_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own bug, which no device reports: nothing more is told, and blocks are kept until their copies have ended."""
+
+    def fail(words: HeaderWords, *_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(HeaderWords, "filled", fail)
+    engine = MovingEngine(10, WatchfulDaemon(LAYOUT, blocks=64), threaded=True)
+    engine.device.starved = {3, 4}
+    receiving = engine.receive("r", [1])
+    engine.land(receiving, 0)
+    engine.step(starting=["r"])
+    saved_at_once(engine, [1])
+    thread = engine.mover._completions._thread
+    assert thread is not None
+    thread.join(10.0)
+    engine.step()
+    assert engine.over == [], "its scatter is under way"
+    engine.device.finish()
+    engine.step()
+    assert [r.result.ok for r in engine.over if r.result] == [False]
+    assert engine.daemon.received == []
+    engine.worker.close()
