@@ -17,7 +17,7 @@ CONTENT = ContentFingerprint(
 )
 PACKING = LayoutFingerprint(
     engine="torch 1", attention="paged", layers=LAYERS, page_bytes=LAYOUT.page_bytes, block_tokens=BLOCK_TOKENS,
-    packing="", kv_groups=1, rank=0, world_size=1,
+    packing="", kv_groups=1, ranks=1,
 )  # fmt: skip
 
 

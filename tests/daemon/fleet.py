@@ -171,7 +171,7 @@ class BareEngine:
         )
         fingerprint = LayoutFingerprint(
             engine="bare 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes,
-            block_tokens=BLOCK_TOKENS, packing=layout, kv_groups=1, rank=0, world_size=1,
+            block_tokens=BLOCK_TOKENS, packing=layout, kv_groups=1, ranks=1,
         )  # fmt: skip
         info = EngineInfo(engine_id=name, role=role, model=model, content=content, layout=fingerprint)  # type: ignore[arg-type]
         self.daemon, self.name, self.step = daemon, name, 0

@@ -61,8 +61,7 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, chunk_t
         block_tokens=spec.block_size,
         packing=f"{PAGE_ORDER} K|V {spec.num_kv_heads}x{spec.head_size} {_dtype_name(spec.dtype)}",
         kv_groups=1,
-        rank=0,
-        world_size=1,
+        ranks=1,
     )
     chunk_blocks = 1 << (max(1, chunk_tokens // spec.block_size).bit_length() - 1)
     pages = PageLayout(layers=layers, page_bytes=spec.page_size_bytes, chunk_blocks=chunk_blocks)
