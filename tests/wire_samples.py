@@ -25,7 +25,7 @@ DAEMON = wire.DaemonRef(daemon_id="d0", incarnation=99, control="tcp://127.0.0.1
 PEER = {"handoff_id": ID, "attempt": 1, "lease_epoch": 5, "incarnation": 99}
 
 SAMPLES: list[wire.Message] = [
-    wire.Attach(kind="worker", engine=ENGINE, pages=PAGES, router="tcp://127.0.0.1:5700"),
+    wire.Attach(kind="worker", engine=ENGINE, pages=PAGES, rank=1, router="tcp://127.0.0.1:5700"),
     wire.Attached(
         daemon=DAEMON, session=4, socket="ipc:///run/pdx/pdxd.ipc", arena_bytes=1 << 30, fence_offset=8,
         digest_mode=True, lease_s=30.0,

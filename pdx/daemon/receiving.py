@@ -237,6 +237,8 @@ class ReceivingHalves:
             return f"engine {decode_engine!r} is not attached here"
         if message.namespace != namespace_of(engine.info.content):
             return "model contents differ"
+        if message.pages.shards != engine.pages.shards:
+            return f"tensor parallelism differs: {message.pages.shards} ranks there, {engine.pages.shards} here"
         if message.layout_id != layout_id(engine.info.layout) or message.pages != engine.pages:
             return "KV layouts differ"
         return ""
