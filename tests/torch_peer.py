@@ -1,8 +1,8 @@
-"""A torch engine attached to a real pdxd, as vLLM's two processes are: one connection of each half of the connector."""
+"""A torch engine attached to a real pdxd, as vLLM's processes are: one connection of the scheduler and of each rank."""
 
 from __future__ import annotations
 
-from torch_engine import BLOCK_TOKENS, LAYERS, LAYOUT, Request, TorchEngine
+from torch_engine import BLOCK_TOKENS, LAYERS, Request, TorchEngine, layout_of
 
 from pdx.client import Attachment, DaemonClient
 from pdx.config import Config
@@ -15,10 +15,6 @@ from pdx.wire import Attach, DaemonRef, EngineInfo, Role
 CONTENT = ContentFingerprint(
     model="torch", weights="seed 7", weight_epoch=0, dtype="f64", block_tokens=BLOCK_TOKENS, hash_algorithm="sha256"
 )
-PACKING = LayoutFingerprint(
-    engine="torch 1", attention="paged", layers=LAYERS, page_bytes=LAYOUT.page_bytes, block_tokens=BLOCK_TOKENS,
-    packing="", kv_groups=1, ranks=1,
-)  # fmt: skip
 
 
 class TorchPeer:
@@ -27,26 +23,34 @@ class TorchPeer:
     def __init__(self, engine: TorchEngine, config: Config, name: str, role: Role) -> None:
         self.engine = engine
         self.name = name
-        info = EngineInfo(engine_id=name, role=role, model="torch", content=CONTENT, layout=PACKING)
-        self._links = [
-            Link(Attachment(config, Attach(kind="scheduler", engine=info))),
-            Link(Attachment(config, Attach(kind="worker", engine=info, pages=LAYOUT))),
+        layout, ranks = layout_of(engine.shards), engine.ranks
+        fingerprint = LayoutFingerprint(
+            engine="torch 1", attention="paged", layers=LAYERS, page_bytes=layout.page_bytes,
+            block_tokens=BLOCK_TOKENS, packing="", kv_groups=1, ranks=ranks,
+        )  # fmt: skip
+        info = EngineInfo(engine_id=name, role=role, model="torch", content=CONTENT, layout=fingerprint)
+        hellos = [
+            Attach(kind="scheduler", engine=info),
+            *(Attach(kind="worker", engine=info, pages=layout, rank=rank) for rank in range(ranks)),
         ]
+        self._links = [Link(Attachment(config, hello)) for hello in hellos]
         for link in self._links:
             link.client()
-        scheduler = SchedulerSide(self._links[0], role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS)
-        engine.connect(scheduler, WorkerSide(self._links[1], engine.pages(), LAYOUT))
+        engine.connect(
+            SchedulerSide(self._links[0], role=role, layout=layout, block_tokens=BLOCK_TOKENS, ranks=ranks),
+            *(WorkerSide(self._links[1 + rank], engine.pages(rank), layout, rank=rank) for rank in range(ranks)),
+        )
 
     @property
     def clients(self) -> list[DaemonClient | None]:
-        """Of both halves; None: no daemon now."""
+        """Of the scheduler, then of the workers; None: no daemon now."""
         return [link.client() for link in self._links]
 
     @property
     def daemon_ref(self) -> DaemonRef | None:
-        """The daemon that both halves are attached to, if they are to one."""
+        """The daemon that all are attached to, if they are to one."""
         refs = [client.attached.daemon for client in self.clients if client is not None]
-        return refs[0] if len(refs) == 2 and refs[0] == refs[1] else None
+        return refs[0] if len(refs) == len(self._links) and all(ref == refs[0] for ref in refs) else None
 
     def send(self, name: str, tokens: list[int], handle: str) -> Request:
         parameters = {"do_remote_decode": True, "pdx_handle": handle}

@@ -30,11 +30,12 @@ MODEL = Model()
 class Pair:
     """Prefill and decode, stepped in turns by one thread as two busy engines would step by themselves."""
 
-    def __init__(self, fleet: Fleet, source: Daemon, target: Daemon) -> None:
+    def __init__(self, fleet: Fleet, source: Daemon, target: Daemon, *, ranks: int = 1, alike: bool = False) -> None:
         self.fleet = fleet
         self.daemons = {"prefill": source, "decode": target}
-        self.prefill = TorchPeer(TorchEngine(MODEL, blocks=512), source.config, "P", "prefill")
-        self.decode = TorchPeer(TorchEngine(MODEL, blocks=512), target.config, "D", "decode")
+        engines = [TorchEngine(MODEL, blocks=512, ranks=ranks, alike=alike) for _ in range(2)]
+        self.prefill = TorchPeer(engines[0], source.config, "P", "prefill")
+        self.decode = TorchPeer(engines[1], target.config, "D", "decode")
         self.sent: dict[int, Request] = {}
         self.received: dict[int, Request] = {}
 

@@ -36,6 +36,13 @@ def attention_name(vllm_config: VllmConfig, *, head_size: int, block_tokens: int
     return f"{CPUAttentionBackend.get_name()}/{isa}"
 
 
+def tensor_parallel_rank() -> int:
+    """Of this worker process, whose group vLLM has made by the time it constructs the connector."""
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank()
+
+
 def hash_seed(algorithm: str) -> str:
     """The seed of vLLM's block hashes. Raises Refused if it is random, so that no two engines could share a block."""
     from vllm.utils.hashing import get_hash_fn_by_name

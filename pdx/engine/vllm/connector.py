@@ -57,6 +57,7 @@ class PdxConnector(KVConnectorBase_V1):
                 role=self._settings.role,
                 layout=self._description.pages,
                 block_tokens=self._description.layout.block_tokens,
+                ranks=self._description.layout.ranks,
                 offload=self._settings.config.offload,
             )
 
@@ -77,7 +78,7 @@ class PdxConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         views = caches.view(kv_caches, self._kv_cache_config, self._description.pages)
-        self._worker_side = WorkerSide(self._link("worker"), views, self._description.pages)
+        self._worker_side = WorkerSide(self._link("worker"), views, self._description.pages, rank=self._rank)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -179,8 +180,13 @@ class PdxConnector(KVConnectorBase_V1):
         assert self._scheduler_side is not None, "this is the worker's connector"
         return self._scheduler_side
 
+    @property
+    def _rank(self) -> int:
+        """Of this worker."""
+        return compat.tensor_parallel_rank() if self._description.layout.ranks > 1 else 0
+
     def _link(self, kind: str) -> Link:
-        """Attached when this returns. Both halves describe the engine alike: the daemon compares."""
+        """Attached when this returns. All processes describe the engine alike: the daemon compares."""
         chosen, description = self._settings, self._description
         info = EngineInfo(
             engine_id=chosen.engine_id,
@@ -194,7 +200,7 @@ class PdxConnector(KVConnectorBase_V1):
             layout=description.layout,
         )
         if kind == "worker":
-            hello = Attach(kind="worker", engine=info, pages=description.pages)
+            hello = Attach(kind="worker", engine=info, pages=description.pages, rank=self._rank)
         else:
             hello = Attach(kind="scheduler", engine=info, router=chosen.config.router)
         link = Link(Attachment(chosen.config, hello))

@@ -4,6 +4,9 @@ Theory of operation. A step is `begin`, any number of `save_layer` (one per laye
 `end`. Saves are complete when the step is, so vLLM may reuse its blocks at once. Loads run between forward passes and
 follow the watermarks; each ends exactly once, in a report. After its last access to any slot the step publishes its
 number as the fence. Places count only with the daemon incarnation they came from: with another one, nothing is touched.
+
+Of several ranks each moves its own shard of every page. KV that is the same on all ranks has one shard: the first rank
+writes it, all read it.
 """
 
 from __future__ import annotations
@@ -76,12 +79,20 @@ class WorkerSide:
     """Owned by the model's thread."""
 
     def __init__(
-        self, link: Link, caches: Caches, layout: PageLayout, *, clock: Callable[[], float] = time.monotonic
+        self,
+        link: Link,
+        caches: Caches,
+        layout: PageLayout,
+        *,
+        rank: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
         self._rows = [Rows(pages) for pages in caches.pages]
         self._layer_of = caches.layer_of
         self._layout = layout
+        self._shard = rank if layout.shards > 1 else 0
+        self._writes = rank == self._shard
         self._batch_pages = max(1, BATCH_BYTES // layout.page_bytes)
         self._clock = clock
         self._loading: dict[str, _Loading] = {}
@@ -90,7 +101,7 @@ class WorkerSide:
         self._counts: Counter[str] = Counter()
         self._step: Step | None = None
         self._client: DaemonClient | None = None  # one for the whole step: no arena is unmapped in the middle of it
-        self._copier = Copier(layout, digest_mode=False)
+        self._copier = Copier(layout, shard=self._shard, digest_mode=False)
         self._saving = _Saving([], 0)
         self._began_at = 0.0
 
@@ -99,7 +110,8 @@ class WorkerSide:
     def begin(self, step: Step) -> None:
         """Before the forward pass: takes over the step's work."""
         client = self._client = self._link.client()
-        self._copier = Copier(self._layout, digest_mode=client is not None and client.attached.digest_mode)
+        digest_mode = client is not None and client.attached.digest_mode
+        self._copier = Copier(self._layout, shard=self._shard, digest_mode=digest_mode)
         self._step = step
         self._saving = _Saving(step.saves if self._usable(step.incarnation) else [], time.monotonic_ns())
         for load in step.loads:
@@ -135,7 +147,7 @@ class WorkerSide:
         if self._step is None:
             return
         if self._saving.saves:
-            for layer in range(self._layout.layers):
+            for layer in range(self._layout.shard_layers):
                 self._save(layer)
         if self._client is not None and self._client.arena is not None:
             self._client.publish_fence(self._step.number)
@@ -175,7 +187,7 @@ class WorkerSide:
 
     def _save(self, layer: int) -> None:
         saving = self._saving
-        if layer in saving.layers_done:
+        if layer in saving.layers_done or not self._writes:
             return
         assert self._step is not None
         saving.layers_done.add(layer)
@@ -188,7 +200,7 @@ class WorkerSide:
                 Filled(
                     step=self._step.number,
                     step_started_ns=saving.started_ns,
-                    layer=layer,
+                    layer=self._shard * self._layout.shard_layers + layer,
                     filled_ns=filled_ns,
                     entries=entries,
                 )
@@ -206,7 +218,7 @@ class WorkerSide:
 
     def _take_load(self, load: Load, incarnation: int) -> None:
         try:
-            plan = LoadPlan(load.places, load.block_ids, layers=self._layout.layers)
+            plan = LoadPlan(load.places, load.block_ids, layers=self._layout.shard_layers)
         except Refused as error:
             self._refuse_load(load, str(error))
             return
@@ -224,7 +236,7 @@ class WorkerSide:
         arena, plan = self._arena, loading.plan
 
         def watermark(place: Place) -> int:
-            return arena.watermark(place.header_offset)
+            return arena.watermark(place.header_offset, self._shard)
 
         for layer, positions in plan.batches(watermark, pages_max=self._batch_pages):
             if budget.spent:
