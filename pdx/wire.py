@@ -47,6 +47,7 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     role: Role
     model: str
     url: str = ""  # the OpenAI-compatible HTTP server; empty: not to be routed to
+    data_parallel_rank: int | None = None  # by which its server tells it from others behind the same URL; None: alone
     reasoning_parser: str = ""  # the engine splits its output by this; it must see every token of an answer
     context_tokens: int = 0  # a prompt and its answer have at most so many together; 0: not told
     sampling_defaults: dict[str, float] = {}  # by vLLM's names; what holds where a request says nothing

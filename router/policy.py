@@ -98,6 +98,11 @@ def serving(snapshot: Snapshot, model: str, side: Side) -> list[Candidate]:
     return sorted(fitting, key=lambda candidate: candidate.engine_id)
 
 
+def same_server(one: EngineInfo, other: EngineInfo) -> bool:
+    """Whether both are data-parallel ranks behind one HTTP server: they can be reached, or not, together."""
+    return one.url == other.url and one.data_parallel_rank is not None
+
+
 def fit(prefill: Candidate, decode: Candidate) -> bool:
     """Whether KV of the one can be read by the other."""
     if prefill.engine_id == decode.engine_id or not (prefill.pairable and decode.pairable):

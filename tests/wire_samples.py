@@ -17,7 +17,8 @@ LAYOUT = LayoutFingerprint(
 PAGES = PageLayout(layers=30, page_bytes=98304, chunk_blocks=2)
 PLACE = Place(slot_offset=4096, slot_blocks=2, position=1, header_offset=1280, generation=7)
 ENGINE = wire.EngineInfo(
-    engine_id="prefill-0", role="prefill", model="smol", url="http://127.0.0.1:8101", reasoning_parser="deepseek_r1",
+    engine_id="prefill-0", role="prefill", model="smol", url="http://127.0.0.1:8101", data_parallel_rank=1,
+    reasoning_parser="deepseek_r1",
     context_tokens=8192, sampling_defaults={"temperature": 0.6},
     content=CONTENT, layout=LAYOUT,
 )  # fmt: skip

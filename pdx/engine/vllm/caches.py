@@ -112,7 +112,6 @@ def _only_spec(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> FullA
     parallel = vllm_config.parallel_config
     for what, size in (
         ("pipeline", parallel.pipeline_parallel_size),
-        ("data", parallel.data_parallel_size),
         ("decode context", parallel.decode_context_parallel_size),
         ("prefill context", parallel.prefill_context_parallel_size),
     ):

@@ -43,6 +43,14 @@ def tensor_parallel_rank() -> int:
     return get_tensor_model_parallel_rank()
 
 
+def data_parallel_rank(vllm_config: VllmConfig) -> int | None:
+    """Which one of the engines behind one HTTP server this is, as X-data-parallel-rank names it; None: the only one."""
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_rank_local is None:  # vLLM sets it in every engine of several
+        return None
+    return parallel.data_parallel_rank_local if parallel.local_engines_only else parallel.data_parallel_index
+
+
 def hash_seed(algorithm: str) -> str:
     """The seed of vLLM's block hashes. Raises Refused if it is random, so that no two engines could share a block."""
     from vllm.utils.hashing import get_hash_fn_by_name

@@ -193,6 +193,7 @@ class PdxConnector(KVConnectorBase_V1):
             role=chosen.role,
             model=description.content.model,
             url=chosen.url,
+            data_parallel_rank=chosen.data_parallel_rank,
             reasoning_parser=chosen.reasoning_parser,
             context_tokens=chosen.context_tokens,
             sampling_defaults=chosen.sampling_defaults,
