@@ -320,6 +320,18 @@ def test_engines_of_more_ranks_are_described_as_a_whole(model_dir: Path) -> None
     assert two.layout != alone.layout, "but never pair"
 
 
+def test_data_parallel_ranks_have_names_of_their_own(model_dir: Path) -> None:
+    config = vllm_config(model_dir, engine_id="E")
+    alone = settings.read(config)
+    assert (alone.engine_id, alone.data_parallel_rank) == ("E", None)
+    parallel = config.parallel_config
+    parallel.data_parallel_rank_local, parallel.data_parallel_index = 1, 3
+    shared = settings.read(config)
+    assert (shared.engine_id, shared.data_parallel_rank) == ("E_dp3", 3)
+    parallel.data_parallel_external_lb = True  # each server knows its own ranks only, and counts them from 0
+    assert settings.read(config).data_parallel_rank == 1
+
+
 def test_caches_of_another_shape_are_refused(model_dir: Path) -> None:
     cache_config = kv_cache_config()
     layout = caches.describe(vllm_config(model_dir), cache_config, chunk_tokens=256).pages
