@@ -14,7 +14,8 @@ from benchmarks.harness.rig import START_S, Part, Rig, post, rig_in, stats, unle
 from pdx.client import DaemonClient
 from pdx.launch import processes
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300)]  # the first test waits for six processes on two cores
+# The first test waits for the engines' start: eight processes on two cores.
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300)]
 
 RANKS = 2
 LAYERS, BLOCK_TOKENS, CHUNK_TOKENS = 4, 128, 256

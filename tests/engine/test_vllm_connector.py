@@ -326,6 +326,8 @@ def test_data_parallel_ranks_have_names_of_their_own(model_dir: Path) -> None:
     assert (alone.engine_id, alone.data_parallel_rank) == ("E", None)
     parallel = config.parallel_config
     parallel.data_parallel_rank_local, parallel.data_parallel_index = 1, 3
+    assert config.kv_transfer_config is not None
+    config.kv_transfer_config.engine_id = "an-id_dp3"  # as vLLM does in each of its engines
     shared = settings.read(config)
     assert (shared.engine_id, shared.data_parallel_rank) == ("E_dp3", 3)
     parallel.data_parallel_external_lb = True  # each server knows its own ranks only, and counts them from 0

@@ -45,8 +45,11 @@ def tensor_parallel_rank() -> int:
 
 def data_parallel_rank(vllm_config: VllmConfig) -> int | None:
     """Which one of the engines behind one HTTP server this is, as X-data-parallel-rank names it; None: the only one."""
-    parallel = vllm_config.parallel_config
-    if parallel.data_parallel_rank_local is None:  # vLLM sets it in every engine of several
+    parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
+    assert transfer is not None
+    assert transfer.engine_id is not None
+    # vLLM appends this in every engine of several. Nothing else tells the first of them from one that is alone.
+    if not transfer.engine_id.endswith(f"_dp{parallel.data_parallel_index}"):
         return None
     return parallel.data_parallel_rank_local if parallel.local_engines_only else parallel.data_parallel_index
 
