@@ -7,7 +7,6 @@ cache in between.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +27,7 @@ from pdx import config as configuration
 from pdx.buffer.arena import Arena
 from pdx.config import Config
 from pdx.errors import ConfigError, DaemonGone, PdxError, Refused, WireError
+from pdx.voice import Voice
 from pdx.wire import (
     TO_ATTACH,
     TO_ENGINE,
@@ -59,8 +58,7 @@ _decode = decoder_of(TO_ENGINE)
 class DaemonClient:
     """One process's connection to the host's pdxd. One thread only.
 
-    A `worker` speaks in every layer of a forward pass, so it writes to the connection itself: one system call, where
-    ZeroMQ wakes a thread of its own on either side, on cores that compute. All others, and all answers, go by ZeroMQ.
+    A `worker` speaks in every layer of a forward pass, so it has a voice. All others, and all answers, go by ZeroMQ.
     """
 
     def __init__(
@@ -68,12 +66,8 @@ class DaemonClient:
     ) -> None:
         self.attached = attached
         self.arena: Arena | None = None
-        self._connection = connection
+        self._voice = Voice(connection)
         self._worker = worker
-        self._unsent: deque[bytes] = deque()  # a worker's, for which the connection had no room
-        self._alive = True
-        self._ending = select.poll()
-        self._ending.register(connection, select.POLLIN)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity_of(attached.daemon.incarnation, attached.session))
@@ -121,20 +115,15 @@ class DaemonClient:
     @property
     def alive(self) -> bool:
         """False once the daemon's end of the connection is closed. Checked on every call: microseconds."""
-        if self._alive and self._ending.poll(0):
-            self._alive = False  # the daemon never writes here after its answer: readable means EOF
-        return self._alive
+        return self._voice.alive
 
     def send(self, message: Message) -> None:
         """Queues a message; never blocks. Raises DaemonGone if the daemon died or stopped reading long ago."""
+        if self._worker:
+            self._voice.send(message)
+            return
         if not self.alive:
             raise DaemonGone("pdxd has died")
-        if self._worker:
-            if len(self._unsent) >= SEND_QUEUE_MAX:
-                raise DaemonGone("pdxd does not read its messages")
-            self._unsent.append(encode(message))
-            self._flush()
-            return
         try:
             self._socket.send(encode(message), zmq.DONTWAIT)
         except zmq.Again as error:
@@ -173,41 +162,24 @@ class DaemonClient:
 
     def watched(self) -> int:
         """A descriptor of the caller's own that becomes readable when the daemon is gone."""
-        return os.dup(self._connection.fileno())
+        return self._voice.watched()
+
+    def voice(self) -> Voice:
+        """Worker: for a thread of its own. pdxd takes this process for gone only when that is closed, too."""
+        return self._voice.another()
 
     def close(self) -> None:
         """Unmaps the arena, then says goodbye by closing the connection (in this order: see daemon.sessions)."""
-        self._alive = False
         if self.arena is not None:
             self.arena.close()
             self.arena = None
         self._socket.close(0)
         self._context.term()
-        self._connection.close()
+        self._voice.close()
 
     def finish_sending(self, *, timeout_s: float) -> None:
-        """Worker, at the end of a step: the engine may be idle after it, and nothing else would send what is left.
-
-        Costs nothing when all is sent, as it is unless the daemon has not read for a hundred messages and more.
-        """
-        until = time.monotonic() + timeout_s
-        room = select.poll()
-        room.register(self._connection, select.POLLOUT)
-        with contextlib.suppress(DaemonGone):
-            while self._unsent and self.alive and (left := until - time.monotonic()) > 0:
-                room.poll(left * 1000)
-                self._flush()
-
-    def _flush(self) -> None:
-        """As much as finds room."""
-        try:
-            while self._unsent:
-                self._connection.send(self._unsent[0], socket.MSG_DONTWAIT)
-                self._unsent.popleft()
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            raise DaemonGone("pdxd has died") from error
+        """Worker, at the end of a step: see `Voice`."""
+        self._voice.finish_sending(timeout_s=timeout_s)
 
     def __enter__(self) -> DaemonClient:
         return self

@@ -52,6 +52,14 @@ class PageLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def shard_layers(self) -> int:
         return self.layers // self.shards
 
+    def slot_layer(self, shard: int, layer: int) -> int:
+        """What the slot counts as its layer, of this layer of a shard."""
+        return shard * self.shard_layers + layer
+
+    def shard_of_rank(self, rank: int) -> int:
+        """KV that all ranks have alike is one shard."""
+        return rank if self.shards > 1 else 0
+
     @property
     def block_bytes(self) -> int:
         return self.layers * self.page_bytes

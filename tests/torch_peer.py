@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch_engine import BLOCK_TOKENS, LAYERS, Request, TorchEngine, layout_of
 
 from pdx.client import Attachment, DaemonClient
 from pdx.config import Config
 from pdx.engine.link import Link
+from pdx.engine.mover import Mover
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.wire import Attach, DaemonRef, EngineInfo, Role
 
+MoverOf = Callable[[TorchEngine, int, DaemonClient | None], Mover]  # for this rank
 CONTENT = ContentFingerprint(
     model="torch", weights="seed 7", weight_epoch=0, dtype="f64", block_tokens=BLOCK_TOKENS, hash_algorithm="sha256"
 )
@@ -20,7 +24,10 @@ CONTENT = ContentFingerprint(
 class TorchPeer:
     """Attached when constructed; attaches again by itself when its daemon died. One thread only."""
 
-    def __init__(self, engine: TorchEngine, config: Config, name: str, role: Role) -> None:
+    def __init__(
+        self, engine: TorchEngine, config: Config, name: str, role: Role, *, mover_of: MoverOf | None = None
+    ) -> None:
+        """`mover_of`: for an engine whose pages are not in host memory."""
         self.engine = engine
         self.name = name
         layout, ranks = layout_of(engine.shards), engine.ranks
@@ -34,12 +41,16 @@ class TorchPeer:
             *(Attach(kind="worker", engine=info, pages=layout, rank=rank) for rank in range(ranks)),
         ]
         self._links = [Link(Attachment(config, hello)) for hello in hellos]
-        for link in self._links:
-            link.client()
-        engine.connect(
-            SchedulerSide(self._links[0], role=role, layout=layout, block_tokens=BLOCK_TOKENS, ranks=ranks),
-            *(WorkerSide(self._links[1 + rank], engine.pages(rank), layout, rank=rank) for rank in range(ranks)),
+        clients = [link.client() for link in self._links]
+        workers = []
+        for rank, link in enumerate(self._links[1:]):
+            mover = mover_of(engine, rank, clients[1 + rank]) if mover_of is not None else None
+            workers.append(WorkerSide(link, engine.pages(rank), layout, rank=rank, mover=mover))
+        self._scheduler = SchedulerSide(
+            self._links[0], role=role, layout=layout, block_tokens=BLOCK_TOKENS, ranks=ranks
         )
+        self._workers = workers
+        engine.connect(self._scheduler, *workers)
 
     @property
     def clients(self) -> list[DaemonClient | None]:
@@ -72,5 +83,6 @@ class TorchPeer:
         return self.engine.add(Request(name, tokens, parameters, max_tokens=max_tokens))
 
     def close(self) -> None:
-        for link in self._links:
-            link.close()
+        self._scheduler.close()
+        for worker in self._workers:
+            worker.close()

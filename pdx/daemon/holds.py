@@ -25,7 +25,7 @@ class Hold:
     places: Sequence[Place] = ()  # of a load: as the engine was told
     claim: Claim | None = None  # of blocks to keep
     ranks: int = 1  # of the engine: so many workers touch the slots
-    quiet_ranks: set[int] = field(default_factory=set)  # those that have said that they do no more
+    words: dict[int, LetGo] = field(default_factory=dict)  # by rank: of those that have said that they do no more
     asked_at: float | None = None  # once its right is gone: when the engine was last asked to let go
 
 
@@ -63,9 +63,10 @@ class Holds:
         promises nothing before all ranks have given it; the scheduler's (None) is for all of them.
         """
         if rank is not None:
-            hold.quiet_ranks.add(rank)
-            if len(hold.quiet_ranks) < hold.ranks:
+            hold.words.setdefault(rank, message)
+            if len(hold.words) < hold.ranks:
                 return
+            message = next((word for word in hold.words.values() if not word.ok), message)
         self._letting_go.setdefault(hold, message)
 
     def passed(self) -> list[tuple[Hold, LetGo]]:

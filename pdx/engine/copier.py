@@ -55,7 +55,7 @@ class Copier:
         self.layout = layout
         self.shard = shard
         self.digest_mode = digest_mode
-        self._first = shard * layout.shard_layers
+        self._first = layout.slot_layer(shard, 0)
 
     def gather(self, rows: Rows, block_ids: Sequence[int], arena: Headers, places: Sequence[Place], layer: int) -> None:
         """Copies engine blocks into their slots, then writes checksums, then raises watermarks."""

@@ -57,29 +57,37 @@ class LoadPlan:
     """The pages of one incoming request that are still to be scattered: block i lies at `places[i]` and goes to
     engine block `block_ids[i]`. Layers of a block are taken in order. One owner, no clock."""
 
-    def __init__(self, places: Sequence[Place], block_ids: Sequence[int], *, layers: int) -> None:
+    def __init__(self, places: Sequence[Place], block_ids: Sequence[int], *, layers: int, ahead: bool = False) -> None:
+        """`ahead`: batches are reported as issued, and some time later as done; else at once as done."""
         if len(places) != len(block_ids) or not places:
             raise Refused(f"{len(places)} places do not match {len(block_ids)} engine blocks")
         self.places = places
         self.block_ids = block_ids
         self._layers = layers
         self._done = [0] * len(places)  # leading layers scattered and verified
+        self._issued = [0] * len(places) if ahead else self._done  # leading layers being scattered, or done
         self.pages_done = 0
 
     def batches(self, watermark: Callable[[Place], int], *, pages_max: int) -> Iterator[tuple[int, list[int]]]:
-        """(layer, positions in `places`) of pages that have landed and are not done, lowest layer first.
+        """(layer, positions in `places`) of pages that have landed and are not issued, lowest layer first.
 
-        `pages_max` is for each. Report each with `done` before taking the next; stop when you like.
+        `pages_max` is for each. Report each with `issue` or `done` before taking the next; stop when you like.
         """
         landed = {
             position: min(watermark(self.places[position]), self._layers)
-            for position, done in enumerate(self._done)
-            if done < self._layers
+            for position, issued in enumerate(self._issued)
+            if issued < self._layers
         }
-        for layer in range(min(self._done), max(landed.values(), default=0)):
-            due = [position for position, layers in landed.items() if self._done[position] == layer < layers]
+        for layer in range(min(self._issued), max(landed.values(), default=0)):
+            due = [position for position, layers in landed.items() if self._issued[position] == layer < layers]
             for start in range(0, len(due), pages_max):
                 yield layer, due[start : start + pages_max]
+
+    def issue(self, layer: int, positions: Sequence[int]) -> None:
+        """These pages are on their way into the engine's cache. Only with `ahead`."""
+        for position in positions:
+            assert self._issued[position] == layer
+            self._issued[position] = layer + 1
 
     def done(self, layer: int, positions: Sequence[int]) -> None:
         """These pages are in the engine's cache and verified."""

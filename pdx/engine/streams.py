@@ -1,8 +1,8 @@
 """What movement needs of a device: streams, events, staging memory, the two kernels, copies. A contract, no code.
 
-Work of one stream runs in its order; work of two streams in any order, unless `wait` puts one behind the other. Every
-call but `synchronize` only enqueues and returns at once. Whatever a call names (block list, staging, arena) must stay
-as it is until an event recorded behind it has been reached.
+Work of one stream runs in its order; work of two streams in any order, unless `wait` puts one behind the other. What
+names a stream only enqueues and returns at once. Whatever such a call names (block list, staging, arena) must stay as
+it is until an event recorded behind it has been reached. Any call may raise DeviceLost, after which all of them do.
 
 `pdx.engine.device` implements it for CUDA; tests have a model that runs streams in any order the rules allow.
 """
@@ -10,7 +10,15 @@ as it is until an event recorded behind it has been reached.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Copy(NamedTuple):
+    """Pages that lie side by side in the arena, and in the staging buffer or block list from `first` on."""
+
+    first: int
+    pages: int
+    arena_offset: int
 
 
 class Stream(Protocol):
@@ -31,15 +39,25 @@ class Staging(Protocol):
     pages_max: int
 
 
+class Pinned(Protocol):
+    """Host memory that the device's copies reach."""
+
+
 class Digests(Protocol):
     """Digests on their way to the host."""
 
     def read(self) -> Sequence[int]:
-        """xxh3-64 of each page, once an event recorded behind the call that made this has been reached."""
+        """xxh3-64 of each page, once an event behind the call that made this has been reached, in whatever stream."""
 
 
 class Device(Protocol):
     """One accelerator that holds an engine's KV cache. Any thread, but no stream from two threads at once."""
+
+    def pin(self, memory: memoryview) -> Pinned:
+        """For copies. May take seconds. The memory must stay mapped until `unpin`. Raises Refused if it can't be."""
+
+    def unpin(self, pinned: Pinned) -> None:
+        """Every copy that named it has been reached."""
 
     def compute_stream(self) -> Stream:
         """On which the engine enqueues its model's work now."""
@@ -70,8 +88,19 @@ class Device(Protocol):
     ) -> Digests:
         """Staging pages 0… → pages of `blocks[first : first + count]` in this layer; digests of what was written."""
 
-    def copy_out(self, stream: Stream, staging: Staging, first_page: int, pages: int, arena_offset: int) -> None:
-        """Staging pages → the arena, side by side from `arena_offset` on."""
+    def copy_out(self, stream: Stream, staging: Staging, arena: Pinned, copies: Sequence[Copy]) -> None:
+        """Staging pages → the arena."""
 
-    def copy_in(self, stream: Stream, arena_offset: int, staging: Staging, first_page: int, pages: int) -> None:
-        """The arena, from `arena_offset` on → staging pages."""
+    def copy_in(self, stream: Stream, arena: Pinned, staging: Staging, copies: Sequence[Copy]) -> None:
+        """The arena → staging pages."""
+
+    def copy_straight(
+        self, stream: Stream, arena: Pinned, layer: int, blocks: BlockList, copies: Sequence[Copy]
+    ) -> None:
+        """The arena → pages of `blocks[copy.first : copy.first + copy.pages]` in this layer, without staging."""
+
+    def look(self, stream: Stream, layer: int, blocks: BlockList, first: int, count: int) -> Digests:
+        """Digests of pages of `blocks[first : first + count]` in this layer, as they are."""
+
+    def page(self, layer: int, block_id: int) -> bytes:
+        """A copy of the engine's page as it is now; the host waits for it. For digest mode only: slow."""

@@ -116,7 +116,7 @@ def test_a_client_that_talks_out_of_turn_is_not_taken_for_dead(fleet: Fleet) -> 
     prefill, decode = fleet.engine(daemon, "P"), fleet.engine(daemon, "D")
     prompt, handle = prompt_of(64), fleet.handle(prefill, decode)
     opened = prefill.open_send(prompt, handle)
-    prefill.worker._connection.send(b"hello?")
+    prefill.worker._voice._connection.send(b"hello?")
     prefill.fill(opened, prompt, [0, 1, 2, 3])
     prefill.let_go(opened.handoff_id, "send")
     assert decode.load(prompt, handle) == 4

@@ -31,8 +31,9 @@ def daemons(request: pytest.FixtureRequest, fleet: Fleet) -> tuple[Daemon, Daemo
     return first, fleet.daemon() if request.param == "tcp" else first
 
 
-def let_go(engine: BareEngine, opened: SendOpened, rank: int) -> None:
-    engine.workers[rank].send(LetGo(handoff_id=opened.handoff_id, side="send", fence=engine.step, ok=True))
+def let_go(engine: BareEngine, opened: SendOpened, rank: int, *, reason: str = "") -> None:
+    fence, ok = engine.step, not reason
+    engine.workers[rank].send(LetGo(handoff_id=opened.handoff_id, side="send", fence=fence, ok=ok, reason=reason))
 
 
 def live_leases(daemon: Daemon) -> int:
@@ -64,6 +65,17 @@ def test_a_send_ends_when_every_rank_has_let_go(fleet: Fleet) -> None:
     until(lambda: not daemon.stats()["engines"]["P"]["complete"], "the daemon has heard it leave")
     assert live_leases(daemon) > 0, "rank 0 has not let go, however often rank 1 says so"
     let_go(prefill, opened, 0)
+    daemon.wait_unleased()
+
+
+def test_a_send_is_as_good_as_the_worst_of_its_ranks(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    prefill, decode = fleet.engine(daemon, "P", ranks=2), fleet.engine(daemon, "D", ranks=2)
+    opened = prefill.open_send(PROMPT, fleet.handle(prefill, decode))
+    prefill.fill(opened, PROMPT, list(range(BLOCKS)), layers=range(PAGES.layers))
+    let_go(prefill, opened, 1, reason="not all of its pages could be saved")
+    let_go(prefill, opened, 0)
+    assert "could be saved" in prefill.expect(SendEnded).reason
     daemon.wait_unleased()
 
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from daemon.fleet import Daemon, Fleet
 from torch_engine import VOCABULARY, Model, Request, TorchEngine
-from torch_peer import TorchPeer
+from torch_peer import MoverOf, TorchPeer
 
 from pdx.handoff.handle import TransferHandle, mint
 from pdx.wire import Budgets
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0  # bounds a hang: a busy machine may be slow
 PROMPTS = 20
 BUDGETS = Budgets(grant_s=2.0, slab_s=2.0, total_s=10.0, claim_s=1.0)
 MODEL = Model()
@@ -32,13 +32,14 @@ class Pair:
         ranks: int = 1,
         alike: bool = False,
         budgets: Budgets = BUDGETS,
+        mover_of: MoverOf | None = None,
     ) -> None:
         self.fleet = fleet
         self.budgets = budgets
         self.daemons = {"prefill": source, "decode": target}
         engines = [TorchEngine(MODEL, blocks=512, ranks=ranks, alike=alike) for _ in range(2)]
-        self.prefill = TorchPeer(engines[0], source.config, "P", "prefill")
-        self.decode = TorchPeer(engines[1], target.config, "D", "decode")
+        self.prefill = TorchPeer(engines[0], source.config, "P", "prefill", mover_of=mover_of)
+        self.decode = TorchPeer(engines[1], target.config, "D", "decode", mover_of=mover_of)
         self.sent: dict[int, Request] = {}
         self.received: dict[int, Request] = {}
 

@@ -209,6 +209,7 @@ class MemoryClient:
     def __init__(self, daemon: MemoryDaemon, *, fence_offset: int) -> None:
         self._daemon = daemon
         self._inbox: deque[bytes] = deque()
+        self.voices: list[MemoryVoice] = []
         self.arena: Headers | None = daemon.arena
         self.attached = Attached(
             daemon=daemon.ref,
@@ -245,12 +246,34 @@ class MemoryClient:
     def finish_sending(self, *, timeout_s: float) -> None:
         """All is sent."""
 
+    def voice(self) -> MemoryVoice:
+        return MemoryVoice(self)
+
     def publish_fence(self, step: int) -> None:
         assert self.arena is not None
         self.arena.set_fence(self.attached.fence_offset, step)
 
     def close(self) -> None:
         self.arena = None
+
+
+class MemoryVoice:
+    """Another thread's way to say the same."""
+
+    def __init__(self, client: MemoryClient) -> None:
+        self._client = client
+        self.open = True
+        client.voices.append(self)
+
+    def send(self, message: Message) -> None:
+        assert self.open
+        self._client.send(message)
+
+    def finish_sending(self, *, timeout_s: float) -> None:
+        """All is sent."""
+
+    def close(self) -> None:
+        self.open = False
 
 
 class MemoryAttachment:

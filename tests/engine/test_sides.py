@@ -12,11 +12,12 @@ pytest.importorskip("torch", reason="torch is not installed: no engine to test w
 from memory_daemon import Clock, MemoryAttachment, MemoryDaemon
 from torch_engine import BLOCK_TOKENS, LAYOUT, Request, Scheduled
 
+from pdx.engine.host_mover import BATCH_BYTES
 from pdx.engine.link import Link
 from pdx.engine.vllm.caches import Caches
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
-from pdx.engine.vllm.worker_side import BATCH_BYTES, WorkerSide
+from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.layout import PageLayout, Place
 from pdx.wire import Filled, LetGo, LoadEnded, LoadOpened, OpenLoad, OpenSend, Renew, SendEnded, SendOpened
 

@@ -13,16 +13,18 @@ pytest.importorskip("torch", reason="torch is not installed: no engine to test w
 
 from daemon.fleet import Daemon, fleet_in, until
 from daemon_pair import PROMPTS, Pair, alone, play, prompts
+from device_pair import device_mover_of
 
 from pdx.client import DaemonClient
 from pdx.wire import Ask, Attach
 
 
-@pytest.fixture(params=["tcp", "same daemon"])
+@pytest.fixture(params=["tcp", "same daemon", "device"])
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     with fleet_in(tmp_path) as fleet:
         source = fleet.daemon()
-        pair = Pair(fleet, source, fleet.daemon() if request.param == "tcp" else source)
+        target = source if request.param == "same daemon" else fleet.daemon()
+        pair = Pair(fleet, source, target, mover_of=device_mover_of if request.param == "device" else None)
         try:
             yield pair
         finally:

@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="torch is not installed: no engine to test w
 
 from daemon.fleet import Fleet, fleet_in, until
 from daemon_pair import PROMPTS, Pair, alone, play, prompts
+from device_pair import device_mover_of
 from torch_engine import BLOCK_TOKENS, LAYERS
 
 from pdx.layout import blocks_for
@@ -37,10 +38,11 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 def pair_of(fleet: Fleet) -> Iterator[MakePair]:
     pairs: list[Pair] = []
 
-    def make(*, alike: bool = False, same_daemon: bool = False) -> Pair:
+    def make(*, alike: bool = False, same_daemon: bool = False, device: bool = False) -> Pair:
         source = fleet.daemon()
         target = source if same_daemon else fleet.daemon()
-        pairs.append(Pair(fleet, source, target, ranks=RANKS, alike=alike, budgets=PATIENT))
+        mover_of = device_mover_of if device else None
+        pairs.append(Pair(fleet, source, target, ranks=RANKS, alike=alike, budgets=PATIENT, mover_of=mover_of))
         return pairs[-1]
 
     yield make
@@ -67,7 +69,9 @@ def loads(pair: Pair) -> tuple[int, int, int]:
     return counters.get("loads_ok", 0), counters.get("loads_failed", 0), counters.get("pages_verified", 0)
 
 
-@pytest.mark.parametrize("about", [{}, {"same_daemon": True}, {"alike": True}], ids=str)
+@pytest.mark.parametrize(
+    "about", [{}, {"same_daemon": True}, {"alike": True}, {"device": True}, {"device": True, "alike": True}], ids=str
+)
 def test_answers_are_those_of_a_lone_engine(pair_of: MakePair, about: dict[str, bool]) -> None:
     pair, generator = pair_of(**about), random.Random(1)
     texts = prompts(generator)

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from pdx.client import Attachment
 from pdx.engine.link import Link
-from pdx.engine.vllm import caches, compat, settings
+from pdx.engine.vllm import caches, compat, movers, settings
 from pdx.engine.vllm.metadata import ReportMetadata, StepMetadata
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Report
@@ -71,14 +71,17 @@ class PdxConnector(KVConnectorBase_V1):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """No: pages are copied out within the step that computes them, so a preemption takes nothing with it."""
+        """No: pages leave their blocks within the step that computes them, so a preemption takes nothing with it."""
         return False
 
     # --- worker -----------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         views = caches.view(kv_caches, self._kv_cache_config, self._description.pages)
-        self._worker_side = WorkerSide(self._link("worker"), views, self._description.pages, rank=self._rank)
+        link, pages, rank = self._link("worker"), self._description.pages, self._rank
+        folder = self._settings.config.run_path / "kernels"
+        mover = movers.mover_of(kv_caches, views, pages, link.client(), shard=pages.shard_of_rank(rank), folder=folder)
+        self._worker_side = WorkerSide(link, views, pages, rank=rank, mover=mover)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -137,7 +140,7 @@ class PdxConnector(KVConnectorBase_V1):
             self._scheduler.reported(metadata.report)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        # Never delayed: what was to be saved is saved, and blocks under a load are kept by vLLM itself.
+        # Never delayed: what was to be saved has left its blocks, and blocks under a load are kept by vLLM itself.
         result = self._scheduler.finished(request.request_id)
         return False, {"pdx": result} if result else None
 

@@ -1,12 +1,13 @@
-"""The connector's half in vLLM's worker process: moves pages, in the thread that runs the model.
+"""The connector's half in vLLM's worker process: which pages move in which step, in the thread that runs the model.
 
 Theory of operation. A step is `begin`, any number of `save_layer` (one per layer, from the attention hooks), `load`,
-`end`. Saves are complete when the step is, so vLLM may reuse its blocks at once. Loads run between forward passes and
-follow the watermarks; each ends exactly once, in a report. After its last access to any slot the step publishes its
-number as the fence. Places count only with the daemon incarnation they came from: with another one, nothing is touched.
+`end`. A *mover* copies: when `end` returns vLLM may reuse the blocks that were saved. Loads follow the watermarks; each
+ends exactly once, in a report, when none of its copies is under way. When the last copy of a step is done its number is
+published as the fence. Places count only with the daemon incarnation they came from: with another one, nothing is
+touched.
 
-Of several ranks each moves its own shard of every page. KV that is the same on all ranks has one shard: the first rank
-writes it, all read it.
+Of several ranks each moves its own shard of every page, and each says LET_GO. KV that is the same on all ranks has one
+shard: the first rank writes it, all read it.
 """
 
 from __future__ import annotations
@@ -14,65 +15,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
-from pdx.buffer.headers import Headers
-from pdx.client import DaemonClient
-from pdx.engine.copier import Copier, Fault, Rows
+from pdx.engine.host_mover import HostMover
 from pdx.engine.link import Link
+from pdx.engine.mover import Loading, Mover, Saving
 from pdx.engine.plan import LoadPlan
 from pdx.engine.vllm.budget import LoadBudget
 from pdx.engine.vllm.caches import Caches
 from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
-from pdx.errors import DaemonGone, Refused
-from pdx.layout import PageLayout, Place
-from pdx.wire import Filled, FilledEntry, LetGo
+from pdx.errors import Refused
+from pdx.layout import PageLayout
+from pdx.wire import FilledEntry, LetGo
 
-# Copied and verified between two looks at the clock: some 100 us. Page by page the bookkeeping cost a quarter more.
-BATCH_BYTES = 512 << 10
-FINISH_S = 0.02  # for messages that the daemon had no room for; more than that it may lose to its next step
 FILLED_BLOCKS_MAX = 2000  # of one message: a frame of 64 KiB has room for as many, each of another request
-
-
-@dataclass(eq=False)
-class _Saving:
-    """The pages that the present step saves, in each of its layers."""
-
-    saves: list[Save]
-    started_ns: int
-    layers_done: set[int] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.block_ids = [block_id for save in self.saves for _, block_id, _ in save.blocks]
-        self.places = [place for save in self.saves for _, _, place in save.blocks]
-        self.lots = list(_lots([save for save in self.saves if save.streamed]))
-
-
-def _lots(saves: Sequence[Save]) -> Iterator[list[FilledEntry]]:
-    """What one message after the other says of them: no more than its frame may hold. One, almost always."""
-    lot: list[FilledEntry] = []
-    room = FILLED_BLOCKS_MAX
-    for save in saves:
-        blocks = [index for index, _, _ in save.blocks]
-        while blocks:
-            taken, blocks = blocks[:room], blocks[room:]
-            lot.append(FilledEntry(save.handoff_id, taken))
-            room -= len(taken)
-            if not room:
-                yield lot
-                lot, room = [], FILLED_BLOCKS_MAX
-    if lot:
-        yield lot
-
-
-@dataclass(eq=False)
-class _Loading:
-    plan: LoadPlan
-    deadline: float
-    incarnation: int
-    finishing: bool = False  # no more will land
-    dropped: bool = False
-    spoilt: list[int] = field(default_factory=list)
 
 
 class WorkerSide:
@@ -85,35 +40,33 @@ class WorkerSide:
         layout: PageLayout,
         *,
         rank: int = 0,
+        mover: Mover | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`mover`: of caches that are not in host memory."""
         self._link = link
-        self._rows = [Rows(pages) for pages in caches.pages]
+        self._mover = mover if mover is not None else HostMover(caches.pages, layout, shard=layout.shard_of_rank(rank))
+        self._writes = rank < layout.shards
         self._layer_of = caches.layer_of
         self._layout = layout
-        self._shard = rank if layout.shards > 1 else 0
-        self._writes = rank == self._shard
-        self._batch_pages = max(1, BATCH_BYTES // layout.page_bytes)
         self._clock = clock
-        self._loading: dict[str, _Loading] = {}
+        self._loading: dict[str, Loading] = {}
         self._ended: dict[str, LoadResult] = {}
         self._invalid: set[int] = set()
         self._counts: Counter[str] = Counter()
         self._step: Step | None = None
-        self._client: DaemonClient | None = None  # one for the whole step: no arena is unmapped in the middle of it
-        self._copier = Copier(layout, shard=self._shard, digest_mode=False)
-        self._saving = _Saving([], 0)
+        self._saving: Saving | None = None
         self._began_at = 0.0
 
     # --- one step ---------------------------------------------------------------------------------------------
 
     def begin(self, step: Step) -> None:
         """Before the forward pass: takes over the step's work."""
-        client = self._client = self._link.client()
-        digest_mode = client is not None and client.attached.digest_mode
-        self._copier = Copier(self._layout, shard=self._shard, digest_mode=digest_mode)
+        self._mover.begin(self._link.client(), step.number, loads=bool(step.loads))
         self._step = step
-        self._saving = _Saving(step.saves if self._usable(step.incarnation) else [], time.monotonic_ns())
+        self._saving = None
+        if step.saves and self._mover.usable(step.incarnation):
+            self._saving = _saving(step, step.saves if self._writes else [])
         for load in step.loads:
             self._take_load(load, step.incarnation)
         for request_id in step.finishing:
@@ -121,14 +74,14 @@ class WorkerSide:
                 self._loading[request_id].finishing = True
         for request_id in step.dropping:
             if request_id in self._loading:
-                self._loading[request_id].dropped = True
+                self._loading[request_id].reason = "dropped"
         self._began_at = self._clock()
 
     def save_layer(self, layer_name: str) -> None:
         """In the forward pass, after the attention of this layer: its KV of every request in the step is written."""
         layer = self._layer_of.get(layer_name)
-        if layer is not None and self._saving.saves:
-            self._save(layer)
+        if layer is not None and self._saving is not None:
+            self._mover.save(self._saving, layer)
 
     def load(self) -> None:
         """After the forward pass: scatters what has landed, within the step's budget. Oldest request first."""
@@ -138,28 +91,16 @@ class WorkerSide:
         forward_s = self._clock() - self._began_at if self._step.tokens else None
         budget = LoadBudget(forward_s=forward_s, clock=self._clock)
         for request_id, loading in list(self._loading.items()):
-            reason = self._advance(loading, budget)
-            if reason or loading.plan.complete:
-                self._end_load(request_id, loading, reason)
+            self._advance(loading, budget)
+            if (loading.reason or loading.plan.complete) and self._mover.settled(loading):
+                self._end_load(request_id, loading)
 
     def end(self) -> None:
         """After the forward pass: saves layers that had no hook, publishes the fence, ends what is saved."""
         if self._step is None:
             return
-        if self._saving.saves:
-            for layer in range(self._layout.shard_layers):
-                self._save(layer)
-        if self._client is not None and self._client.arena is not None:
-            self._client.publish_fence(self._step.number)
-        # On the connection that carried FILLED, and behind it.
-        for save in self._saving.saves:
-            if save.last:
-                self._tell(
-                    LetGo(handoff_id=save.handoff_id, side="send", fence=self._step.number, ok=True, pages=save.pages)
-                )
-        if self._client is not None and self._saving.saves:
-            self._client.finish_sending(timeout_s=FINISH_S)
-        self._saving = _Saving([], 0)
+        self._mover.end(self._saving)
+        self._saving = None
 
     # --- what vLLM collects after each step -------------------------------------------------------------------
 
@@ -176,102 +117,49 @@ class WorkerSide:
         return invalid
 
     def take_counts(self) -> dict[str, int]:
-        counts, self._counts = dict(self._counts), Counter()
-        return counts
+        counts, self._counts = self._counts + self._mover.take_counts(), Counter()
+        return dict(counts)
 
     def close(self) -> None:
-        self._client = None
+        self._mover.close()
         self._link.close()
-
-    # --- saving -----------------------------------------------------------------------------------------------
-
-    def _save(self, layer: int) -> None:
-        saving = self._saving
-        if layer in saving.layers_done or not self._writes:
-            return
-        assert self._step is not None
-        saving.layers_done.add(layer)
-        self._copier.gather(self._rows[layer], saving.block_ids, self._arena, saving.places, layer)
-        self._counts["pages_saved"] += len(saving.block_ids)
-        self._counts["bytes_saved"] += len(saving.block_ids) * self._layout.page_bytes
-        filled_ns = time.monotonic_ns()
-        for entries in saving.lots:
-            self._tell(
-                Filled(
-                    step=self._step.number,
-                    step_started_ns=saving.started_ns,
-                    layer=self._shard * self._layout.shard_layers + layer,
-                    filled_ns=filled_ns,
-                    entries=entries,
-                )
-            )
-
-    def _tell(self, message: Filled | LetGo) -> None:
-        assert self._client is not None
-        try:
-            self._client.send(message)
-        except DaemonGone:
-            # Its handoffs are gone with it; the scheduler's half notices by itself.
-            self._counts["messages_lost"] += 1
 
     # --- loading ----------------------------------------------------------------------------------------------
 
     def _take_load(self, load: Load, incarnation: int) -> None:
         try:
-            plan = LoadPlan(load.places, load.block_ids, layers=self._layout.shard_layers)
+            plan = LoadPlan(
+                load.places, load.block_ids, layers=self._layout.shard_layers, ahead=self._mover.copies_ahead
+            )
         except Refused as error:
             self._refuse_load(load, str(error))
             return
-        if not self._usable(incarnation):
+        if not self._mover.usable(incarnation):
             self._refuse_load(load, "pdxd is gone")
             return
-        self._loading[load.request_id] = _Loading(plan, self._clock() + load.budget_s, incarnation)
+        self._loading[load.request_id] = Loading(plan, self._clock() + load.budget_s, incarnation)
 
-    def _advance(self, loading: _Loading, budget: LoadBudget) -> str:
-        """Scatters pages until the budget is spent. Returns why this load cannot go on, or nothing."""
-        if not self._usable(loading.incarnation):
-            return "pdxd is gone"
-        if loading.dropped:
-            return "dropped"
-        arena, plan = self._arena, loading.plan
+    def _advance(self, loading: Loading, budget: LoadBudget) -> None:
+        """Scatters pages until the budget is spent, and says why this load cannot go on if it can't."""
+        if loading.reason or loading.plan.complete:
+            return
+        if not self._mover.usable(loading.incarnation):
+            loading.reason = "pdxd is gone"
+            return
+        taken = self._mover.load(loading, budget)
+        if loading.reason or loading.plan.complete:
+            return
+        if taken and loading.finishing:
+            loading.reason = "the rest does not come"
+        elif self._clock() >= loading.deadline:
+            loading.reason = "out of time"
 
-        def watermark(place: Place) -> int:
-            return arena.watermark(place.header_offset, self._shard)
-
-        for layer, positions in plan.batches(watermark, pages_max=self._batch_pages):
-            if budget.spent:
-                break
-            faults = self._scatter(loading, layer, positions)
-            if faults:
-                return f"{len(faults)} pages of layer {layer} differ in {faults[0].value}"
-            budget.batch_done()
-        else:
-            if loading.finishing and not plan.complete:
-                return "the rest does not come"
-        return "" if plan.complete or self._clock() < loading.deadline else "out of time"
-
-    def _scatter(self, loading: _Loading, layer: int, positions: list[int]) -> list[Fault]:
-        plan = loading.plan
-        block_ids = [plan.block_ids[n] for n in positions]
-        places = [plan.places[n] for n in positions]
-        faults = dict(self._copier.scatter(self._rows[layer], block_ids, self._arena, places, layer))
-        good = [position for n, position in enumerate(positions) if n not in faults]
-        plan.done(layer, good)
-        self._counts["pages_verified"] += len(good)
-        self._counts["bytes_loaded"] += len(good) * self._layout.page_bytes
-        for n, fault in faults.items():
-            self._counts[f"{fault.value}_mismatches"] += 1
-            # A slot that changed hands says nothing of the block that it holds now.
-            if fault is not Fault.GENERATION:
-                loading.spoilt.append(positions[n])
-        return list(faults.values())
-
-    def _end_load(self, request_id: str, loading: _Loading, reason: str) -> None:
+    def _end_load(self, request_id: str, loading: Loading) -> None:
         del self._loading[request_id]
         plan = loading.plan
         self._invalid |= plan.unverified_block_ids
         now_ns = time.monotonic_ns()
-        self._ended[request_id] = LoadResult(plan.complete, plan.pages_done, now_ns, reason, loading.spoilt)
+        self._ended[request_id] = LoadResult(plan.complete, plan.pages_done, now_ns, loading.reason, loading.spoilt)
         self._counts["loads_ok" if plan.complete else "loads_failed"] += 1
 
     def _refuse_load(self, load: Load, reason: str) -> None:
@@ -279,12 +167,36 @@ class WorkerSide:
         self._ended[load.request_id] = LoadResult(False, 0, time.monotonic_ns(), reason)
         self._counts["loads_failed"] += 1
 
-    @property
-    def _arena(self) -> Headers:
-        assert self._client is not None
-        assert self._client.arena is not None
-        return self._client.arena
 
-    def _usable(self, incarnation: int) -> bool:
-        client = self._client
-        return client is not None and client.arena is not None and client.attached.daemon.incarnation == incarnation
+def _saving(step: Step, written: Sequence[Save]) -> Saving:
+    """`written`: those of the step's saves whose pages this rank writes. It lets go of all."""
+    return Saving(
+        step.number,
+        time.monotonic_ns(),
+        [block_id for save in written for _, block_id, _ in save.blocks],
+        [place for save in written for _, _, place in save.blocks],
+        list(_entries([save for save in written if save.streamed])),
+        [save.handoff_id for save in step.saves],
+        [
+            LetGo(handoff_id=save.handoff_id, side="send", fence=step.number, ok=True, pages=save.pages)
+            for save in step.saves
+            if save.last
+        ],
+    )
+
+
+def _entries(saves: Sequence[Save]) -> Iterator[list[FilledEntry]]:
+    """What one message after the other says of them: no more than its frame may hold. One, almost always."""
+    lot: list[FilledEntry] = []
+    room = FILLED_BLOCKS_MAX
+    for save in saves:
+        blocks = [index for index, _, _ in save.blocks]
+        while blocks:
+            taken, blocks = blocks[:room], blocks[room:]
+            lot.append(FilledEntry(save.handoff_id, taken))
+            room -= len(taken)
+            if not room:
+                yield lot
+                lot, room = [], FILLED_BLOCKS_MAX
+    if lot:
+        yield lot

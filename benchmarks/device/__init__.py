@@ -1,0 +1,1 @@
+"""What the GPU data path costs, in parts; `__main__` runs them."""
