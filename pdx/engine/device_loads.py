@@ -149,10 +149,8 @@ class DeviceLoads:
 
     def _faults(self, batch: _Batch) -> Sequence[tuple[int, Fault]]:
         plan, session = batch.loading.plan, batch.session
-        places, slot_layer = (
-            [plan.places[n] for n in batch.positions],
-            self._layout.slot_layer(self._shard, batch.layer),
-        )
+        slot_layer = self._layout.slot_layer(self._shard, batch.layer)
+        places = [plan.places[n] for n in batch.positions]
         if not session.digest_mode:
             return session.words.faults(places, slot_layer, batch.digests.read())
         expected = [session.headers.digest(place, self._layout, slot_layer) for place in places]
