@@ -94,13 +94,14 @@ class Scheduled:
 
 
 class Model:
-    """Weights; equal seeds give equal models."""
+    """Weights; equal seeds give equal models. The engine computes, and keeps its cache, where they are."""
 
-    def __init__(self, seed: int = 7) -> None:
+    def __init__(self, seed: int = 7, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(seed)
         self.embedding = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64, generator=generator)
         self.mix = torch.randn(LAYERS, WIDTH, 3 * WIDTH, dtype=torch.float64, generator=generator) / WIDTH**0.5
         self.out = torch.randn(LAYERS, WIDTH, WIDTH, dtype=torch.float64, generator=generator) / WIDTH**0.5
+        self.embedding, self.mix, self.out = (each.to(device) for each in (self.embedding, self.mix, self.out))
 
 
 class TorchEngine:
@@ -123,8 +124,8 @@ class TorchEngine:
         self.shards = 1 if alike else ranks
         self.stalled: set[int] = set()  # ranks that do not come to their loads in this step
         self.requests: dict[str, Request] = {}
-        kept = WIDTH // self.shards
-        self.caches = torch.zeros(ranks, LAYERS, blocks, BLOCK_TOKENS, 2, kept, dtype=torch.float64)
+        shape = (ranks, LAYERS, blocks, BLOCK_TOKENS, 2, WIDTH // self.shards)
+        self.caches = torch.zeros(shape, dtype=torch.float64, device=model.embedding.device)
         self.scheduler: SchedulerSide | None = None
         self.workers: tuple[WorkerSide, ...] = ()
         self.forward_tokens = 0
@@ -136,9 +137,12 @@ class TorchEngine:
         self._reported: Counter[str] = Counter()  # ranks that have ended a load
 
     def pages(self, rank: int = 0) -> Caches:
-        """Byte views of a rank's cache, for its worker's half."""
-        views = tuple(layer.view(torch.uint8).flatten(1).numpy() for layer in self.caches[rank])
+        """Byte views of a rank's cache, for its worker's half. Of a cache on a device they are copies."""
+        views = tuple(view.cpu().numpy() for view in self.byte_views(rank))
         return Caches(views, {f"layer.{layer}": layer for layer in range(LAYERS)})
+
+    def byte_views(self, rank: int = 0) -> list[torch.Tensor]:
+        return [layer.view(torch.uint8).flatten(1) for layer in self.caches[rank]]
 
     def connect(self, scheduler: SchedulerSide, *workers: WorkerSide) -> None:
         assert len(workers) == self.ranks
@@ -318,7 +322,7 @@ class TorchEngine:
         context = torch.cat([self._own(rank, layer, table)[:end] for rank in range(self.ranks)], dim=-1)
         key, value = (context[:, kind].unflatten(-1, (HEADS, HEAD_SIZE)) for kind in (0, 1))
         scores = torch.einsum("qhd,khd->hqk", query.unflatten(-1, (HEADS, HEAD_SIZE)), key) / HEAD_SIZE**0.5
-        future = torch.arange(end)[None, :] > torch.arange(start, end)[:, None]
+        future = torch.ones(end - start, end, dtype=torch.bool, device=query.device).triu(1 + start)
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 
@@ -330,4 +334,4 @@ class TorchEngine:
     def prompt_bytes(self, request: Request, block_ids: list[int]) -> np.ndarray:
         """The written K and V of a request's prompt, for comparison between engines."""
         tokens = len(request.prompt_token_ids)
-        return self.caches[:, :, block_ids].flatten(2, 3)[:, :, :tokens].contiguous().numpy().view(np.uint8)
+        return self.caches[:, :, block_ids].flatten(2, 3)[:, :, :tokens].contiguous().cpu().numpy().view(np.uint8)

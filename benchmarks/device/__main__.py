@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,11 +30,13 @@ from pdx.engine.ways import measure, ways_of
 
 SOURCE = Path(__file__).resolve().parent.parent.parent / "cuda" / "page_copy.cu"
 ROUNDS, QUICK_ROUNDS = 15, 5
+PARTS = ("kernels", "bus", "choice", "host", "sanitizer", "beside")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options(parser)
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.device needs an NVIDIA GPU that torch can use; `pdx check` says what is missing")
@@ -41,13 +44,16 @@ def main() -> None:
     report = Report("device")
     report.figures["gpu"] = torch.cuda.get_device_name()
     with tempfile.TemporaryDirectory(prefix="pdx-device-") as name:
-        folder = Path(name)
-        kernels.measure(report, folder, rounds)
-        bus.measure(report, folder, rounds)
-        beside.measure(report, folder, rounds)
-        choice(report, folder)
-        host_time(report, folder)
-    sanitizer(report, 20 if arguments.quick else 300)
+        parts = {
+            "kernels": partial(kernels.measure, report, Path(name), rounds),
+            "bus": partial(bus.measure, report, Path(name), rounds),
+            "choice": partial(choice, report, Path(name)),
+            "host": partial(host_time, report, Path(name)),
+            "sanitizer": partial(sanitizer, report, 20 if arguments.quick else 300),
+            "beside": partial(beside.measure, report, Path(name), rounds),
+        }
+        for part in [arguments.only] if arguments.only else PARTS:
+            parts[part]()
     report.write(arguments.json)
     sys.exit(0 if report.all_hold else 1)
 

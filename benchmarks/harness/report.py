@@ -73,6 +73,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def _commit() -> str:
+    """Of the tree that this runs in; where that is a copy without history, what BENCH_COMMIT says."""
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HISTORY.parent)
     return done.stdout.strip() or "unknown"

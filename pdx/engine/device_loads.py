@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from pdx.engine.copier import Fault
-from pdx.engine.mover import Budget, Loading
+from pdx.engine.mover import Loading
 from pdx.engine.runs import runs
 from pdx.engine.session import Session
 from pdx.engine.staging_ring import StagingRing
@@ -27,6 +27,9 @@ from pdx.layout import PageLayout, Place
 # Under way at once: a step of 30 ms lets a bus of 50 GB/s run dry below 1.5 GB, but a load that is dropped in the
 # middle keeps its blocks for as long as all of this takes.
 IN_FLIGHT_BYTES = 1 << 30
+# To begin one takes the host some 40 us while the device is in its forward pass: a share of the time that the host took
+# to enqueue that pass would be a few batches, and a prompt has one for each layer.
+BATCHES_A_STEP = 64
 
 
 @dataclass(eq=False)
@@ -51,23 +54,28 @@ class DeviceLoads:
         device: Device,
         layout: PageLayout,
         tally: Tally,
-        ring: StagingRing,
+        ring: StagingRing | None,
         *,
         shard: int,
-        straight: bool,
+        batch_pages: int,
     ) -> None:
-        """`straight`: without staging, each page by a copy of its own."""
+        """`ring`: None to load straight, each page by a copy of its own. `batch_pages` fit one of its buffers."""
         self._device = device
         self._layout = layout
         self._shard = shard
         self._tally = tally
         self._ring = ring
-        self._straight = straight
+        self._batch_pages = batch_pages
         self._copying: Stream = device.new_stream()
         self._scattering: Stream = device.new_stream()
         self._under_way: deque[_Batch] = deque()
         self._pages_under_way = 0
         self._pages_max = max(1, IN_FLIGHT_BYTES // layout.page_bytes)
+        self._batches_left = 0
+
+    def begin(self) -> None:
+        """A step."""
+        self._batches_left = BATCHES_A_STEP
 
     def blocks_change_hands(self) -> None:
         """Blocks that are loaded from now on were others' until now: what the engine has enqueued may touch them.
@@ -76,8 +84,8 @@ class DeviceLoads:
         """
         self._device.wait(self._scattering, self._device.record(self._device.compute_stream()))
 
-    def load(self, loading: Loading, session: Session, step: int, budget: Budget) -> bool:
-        """See `Mover`. Raises DeviceLost."""
+    def load(self, loading: Loading, session: Session, step: int) -> bool:
+        """Begins what has landed. True if there is no more, and all is done. Raises DeviceLost."""
         self._look()
         if loading.reason:
             return False
@@ -85,12 +93,12 @@ class DeviceLoads:
         def watermark(place: Place) -> int:
             return session.headers.watermark(place.header_offset, self._shard)
 
-        for layer, positions in loading.plan.batches(watermark, pages_max=self._ring.pages_max):
+        for layer, positions in loading.plan.batches(watermark, pages_max=self._batch_pages):
             full = self._under_way and self._pages_under_way + len(positions) > self._pages_max
-            if budget.spent or full:
+            if full or not self._batches_left:
                 return False
+            self._batches_left -= 1
             self._begin(loading, session, step, layer, positions)
-            budget.batch_done()
         return not loading.in_flight
 
     def settled(self, loading: Loading) -> bool:
@@ -116,7 +124,7 @@ class DeviceLoads:
         slot_layer = self._layout.slot_layer(self._shard, layer)
         copies = [run.copy(self._layout, slot_layer) for run in runs([plan.places[n] for n in positions])]
         blocks = device.block_list(self._scattering, [plan.block_ids[n] for n in positions])
-        if self._straight:
+        if self._ring is None:
             device.copy_straight(self._scattering, arena, layer, blocks, copies)
             digests = device.look(self._scattering, layer, blocks, 0, len(positions))
             scattered = device.record(self._scattering)

@@ -63,11 +63,12 @@ class DeviceMover:
         self._completions = Completions(device)
         self._tally = Tally()
         pages_max = max(1, staging_bytes // layout.page_bytes)
-        rings = [StagingRing(device, buffers=BUFFERS, pages_max=pages_max) for _ in range(2)]
+        out = StagingRing(device, buffers=BUFFERS, pages_max=pages_max)
+        back = None if loads_straight else StagingRing(device, buffers=BUFFERS, pages_max=pages_max)
         self._saves = DeviceSaves(
-            device, layout, self._completions, self._tally, rings[0], shard=shard, lots_max=lots_max, stall_s=stall_s
+            device, layout, self._completions, self._tally, out, shard=shard, lots_max=lots_max, stall_s=stall_s
         )
-        self._loads = DeviceLoads(device, layout, self._tally, rings[1], shard=shard, straight=loads_straight)
+        self._loads = DeviceLoads(device, layout, self._tally, back, shard=shard, batch_pages=pages_max)
         self._client: DaemonClient | None = None
         self._session: Session | None = None
         self._step = 0
@@ -82,6 +83,7 @@ class DeviceMover:
             self._attach(client)
         self._step = step
         self._saves.begin()
+        self._loads.begin()
         if loads and not self._completions.lost:
             try:
                 self._loads.blocks_change_hands()
@@ -119,19 +121,18 @@ class DeviceMover:
                 loading.reason = "the arena can't be pinned"
             return False
         try:
-            return self._loads.load(loading, self._session, self._step, budget)
+            return self._loads.load(loading, self._session, self._step)
         except DeviceLost as error:
             self._completions.lose(error)
             return False
 
     def settled(self, loading: Loading) -> bool:
         try:
-            if not self._completions.lost:
-                return self._loads.settled(loading)
+            return self._loads.settled(loading)
         except DeviceLost as error:
             self._completions.lose(error)
-        self._loads.forget()
-        return True
+            self._loads.forget()
+            return True
 
     def take_counts(self) -> Counter[str]:
         return self._tally.take()

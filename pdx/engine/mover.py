@@ -98,7 +98,8 @@ class Mover(Protocol):
         overwrite the saved blocks. The fence and LET_GO follow when the last copy is done."""
 
     def load(self, loading: Loading, budget: Budget) -> bool:
-        """Moves on with a load; finds faults. True if all that has landed is done."""
+        """Moves on with a load; finds faults. True if all that has landed is done. `budget` is of time in this call:
+        a mover whose copies take none has bounds of its own."""
 
     def settled(self, loading: Loading) -> bool:
         """Whether none of its copies is under way: the engine may have its blocks back."""

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from pdx.engine.device import CudaDevice, CudaStream
+from pdx.engine.device import CudaDevice, CudaDigests, CudaStream
 from pdx.engine.streams import Copy
 
 PROBE_BYTES = 32 << 20
@@ -70,13 +70,13 @@ def measure(device: CudaDevice) -> Rates:
     # Far apart, as an engine's blocks are: each page is a copy of its own.
     blocks = device.block_list(stream, [n * (device.num_blocks // pages) for n in range(pages)])
 
-    def staged() -> None:
+    def staged() -> CudaDigests:
         device.copy_in(stream, arena, staging, copies)
-        device.scatter(stream, 0, blocks, 0, pages, staging)
+        return device.scatter(stream, 0, blocks, 0, pages, staging)
 
-    def straight() -> None:
+    def straight() -> CudaDigests:
         device.copy_straight(stream, arena, 0, blocks, copies)
-        device.look(stream, 0, blocks, 0, pages)
+        return device.look(stream, 0, blocks, 0, pages)
 
     seconds: dict[str, list[float]] = {"staged": [], "straight": []}
     for _ in range(ROUNDS):
@@ -87,12 +87,13 @@ def measure(device: CudaDevice) -> Rates:
     return Rates(round(rates["staged"], 2), round(rates["straight"], 2))
 
 
-def _timed(stream: CudaStream, work: Callable[[], None]) -> float:
+def _timed(stream: CudaStream, work: Callable[[], CudaDigests]) -> float:
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record(stream.torch)
-    work()
+    digests = work()
     after.record(stream.torch)
     after.synchronize()
+    assert len(digests.read()) > 0
     return before.elapsed_time(after) / 1e3
 
 

@@ -32,12 +32,13 @@ class Pair:
         ranks: int = 1,
         alike: bool = False,
         budgets: Budgets = BUDGETS,
+        model: Model = MODEL,
         mover_of: MoverOf | None = None,
     ) -> None:
         self.fleet = fleet
         self.budgets = budgets
         self.daemons = {"prefill": source, "decode": target}
-        engines = [TorchEngine(MODEL, blocks=512, ranks=ranks, alike=alike) for _ in range(2)]
+        engines = [TorchEngine(model, blocks=512, ranks=ranks, alike=alike) for _ in range(2)]
         self.prefill = TorchPeer(engines[0], source.config, "P", "prefill", mover_of=mover_of)
         self.decode = TorchPeer(engines[1], target.config, "D", "decode", mover_of=mover_of)
         self.sent: dict[int, Request] = {}

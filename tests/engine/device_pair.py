@@ -1,6 +1,8 @@
-"""A device mover for a torch engine on a real daemon: its pages move on the model of a device."""
+"""Device movers for torch engines on real daemons: their pages move on the model of a device, or on a GPU."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from stream_model import ModelDevice
 from torch_engine import TorchEngine, layout_of
@@ -19,3 +21,16 @@ def device_mover_of(engine: TorchEngine, rank: int, client: DaemonClient | None)
     mover = DeviceMover(device, layout, client, shard=shard, staging_bytes=4 * layout.page_bytes)
     device.starved = {2}  # copies out, until the other thread waits for them
     return mover
+
+
+def gpu_mover_of(
+    engine: TorchEngine, rank: int, client: DaemonClient | None, *, folder: Path, straight: bool
+) -> DeviceMover:
+    """The real thing: CUDA's streams, our kernels, the arena pinned."""
+    from pdx.engine.device import CudaDevice
+
+    layout = layout_of(engine.shards)
+    device, shard = CudaDevice(engine.byte_views(rank), folder), layout.shard_of_rank(rank)
+    return DeviceMover(
+        device, layout, client, shard=shard, staging_bytes=4 * layout.page_bytes, loads_straight=straight
+    )

@@ -25,7 +25,8 @@ from pdx.wire import Filled, LetGo, Message
 
 LAYOUT = PageLayout(layers=3, page_bytes=48, chunk_blocks=4)
 BLOCKS = 24
-HOOKS = ("all", "some", "none", "twice")  # piecewise graphs, layers without hooks, full graphs, two micro-batches
+# Piecewise graphs, layers without hooks, full graphs, two micro-batches, a draft layer behind the forward pass.
+HOOKS = ("all", "some", "none", "twice", "late")
 
 
 class WatchfulDaemon(MemoryDaemon):
@@ -220,8 +221,14 @@ class MovingEngine:
         with self.device.as_host("model"):
             self._zero()
             self.worker.begin(step)
-            self._forward(written, hooks)
+            layers = range(self.layout.layers)
+            last = len(layers) - (hooks == "late")
+            self._forward(written, layers[:last], hooks)
+            if self.random.random() < 0.5:  # one of vLLM's runners samples first, the other ends the step first
+                self._forward(written, layers[last:], "none")
+                last = len(layers)
             self.worker.load()
+            self._forward(written, layers[last:], "none")
             deferred = self.random.random() < 0.3  # speculative decoding collects before the step's end
             if deferred:
                 self._collect()
@@ -255,11 +262,11 @@ class MovingEngine:
             self.device.compute(layer, dict.fromkeys(self.dirty - loading, nothing))
         self.dirty.clear()
 
-    def _forward(self, written: dict[int, list[bytes]], hooks: str) -> None:
+    def _forward(self, written: dict[int, list[bytes]], layers: range, hooks: str) -> None:
         loaded = [block for receiving in self.over for block in receiving.block_ids if block not in receiving.invalid]
-        for layer in range(self.layout.layers):
+        for layer in layers:
             self.device.compute(layer, {block: pages[layer] for block, pages in written.items()}, reads=loaded)
-            if hooks in ("all", "twice") or (hooks == "some" and self.random.random() < 0.5):
+            if hooks in ("all", "twice", "late") or (hooks == "some" and self.random.random() < 0.5):
                 for _ in range(1 + (hooks == "twice")):
                     self.worker.save_layer(f"layer.{layer}")
 

@@ -8,9 +8,10 @@ import pytest
 from moving_engine import HOOKS, LAYOUT, MovingEngine, Receiving, WatchfulDaemon
 from stream_model import ModelDevice, ModelEvent, ModelStream, UnorderedAccess
 
-from pdx.engine import device_mover
+from pdx.engine import device_loads, device_mover
 from pdx.engine.device_loads import DeviceLoads
 from pdx.engine.fence import Fence
+from pdx.engine.header_words import HeaderWords
 from pdx.engine.staging_ring import Buffer, StagingRing
 from pdx.errors import Refused
 from pdx.wire import Filled, LetGo
@@ -332,6 +333,21 @@ def test_an_arena_that_cannot_be_pinned_moves_nothing_and_keeps_nobody_waiting(m
     engine.close()
 
 
+def test_a_step_begins_so_many_batches_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_loads, "BATCHES_A_STEP", 2)
+    engine = MovingEngine(9, WatchfulDaemon(LAYOUT, blocks=64), staging_pages=1)
+    for name in ("r", "s"):
+        receiving = engine.receive(name, [1])
+        for _ in range(LAYOUT.layers):
+            engine.land(receiving, 0)
+    for begun in (2, 4, 6):
+        engine.step(starting=["r", "s"] if begun == 2 else [])
+        assert len(engine.device.copies) == begun
+    engine.drain()
+    assert [r.result.ok for r in engine.over if r.result] == [True, True]
+    engine.close()
+
+
 def test_loads_are_issued_ahead_of_their_verification_and_no_further_than_allowed() -> None:
     engine = MovingEngine(9, WatchfulDaemon(LAYOUT, blocks=64), staging_pages=2)
     engine.mover._loads._pages_max = 4
@@ -350,3 +366,29 @@ def test_loads_are_issued_ahead_of_their_verification_and_no_further_than_allowe
     engine.drain()
     assert [r.result.pages for r in engine.over if r.result] == [4 * LAYOUT.layers]
     engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_fails_takes_no_copy_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own bug, which no device reports: nothing more is told, and blocks are kept until their copies have ended."""
+
+    def fail(words: HeaderWords, *_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(HeaderWords, "filled", fail)
+    engine = MovingEngine(10, WatchfulDaemon(LAYOUT, blocks=64), threaded=True)
+    engine.device.starved = {3, 4}
+    receiving = engine.receive("r", [1])
+    engine.land(receiving, 0)
+    engine.step(starting=["r"])
+    saved_at_once(engine, [1])
+    thread = engine.mover._completions._thread
+    assert thread is not None
+    thread.join(10.0)
+    engine.step()
+    assert engine.over == [], "its scatter is under way"
+    engine.device.finish()
+    engine.step()
+    assert [r.result.ok for r in engine.over if r.result] == [False]
+    assert engine.daemon.received == []
+    engine.worker.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -12,19 +13,39 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed: no engine to test with")
 
 from daemon.fleet import Daemon, fleet_in, until
-from daemon_pair import PROMPTS, Pair, alone, play, prompts
-from device_pair import device_mover_of
+from daemon_pair import MODEL, PROMPTS, Pair, alone, play, prompts
+from device_pair import device_mover_of, gpu_mover_of
+from torch_engine import Model
+from torch_peer import MoverOf
 
 from pdx.client import DaemonClient
 from pdx.wire import Ask, Attach
 
 
-@pytest.fixture(params=["tcp", "same daemon", "device"])
+@pytest.fixture(autouse=True, scope="module")
+def gpu_at_work() -> None:
+    """What CUDA opens once in a process is no leak of the first test that uses it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.zeros(1, pin_memory=True).to("cuda")
+
+
+ON_GPU = ("gpu, staged", "gpu, straight")
+
+
+@pytest.fixture(
+    params=["tcp", "same daemon", "device", *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)]
+)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     with fleet_in(tmp_path) as fleet:
         source = fleet.daemon()
         target = source if request.param == "same daemon" else fleet.daemon()
-        pair = Pair(fleet, source, target, mover_of=device_mover_of if request.param == "device" else None)
+        model = Model(device="cuda") if request.param in ON_GPU else MODEL
+        mover_of: MoverOf | None = device_mover_of if request.param == "device" else None
+        if request.param in ON_GPU:
+            mover_of = partial(gpu_mover_of, folder=tmp_path / "kernels", straight=request.param == ON_GPU[1])
+        pair = Pair(fleet, source, target, model=model, mover_of=mover_of)
         try:
             yield pair
         finally:
