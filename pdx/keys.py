@@ -34,8 +34,7 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     block_tokens: int
     packing: str  # physical order of one page, e.g. "LBHNC K|V 3x64 bfloat16"
     kv_groups: int
-    rank: int
-    world_size: int
+    ranks: int  # among which its heads are split (tensor parallelism); a page is one rank's
 
 
 def namespace_of(content: ContentFingerprint) -> bytes:

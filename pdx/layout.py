@@ -18,27 +18,47 @@ ALIGN_BYTES = 4096
 CONTROL_BYTES = 4096  # fence words of attached workers, see CONTROL_FENCES
 CONTROL_FENCES = CONTROL_BYTES // 8
 
-# A block's header: u32 generation, u32 watermark (leading layers filled), 56 bytes reserved, then per layer a u64
+# A block's header: u32 generation, u32 watermark of each shard (its leading layers filled), then per layer a u64
 # xxh3-64 checksum, then per layer a 32-byte blake3 digest (zero unless digest mode is on).
 HEADER_FIXED_BYTES = 64
+SHARDS_MAX = HEADER_FIXED_BYTES // 4 - 1
 CHECKSUM_BYTES = 8
 DIGEST_BYTES = 32
 
 
 class PageLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The shape of one rank's KV: everything the store needs to know of it."""
+    """The shape of one engine's KV: everything the store needs to know of it.
 
-    layers: int
+    With tensor parallelism every rank has its *shard* of a block: its own heads, in pages of its own. Shards lie in one
+    slot, one after the other, and count as layers of it: layer l of shard s is layer s * shard_layers + l of the slot.
+    """
+
+    layers: int  # of all shards together
     page_bytes: int
     chunk_blocks: int  # blocks in a full chunk; a power of two
+    shards: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.shards <= SHARDS_MAX or self.layers % self.shards:
+            raise ValueError(f"{self.layers} layers can't be of {self.shards} shards, of which {SHARDS_MAX} fit")
         if not 1 <= self.layers <= 1024:
             raise ValueError(f"layers must be 1..1024, not {self.layers}")
         if not 1 <= self.page_bytes <= 1 << 30:
             raise ValueError(f"page_bytes must be 1..2^30, not {self.page_bytes}")
         if not 1 <= self.chunk_blocks <= 1024 or self.chunk_blocks & (self.chunk_blocks - 1):
             raise ValueError(f"chunk_blocks must be a power of two up to 1024, not {self.chunk_blocks}")
+
+    @property
+    def shard_layers(self) -> int:
+        return self.layers // self.shards
+
+    def slot_layer(self, shard: int, layer: int) -> int:
+        """What the slot counts as its layer, of this layer of a shard."""
+        return shard * self.shard_layers + layer
+
+    def shard_of_rank(self, rank: int) -> int:
+        """KV that all ranks have alike is one shard."""
+        return rank if self.shards > 1 else 0
 
     @property
     def block_bytes(self) -> int:

@@ -47,6 +47,7 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     role: Role
     model: str
     url: str = ""  # the OpenAI-compatible HTTP server; empty: not to be routed to
+    data_parallel_rank: int | None = None  # by which its server tells it from others behind the same URL; None: alone
     reasoning_parser: str = ""  # the engine splits its output by this; it must see every token of an answer
     context_tokens: int = 0  # a prompt and its answer have at most so many together; 0: not told
     sampling_defaults: dict[str, float] = {}  # by vLLM's names; what holds where a request says nothing
@@ -79,6 +80,7 @@ class Attach(Message, tag="attach", frozen=True):
     kind: Literal["scheduler", "worker", "tool"]
     engine: EngineInfo | None = None  # scheduler and worker
     pages: PageLayout | None = None  # worker
+    rank: int = 0  # worker: which one of engine.layout.ranks
     router: str = ""  # where this engine wants to be announced; scheduler
 
 
@@ -122,7 +124,10 @@ class FilledEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class Filled(Message, tag="filled", frozen=True):
-    """The worker has copied one layer of these blocks into their slots (checksums are in the slot headers)."""
+    """A worker has copied one layer of these blocks into their slots (checksums are in the slot headers).
+
+    Of several ranks each speaks of the layers of its own shard, as the slot counts them.
+    """
 
     step: int
     step_started_ns: int
@@ -162,7 +167,8 @@ class Keep(Message, tag="keep", frozen=True):
 class LetGo(Message, tag="let_go", frozen=True):
     """The engine's side of `handoff_id` is over. No step after `fence` touches its slots.
 
-    Answers SendEnded and LoadEnded, and is sent unasked when a request finishes, aborts or has loaded.
+    Answers SendEnded and LoadEnded, and is sent unasked when a request finishes, aborts or has loaded. From a worker it
+    is one rank's word, and counts with the words of all others; from the scheduler it is the engine's.
     """
 
     handoff_id: bytes

@@ -50,6 +50,7 @@ from pdx.router.usage import EventStream
 CLOSE_S = 5.0
 CLIENT_GONE_CODE = 499  # never sent: how the metrics show clients that left
 STREAM_TYPE = "text/event-stream; charset=utf-8"  # as vLLM says it
+RANK_HEADER = "X-data-parallel-rank"
 SIDES: tuple[Side, Side] = ("prefill", "decode")  # prefill is heard first: it knows what decode's stream is to show
 
 
@@ -245,8 +246,10 @@ class Conductor:
         return self._events.finish()
 
     async def _open(self, stack: AsyncExitStack, engine: Candidate, body: bytes) -> Reply:
-        url = engine.info.url.rstrip("/") + self._client.path
-        return await stack.enter_async_context(self._outside.upstream.call(url, body, self._headers))
+        url, headers = engine.info.url.rstrip("/") + self._client.path, self._headers
+        if engine.info.data_parallel_rank is not None:  # its server would choose another: the handoff is for this one
+            headers = {**headers, RANK_HEADER: str(engine.info.data_parallel_rank)}
+        return await stack.enter_async_context(self._outside.upstream.call(url, body, headers))
 
     # --- the client -------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from pdx.router.policy import Candidate, Snapshot
+from pdx.router.policy import Candidate, Snapshot, same_server
 from pdx.wire import Announce, DaemonRef, EngineInfo
 
 DAEMON_SILENT_S = 3.5  # announcements come every second: three were lost
@@ -100,11 +100,13 @@ class Directory:
 
     def on_unreachable(self, engine_id: str, now: float) -> None:
         """A request could not connect there: not routable before /health answers again."""
-        engine = self._engines.get(engine_id)
-        if engine is not None and engine.ready:
-            _log.warning("engine %s can't be reached", engine_id)
-            engine.ready = False
-            engine.poll_at = now + HEALTH_JOINING_S
+        tried = self._engines.get(engine_id)
+        for each_id, engine in self._engines.items():
+            behind_it = tried is not None and (engine is tried or same_server(engine.info, tried.info))
+            if behind_it and engine.ready:
+                _log.warning("engine %s can't be reached", each_id)
+                engine.ready = False
+                engine.poll_at = now + HEALTH_JOINING_S
 
     def due_polls(self, now: float) -> list[tuple[str, str]]:
         """(engine id, url) whose /health should be asked now; each is due again after its answer."""

@@ -1,7 +1,7 @@
 """Which engines serve a request. Pure functions on a frozen snapshot; knows nothing of sockets, clocks or requests.
 
-A pair needs two engines of one model, one content and one layout (ranks apart), whose daemons both answer, and of
-which at least one was started for its side: two engines of role "both" have nothing to gain from each other.
+A pair needs two engines of one model, one content and one layout, whose daemons both answer, and of which at least
+one was started for its side: two engines of role "both" have nothing to gain from each other.
 """
 
 from __future__ import annotations
@@ -98,16 +98,15 @@ def serving(snapshot: Snapshot, model: str, side: Side) -> list[Candidate]:
     return sorted(fitting, key=lambda candidate: candidate.engine_id)
 
 
+def same_server(one: EngineInfo, other: EngineInfo) -> bool:
+    """Whether both are data-parallel ranks behind one HTTP server: they can be reached, or not, together."""
+    return one.url == other.url and one.data_parallel_rank is not None
+
+
 def fit(prefill: Candidate, decode: Candidate) -> bool:
     """Whether KV of the one can be read by the other."""
     if prefill.engine_id == decode.engine_id or not (prefill.pairable and decode.pairable):
         return False
     if prefill.info.role == "both" and decode.info.role == "both":
         return False
-    if prefill.info.content != decode.info.content:
-        return False
-    return _without_rank(prefill) == _without_rank(decode)
-
-
-def _without_rank(candidate: Candidate) -> msgspec.Struct:
-    return msgspec.structs.replace(candidate.info.layout, rank=0)
+    return prefill.info.content == decode.info.content and prefill.info.layout == decode.info.layout

@@ -3,12 +3,15 @@
 A random two-matrix transformer in float64 writes K and V of each layer into pages of a paged cache and attends through
 block tables. It has what matters to a KV connector: chunked prefill, several requests a step, a prefix cache whose
 blocks may be computed by a neighbour in the same step, preemption, a hook after each layer's attention, and loads that
-end some steps later. Steps call the connector's two halves in vLLM's order.
+end some steps later. Steps call the connector's two halves in vLLM's order. Of several ranks each keeps K and V of its
+own heads, and what they report is joined as vLLM joins it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +20,21 @@ import torch
 
 from pdx.engine.vllm.caches import Caches
 from pdx.engine.vllm.scheduler_side import SchedulerSide
+from pdx.engine.vllm.steps import Report
 from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.layout import PageLayout, blocks_for
 
 LAYERS, HEADS, HEAD_SIZE, VOCABULARY = 3, 2, 8, 97
 WIDTH = HEADS * HEAD_SIZE
 BLOCK_TOKENS = 4
-LAYOUT = PageLayout(layers=LAYERS, page_bytes=BLOCK_TOKENS * 2 * WIDTH * 8, chunk_blocks=4)
+
+
+def layout_of(shards: int) -> PageLayout:
+    page_bytes = BLOCK_TOKENS * 2 * WIDTH // shards * 8
+    return PageLayout(layers=shards * LAYERS, page_bytes=page_bytes, chunk_blocks=4, shards=shards)
+
+
+LAYOUT = layout_of(1)
 
 
 @dataclass(eq=False)
@@ -97,31 +108,45 @@ class TorchEngine:
     """One engine. `step` does what one turn of vLLM's loop does."""
 
     def __init__(
-        self, model: Model, *, blocks: int = 128, tokens_a_step: int = 10, prefix_caching: bool = True
+        self,
+        model: Model,
+        *,
+        blocks: int = 128,
+        tokens_a_step: int = 10,
+        prefix_caching: bool = True,
+        ranks: int = 1,
+        alike: bool = False,
     ) -> None:
+        """`alike`: every rank keeps K and V of all heads, as with MLA, and attends to its own heads only."""
         self.model = model
         self.tokens_a_step = tokens_a_step
+        self.ranks = ranks
+        self.shards = 1 if alike else ranks
+        self.stalled: set[int] = set()  # ranks that do not come to their loads in this step
         self.requests: dict[str, Request] = {}
-        shape = (LAYERS, blocks, BLOCK_TOKENS, 2, WIDTH)
+        shape = (ranks, LAYERS, blocks, BLOCK_TOKENS, 2, WIDTH // self.shards)
         self.caches = torch.zeros(shape, dtype=torch.float64, device=model.embedding.device)
         self.scheduler: SchedulerSide | None = None
-        self.worker: WorkerSide | None = None
+        self.workers: tuple[WorkerSide, ...] = ()
         self.forward_tokens = 0
         self._prefix_caching = prefix_caching
         self._free = list(range(blocks - 1, 0, -1))  # block 0 is the null block
         self._users = dict.fromkeys(range(blocks), 0)
         self._cached: dict[bytes, int] = {}
+        self._invalid: set[int] = set()  # blocks of loads that some rank has not ended yet
+        self._reported: Counter[str] = Counter()  # ranks that have ended a load
 
-    def pages(self) -> Caches:
-        """Byte views of the cache, for the worker's half. Of a cache on a device they are copies."""
-        views = tuple(view.cpu().numpy() for view in self.byte_views())
+    def pages(self, rank: int = 0) -> Caches:
+        """Byte views of a rank's cache, for its worker's half. Of a cache on a device they are copies."""
+        views = tuple(view.cpu().numpy() for view in self.byte_views(rank))
         return Caches(views, {f"layer.{layer}": layer for layer in range(LAYERS)})
 
-    def byte_views(self) -> list[torch.Tensor]:
-        return [layer.view(torch.uint8).flatten(1) for layer in self.caches]
+    def byte_views(self, rank: int = 0) -> list[torch.Tensor]:
+        return [layer.view(torch.uint8).flatten(1) for layer in self.caches[rank]]
 
-    def connect(self, scheduler: SchedulerSide, worker: WorkerSide) -> None:
-        self.scheduler, self.worker = scheduler, worker
+    def connect(self, scheduler: SchedulerSide, *workers: WorkerSide) -> None:
+        assert len(workers) == self.ranks
+        self.scheduler, self.workers = scheduler, workers
 
     def add(self, request: Request) -> Request:
         self.requests[request.request_id] = request
@@ -150,15 +175,17 @@ class TorchEngine:
     def step(self) -> None:
         scheduled = self._schedule()
         step = self.scheduler.step(scheduled) if self.scheduler else None  # type: ignore[arg-type]
-        if self.worker:
+        for worker in self.workers:
             assert step is not None
-            self.worker.begin(step)
+            worker.begin(step)
         logits = self._forward(scheduled.num_scheduled_tokens) if scheduled.num_scheduled_tokens else {}
-        report, invalid = None, set()
-        if self.worker:
-            self.worker.load()
-            self.worker.end()
-            report, invalid = self.worker.take_ended(), self.worker.take_invalid()
+        reports = []
+        for rank, worker in enumerate(self.workers):
+            if rank not in self.stalled:
+                worker.load()
+            worker.end()
+            reports.append(worker.take_ended())
+            self._invalid |= worker.take_invalid()
         for request_id, count in scheduled.num_scheduled_tokens.items():
             request = self.requests[request_id]
             request.num_computed_tokens += count
@@ -167,11 +194,19 @@ class TorchEngine:
                 request.append(int(logits[request_id].argmax()))
                 if len(request.output) == request.max_tokens:
                     self._finish(request)
-        if report is not None:
-            assert self.scheduler is not None
-            self.scheduler.reported(report)
-            for request_id in report.loads:
-                self._loaded(self.requests[request_id], invalid)
+        self._hear([report for report in reports if report is not None])
+
+    def _hear(self, reports: list[Report]) -> None:
+        """As vLLM's aggregator: one report a step, and a load has ended when every rank has said so, each once."""
+        if not reports:
+            return
+        assert self.scheduler is not None
+        self.scheduler.reported(functools.reduce(Report.joined, reports))
+        for request_id in [request_id for report in reports for request_id in report.loads]:
+            self._reported[request_id] += 1
+            if self._reported[request_id] == self.ranks:
+                del self._reported[request_id]
+                self._loaded(self.requests[request_id])
 
     # --- scheduling -------------------------------------------------------------------------------------------
 
@@ -231,11 +266,13 @@ class TorchEngine:
             for block_hash, block in zip(request.block_hashes[:whole], request.block_ids, strict=False):
                 self._cached.setdefault(block_hash, block)
 
-    def _loaded(self, request: Request, invalid: set[int]) -> None:
+    def _loaded(self, request: Request) -> None:
+        blocks = request.block_ids
+        good = next((n for n, block in enumerate(blocks) if block in self._invalid), len(blocks))
+        self._invalid.difference_update(blocks)
         if request.status == "finished":
             self._release(request)
             return
-        good = next((n for n, block in enumerate(request.block_ids) if block in invalid), len(request.block_ids))
         request.num_computed_tokens = min(good * BLOCK_TOKENS, request.num_computed_tokens, len(request.tokens) - 1)
         self._cache_blocks(request)
         request.status = "waiting"
@@ -267,29 +304,34 @@ class TorchEngine:
             queries = {n: self._write(layer, n, spans[n], hidden[n]) for n in counts}
             for n in counts:
                 hidden[n] = hidden[n] + self._attend(layer, n, spans[n], queries[n]) @ self.model.out[layer]
-            if self.worker:
-                self.worker.save_layer(f"layer.{layer}")
+            for worker in self.workers:
+                worker.save_layer(f"layer.{layer}")
         return {n: states[-1] @ self.model.embedding.T for n, states in hidden.items()}
 
     def _write(self, layer: int, name: str, span: tuple[int, int], hidden: torch.Tensor) -> torch.Tensor:
         query, key, value = (torch.tanh(hidden) @ self.model.mix[layer]).chunk(3, dim=-1)
         blocks = self.requests[name].block_ids
         for n, position in enumerate(range(*span)):
-            page = self.caches[layer, blocks[position // BLOCK_TOKENS]]
-            page[position % BLOCK_TOKENS, 0], page[position % BLOCK_TOKENS, 1] = key[n], value[n]
+            rows = self.caches[:, layer, blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS]
+            rows[:] = torch.stack((key[n], value[n])).unflatten(-1, (self.shards, -1)).movedim(1, 0)
         return query
 
     def _attend(self, layer: int, name: str, span: tuple[int, int], query: torch.Tensor) -> torch.Tensor:
         start, end = span
         table = self.requests[name].block_ids[: blocks_for(end, BLOCK_TOKENS)]
-        context = self.caches[layer, table].flatten(0, 1)[:end]
+        context = torch.cat([self._own(rank, layer, table)[:end] for rank in range(self.ranks)], dim=-1)
         key, value = (context[:, kind].unflatten(-1, (HEADS, HEAD_SIZE)) for kind in (0, 1))
         scores = torch.einsum("qhd,khd->hqk", query.unflatten(-1, (HEADS, HEAD_SIZE)), key) / HEAD_SIZE**0.5
         future = torch.ones(end - start, end, dtype=torch.bool, device=query.device).triu(1 + start)
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 
+    def _own(self, rank: int, layer: int, table: list[int]) -> torch.Tensor:
+        """K and V of the rank's own heads, as it keeps them itself."""
+        context, own = self.caches[rank, layer, table].flatten(0, 1), WIDTH // self.ranks
+        return context[..., rank * own : (rank + 1) * own] if self.shards < self.ranks else context
+
     def prompt_bytes(self, request: Request, block_ids: list[int]) -> np.ndarray:
         """The written K and V of a request's prompt, for comparison between engines."""
         tokens = len(request.prompt_token_ids)
-        return self.caches[:, block_ids].flatten(1, 2)[:, :tokens].contiguous().cpu().numpy().view(np.uint8)
+        return self.caches[:, :, block_ids].flatten(2, 3)[:, :, :tokens].contiguous().cpu().numpy().view(np.uint8)

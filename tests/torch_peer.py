@@ -1,10 +1,10 @@
-"""A torch engine attached to a real pdxd, as vLLM's two processes are: one connection of each half of the connector."""
+"""A torch engine attached to a real pdxd, as vLLM's processes are: one connection of the scheduler and of each rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch_engine import BLOCK_TOKENS, LAYERS, LAYOUT, Request, TorchEngine
+from torch_engine import BLOCK_TOKENS, LAYERS, Request, TorchEngine, layout_of
 
 from pdx.client import Attachment, DaemonClient
 from pdx.config import Config
@@ -15,51 +15,53 @@ from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.wire import Attach, DaemonRef, EngineInfo, Role
 
+MoverOf = Callable[[TorchEngine, int, DaemonClient | None], Mover]  # for this rank
 CONTENT = ContentFingerprint(
     model="torch", weights="seed 7", weight_epoch=0, dtype="f64", block_tokens=BLOCK_TOKENS, hash_algorithm="sha256"
 )
-PACKING = LayoutFingerprint(
-    engine="torch 1", attention="paged", layers=LAYERS, page_bytes=LAYOUT.page_bytes, block_tokens=BLOCK_TOKENS,
-    packing="", kv_groups=1, rank=0, world_size=1,
-)  # fmt: skip
 
 
 class TorchPeer:
     """Attached when constructed; attaches again by itself when its daemon died. One thread only."""
 
     def __init__(
-        self,
-        engine: TorchEngine,
-        config: Config,
-        name: str,
-        role: Role,
-        *,
-        mover_of: Callable[[TorchEngine, DaemonClient | None], Mover] | None = None,
+        self, engine: TorchEngine, config: Config, name: str, role: Role, *, mover_of: MoverOf | None = None
     ) -> None:
         """`mover_of`: for an engine whose pages are not in host memory."""
         self.engine = engine
         self.name = name
-        info = EngineInfo(engine_id=name, role=role, model="torch", content=CONTENT, layout=PACKING)
-        self._links = [
-            Link(Attachment(config, Attach(kind="scheduler", engine=info))),
-            Link(Attachment(config, Attach(kind="worker", engine=info, pages=LAYOUT))),
+        layout, ranks = layout_of(engine.shards), engine.ranks
+        fingerprint = LayoutFingerprint(
+            engine="torch 1", attention="paged", layers=LAYERS, page_bytes=layout.page_bytes,
+            block_tokens=BLOCK_TOKENS, packing="", kv_groups=1, ranks=ranks,
+        )  # fmt: skip
+        info = EngineInfo(engine_id=name, role=role, model="torch", content=CONTENT, layout=fingerprint)
+        hellos = [
+            Attach(kind="scheduler", engine=info),
+            *(Attach(kind="worker", engine=info, pages=layout, rank=rank) for rank in range(ranks)),
         ]
+        self._links = [Link(Attachment(config, hello)) for hello in hellos]
         clients = [link.client() for link in self._links]
-        self._scheduler = SchedulerSide(self._links[0], role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS)
-        mover = mover_of(engine, clients[1]) if mover_of is not None else None
-        self._worker = WorkerSide(self._links[1], engine.pages(), LAYOUT, mover=mover)
-        engine.connect(self._scheduler, self._worker)
+        workers = []
+        for rank, link in enumerate(self._links[1:]):
+            mover = mover_of(engine, rank, clients[1 + rank]) if mover_of is not None else None
+            workers.append(WorkerSide(link, engine.pages(rank), layout, rank=rank, mover=mover))
+        self._scheduler = SchedulerSide(
+            self._links[0], role=role, layout=layout, block_tokens=BLOCK_TOKENS, ranks=ranks
+        )
+        self._workers = workers
+        engine.connect(self._scheduler, *workers)
 
     @property
     def clients(self) -> list[DaemonClient | None]:
-        """Of both halves; None: no daemon now."""
+        """Of the scheduler, then of the workers; None: no daemon now."""
         return [link.client() for link in self._links]
 
     @property
     def daemon_ref(self) -> DaemonRef | None:
-        """The daemon that both halves are attached to, if they are to one."""
+        """The daemon that all are attached to, if they are to one."""
         refs = [client.attached.daemon for client in self.clients if client is not None]
-        return refs[0] if len(refs) == 2 and refs[0] == refs[1] else None
+        return refs[0] if len(refs) == len(self._links) and all(ref == refs[0] for ref in refs) else None
 
     def send(self, name: str, tokens: list[int], handle: str) -> Request:
         parameters = {"do_remote_decode": True, "pdx_handle": handle}
@@ -82,4 +84,5 @@ class TorchPeer:
 
     def close(self) -> None:
         self._scheduler.close()
-        self._worker.close()
+        for worker in self._workers:
+            worker.close()

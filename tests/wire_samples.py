@@ -12,12 +12,13 @@ CONTENT = ContentFingerprint(
 )
 LAYOUT = LayoutFingerprint(
     engine="vllm 0.32.0", attention="CPU_ATTN/vec", layers=30, page_bytes=98304, block_tokens=128,
-    packing="LBHNC", kv_groups=1, rank=0, world_size=1,
+    packing="LBHNC", kv_groups=1, ranks=1,
 )  # fmt: skip
 PAGES = PageLayout(layers=30, page_bytes=98304, chunk_blocks=2)
 PLACE = Place(slot_offset=4096, slot_blocks=2, position=1, header_offset=1280, generation=7)
 ENGINE = wire.EngineInfo(
-    engine_id="prefill-0", role="prefill", model="smol", url="http://127.0.0.1:8101", reasoning_parser="deepseek_r1",
+    engine_id="prefill-0", role="prefill", model="smol", url="http://127.0.0.1:8101", data_parallel_rank=1,
+    reasoning_parser="deepseek_r1",
     context_tokens=8192, sampling_defaults={"temperature": 0.6},
     content=CONTENT, layout=LAYOUT,
 )  # fmt: skip
@@ -25,7 +26,7 @@ DAEMON = wire.DaemonRef(daemon_id="d0", incarnation=99, control="tcp://127.0.0.1
 PEER = {"handoff_id": ID, "attempt": 1, "lease_epoch": 5, "incarnation": 99}
 
 SAMPLES: list[wire.Message] = [
-    wire.Attach(kind="worker", engine=ENGINE, pages=PAGES, router="tcp://127.0.0.1:5700"),
+    wire.Attach(kind="worker", engine=ENGINE, pages=PAGES, rank=1, router="tcp://127.0.0.1:5700"),
     wire.Attached(
         daemon=DAEMON, session=4, socket="ipc:///run/pdx/pdxd.ipc", arena_bytes=1 << 30, fence_offset=8,
         digest_mode=True, lease_s=30.0,

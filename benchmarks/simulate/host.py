@@ -175,7 +175,7 @@ class Host(Process):
         engine = self.sessions.detach(session)
         if engine is None:
             return
-        if engine.worker is None:
+        if not engine.workers:
             self.mover.engine_gone(session.engine_id, self.world.now)
         else:
             self.mover.engine_failing(session.engine_id, self.world.now)
@@ -191,7 +191,7 @@ class Host(Process):
             case Filled():
                 mover.filled(session.engine_id, message, now)
             case LetGo():
-                mover.let_go(session.engine_id, message, now)
+                mover.let_go(session.engine_id, message, now, rank=session.rank)
             case Renew():
                 mover.renew(message.handoff_ids, now)
             case OpenSend() if engine is not None and engine.complete:
@@ -295,9 +295,8 @@ class Host(Process):
 
     def _fence_passed(self, engine_id: str, step: int) -> bool:
         engine = self.sessions.engines.get(engine_id)
-        if engine is None or engine.worker is None:
-            return True
-        return self.arena.fence(engine.worker.fence_offset) >= step
+        workers = engine.workers.values() if engine is not None else ()  # those that have left touch nothing
+        return all(self.arena.fence(worker.fence_offset) >= step for worker in workers)
 
     # --- checks -----------------------------------------------------------------------------------------------
 

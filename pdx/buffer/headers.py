@@ -32,12 +32,12 @@ class Headers:
     def generation(self, header_offset: int) -> int:
         return self._words[header_offset >> 2]
 
-    def watermark(self, header_offset: int) -> int:
-        """How many leading layers of the block are filled."""
-        return self._words[(header_offset >> 2) + 1]
+    def watermark(self, header_offset: int, shard: int = 0) -> int:
+        """How many leading layers of this shard of the block are filled."""
+        return self._words[(header_offset >> 2) + 1 + shard]
 
-    def set_watermark(self, header_offset: int, layers: int) -> None:
-        self._words[(header_offset >> 2) + 1] = layers
+    def set_watermark(self, header_offset: int, layers: int, shard: int = 0) -> None:
+        self._words[(header_offset >> 2) + 1 + shard] = layers
 
     def checksum(self, place: Place, layer: int) -> int:
         """xxh3-64 of the page, 0 before it is filled."""

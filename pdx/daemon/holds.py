@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pdx.buffer.claim import Claim
@@ -24,6 +24,8 @@ class Hold:
     key: HandoffKey | None = None
     places: Sequence[Place] = ()  # of a load: as the engine was told
     claim: Claim | None = None  # of blocks to keep
+    ranks: int = 1  # of the engine: so many workers touch the slots
+    words: dict[int, LetGo] = field(default_factory=dict)  # by rank: of those that have said that they do no more
     asked_at: float | None = None  # once its right is gone: when the engine was last asked to let go
 
 
@@ -54,11 +56,17 @@ class Holds:
                 if hold is not None:
                     self._desk.store.renew(hold.lease, now=now, ttl_s=self._desk.ports.lease_s)
 
-    def let_go(self, hold: Hold, message: LetGo) -> None:
+    def let_go(self, hold: Hold, message: LetGo, *, rank: int | None) -> None:
         """The engine promises to be done after `message.fence`; `passed` returns the hold once that is so.
 
-        The first promise counts: an engine that is asked again says the same, later.
+        The first promise counts: an engine that is asked again says the same, later. A worker's word, that of `rank`,
+        promises nothing before all ranks have given it; the scheduler's (None) is for all of them.
         """
+        if rank is not None:
+            hold.words.setdefault(rank, message)
+            if len(hold.words) < hold.ranks:
+                return
+            message = next((word for word in hold.words.values() if not word.ok), message)
         self._letting_go.setdefault(hold, message)
 
     def passed(self) -> list[tuple[Hold, LetGo]]:

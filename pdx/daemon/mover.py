@@ -72,12 +72,15 @@ class Mover:
     def keep(self, engine: Engine, message: Keep, now: float) -> None:
         self._prefixes.keep(engine, message, now, room=not self._waiting)
 
-    def let_go(self, engine_id: str, message: LetGo, now: float) -> None:
-        """The engine is done with a handoff's slots once its fence has passed. Only the holder can say so."""
+    def let_go(self, engine_id: str, message: LetGo, now: float, *, rank: int | None = None) -> None:
+        """The engine is done with a handoff's slots once its fence has passed. Only the holder can say so.
+
+        `rank`: of the worker that speaks for itself; None: the scheduler speaks.
+        """
         hold = self._holds.get(message.handoff_id, message.side)
         if hold is not None:
             if hold.engine_id == engine_id:
-                self._holds.let_go(hold, message)
+                self._holds.let_go(hold, message, rank=rank)
                 self._end_passed(now)
             return
         if message.side == "load":
@@ -93,7 +96,7 @@ class Mover:
         self._sending.renewed(handoff_ids, now)
 
     def engine_failing(self, engine_id: str, now: float) -> None:
-        """One of the engine's processes is gone: its handoffs fail. Its worker may still write: holds stay."""
+        """One of the engine's processes is gone: its handoffs fail. Others may still write: holds stay."""
         for record in list(self._sending.records.values()):
             if record.engine.info.engine_id == engine_id:
                 self._sending.act(record, record.sender.fail("prefill engine died", tell_peer=True), now)

@@ -75,7 +75,8 @@ class Prefixes:
             ports.counters["keeps_refused"] += 1
             ports.to_engine(engine_id, SendEnded(request_id=message.request_id, handoff_id=b"", reason=reason))
             return
-        self._holds.add(Hold(message.handoff_id, "send", engine_id, claim.lease, claim=claim))
+        ranks = engine.info.layout.ranks
+        self._holds.add(Hold(message.handoff_id, "send", engine_id, claim.lease, claim=claim, ranks=ranks))
         places = [place if block in claim.fresh else None for block, place in enumerate(claim.places)]
         opened = SendOpened(request_id=message.request_id, handoff_id=message.handoff_id, places=places)
         ports.to_engine(engine_id, opened)

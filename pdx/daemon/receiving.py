@@ -81,6 +81,7 @@ class ReceivingHalves:
             handle,
             blocks=len(message.block_hashes) + bool(message.tail_hash),
             layers=message.pages.layers,
+            shards=message.pages.shards,
             lease_epoch=self._epochs,
             incarnation=ports.me.incarnation,
             now=now,
@@ -162,9 +163,10 @@ class ReceivingHalves:
     def pages_landed(self, record: Incoming, layer: int, blocks: Sequence[int], now: float) -> None:
         """Bytes and checksums of these pages are in the slots: let the engine see them, and count."""
         self._desk.trace(record.key, "landed", layer=layer, pages=len(blocks), block=min(blocks, default=-1))
+        shard = layer // record.reserve.pages.shard_layers
         for block, layers in record.receiver.landed(layer, blocks, now=now):
-            if record.paired is None:  # in shared slots the prefill worker raises it, and may be further already
-                self._desk.store.arena.set_watermark(record.places[block].header_offset, layers)
+            if record.paired is None:  # in shared slots the prefill workers raise it, and may be further already
+                self._desk.store.arena.set_watermark(record.places[block].header_offset, layers, shard)
         self._desk.ports.counters["pages_landed"] += len(blocks)
         self.act(record, record.receiver.check(), now)
 
@@ -235,6 +237,8 @@ class ReceivingHalves:
             return f"engine {decode_engine!r} is not attached here"
         if message.namespace != namespace_of(engine.info.content):
             return "model contents differ"
+        if message.pages.shards != engine.pages.shards:
+            return f"tensor parallelism differs: {message.pages.shards} ranks there, {engine.pages.shards} here"
         if message.layout_id != layout_id(engine.info.layout) or message.pages != engine.pages:
             return "KV layouts differ"
         return ""

@@ -117,7 +117,8 @@ class SendingHalves:
         handoff_id = record.key[0]
         record.claim = claim
         record.wire = store.lease(claim, Owner("wire", handoff_id.hex()), now=now, ttl_s=float("inf"))
-        self._holds.add(Hold(handoff_id, "send", engine_id, claim.lease, record.key))
+        ranks = record.engine.info.layout.ranks
+        self._holds.add(Hold(handoff_id, "send", engine_id, claim.lease, record.key, ranks=ranks))
         self._desk.trace(record.key, "claimed", fresh=len(claim.fresh))
         reserve = Reserve(
             **self._desk.ids(record.sender.handle, lease_epoch=0),
@@ -253,7 +254,7 @@ class SendingHalves:
                 copies=self._copies(record, action),
                 notice=self._notice(record, action),
                 queue=record.key[0],
-                urgency=float(action.layer),
+                urgency=float(action.layer % record.pages.shard_layers),  # shards side by side
             )
         except (PdxError, ValueError) as error:  # the peer's endpoint or places are impossible
             self.act(record, record.sender.put_ended(ok=False, reason=str(error), now=now), now)

@@ -53,7 +53,7 @@ from pdx.wire import (
 
 TICK_S = 0.1
 FENCE_TICK_S = 0.002  # while an engine's fence is awaited
-HALF_ATTACHED = "the engine's worker is not attached here"
+HALF_ATTACHED = "not all workers of the engine are attached here"
 HELLOS_MAX = 64  # connections that have not spoken yet; each holds a descriptor
 BURST = 256  # messages taken from one socket before the others get their turn
 IPC_NAME = "pdxd.ipc"
@@ -195,7 +195,7 @@ class Service:
             case Filled():
                 self._mover.filled(session.engine_id, message, now)
             case LetGo():
-                self._mover.let_go(session.engine_id, message, now)
+                self._mover.let_go(session.engine_id, message, now, rank=session.rank)
             case Renew():
                 if engine is not None:
                     engine.running, engine.waiting = message.running, message.waiting
@@ -292,7 +292,7 @@ class Service:
         session.connection.close()
         engine = self._sessions.detach(session)
         if engine is not None:
-            if engine.worker is None:
+            if not engine.workers:
                 self._mover.engine_gone(session.engine_id, now)
             else:
                 self._mover.engine_failing(session.engine_id, now)
@@ -341,9 +341,8 @@ class Service:
 
     def _fence_passed(self, engine_id: str, step: int) -> bool:
         engine = self._sessions.engines.get(engine_id)
-        if engine is None or engine.worker is None:
-            return True
-        return self._store.arena.fence(engine.worker.fence_offset) >= step
+        workers = engine.workers.values() if engine is not None else ()  # those that have left touch nothing
+        return all(self._store.arena.fence(worker.fence_offset) >= step for worker in workers)
 
     def _bind(self, endpoint: str, *, cluster_key: bytes | None = None) -> zmq.Socket[bytes]:
         bound = self._context.socket(zmq.ROUTER)

@@ -1,4 +1,4 @@
-"""Who is attached: one session per process, two sessions (scheduler and worker) per engine.
+"""Who is attached: one session per process; of an engine its scheduler, and a worker for each of its ranks.
 
 The kernel tells us of a session's end by the EOF of its Unix socket. A client closes that socket only after it has
 unmapped the arena, and a dying process loses its memory before its files, so EOF means: this process touches no slot.
@@ -15,7 +15,7 @@ from pdx.layout import CONTROL_FENCES, PageLayout
 from pdx.wire import Attach, EngineInfo, identity_of
 
 ENGINES_MAX = 128
-SESSIONS_MAX = 512  # two an engine, the rest tools; well below the usual limit of 1024 descriptors
+SESSIONS_MAX = 512  # two an engine and more with ranks, the rest tools; well below the usual limit of 1024 descriptors
 
 
 @dataclass(eq=False)
@@ -27,25 +27,26 @@ class Session:
     connection: socket.socket
     identity: bytes  # of its ZeroMQ socket
     engine_id: str = ""
+    rank: int | None = None  # of a worker
     fence_offset: int = 0
 
 
 @dataclass(eq=False)
 class Engine:
-    """One engine of this host, complete when both of its processes are attached."""
+    """One engine of this host, complete when all of its processes are attached."""
 
     info: EngineInfo
     router: str = ""
     pages: PageLayout | None = None
     scheduler: Session | None = None
-    worker: Session | None = None
+    workers: dict[int, Session] = field(default_factory=dict)  # by rank
     running: int = 0
     waiting: int = 0
-    leaving: bool = False  # one of its processes has gone: the other belongs to the past and will follow
+    leaving: bool = False  # one of its processes has gone: the others belong to the past and will follow
 
     @property
     def complete(self) -> bool:
-        return self.scheduler is not None and self.worker is not None
+        return self.scheduler is not None and len(self.workers) == self.info.layout.ranks
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Sessions:
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def attach(self, hello: Attach, connection: socket.socket) -> Session:
-        """Raises Refused: two engines of one name, an engine whose halves differ, too many engines."""
+        """Raises Refused: two engines of one name, an engine whose processes do not fit together, too many engines."""
         if len(self.by_identity) >= SESSIONS_MAX:
             raise Refused(f"this daemon serves at most {SESSIONS_MAX} processes")
         number = next(self._numbers)
@@ -77,9 +78,9 @@ class Sessions:
         engine.leaving = True
         if engine.scheduler is session:
             engine.scheduler = None
-        if engine.worker is session:
-            engine.worker = None
-        if engine.scheduler is None and engine.worker is None:
+        if session.rank is not None:
+            del engine.workers[session.rank]
+        if engine.scheduler is None and not engine.workers:
             del self.engines[session.engine_id]
         return engine
 
@@ -88,18 +89,22 @@ class Sessions:
             raise Refused(f"{hello.kind} attached without describing its engine")
         name = hello.engine.engine_id
         engine = self.engines.get(name)
-        if engine is not None and getattr(engine, hello.kind) is not None:
+        if engine is not None and (hello.rank in engine.workers if hello.kind == "worker" else engine.scheduler):
             raise Refused(f"an engine called {name!r} is attached already: give each engine its own engine_id")
         if engine is not None and engine.leaving:
             raise Refused(f"an earlier life of engine {name!r} has not quite ended: try again")
+        if hello.kind == "worker" and not 0 <= hello.rank < hello.engine.layout.ranks:
+            raise Refused(f"engine {name!r} has {hello.engine.layout.ranks} ranks, and no rank {hello.rank}")
         if engine is None:
             if len(self.engines) >= ENGINES_MAX:
                 raise Refused(f"this daemon serves at most {ENGINES_MAX} engines")
             engine = Engine(hello.engine)
         if hello.kind == "worker":
-            session.fence_offset = self._free_fence()
-            engine.worker, engine.pages = session, hello.pages
-            engine.info = hello.engine  # only the worker has seen the real caches
+            if engine.workers and (engine.info, engine.pages) != (hello.engine, hello.pages):
+                raise Refused(f"the ranks of engine {name!r} differ in model or layout")
+            session.rank, session.fence_offset = hello.rank, self._free_fence()
+            engine.workers[hello.rank], engine.pages = session, hello.pages
+            engine.info = hello.engine  # only workers have seen the real caches
         else:
             engine.scheduler, engine.router = session, hello.router
         session.engine_id = name

@@ -46,16 +46,21 @@ class Rows:
 
 
 class Copier:
-    """Gathers and scatters pages of one layout. Call it from the thread that runs the model."""
+    """Gathers and scatters pages of one shard of a layout, whose layers it counts from 0.
 
-    def __init__(self, layout: PageLayout, *, digest_mode: bool) -> None:
+    Call it from the thread that runs the model.
+    """
+
+    def __init__(self, layout: PageLayout, *, shard: int = 0, digest_mode: bool) -> None:
         self.layout = layout
+        self.shard = shard
         self.digest_mode = digest_mode
+        self._first = layout.slot_layer(shard, 0)
 
     def gather(self, rows: Rows, block_ids: Sequence[int], arena: Headers, places: Sequence[Place], layer: int) -> None:
         """Copies engine blocks into their slots, then writes checksums, then raises watermarks."""
         memory, stride_bytes, page_bytes = rows.memory, rows.stride_bytes, self.layout.page_bytes
-        slots, longs = arena.memory, arena.memory.cast("Q")
+        slots, longs, layer = arena.memory, arena.memory.cast("Q"), self._first + layer
         checksum_bytes = HEADER_FIXED_BYTES + layer * CHECKSUM_BYTES
         for block_id, place in zip(block_ids, places, strict=True):
             start = block_id * stride_bytes
@@ -73,6 +78,7 @@ class Copier:
         """Copies slots into engine blocks and verifies each copy. Returns (position in `places`, fault) of bad ones."""
         memory, stride_bytes, page_bytes = rows.memory, rows.stride_bytes, self.layout.page_bytes
         slots, words, longs = arena.memory, arena.memory.cast("I"), arena.memory.cast("Q")
+        layer = self._first + layer
         checksum_bytes = HEADER_FIXED_BYTES + layer * CHECKSUM_BYTES
         faults = []
         for position, (block_id, place) in enumerate(zip(block_ids, places, strict=True)):
@@ -93,8 +99,8 @@ class Copier:
 
     def _raise_watermark(self, arena: Headers, place: Place) -> None:
         """Layers come in order from hooks; those swept after the step fill gaps, which the checksums show."""
-        before = after = arena.watermark(place.header_offset)
-        while after < self.layout.layers and arena.checksum(place, after):
+        before = after = arena.watermark(place.header_offset, self.shard)
+        while after < self.layout.shard_layers and arena.checksum(place, self._first + after):
             after += 1
         if after > before:
-            arena.set_watermark(place.header_offset, after)
+            arena.set_watermark(place.header_offset, after, self.shard)

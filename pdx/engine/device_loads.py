@@ -56,11 +56,13 @@ class DeviceLoads:
         tally: Tally,
         ring: StagingRing | None,
         *,
+        shard: int,
         batch_pages: int,
     ) -> None:
         """`ring`: None to load straight, each page by a copy of its own. `batch_pages` fit one of its buffers."""
         self._device = device
         self._layout = layout
+        self._shard = shard
         self._tally = tally
         self._ring = ring
         self._batch_pages = batch_pages
@@ -89,7 +91,7 @@ class DeviceLoads:
             return False
 
         def watermark(place: Place) -> int:
-            return session.headers.watermark(place.header_offset)
+            return session.headers.watermark(place.header_offset, self._shard)
 
         for layer, positions in loading.plan.batches(watermark, pages_max=self._batch_pages):
             full = self._under_way and self._pages_under_way + len(positions) > self._pages_max
@@ -119,7 +121,8 @@ class DeviceLoads:
         device, arena, plan = self._device, session.arena, loading.plan
         assert arena is not None
         session.fence.hold(step)
-        copies = [run.copy(self._layout, layer) for run in runs([plan.places[n] for n in positions])]
+        slot_layer = self._layout.slot_layer(self._shard, layer)
+        copies = [run.copy(self._layout, slot_layer) for run in runs([plan.places[n] for n in positions])]
         blocks = device.block_list(self._scattering, [plan.block_ids[n] for n in positions])
         if self._ring is None:
             device.copy_straight(self._scattering, arena, layer, blocks, copies)
@@ -154,11 +157,12 @@ class DeviceLoads:
 
     def _faults(self, batch: _Batch) -> Sequence[tuple[int, Fault]]:
         plan, session = batch.loading.plan, batch.session
+        slot_layer = self._layout.slot_layer(self._shard, batch.layer)
         places = [plan.places[n] for n in batch.positions]
         if not session.digest_mode:
-            return session.words.faults(places, batch.layer, batch.digests.read())
-        expected = [session.headers.digest(place, self._layout, batch.layer) for place in places]
-        faults = dict(session.words.faults(places, batch.layer, batch.digests.read()))
+            return session.words.faults(places, slot_layer, batch.digests.read())
+        expected = [session.headers.digest(place, self._layout, slot_layer) for place in places]
+        faults = dict(session.words.faults(places, slot_layer, batch.digests.read()))
         for n, position in enumerate(batch.positions):
             page = self._device.page(batch.layer, plan.block_ids[position])
             if blake3(page).digest() != expected[n]:

@@ -48,6 +48,7 @@ class DeviceMover:
         layout: PageLayout,
         client: DaemonClient | None = None,
         *,
+        shard: int = 0,
         staging_bytes: int = STAGING_BYTES,
         lots_max: int = LOTS_MAX,
         stall_s: float = STALL_S,
@@ -65,9 +66,9 @@ class DeviceMover:
         out = StagingRing(device, buffers=BUFFERS, pages_max=pages_max)
         back = None if loads_straight else StagingRing(device, buffers=BUFFERS, pages_max=pages_max)
         self._saves = DeviceSaves(
-            device, layout, self._completions, self._tally, out, lots_max=lots_max, stall_s=stall_s
+            device, layout, self._completions, self._tally, out, shard=shard, lots_max=lots_max, stall_s=stall_s
         )
-        self._loads = DeviceLoads(device, layout, self._tally, back, batch_pages=pages_max)
+        self._loads = DeviceLoads(device, layout, self._tally, back, shard=shard, batch_pages=pages_max)
         self._client: DaemonClient | None = None
         self._session: Session | None = None
         self._step = 0

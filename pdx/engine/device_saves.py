@@ -67,11 +67,13 @@ class DeviceSaves:
         tally: Tally,
         ring: StagingRing,
         *,
+        shard: int = 0,
         lots_max: int = LOTS_MAX,
         stall_s: float = STALL_S,
     ) -> None:
         self._device = device
         self._layout = layout
+        self._shard = shard
         self._completions = completions
         self._tally = tally
         self._ring = ring
@@ -99,7 +101,7 @@ class DeviceSaves:
             self._completions.put(None, partial(self._ended, _Step(saving, session, [], None, set(), failed=True)))
             return
         step = self._step or self._open(saving, session)
-        missing = [layer for layer in range(self._layout.layers) if layer not in step.layers_begun]
+        missing = [layer for layer in range(self._layout.shard_layers) if layer not in step.layers_begun]
         if missing:
             self._follow_compute()
         for layer in missing:
@@ -111,7 +113,7 @@ class DeviceSaves:
     # --- in the thread that runs the model --------------------------------------------------------------------
 
     def _open(self, saving: Saving, session: Session) -> _Step:
-        blocks = self._device.block_list(self._gathering, saving.block_ids)
+        blocks = self._device.block_list(self._gathering, saving.block_ids) if saving.block_ids else None
         self._step = _Step(saving, session, self._cut(saving), blocks, set())
         return self._step
 
@@ -144,11 +146,12 @@ class DeviceSaves:
         digests = device.gather(self._gathering, layer, step.blocks, lot.first, lot.count, buffer.staging)
         step.gathered = device.record(self._gathering)
         device.wait(self._copying, step.gathered)
-        device.copy_out(self._copying, buffer.staging, arena, [run.copy(self._layout, layer) for run in lot.runs])
+        slot_layer = self._layout.slot_layer(self._shard, layer)
+        device.copy_out(self._copying, buffer.staging, arena, [run.copy(self._layout, slot_layer) for run in lot.runs])
         buffer.emptied = device.record(self._copying)
-        self._completions.put(buffer.emptied, partial(self._copied, step, layer, lot, digests))
+        self._completions.put(buffer.emptied, partial(self._copied, step, slot_layer, lot, digests))
 
-    # --- in the thread of completions -------------------------------------------------------------------------
+    # --- in the thread of completions: layers as the slots count them -----------------------------------------
 
     def _copied(self, step: _Step, layer: int, lot: _Lot, digests: Digests) -> None:
         """This lot is in the arena, or lost."""

@@ -22,18 +22,23 @@ class HeaderWords:
         self._longs = np.frombuffer(memory, np.uint64)
 
     def filled(self, places: Sequence[Place], layer: int, digests: Sequence[int], layout: PageLayout) -> None:
-        """These pages are in their slots: writes their checksums, then raises watermarks over what has no gap."""
+        """These pages are in their slots: writes their checksums, then raises watermarks over what has no gap.
+
+        `layer`, here and below: as the slots count them; the watermark is that of its shard.
+        """
         headers = _headers(places)
         checksums = _checksums(headers, layer)
         self._longs[checksums] = np.asarray(digests, np.uint64)
-        watermarks = (headers >> 2) + 1
+        shard = layer // layout.shard_layers
+        first = layout.slot_layer(shard, 0)
+        watermarks = (headers >> 2) + 1 + shard
         raised = self._words[watermarks]
         # Layers come in order from hooks; those swept after the step fill gaps, which the checksums show.
-        rising = np.flatnonzero(raised == layer)
+        rising = np.flatnonzero(raised == layer - first)
         while rising.size:
             raised[rising] += 1
             layer += 1
-            if layer == layout.layers:
+            if layer == first + layout.shard_layers:
                 break
             rising = rising[self._longs[_checksums(headers[rising], layer)] != 0]
         self._words[watermarks] = raised

@@ -27,19 +27,21 @@ class HostMover:
 
     copies_ahead = False
 
-    def __init__(self, pages: Sequence[Pages], layout: PageLayout) -> None:
+    def __init__(self, pages: Sequence[Pages], layout: PageLayout, *, shard: int = 0) -> None:
         self._rows = [Rows(layer) for layer in pages]
         self._layout = layout
+        self._shard = shard
         self._batch_pages = max(1, BATCH_BYTES // layout.page_bytes)
         self._client: DaemonClient | None = None  # one for the whole step: no arena is unmapped in the middle of it
-        self._copier = Copier(layout, digest_mode=False)
+        self._copier = Copier(layout, shard=shard, digest_mode=False)
         self._step = 0
         self._layers_saved: set[int] = set()
         self._counts: Counter[str] = Counter()
 
     def begin(self, client: DaemonClient | None, step: int, *, loads: bool) -> None:
         self._client = client
-        self._copier = Copier(self._layout, digest_mode=client is not None and client.attached.digest_mode)
+        digest_mode = client is not None and client.attached.digest_mode
+        self._copier = Copier(self._layout, shard=self._shard, digest_mode=digest_mode)
         self._step = step
         self._layers_saved = set()
 
@@ -54,12 +56,12 @@ class HostMover:
         self._copier.gather(self._rows[layer], saving.block_ids, self._arena, saving.places, layer)
         self._counts["pages_saved"] += len(saving.block_ids)
         self._counts["bytes_saved"] += len(saving.block_ids) * self._layout.page_bytes
-        for message in saving.filled(layer):
+        for message in saving.filled(self._layout.slot_layer(self._shard, layer)):
             self._tell(message)
 
     def end(self, saving: Saving | None) -> None:
         if saving is not None:
-            for layer in range(self._layout.layers):
+            for layer in range(self._layout.shard_layers):
                 self.save(saving, layer)
         if self._client is None:
             return
@@ -74,7 +76,7 @@ class HostMover:
         arena, plan = self._arena, loading.plan
 
         def watermark(place: Place) -> int:
-            return arena.watermark(place.header_offset)
+            return arena.watermark(place.header_offset, self._shard)
 
         for layer, positions in plan.batches(watermark, pages_max=self._batch_pages):
             if budget.spent:

@@ -1,5 +1,7 @@
 """How a worker's pages move between the engine's blocks and the arena: the contract, and what a step asks for.
 
+Layers are counted as the engine's rank has them; a mover knows which of the slots' layers those of its *shard* are.
+
 Two ways: `HostMover` copies within the call that asks for it, `DeviceMover` only enqueues and sees later what is done.
 Whoever plans the steps (for vLLM, `worker_side`) knows which requests load and why a load ends; a mover knows copies.
 """
@@ -32,7 +34,7 @@ class Saving:
     let_gos: list[LetGo]  # for what is saved whole with this step: told behind its last FILLED
 
     def filled(self, layer: int) -> Iterator[Filled]:
-        """What to tell now that this layer is in its slots."""
+        """What to tell now that this layer is in its slots. `layer`: as the slots count them."""
         filled_ns = time.monotonic_ns()
         for entries in self.entries:
             yield Filled(

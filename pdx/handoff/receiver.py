@@ -29,7 +29,15 @@ class Receiver:
     """One handoff, receiving side. Every method returns the actions to take, in order."""
 
     def __init__(
-        self, handle: TransferHandle, *, blocks: int, layers: int, lease_epoch: int, incarnation: int, now: float
+        self,
+        handle: TransferHandle,
+        *,
+        blocks: int,
+        layers: int,
+        shards: int = 1,
+        lease_epoch: int,
+        incarnation: int,
+        now: float,
     ) -> None:
         self.handle = handle
         self.state = Receiving.WAITING
@@ -37,6 +45,7 @@ class Receiver:
         self.blocks = blocks
         self.lease_epoch = lease_epoch
         self._layers = layers
+        self._shard_layers = layers // shards
         self._incarnation = incarnation
         self._whole = (1 << layers) - 1
         self._landed: dict[int, int] = {}  # wanted block -> bitmap of layers
@@ -72,17 +81,20 @@ class Receiver:
         return all(not self._landed.get(block, self._whole) >> layer & 1 for block in blocks)
 
     def landed(self, layer: int, blocks: Iterable[int], *, now: float) -> list[tuple[int, int]]:
-        """Bytes of these pages are in place. Returns (block, leading layers landed) for the slot headers."""
+        """Bytes of these pages are in place. Returns (block, leading layers landed of this layer's shard)."""
         if self.state is not Receiving.GRANTED or not 0 <= layer < self._layers:
             return []
         self._progress_at = now
+        first = layer - layer % self._shard_layers
         watermarks = []
         for block in blocks:
             if block not in self._landed:
                 continue
             self.begun = True
             bits = self._landed[block] = self._landed[block] | 1 << layer
-            watermarks.append((block, (~bits & (bits + 1)).bit_length() - 1))
+            missing = ~bits >> first
+            leading = (missing & -missing).bit_length() - 1
+            watermarks.append((block, min(leading, self._shard_layers)))
         return watermarks
 
     def check(self) -> list[Action]:

@@ -12,11 +12,14 @@ from typing import Any
 
 import pdx
 from pdx.errors import ConfigError
+from pdx.launch.guard import parse_cpus
+from pdx.launch.shares import shares
 
 KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 ROLES = {**{role: role for role in KV_ROLES}, **{kv: role for role, kv in KV_ROLES.items()}}
 CONNECTOR_MODULE = "pdx.engine.vllm.connector"
 OUR_FLAG = "--kv-transfer-config"
+TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +63,28 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     """What to add to our own environment. Values that the operator has set already are kept, pins excepted."""
     added = {"VLLM_HOST_IP": os.environ.get("VLLM_HOST_IP", spec.host), **import_path()}
     if spec.cpus:
-        added["VLLM_CPU_OMP_THREADS_BIND"] = spec.cpus
+        added["VLLM_CPU_OMP_THREADS_BIND"] = _cores_by_rank(spec)
     if spec.gpus:
         added["CUDA_VISIBLE_DEVICES"] = spec.gpus
     return added
+
+
+def _cores_by_rank(spec: EngineSpec) -> str:
+    """As vLLM reads them: "0-3" for one rank, "0,1|2,3" for two."""
+    ranks = _tensor_parallel_size(spec.flags)
+    if ranks == 1:
+        return spec.cpus
+    return "|".join(",".join(map(str, share)) for share in shares(sorted(parse_cpus(spec.cpus)), ranks))
+
+
+def _tensor_parallel_size(flags: Sequence[str]) -> int:
+    """As far as it can be read: what is no number is left to the engine's own parser."""
+    for flag, following in zip(flags, [*flags[1:], ""], strict=False):
+        name, _, value = flag.partition("=")
+        if name.replace("_", "-") in TENSOR_PARALLEL:
+            given = value or following
+            return max(1, int(given)) if given.isdecimal() else 1
+    return 1
 
 
 def import_path() -> dict[str, str]:

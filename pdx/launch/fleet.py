@@ -6,17 +6,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from pdx.launch.engine import EngineSpec
+from pdx.launch.shares import shares
 
 # Two engines at vLLM's default would each ask for most of the machine's memory.
 KV_CACHE_BYTES = 1 << 30
 # `pdx up` ends its daemons itself; until then one that waits for slow engines must not take itself for left alone.
 LINGER_S = 1e9
 MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +96,6 @@ def design(wish: Wish, ground: Ground) -> Fleet:
         for index, role in enumerate(roles)
     )
     return Fleet(daemons=daemons, engines=engines, router_cpus=cpus[-1])
-
-
-def shares(items: Sequence[T], count: int) -> list[tuple[T, ...]]:
-    """`items` cut into `count` shares: contiguous ones if there are enough, else one item each, taken in turn."""
-    if not items:
-        return [()] * count
-    if len(items) < count:
-        return [(items[index % len(items)],) for index in range(count)]
-    return [tuple(items[len(items) * i // count : len(items) * (i + 1) // count]) for i in range(count)]
 
 
 def _memory_flags(flags: Sequence[str], *, on_cpu: bool) -> tuple[str, ...]:

@@ -36,7 +36,8 @@ def restore(arena: Headers, place: Place, layout: PageLayout, meta: bytes) -> No
     if shape != _SHAPE.pack(layout.layers, layout.page_bytes) or len(words) != stop - start:
         raise BadBlock("it was kept by another layout")
     arena.memory[start:stop] = words
-    arena.set_watermark(place.header_offset, layout.layers)
+    for shard in range(layout.shards):
+        arena.set_watermark(place.header_offset, layout.shard_layers, shard)
 
 
 def _kept(place: Place, layout: PageLayout) -> tuple[int, int]:

@@ -98,3 +98,10 @@ def test_random_use_never_overlaps_never_refuses_and_merges_back(seed: int) -> N
     assert not extents.pools
     assert extents.free(SMALL) == extents.capacity(SMALL)
     assert all(extent.used_units == 0 for extent in extents.untaken)
+
+
+@pytest.mark.parametrize("shards", [0, 3, 16, 32])
+def test_layers_are_shared_out_evenly_among_as_many_shards_as_a_header_has_words_for(shards: int) -> None:
+    with pytest.raises(ValueError, match="shards"):
+        PageLayout(layers=32, page_bytes=1000, chunk_blocks=4, shards=shards)
+    assert PageLayout(layers=32, page_bytes=1000, chunk_blocks=4, shards=8).shard_layers == 4

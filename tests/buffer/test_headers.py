@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from pdx.buffer.headers import Headers
-from pdx.layout import CONTROL_BYTES, PageLayout, Place
+from pdx.layout import CONTROL_BYTES, SHARDS_MAX, PageLayout, Place
 
 PAGES = PageLayout(layers=5, page_bytes=64, chunk_blocks=2)
 PLACE = Place(slot_offset=8192, slot_blocks=1, position=0, header_offset=CONTROL_BYTES, generation=77)
@@ -27,6 +27,15 @@ def test_words_lie_where_the_layout_says() -> None:
     assert bytes(headers.memory[start : start + 32]) == b"d" * 32
     assert (headers.generation(PLACE.header_offset), headers.watermark(PLACE.header_offset)) == (77, 3)
     assert (headers.checksum(PLACE, 4), headers.digest(PLACE, PAGES, 4)) == (2**64 - 2, b"d" * 32)
+
+
+def test_every_shard_has_a_watermark_within_the_fixed_header() -> None:
+    headers = headers_full_of(0xFF)
+    headers.reset(PLACE.header_offset, PAGES, 77)
+    for shard in range(SHARDS_MAX):
+        headers.set_watermark(PLACE.header_offset, shard + 1, shard)
+    assert [headers.watermark(PLACE.header_offset, shard) for shard in range(SHARDS_MAX)] == list(range(1, 16))
+    assert (headers.generation(PLACE.header_offset), headers.checksum(PLACE, 0)) == (77, 0)
 
 
 def test_reset_clears_exactly_one_header() -> None:

@@ -20,6 +20,7 @@ from typing import TypeVar
 import msgspec
 import xxhash
 
+from pdx.buffer.headers import Headers
 from pdx.client import DaemonClient
 from pdx.config import Config, load
 from pdx.handoff.handle import TransferHandle, mint
@@ -163,22 +164,34 @@ def prompt_of(tokens: int, seed: int = 0) -> Prompt:
 
 
 class BareEngine:
-    """Scheduler and worker sessions of one engine, in this process."""
+    """The sessions of one engine's scheduler and workers, in this process."""
 
-    def __init__(self, daemon: Daemon, name: str, role: str = "both", *, model: str = "m", layout: str = "L") -> None:
+    def __init__(
+        self, daemon: Daemon, name: str, role: str = "both", *, model: str = "m", layout: str = "L", ranks: int = 1
+    ) -> None:
+        self.pages = msgspec.structs.replace(PAGES, layers=PAGES.layers * ranks, shards=ranks)
         content = ContentFingerprint(
             model=model, weights="w", weight_epoch=0, dtype="bf16", block_tokens=BLOCK_TOKENS, hash_algorithm="sha"
         )
         fingerprint = LayoutFingerprint(
             engine="bare 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes,
-            block_tokens=BLOCK_TOKENS, packing=layout, kv_groups=1, rank=0, world_size=1,
+            block_tokens=BLOCK_TOKENS, packing=layout, kv_groups=1, ranks=ranks,
         )  # fmt: skip
         info = EngineInfo(engine_id=name, role=role, model=model, content=content, layout=fingerprint)  # type: ignore[arg-type]
         self.daemon, self.name, self.step = daemon, name, 0
         self.info = info
         self.scheduler = DaemonClient.attach(daemon.config, Attach(kind="scheduler", engine=info), start=False)
-        self.worker = DaemonClient.attach(daemon.config, Attach(kind="worker", engine=info, pages=PAGES), start=False)
+        self.workers = [self.attach_worker(rank) for rank in range(ranks)]
         self._inbox: list[Message] = []
+
+    @property
+    def worker(self) -> DaemonClient:
+        """Of rank 0."""
+        return self.workers[0]
+
+    def attach_worker(self, rank: int) -> DaemonClient:
+        hello = Attach(kind="worker", engine=self.info, pages=self.pages, rank=rank)
+        return DaemonClient.attach(self.daemon.config, hello, start=False)
 
     def expect(self, kind: type[M], deadline_s: float = DEADLINE_S) -> M:
         """The next message of this kind; others stay for later."""
@@ -205,24 +218,30 @@ class BareEngine:
         )  # fmt: skip
 
     def fill(self, opened: SendOpened, prompt: Prompt, blocks: list[int], layers: range | None = None) -> None:
-        """One step that computes these blocks, layer by layer, as an engine's worker does."""
+        """One step that computes these blocks, layer by layer, as an engine's workers do, one behind the other."""
         self.step += 1
         blocks = [block for block in blocks if opened.places[block] is not None]
-        for layer in layers if layers is not None else range(PAGES.layers):
+        for layer in layers if layers is not None else range(self.pages.layers):
             for block in blocks:
                 self.write_page(opened.places[block], page_bytes_of(prompt.names[block], layer), layer)
             entry = FilledEntry(handoff_id=opened.handoff_id, blocks=blocks)
             now = time.monotonic_ns()
-            self.worker.send(Filled(step=self.step, step_started_ns=now, layer=layer, filled_ns=now, entries=[entry]))
-        self.worker.publish_fence(self.step)
+            filled = Filled(step=self.step, step_started_ns=now, layer=layer, filled_ns=now, entries=[entry])
+            self.workers[layer // self.pages.shard_layers].send(filled)
+        self.publish_fences()
+
+    def publish_fences(self) -> None:
+        for worker in self.workers:
+            worker.publish_fence(self.step)
 
     def write_page(self, place: Place | None, content: bytes, layer: int) -> None:
         arena = self.worker.arena
         assert arena is not None and place is not None
-        start = place.page_offset(PAGES, layer)
+        start = place.page_offset(self.pages, layer)
         arena.memory[start : start + PAGES.page_bytes] = content
         arena.set_checksum(place, layer, xxhash.xxh3_64_intdigest(content))
-        arena.set_watermark(place.header_offset, layer + 1)
+        shard, layer_of_shard = divmod(layer, self.pages.shard_layers)
+        arena.set_watermark(place.header_offset, layer_of_shard + 1, shard)
 
     def let_go(
         self, handoff_id: bytes, side: str, *, ok: bool = True, fence: int | None = None, pages: int = 0
@@ -265,8 +284,8 @@ class BareEngine:
         assert arena is not None
         count = 0
         for place, name in zip(loaded.places, prompt.names, strict=False):
-            for layer in range(arena.watermark(place.header_offset)):
-                start = place.page_offset(PAGES, layer)
+            for layer in self._layers_present(arena, place):
+                start = place.page_offset(self.pages, layer)
                 content = bytes(arena.memory[start : start + PAGES.page_bytes])
                 assert arena.generation(place.header_offset) == place.generation
                 assert content == page_bytes_of(name, layer), f"block {name.hex()[:8]} layer {layer} is wrong"
@@ -274,15 +293,20 @@ class BareEngine:
                 count += 1
         return count
 
+    def _layers_present(self, arena: Headers, place: Place) -> Iterator[int]:
+        for shard in range(self.pages.shards):
+            first = shard * self.pages.shard_layers
+            yield from range(first, first + arena.watermark(place.header_offset, shard))
+
     def load(self, prompt: Prompt, handle: str) -> int:
         """A whole load: every promised page arrives and is right. Returns the number of blocks loaded."""
         loaded = self.open_load(prompt, handle)
         if loaded.status == "absent":
             return 0
-        wanted = len(loaded.places) * PAGES.layers
+        wanted = len(loaded.places) * self.pages.layers
         until(lambda: self.pages_present(loaded, prompt) == wanted, "all promised pages land")
         self.step += 1
-        self.worker.publish_fence(self.step)
+        self.publish_fences()
         self.let_go(loaded.handoff_id, "load", pages=wanted)
         return len(loaded.places)
 
@@ -297,8 +321,8 @@ class BareEngine:
         return ended
 
     def close(self) -> None:
-        self.scheduler.close()
-        self.worker.close()
+        for client in (self.scheduler, *self.workers):
+            client.close()
 
 
 class Fleet:
@@ -320,8 +344,8 @@ class Fleet:
         self.daemons.append(daemon)
         return daemon
 
-    def engine(self, daemon: Daemon, name: str, **about: str) -> BareEngine:
-        engine = BareEngine(daemon, name, **about)
+    def engine(self, daemon: Daemon, name: str, *, ranks: int = 1, **about: str) -> BareEngine:
+        engine = BareEngine(daemon, name, ranks=ranks, **about)
         self.engines.append(engine)
         return engine
 

@@ -112,7 +112,7 @@ def engine(name: str) -> Engine:
     )
     layout = LayoutFingerprint(
         engine="e", attention="a", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=16, packing="L",
-        kv_groups=1, rank=0, world_size=1,
+        kv_groups=1, ranks=1,
     )  # fmt: skip
     return Engine(EngineInfo(engine_id=name, role="both", model="m", content=content, layout=layout), pages=PAGES)
 

@@ -112,7 +112,7 @@ def fingerprints() -> tuple[bytes, str]:
     )
     layout = LayoutFingerprint(
         engine="bare 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=16,
-        packing="L", kv_groups=1, rank=0, world_size=1,
+        packing="L", kv_groups=1, ranks=1,
     )  # fmt: skip
     return namespace_of(content), layout_id(layout)
 

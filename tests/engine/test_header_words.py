@@ -40,6 +40,17 @@ def test_watermarks_rise_over_what_has_no_gap(pages: list[tuple[int, int]], data
             ]
 
 
+def test_each_shard_has_a_watermark_of_its_own() -> None:
+    sharded = PageLayout(layers=4, page_bytes=16, chunk_blocks=1, shards=2)
+    daemon = MemoryDaemon(sharded, blocks=1)
+    place, words = daemon._claim(), HeaderWords(daemon.arena.memory)
+    raised = []
+    for layer in (2, 1, 3, 0):
+        words.filled([place], layer, [5], sharded)
+        raised.append([daemon.arena.watermark(place.header_offset, shard) for shard in range(3)])
+    assert raised == [[0, 1, 0], [0, 1, 0], [0, 2, 0], [2, 2, 0]]
+
+
 def test_faults_are_named_and_a_slot_that_changed_hands_comes_before_its_checksum() -> None:
     daemon, places = arena()
     words = HeaderWords(daemon.arena.memory)

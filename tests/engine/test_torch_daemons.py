@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,93 +12,14 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed: no engine to test with")
 
-from daemon.fleet import Daemon, Fleet, fleet_in, until
-from stream_model import ModelDevice
-from torch_engine import LAYOUT, VOCABULARY, Model, Request, TorchEngine
-from torch_peer import TorchPeer
+from daemon.fleet import Daemon, fleet_in, until
+from daemon_pair import MODEL, PROMPTS, Pair, alone, play, prompts
+from device_pair import device_mover_of, gpu_mover_of
+from torch_engine import Model
+from torch_peer import MoverOf
 
 from pdx.client import DaemonClient
-from pdx.engine.device_mover import DeviceMover
-from pdx.handoff.handle import TransferHandle, mint
-from pdx.wire import Ask, Attach, Budgets
-
-DEADLINE_S = 30.0
-PROMPTS = 20
-BUDGETS = Budgets(grant_s=2.0, slab_s=2.0, total_s=10.0, claim_s=1.0)
-MODEL = Model()
-
-MoverOf = Callable[[TorchEngine, DaemonClient | None], DeviceMover]
-
-
-class Pair:
-    """Prefill and decode, stepped in turns by one thread as two busy engines would step by themselves."""
-
-    def __init__(
-        self, fleet: Fleet, source: Daemon, target: Daemon, *, model: Model = MODEL, mover_of: MoverOf | None = None
-    ) -> None:
-        self.fleet = fleet
-        self.daemons = {"prefill": source, "decode": target}
-        self.prefill = TorchPeer(TorchEngine(model, blocks=512), source.config, "P", "prefill", mover_of=mover_of)
-        self.decode = TorchPeer(TorchEngine(model, blocks=512), target.config, "D", "decode", mover_of=mover_of)
-        self.sent: dict[int, Request] = {}
-        self.received: dict[int, Request] = {}
-
-    def ask(self, number: int, tokens: list[int]) -> Callable[[], None]:
-        """Gives the prompt to prefill; what is returned gives it to decode, as the router does at once or later.
-
-        Beside prefill two of three are asked for early; behind it every other one goes on from its first token.
-        """
-        source, target = self.prefill.daemon_ref, self.decode.daemon_ref
-        assert source is not None
-        assert target is not None
-        handle = TransferHandle(
-            handoff_id=os.urandom(16), attempt=1, prefill_engine="P", decode_engine="D", prefill_daemon=source,
-            decode_daemon=target, budgets=BUDGETS, issued_unix_s=time.time(),
-        )  # fmt: skip
-        text = mint(handle, self.fleet.key_file.read_bytes())
-        self.sent[number] = self.prefill.send(f"p{number}", tokens, text)
-
-        def answer() -> None:
-            sent = self.sent[number]
-            if sent.status != "finished":
-                self.received[number] = self.decode.load(f"d{number}", tokens, text, early=number % 3 > 0)
-            elif number % 2:
-                self.received[number] = self.decode.load(
-                    f"d{number}", [*tokens, *sent.output], text, max_tokens=4, covered=len(tokens)
-                )
-            else:
-                self.received[number] = self.decode.load(f"d{number}", tokens, text)
-
-        return answer
-
-    def step(self) -> None:
-        self.prefill.engine.step()
-        self.decode.engine.step()
-
-    def settle(self) -> None:
-        """Until both engines are done, and one step more: the one in which vLLM tells of finished requests."""
-        end = time.monotonic() + DEADLINE_S
-        while self.prefill.engine.unfinished or self.decode.engine.unfinished:
-            assert time.monotonic() < end, "the engines do not come to an end"
-            self.step()
-        self.step()
-
-    def wrong(self, texts: dict[int, list[int]]) -> list[int]:
-        return [n for n, tokens in texts.items() if self.received[n].tokens[len(tokens) :] != alone(tokens)]
-
-    def close(self) -> None:
-        self.prefill.close()
-        self.decode.close()
-
-
-def device_mover_of(engine: TorchEngine, client: DaemonClient | None) -> DeviceMover:
-    """Gathers and scatters at once, as this engine computes; what is between staging and arena takes its time."""
-    caches = [pages.reshape(-1).data for pages in engine.pages().pages]
-    device = ModelDevice(caches, LAYOUT, eager=True)
-    device.checks_order = False  # the engine's own accesses are not the device's
-    mover = DeviceMover(device, LAYOUT, client, staging_bytes=4 * LAYOUT.page_bytes)
-    device.starved = {2}  # copies out, until the other thread waits for them
-    return mover
+from pdx.wire import Ask, Attach
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,14 +29,6 @@ def gpu_at_work() -> None:
 
     if torch.cuda.is_available():
         torch.zeros(1, pin_memory=True).to("cuda")
-
-
-def gpu_mover_of(engine: TorchEngine, client: DaemonClient | None, *, folder: Path, straight: bool) -> DeviceMover:
-    """The real thing: CUDA's streams, our kernels, the arena pinned."""
-    from pdx.engine.device import CudaDevice
-
-    device = CudaDevice(engine.byte_views(), folder)
-    return DeviceMover(device, LAYOUT, client, staging_bytes=4 * LAYOUT.page_bytes, loads_straight=straight)
 
 
 ON_GPU = ("gpu, staged", "gpu, straight")
@@ -139,48 +50,6 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
             yield pair
         finally:
             pair.close()
-
-
-def alone(tokens: list[int]) -> list[int]:
-    engine = TorchEngine(MODEL)
-    request = engine.add(Request("alone", tokens, max_tokens=5))
-    while engine.unfinished:
-        engine.step()
-    return request.output
-
-
-def prompts(generator: random.Random) -> dict[int, list[int]]:
-    """Every other one begins with a part of the same text."""
-    shared = [generator.randrange(VOCABULARY) for _ in range(30)]
-    texts = {}
-    for number in range(PROMPTS):
-        start = shared[: generator.randrange(8, 30)] if number % 2 else []
-        texts[number] = start + [generator.randrange(VOCABULARY) for _ in range(generator.randrange(1, 40))]
-    return texts
-
-
-def play(pair: Pair, texts: dict[int, list[int]], generator: random.Random, *, preempt: float) -> None:
-    """Prompts arrive some steps apart; decode hears of each at once or only after prefill is done."""
-    waiting: list[tuple[int, Callable[[], None], bool]] = []
-    to_ask = dict(texts)
-    end = time.monotonic() + DEADLINE_S
-    while to_ask or waiting:
-        assert time.monotonic() < end, f"prompts {[n for n, _, _ in waiting]} are not prefilled"
-        if to_ask and generator.random() < 0.5:
-            number = min(to_ask)
-            waiting.append((number, pair.ask(number, to_ask.pop(number)), generator.random() < 0.5))
-        for entry in list(waiting):
-            number, answer, early = entry
-            if early or pair.sent[number].status == "finished":
-                answer()
-                waiting.remove(entry)
-        for engine in (pair.prefill.engine, pair.decode.engine):
-            running = [request for request in engine.requests.values() if request.status == "running"]
-            if running and generator.random() < preempt:
-                engine.preempt(generator.choice(running))
-                if generator.random() < 0.5:
-                    engine.forget_prefixes()
-        pair.step()
 
 
 def test_answers_are_those_of_a_lone_engine(pair: Pair) -> None:

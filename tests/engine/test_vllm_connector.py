@@ -250,9 +250,20 @@ def test_metadata_survives_pickling() -> None:
     report = Report(3, {"r": LoadResult(True, 3, 5)})
     for value in (StepMetadata(step), ReportMetadata(report)):
         assert pickle.loads(pickle.dumps(value)) == value
-    merged = ReportMetadata(report).aggregate(ReportMetadata(Report(4, {"s": LoadResult(False, 0, 6)})))
-    assert merged.report.step == 4
-    assert set(merged.report.loads) == {"r", "s"}
+
+
+def test_what_ranks_report_is_joined() -> None:
+    first = Report(3, {"r": LoadResult(True, 3, 9), "s": LoadResult(True, 3, 5)})
+    second = Report(3, {"r": LoadResult(False, 1, 7, "differ", [2]), "t": LoadResult(True, 3, 6)})
+    joined = ReportMetadata(first).aggregate(ReportMetadata(second)).report
+    assert joined == Report(
+        3,
+        {
+            "r": LoadResult(False, 4, 9, "differ", [2], ranks=2),
+            "s": LoadResult(True, 3, 5),
+            "t": LoadResult(True, 3, 6),
+        },
+    )
 
 
 def test_views_lie_over_the_engine_s_memory(model_dir: Path) -> None:
@@ -291,9 +302,36 @@ def test_what_can_not_be_carried_is_refused(model_dir: Path) -> None:
     with pytest.raises(Refused, match="fp8"):
         caches.describe(config, kv_cache_config(), chunk_tokens=256)
     config.cache_config.cache_dtype = "auto"
-    config.parallel_config = ParallelConfig(tensor_parallel_size=2, distributed_executor_backend="mp")
-    with pytest.raises(Refused, match="tensor parallelism"):
+    config.parallel_config = ParallelConfig(pipeline_parallel_size=2, distributed_executor_backend="mp")
+    with pytest.raises(Refused, match="pipeline parallelism"):
         caches.describe(config, kv_cache_config(), chunk_tokens=256)
+    config.parallel_config = ParallelConfig(tensor_parallel_size=16, distributed_executor_backend="mp")
+    with pytest.raises(Refused, match="tensor parallelism of 16"):
+        caches.describe(config, kv_cache_config(), chunk_tokens=256)
+
+
+def test_engines_of_more_ranks_are_described_as_a_whole(model_dir: Path) -> None:
+    config = vllm_config(model_dir)
+    alone = caches.describe(config, kv_cache_config(), chunk_tokens=256)
+    config.parallel_config = ParallelConfig(tensor_parallel_size=2, distributed_executor_backend="mp")
+    two = caches.describe(config, kv_cache_config(), chunk_tokens=256)
+    assert (two.layout.ranks, two.layout.layers, two.pages.layers, two.pages.shards) == (2, LAYERS, 2 * LAYERS, 2)
+    assert two.content == alone.content, "the same tokens mean the same"
+    assert two.layout != alone.layout, "but never pair"
+
+
+def test_data_parallel_ranks_have_names_of_their_own(model_dir: Path) -> None:
+    config = vllm_config(model_dir, engine_id="E")
+    alone = settings.read(config)
+    assert (alone.engine_id, alone.data_parallel_rank) == ("E", None)
+    parallel = config.parallel_config
+    parallel.data_parallel_rank_local, parallel.data_parallel_index = 1, 3
+    assert config.kv_transfer_config is not None
+    config.kv_transfer_config.engine_id = "an-id_dp3"  # as vLLM does in each of its engines
+    shared = settings.read(config)
+    assert (shared.engine_id, shared.data_parallel_rank) == ("E_dp3", 3)
+    parallel.data_parallel_external_lb = True  # each server knows its own ranks only, and counts them from 0
+    assert settings.read(config).data_parallel_rank == 1
 
 
 def test_caches_of_another_shape_are_refused(model_dir: Path) -> None:

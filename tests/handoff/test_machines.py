@@ -260,6 +260,13 @@ def test_watermarks_count_leading_layers_only() -> None:
     assert receiver.landed(0, [0, 1], now=0.1) == [(0, 2), (1, 1)]
 
 
+def test_each_shard_has_a_watermark_of_its_own() -> None:
+    receiver = Receiver(HANDLE, blocks=1, layers=6, shards=2, lease_epoch=4, incarnation=2, now=0.0)
+    receiver.claimed([0], GRANT, windowed=True, now=0.0)
+    raised = [receiver.landed(layer, [0], now=0.1)[0][1] for layer in (3, 0, 5, 4, 1, 2)]
+    assert raised == [1, 1, 1, 3, 2, 3]
+
+
 @pytest.mark.parametrize("commit_first", [True, False])
 def test_commit_and_pages_in_any_order(commit_first: bool) -> None:
     receiver = make_receiver()

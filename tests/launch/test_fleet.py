@@ -8,7 +8,8 @@ import pytest
 
 from pdx.errors import ConfigError
 from pdx.launch import up
-from pdx.launch.fleet import Fleet, Ground, Wish, design, shares
+from pdx.launch.fleet import Fleet, Ground, Wish, design
+from pdx.launch.shares import shares
 
 BASE = Path("/base")
 

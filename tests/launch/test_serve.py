@@ -94,6 +94,21 @@ def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "bound"),
+    [
+        (("--tensor-parallel-size", "2"), "0,1|2,3"),
+        (("--enforce-eager", "-tp=4"), "0|1|2|3"),
+        (("--tensor_parallel_size=1",), "0-3"),
+        (("--tensor-parallel-size", "many"), "0-3"),
+        ((), "0-3"),
+    ],
+)
+def test_every_rank_has_its_share_of_the_cores(flags: tuple[str, ...], bound: str) -> None:
+    (spec,) = planned("m", "--kv-role", "both", "--cpus", "0-3", *flags)
+    assert engine.environment(spec)["VLLM_CPU_OMP_THREADS_BIND"] == bound
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_whole_life(tmp_path: Path, number: signal.Signals) -> None:
     core = str(min(os.sched_getaffinity(0)))

@@ -65,6 +65,14 @@ def test_a_refused_connection_counts_at_once() -> None:
     assert [engine_id for engine_id, _ in directory.due_polls(1.5)] == ["p0"]
 
 
+def test_data_parallel_ranks_behind_one_url_are_engines_of_their_own_that_go_together() -> None:
+    ranks = [engine_info(f"d_dp{rank}", "decode", data_parallel_rank=rank) for rank in range(2)]
+    directory = joined(P0, *ranks)
+    assert ids(directory) == ["d_dp0", "d_dp1", "p0"]
+    directory.on_unreachable("d_dp1", 1.0)
+    assert ids(directory) == ["p0"], "the other one's server is the same"
+
+
 def test_an_engine_left_out_has_left() -> None:
     directory = joined(P0, D0)
     directory.on_announce(announce(D0), 1.0)

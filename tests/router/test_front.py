@@ -48,6 +48,17 @@ async def test_completion_by_a_pair() -> None:
 
 
 @within(20)
+async def test_each_request_goes_to_the_very_rank_that_its_handle_names() -> None:
+    """Data-parallel ranks share a URL: without a word from us, their server chooses."""
+    p, d = FakeEngine("p_dp1", "prefill", data_parallel_rank=1), FakeEngine("d0", "decode")
+    async with fleet(p, d) as router:
+        status, _, headers = await router.ask(PROMPT, headers={"X-data-parallel-rank": "7"})
+        assert (status, headers["x-pdx-prefill"]) == (200, "p_dp1")
+        assert p.headers[0]["X-data-parallel-rank"] == "1"
+        assert "X-data-parallel-rank" not in d.headers[0], "it is alone behind its URL, and clients do not steer"
+
+
+@within(20)
 async def test_chat_by_a_pair() -> None:
     p, d = pair()
     async with fleet(p, d, hosts=2) as router:

@@ -177,6 +177,18 @@ def test_decode_is_repeated_once_alone_elsewhere(event: Event) -> None:
     assert answer.status == 502
 
 
+def test_another_rank_behind_the_server_that_broke_is_not_another_engine() -> None:
+    ranks = [
+        msgspec.structs.replace(D0, info=engine_info(f"d_dp{rank}", "decode", data_parallel_rank=rank))
+        for rank in range(2)
+    ]
+    _, answer = through(journey(), begin(P0, *ranks), PREFILLED, DecodeFailed("broken"))
+    assert isinstance(answer, Answer)
+    elsewhere = candidate("e0", "decode")
+    _, call = through(journey(), begin(P0, *ranks, elsewhere), PREFILLED, DecodeFailed("broken"))
+    assert call.engine == elsewhere
+
+
 def test_decode_fails_with_nobody_else() -> None:
     ended, answer = through(journey(), begin(P0, D0), PREFILLED, DecodeFailed("broken"))
     assert isinstance(ended, EndHandoff)

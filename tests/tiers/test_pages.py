@@ -68,3 +68,14 @@ def test_another_layout_is_refused() -> None:
             with pytest.raises(BadBlock):
                 restore(arena, place, LAYOUT, bad)
         assert arena.watermark(place.header_offset) == 0
+
+
+def test_every_shard_of_a_block_that_comes_back_is_whole() -> None:
+    sharded = PageLayout(layers=6, page_bytes=1000, chunk_blocks=1, shards=3)
+    with Arena.create(CONTROL_BYTES + (256 << 10), populate=False) as arena:
+        store = Store(arena, extent_bytes=64 << 10, handoff_share=1.0)
+        claim = store.claim(OWNER, b"n", sharded, [b"a"], tail=False, now=0.0, ttl_s=10.0)
+        assert claim is not None
+        (place,) = claim.places
+        restore(arena, place, sharded, meta_of(arena, place, sharded))
+        assert [arena.watermark(place.header_offset, shard) for shard in range(4)] == [2, 2, 2, 0]

@@ -1,7 +1,7 @@
 """vLLM's KV cache as pages: one (blocks, page bytes) array per layer, and the fingerprints of model and layout.
 
-Accepts only what it knows: one KV group of full attention in host memory, unquantized, one rank. Everything else is
-refused in one sentence, before any byte moves.
+Accepts only what it knows: one KV group of full attention in host memory, unquantized, its heads split over the ranks
+of one tensor-parallel group. Everything else is refused in one sentence, before any byte moves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Description:
     """What both roles of an engine say of it, from configuration alone."""
 
     content: ContentFingerprint
-    layout: LayoutFingerprint
+    layout: LayoutFingerprint  # layers and pages as one rank has them
     pages: PageLayout
 
 
@@ -53,6 +53,7 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, chunk_t
     version = compat.check_version()
     spec = _only_spec(vllm_config, kv_cache_config)
     layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
     layout = LayoutFingerprint(
         engine=f"vllm {version}",
         attention=compat.attention_name(vllm_config, head_size=spec.head_size, block_tokens=spec.block_size),
@@ -61,11 +62,15 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, chunk_t
         block_tokens=spec.block_size,
         packing=f"{PAGE_ORDER} K|V {spec.num_kv_heads}x{spec.head_size} {_dtype_name(spec.dtype)}",
         kv_groups=1,
-        rank=0,
-        world_size=1,
+        ranks=ranks,
     )
     chunk_blocks = 1 << (max(1, chunk_tokens // spec.block_size).bit_length() - 1)
-    pages = PageLayout(layers=layers, page_bytes=spec.page_size_bytes, chunk_blocks=chunk_blocks)
+    try:
+        pages = PageLayout(
+            layers=layers * ranks, page_bytes=spec.page_size_bytes, chunk_blocks=chunk_blocks, shards=ranks
+        )
+    except ValueError as error:
+        raise Refused(f"tensor parallelism of {ranks} is not supported with {layers} layers: {error}") from error
     return Description(_content(vllm_config, spec.block_size), layout, pages)
 
 
@@ -106,9 +111,7 @@ def _only_spec(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> FullA
 
     parallel = vllm_config.parallel_config
     for what, size in (
-        ("tensor", parallel.tensor_parallel_size),
         ("pipeline", parallel.pipeline_parallel_size),
-        ("data", parallel.data_parallel_size),
         ("decode context", parallel.decode_context_parallel_size),
         ("prefill context", parallel.prefill_context_parallel_size),
     ):

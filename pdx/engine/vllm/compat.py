@@ -36,6 +36,24 @@ def attention_name(vllm_config: VllmConfig, *, head_size: int, block_tokens: int
     return f"{CPUAttentionBackend.get_name()}/{isa}"
 
 
+def tensor_parallel_rank() -> int:
+    """Of this worker process, whose group vLLM has made by the time it constructs the connector."""
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank()
+
+
+def data_parallel_rank(vllm_config: VllmConfig) -> int | None:
+    """Which one of the engines behind one HTTP server this is, as X-data-parallel-rank names it; None: the only one."""
+    parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
+    assert transfer is not None
+    assert transfer.engine_id is not None
+    # vLLM appends this in every engine of several. Nothing else tells the first of them from one that is alone.
+    if not transfer.engine_id.endswith(f"_dp{parallel.data_parallel_index}"):
+        return None
+    return parallel.data_parallel_rank_local if parallel.local_engines_only else parallel.data_parallel_index
+
+
 def hash_seed(algorithm: str) -> str:
     """The seed of vLLM's block hashes. Raises Refused if it is random, so that no two engines could share a block."""
     from vllm.utils.hashing import get_hash_fn_by_name

@@ -57,6 +57,7 @@ class PdxConnector(KVConnectorBase_V1):
                 role=self._settings.role,
                 layout=self._description.pages,
                 block_tokens=self._description.layout.block_tokens,
+                ranks=self._description.layout.ranks,
                 offload=self._settings.config.offload,
             )
 
@@ -77,10 +78,10 @@ class PdxConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         views = caches.view(kv_caches, self._kv_cache_config, self._description.pages)
-        link = self._link("worker")
+        link, pages, rank = self._link("worker"), self._description.pages, self._rank
         folder = self._settings.config.run_path / "kernels"
-        mover = movers.mover_of(kv_caches, views, self._description.pages, link.client(), folder=folder)
-        self._worker_side = WorkerSide(link, views, self._description.pages, mover=mover)
+        mover = movers.mover_of(kv_caches, views, pages, link.client(), shard=pages.shard_of_rank(rank), folder=folder)
+        self._worker_side = WorkerSide(link, views, pages, rank=rank, mover=mover)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -182,14 +183,20 @@ class PdxConnector(KVConnectorBase_V1):
         assert self._scheduler_side is not None, "this is the worker's connector"
         return self._scheduler_side
 
+    @property
+    def _rank(self) -> int:
+        """Of this worker."""
+        return compat.tensor_parallel_rank() if self._description.layout.ranks > 1 else 0
+
     def _link(self, kind: str) -> Link:
-        """Attached when this returns. Both halves describe the engine alike: the daemon compares."""
+        """Attached when this returns. All processes describe the engine alike: the daemon compares."""
         chosen, description = self._settings, self._description
         info = EngineInfo(
             engine_id=chosen.engine_id,
             role=chosen.role,
             model=description.content.model,
             url=chosen.url,
+            data_parallel_rank=chosen.data_parallel_rank,
             reasoning_parser=chosen.reasoning_parser,
             context_tokens=chosen.context_tokens,
             sampling_defaults=chosen.sampling_defaults,
@@ -197,7 +204,7 @@ class PdxConnector(KVConnectorBase_V1):
             layout=description.layout,
         )
         if kind == "worker":
-            hello = Attach(kind="worker", engine=info, pages=description.pages)
+            hello = Attach(kind="worker", engine=info, pages=description.pages, rank=self._rank)
         else:
             hello = Attach(kind="scheduler", engine=info, router=chosen.config.router)
         link = Link(Attachment(chosen.config, hello))

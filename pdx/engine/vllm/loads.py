@@ -3,7 +3,8 @@
 Theory of operation. A request is in `_loads` from its OPEN_LOAD until it needs nothing more from here. `places` says
 that the daemon granted, `loading` that vLLM has allocated blocks and the worker fills them. Once loading, only the
 worker's report ends it, because only the worker knows that it touches neither slots nor blocks any more: aborts and
-LOAD_ENDED merely ask it to stop. Whatever fails, vLLM recomputes, and this request never comes back here.
+LOAD_ENDED merely ask it to stop. Of several ranks each reports once, perhaps in different steps; the last one ends it.
+Whatever fails, vLLM recomputes, and this request never comes back here.
 
 An *early* request came beside prefill's, not after its reply. Its answer may take as long as prefill's queue and comes
 by itself; until then vLLM has given it no blocks.
@@ -20,7 +21,7 @@ from pdx.engine.link import Link
 from pdx.engine.plan import fits, promised_tokens
 from pdx.engine.vllm.prompts import Prompt
 from pdx.engine.vllm.sends import ANSWER_MARGIN_S, GRANT_S_MAX
-from pdx.engine.vllm.steps import Load, Report
+from pdx.engine.vllm.steps import Load, LoadResult, Report
 from pdx.layout import PageLayout, Place, blocks_for
 from pdx.wire import LetGo, LoadEnded, LoadOpened, LookUp, OpenLoad
 
@@ -51,6 +52,8 @@ class _Load:
     places: list[Place] | None = None
     first: int = 0  # block of the prompt from which on we load; the engine has those before
     loading: bool = False
+    result: LoadResult | None = None  # of the ranks that have reported
+    fence: int = 0  # the last step in which one of them touched our slots
 
     @property
     def handoff_id(self) -> bytes:
@@ -60,8 +63,9 @@ class _Load:
 class Loads:
     """All incoming requests of one engine. Owned by the scheduler's thread."""
 
-    def __init__(self, link: Link, *, layout: PageLayout, block_tokens: int) -> None:
+    def __init__(self, link: Link, *, layout: PageLayout, block_tokens: int, ranks: int = 1) -> None:
         self._link = link
+        self._ranks = ranks
         self._layout = layout
         self._block_tokens = block_tokens
         self._loads: dict[str, _Load] = {}
@@ -164,16 +168,23 @@ class Loads:
             self._end(load, ok=False, reason="request ended")
 
     def reported(self, report: Report) -> None:
-        """The worker touches these loads' blocks and slots no more."""
-        for request_id, result in report.loads.items():
-            load = self._loads.pop(request_id, None)
+        """A rank, or several, touch these loads' blocks and slots no more."""
+        for request_id, reported in report.loads.items():
+            load = self._loads.get(request_id)
             if load is None:
                 continue
+            result = load.result = reported if load.result is None else load.result.joined(reported)
+            load.fence = max(load.fence, report.step)
+            if result.ranks < self._ranks:
+                if not result.ok:  # nobody needs wait for what is recomputed anyway
+                    self._finishing.append(request_id)
+                continue
+            del self._loads[request_id]
             if not result.ok:
                 log.warning("KV of %s was not loaded, its prompt is recomputed: %s", request_id, result.reason)
             self._let_go(
                 load.handoff_id,
-                fence=report.step,
+                fence=load.fence,
                 ok=result.ok,
                 reason=result.reason,
                 pages=result.pages,

@@ -18,11 +18,10 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass(frozen=True)
 class ReportMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler, after steps in which a load ended."""
+    """Worker to scheduler, after steps in which a load ended. vLLM joins what its ranks say."""
 
     report: Report
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> ReportMetadata:
         assert isinstance(other, ReportMetadata)
-        step = max(self.report.step, other.report.step)
-        return ReportMetadata(Report(step, self.report.loads | other.report.loads))
+        return ReportMetadata(self.report.joined(other.report))

@@ -24,13 +24,14 @@ def mover_of(
     layout: PageLayout,
     client: DaemonClient | None,
     *,
+    shard: int,
     folder: Path,
 ) -> Mover:
     """`views` are of `kv_caches`, all in one memory. `folder` keeps what is compiled for a device."""
     (kind,) = {cache.device.type for cache in kv_caches.values()}
     if kind == "cpu":
-        return HostMover(views.pages, layout)
+        return HostMover(views.pages, layout, shard=shard)
     # Only where there is one: it needs NVIDIA's packages.
     from pdx.engine.device import CudaDevice  # type: ignore[import-not-found,unused-ignore]
 
-    return DeviceMover(cast(Device, CudaDevice(views.pages, folder)), layout, client)
+    return DeviceMover(cast(Device, CudaDevice(views.pages, folder)), layout, client, shard=shard)

@@ -39,10 +39,14 @@ class SchedulerSide:
         role: Role,
         layout: PageLayout,
         block_tokens: int,
+        ranks: int = 1,
         offload: Offload = "off",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`offload`: which blocks of requests outside handoffs are kept, and looked up: none, prompts', or all."""
+        """`ranks`: workers of this engine, each of which reports every load.
+
+        `offload`: which blocks of requests outside handoffs are kept, and looked up: none, prompts', or all.
+        """
         self._link = link
         self._role = role
         self._offload = offload
@@ -50,7 +54,7 @@ class SchedulerSide:
         self._clock = clock
         self._incarnation = link.incarnation
         self._sends = Sends(link, layout=layout, block_tokens=block_tokens)
-        self._loads = Loads(link, layout=layout, block_tokens=block_tokens)
+        self._loads = Loads(link, layout=layout, block_tokens=block_tokens, ranks=ranks)
         self._step = 0
         self._wait_left_s = WAIT_A_STEP_S
         self._heard_this_turn = False

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pdx import config as configuration
 from pdx.config import Config
+from pdx.engine.vllm import compat
 from pdx.errors import ConfigError
 from pdx.wire import Role
 
@@ -22,6 +23,7 @@ class EngineSettings:
     role: Role
     engine_id: str
     url: str  # the engine's HTTP server, for the router; empty: not to be routed to
+    data_parallel_rank: int | None  # behind that server
     reasoning_parser: str  # by its name; empty: none
     context_tokens: int
     sampling_defaults: dict[str, float]
@@ -32,10 +34,15 @@ def read(vllm_config: VllmConfig) -> EngineSettings:
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None
     extra = dict(transfer.kv_connector_extra_config)
-    engine_id = extra.pop("engine_id", "") or transfer.engine_id
+    engine_id = extra.pop("engine_id", "")
+    rank = compat.data_parallel_rank(vllm_config)
     url = extra.pop("url", "")
     if not isinstance(engine_id, str) or not isinstance(url, str):
         raise ConfigError("kv_connector_extra_config: engine_id and url must be text")
+    if not engine_id:
+        engine_id = transfer.engine_id
+    elif rank is not None:  # one name for all ranks: each is an engine by itself, as vLLM's own names have it
+        engine_id = f"{engine_id}_dp{vllm_config.parallel_config.data_parallel_index}"
     if transfer.kv_role not in _ROLES:
         raise ConfigError(f"kv_role must be one of {', '.join(_ROLES)}, not {transfer.kv_role!r}")
     parser = vllm_config.structured_outputs_config.reasoning_parser or ""
@@ -45,6 +52,7 @@ def read(vllm_config: VllmConfig) -> EngineSettings:
         role=_ROLES[transfer.kv_role],
         engine_id=engine_id,
         url=url,
+        data_parallel_rank=rank,
         reasoning_parser=parser,
         context_tokens=model.max_model_len,
         sampling_defaults={k: float(v) for k, v in model.get_diff_sampling_param().items()},

@@ -51,6 +51,18 @@ class LoadResult:
     done_ns: int  # CLOCK_MONOTONIC, which the processes of a host share
     reason: str = ""
     spoilt: list[int] = field(default_factory=list)  # which of the load's places held a wrong page
+    ranks: int = 1  # whose results these are
+
+    def joined(self, other: LoadResult) -> LoadResult:
+        """The result of more ranks: as good as the worst of them, as late as the last."""
+        return LoadResult(
+            ok=self.ok and other.ok,
+            pages=self.pages + other.pages,
+            done_ns=max(self.done_ns, other.done_ns),
+            reason=self.reason or other.reason,
+            spoilt=sorted({*self.spoilt, *other.spoilt}),
+            ranks=self.ranks + other.ranks,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,3 +71,9 @@ class Report:
 
     step: int
     loads: dict[str, LoadResult] = field(default_factory=dict)
+
+    def joined(self, other: Report) -> Report:
+        """What two ranks say of one step."""
+        loads = self.loads | other.loads
+        loads |= {name: self.loads[name].joined(other.loads[name]) for name in self.loads.keys() & other.loads.keys()}
+        return Report(max(self.step, other.step), loads)

@@ -5,6 +5,9 @@ Theory of operation. A step is `begin`, any number of `save_layer` (one per laye
 ends exactly once, in a report, when none of its copies is under way. When the last copy of a step is done its number is
 published as the fence. Places count only with the daemon incarnation they came from: with another one, nothing is
 touched.
+
+Of several ranks each moves its own shard of every page, and each says LET_GO. KV that is the same on all ranks has one
+shard: the first rank writes it, all read it.
 """
 
 from __future__ import annotations
@@ -36,12 +39,14 @@ class WorkerSide:
         caches: Caches,
         layout: PageLayout,
         *,
+        rank: int = 0,
         mover: Mover | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`mover`: of caches that are not in host memory."""
         self._link = link
-        self._mover = mover if mover is not None else HostMover(caches.pages, layout)
+        self._mover = mover if mover is not None else HostMover(caches.pages, layout, shard=layout.shard_of_rank(rank))
+        self._writes = rank < layout.shards
         self._layer_of = caches.layer_of
         self._layout = layout
         self._clock = clock
@@ -59,7 +64,9 @@ class WorkerSide:
         """Before the forward pass: takes over the step's work."""
         self._mover.begin(self._link.client(), step.number, loads=bool(step.loads))
         self._step = step
-        self._saving = _saving(step) if step.saves and self._mover.usable(step.incarnation) else None
+        self._saving = None
+        if step.saves and self._mover.usable(step.incarnation):
+            self._saving = _saving(step, step.saves if self._writes else [])
         for load in step.loads:
             self._take_load(load, step.incarnation)
         for request_id in step.finishing:
@@ -121,7 +128,9 @@ class WorkerSide:
 
     def _take_load(self, load: Load, incarnation: int) -> None:
         try:
-            plan = LoadPlan(load.places, load.block_ids, layers=self._layout.layers, ahead=self._mover.copies_ahead)
+            plan = LoadPlan(
+                load.places, load.block_ids, layers=self._layout.shard_layers, ahead=self._mover.copies_ahead
+            )
         except Refused as error:
             self._refuse_load(load, str(error))
             return
@@ -159,13 +168,14 @@ class WorkerSide:
         self._counts["loads_failed"] += 1
 
 
-def _saving(step: Step) -> Saving:
+def _saving(step: Step, written: Sequence[Save]) -> Saving:
+    """`written`: those of the step's saves whose pages this rank writes. It lets go of all."""
     return Saving(
         step.number,
         time.monotonic_ns(),
-        [block_id for save in step.saves for _, block_id, _ in save.blocks],
-        [place for save in step.saves for _, _, place in save.blocks],
-        list(_entries([save for save in step.saves if save.streamed])),
+        [block_id for save in written for _, block_id, _ in save.blocks],
+        [place for save in written for _, _, place in save.blocks],
+        list(_entries([save for save in written if save.streamed])),
         [save.handoff_id for save in step.saves],
         [
             LetGo(handoff_id=save.handoff_id, side="send", fence=step.number, ok=True, pages=save.pages)
