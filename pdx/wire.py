@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from pdx.errors import VersionMismatch, WireError
-from pdx.keys import ContentFingerprint, LayoutFingerprint
+from pdx.keys import TENANT_BYTES, ContentFingerprint, LayoutFingerprint
 from pdx.layout import PageLayout, Place
 
 WIRE_VERSION = 1
@@ -31,6 +31,7 @@ FRAME_BYTES_MAX = 8 << 20
 
 # What is added up: sums of such numbers stay far below what MessagePack can carry.
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+Tenant = Annotated[bytes, msgspec.Meta(max_length=TENANT_BYTES)]  # keys.tenant_of; empty: who has no name
 
 
 class Message(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -114,6 +115,7 @@ class OpenSend(Message, tag="open_send", frozen=True):
     block_hashes: list[bytes]  # full blocks of the prompt, in order
     prompt_tokens: int
     tail_hash: bytes  # keys.tail_hash of the tokens after the last full block; empty: no tail
+    tenant: Tenant = b""
 
 
 class FilledEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -141,6 +143,7 @@ class OpenLoad(Message, tag="open_load", frozen=True):
     tail_hash: bytes
     # It came beside prefill's request: "wait" until the first page has landed, and the answer then comes by itself.
     early: bool = False
+    tenant: Tenant = b""
 
 
 class LookUp(Message, tag="look_up", frozen=True):
@@ -149,6 +152,7 @@ class LookUp(Message, tag="look_up", frozen=True):
     request_id: str
     handoff_id: bytes  # chosen by the engine: names this load as a handoff's id names its own
     block_hashes: list[bytes]
+    tenant: Tenant = b""
 
 
 class Keep(Message, tag="keep", frozen=True):
@@ -157,6 +161,7 @@ class Keep(Message, tag="keep", frozen=True):
     request_id: str
     handoff_id: bytes  # chosen by the engine
     block_hashes: list[bytes]
+    tenant: Tenant = b""
 
 
 class LetGo(Message, tag="let_go", frozen=True):
@@ -235,6 +240,7 @@ class Reserve(PeerMessage, tag="reserve", frozen=True):
     pages: PageLayout
     block_hashes: list[bytes]
     tail_hash: bytes
+    tenant: Tenant = b""
 
 
 class Grant(PeerMessage, tag="grant", frozen=True):

@@ -31,15 +31,18 @@ SAMPLES: list[wire.Message] = [
         digest_mode=True, lease_s=30.0,
     ),
     wire.AttachRefused(reason="two engines of one name"),
-    wire.OpenSend(request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32),
+    wire.OpenSend(
+        request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32, tenant=ID
+    ),
     wire.Filled(
         step=9, step_started_ns=1, layer=2, filled_ns=3, entries=[wire.FilledEntry(handoff_id=ID, blocks=[0, 1])]
     ),
     wire.OpenLoad(
-        request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32, early=True
+        request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32, early=True,
+        tenant=ID,
     ),
-    wire.LookUp(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32]),
-    wire.Keep(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32]),
+    wire.LookUp(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID),
+    wire.Keep(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID),
     wire.LetGo(handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, done_ns=6, spoilt=[2]),
     wire.Renew(handoff_ids=[ID], running=1, waiting=2),
     wire.SendOpened(request_id="r", handoff_id=ID, places=[PLACE, None]),
@@ -47,7 +50,8 @@ SAMPLES: list[wire.Message] = [
     wire.LoadOpened(request_id="r", handoff_id=ID, status="granted", places=[PLACE], reason=""),
     wire.LoadEnded(handoff_id=ID, reason="peer died"),
     wire.Reserve(
-        **PEER, handle="h", namespace=ID, layout_id="00ff", pages=PAGES, block_hashes=[b"a" * 32], tail_hash=b"t" * 32
+        **PEER, handle="h", namespace=ID, layout_id="00ff", pages=PAGES, block_hashes=[b"a" * 32], tail_hash=b"t" * 32,
+        tenant=ID,
     ),
     wire.Grant(**PEER, has=[0], wanted=[1], places=[PLACE], window=1 << 60),
     wire.Wait(**PEER, ahead=3),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pdx.buffer.lease import LeaseState, Owner
 from pdx.daemon.holds import Hold, Holds
-from pdx.daemon.ports import Desk, space_of
+from pdx.daemon.ports import Desk, namespace_for
 from pdx.daemon.sessions import Engine
 from pdx.daemon.tiering import Tiering
 from pdx.errors import Refused
@@ -40,13 +40,14 @@ class Prefixes:
     def _lease_leading(self, engine: Engine, message: LookUp, now: float, *, room: bool) -> list[Place]:
         """The leading blocks that are here or come from below, held for the engine."""
         assert engine.pages is not None
-        store, engine_id, space, load = self._desk.store, engine.info.engine_id, space_of(engine), message.handoff_id
+        store, engine_id, load = self._desk.store, engine.info.engine_id, message.handoff_id
+        namespace = namespace_for(engine, message.tenant)
         owner, lease_s = Owner("session", engine_id), self._desk.ports.lease_s
-        read = store.read(owner, space, message.block_hashes, now=now, ttl_s=lease_s)
+        read = store.read(owner, namespace, message.block_hashes, now=now, ttl_s=lease_s)
         places, leases = ([], []) if read is None else (list(read.places), [read.lease])
         rest = message.block_hashes[len(places) :]
         if self._tiering is not None and rest and room:
-            more, ready = self._tiering.promote(space, engine.pages, rest, load=load, engine_id=engine_id, now=now)
+            more, ready = self._tiering.promote(namespace, engine.pages, rest, load=load, engine_id=engine_id, now=now)
             places += more
             leases += ready
         if places:
@@ -66,8 +67,8 @@ class Prefixes:
         elif room:
             try:
                 claim = self._desk.store.claim(
-                    Owner("session", engine_id), space_of(engine), engine.pages, message.block_hashes, tail=False,
-                    now=now, ttl_s=ports.lease_s,
+                    Owner("session", engine_id), namespace_for(engine, message.tenant), engine.pages,
+                    message.block_hashes, tail=False, now=now, ttl_s=ports.lease_s,
                 )  # fmt: skip
             except Refused as error:
                 reason = str(error)

@@ -58,14 +58,14 @@ class Tiering:
         desk.store.on_commit = self._committed
 
     def promote(
-        self, space: bytes, pages: PageLayout, hashes: Sequence[bytes], *, load: bytes, engine_id: str, now: float
+        self, namespace: bytes, pages: PageLayout, hashes: Sequence[bytes], *, load: bytes, engine_id: str, now: float
     ) -> tuple[list[Place], list[Lease]]:
         """Places of the leading blocks that the tier has, which are filled one after the other from now on.
 
         Fewer where the arena has no room. If one does not come, `engine_id` hears LOAD_ENDED for `load`. The leases
         keep what has come already: release them once the places are under a lease of your own.
         """
-        keys = [(space, block_hash) for block_hash in hashes]
+        keys = [(namespace, block_hash) for block_hash in hashes]
         places, ready = [], []
         for key, is_there in zip(keys, self._tier.contains(keys), strict=True):
             if not is_there:  # nor join one on its way: a disk that hangs has nothing any more
@@ -121,9 +121,11 @@ class Tiering:
     # --- up ---
 
     def _claim(self, key: Key, pages: PageLayout, now: float) -> Claim | None:
-        space, block_hash = key
+        namespace, block_hash = key
         try:
-            return self._desk.store.claim(OWNER, space, pages, [block_hash], tail=False, now=now, ttl_s=float("inf"))
+            return self._desk.store.claim(
+                OWNER, namespace, pages, [block_hash], tail=False, now=now, ttl_s=float("inf")
+            )
         except Refused:
             return None
 
