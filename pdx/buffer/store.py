@@ -22,6 +22,8 @@ from pdx.buffer.evict import Lru, Policy
 from pdx.buffer.extents import Extents, is_clearable
 from pdx.buffer.index import Index
 from pdx.buffer.lease import Lease, LeaseState, Owner
+from pdx.buffer.selected import Selected, Spot, selected
+from pdx.buffer.selection import Selection
 from pdx.buffer.slots import BlockKey, Slot, SlotEvent, SlotState
 from pdx.errors import IllegalTransition, Refused
 from pdx.layout import PageLayout, Place
@@ -31,8 +33,6 @@ _GENERATION_MAX = (1 << 32) - 1  # a header has 32 bits for it; 0 means never cl
 
 _TAKEN = (SlotState.FILLING, SlotState.READY, SlotState.QUARANTINE)
 _UNENDED = (LeaseState.LIVE, LeaseState.QUARANTINED)
-
-Spot = tuple[Slot, int]  # one block: its slot and its position there
 
 
 class Store:
@@ -89,7 +89,7 @@ class Store:
             self._unhold(shared)
             return None
         keys: list[BlockKey | None] = [(namespace, block_hash) for block_hash in block_hashes] + [None] * tail
-        spots = self._fill_gaps(pages, found, keys)
+        spots = self._fill_gaps(pages, found, keys, now)
         fresh_slots = _distinct(spots[index] for index in sorted(fresh))
         self._hold(fresh_slots)
         lease = self._grant(owner, _distinct(spots), now + ttl_s)
@@ -137,6 +137,26 @@ class Store:
         held = {slot.run.offset: slot for slot in lease.slots}
         spots = [(held[place.slot_offset], place.position) for place in places if place.slot_offset in held]
         return [key for slot, position in spots if (key := self.index.forget(slot, position)) is not None]
+
+    def survey(self, which: Selection, *, now: float) -> Selected:
+        """What `clear` would take now. Takes time linear in the index and the slots."""
+        return selected(which, self.index, self.slots.values(), now=now)
+
+    def clear(self, which: Selection, *, now: float) -> Selected:
+        """No lookup finds these blocks from now on, nor when they are being filled and are whole some day.
+
+        Who holds their slots goes on; the room is free when the last hold ends and no other block of the slot is found.
+        """
+        found = self.survey(which, now=now)
+        for slot, position in found.filling:
+            slot.keys = (*slot.keys[:position], None, *slot.keys[position + 1 :])
+        for slot, position in found.blocks:
+            self.index.forget(slot, position)
+        for slot in _distinct(found.blocks):
+            if slot.idle and not slot.indexed:
+                self._leave_idle(slot)
+                self._drop(slot)
+        return found
 
     def abandon(self, claim: Claim) -> None:
         """The fresh blocks will never be whole. Their slots are free when the last hold ends. Raises like commit."""
@@ -245,7 +265,7 @@ class Store:
         self._drop(slot)
 
     def _fill_gaps(
-        self, pages: PageLayout, found: Sequence[Spot | None], keys: Sequence[BlockKey | None]
+        self, pages: PageLayout, found: Sequence[Spot | None], keys: Sequence[BlockKey | None], now: float
     ) -> list[Spot]:
         """`found` with every gap filled by new slots, in state filling. A tail shares no slot with full blocks."""
         self._generation = self._generation % _GENERATION_MAX + 1
@@ -257,16 +277,16 @@ class Store:
         for (missing, _), group in groupby(range(len(found)), key=kind):
             indexes = list(group)
             if missing:
-                spots += self._new_slots(pages, keys[indexes[0] : indexes[-1] + 1])
+                spots += self._new_slots(pages, keys[indexes[0] : indexes[-1] + 1], now)
             else:
                 spots += [spot for index in indexes if (spot := found[index])]
         return spots
 
-    def _new_slots(self, pages: PageLayout, keys: Sequence[BlockKey | None]) -> list[Spot]:
+    def _new_slots(self, pages: PageLayout, keys: Sequence[BlockKey | None], now: float) -> list[Spot]:
         spots: list[Spot] = []
         for run in self.extents.take(pages, len(keys)):
             start = len(spots)
-            slot = Slot(run, self._generation, tuple(keys[start : start + run.blocks]))
+            slot = Slot(run, self._generation, tuple(keys[start : start + run.blocks]), now)
             slot.on("claim")
             for place in slot.places:
                 self.arena.reset(place.header_offset, pages, place.generation)
