@@ -9,6 +9,8 @@ body is decoded. Conversations, each with its own union so that a socket decodes
     NOTICE   what a lane delivers after a put's bytes have landed
     ROUTER   pdxd -> router     TO_DAEMON  router -> pdxd      ZeroMQ over tcp
 
+An operator's verbs (`verbs`) come to pdxd from tools, as ENGINE, and from routers, as TO_DAEMON.
+
 Durations are seconds on the reader's own clock; `*_ns` are the sender's monotonic clock, for timelines only.
 """
 
@@ -20,8 +22,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from pdx.errors import VersionMismatch, WireError
-from pdx.keys import TENANT_BYTES, ContentFingerprint, LayoutFingerprint
+from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.layout import PageLayout, Place
+from pdx.verbs import Steer, Tenant
 
 WIRE_VERSION = 1
 MAGIC = b"PDX"
@@ -31,7 +34,6 @@ FRAME_BYTES_MAX = 8 << 20
 
 # What is added up: sums of such numbers stay far below what MessagePack can carry.
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
-Tenant = Annotated[bytes, msgspec.Meta(max_length=TENANT_BYTES)]  # keys.tenant_of; empty: who has no name
 
 
 class Message(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -338,15 +340,21 @@ class CancelHandoff(Message, tag="cancel_handoff", frozen=True):
     reason: str
 
 
-# --- ENGINE, from tools ---------------------------------------------------------------------------------------
+# --- ENGINE from tools, TO_DAEMON from routers -------------------------------------------------------------------
 
 
 class Ask(Message, tag="ask", frozen=True):
-    verb: Literal["stats", "health", "trace", "check"]
-    handoff_id: bytes = b""
+    """A question to the daemon, or a verb that steers what it keeps. Routers ask too, with numbers of their own."""
+
+    verb: Literal["stats", "health", "trace", "check", "spaces"] | Steer
+    handoff_id: bytes = b""  # trace
+    number: Count = 0
 
 
 class Answer(Message, tag="answer", frozen=True):
+    """`body` is the verb's result (see `verbs`); `error` says in one sentence why there is none."""
+
+    number: Count = 0
     body: dict[str, Any] = {}
     error: str = ""
 
@@ -357,8 +365,8 @@ ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | LetGo | Renew | Ask
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
 PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
 NOTICE = Landed
-ROUTER = Announce | HandoffFailed
-TO_DAEMON = Welcome | CancelHandoff
+ROUTER = Announce | HandoffFailed | Answer
+TO_DAEMON = Welcome | CancelHandoff | Ask
 
 _encoder = msgspec.msgpack.Encoder()
 

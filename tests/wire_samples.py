@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pdx import wire
+from pdx import verbs, wire
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.layout import PageLayout, Place
 
 ID = bytes(range(16))
+SPACE = bytes(range(24))
 CONTENT = ContentFingerprint(
     model="smol", weights="ab12", weight_epoch=3, dtype="bfloat16", block_tokens=128, hash_algorithm="sha256_cbor/none"
 )
@@ -72,6 +73,23 @@ SAMPLES: list[wire.Message] = [
     wire.HandoffFailed(handoff_id=ID, attempt=1, reason="nothing landed for 15 s"),
     wire.Welcome(warnings=["no decode engine"]),
     wire.CancelHandoff(handoff_id=ID, attempt=1, reason="client left"),
-    wire.Ask(verb="trace", handoff_id=ID),
-    wire.Answer(body={"a": 1}, error=""),
+    wire.Ask(verb="trace", handoff_id=ID, number=1),
+    wire.Answer(number=1, body={"a": 1}, error=""),
+    *(
+        wire.Ask(verb=verb, number=2)
+        for verb in (
+            verbs.Lookup(space=SPACE, tenant=ID, block_hashes=[b"a" * 32]),
+            verbs.Pin(name="manual", ttl_s=60.0, space=SPACE, tenant=ID, block_hashes=[b"a" * 32]),
+            verbs.Unpin(name="manual", tenant=ID),
+            verbs.Clear(
+                spaces=[SPACE], tenant=ID, block_hashes=[b"a" * 32], tier="disk", older_s=3600.0, dry_run=True
+            ),
+        )
+    ),
 ]  # fmt: skip
+
+
+def name_of(sample: wire.Message) -> str:
+    """A file's: the message's and, where its shapes are many, the shape's."""
+    verb = getattr(sample, "verb", "")
+    return type(sample).__name__ if isinstance(verb, str) else f"{type(sample).__name__}{type(verb).__name__}"

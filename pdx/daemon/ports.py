@@ -44,6 +44,7 @@ class Ports:
     digest_mode: bool
     tier: Tier | None = None  # below the arena
     write_mode: WriteMode = WriteMode.THROUGH
+    pin_share: float = 0.25  # of the arena
     wall_clock: Callable[[], float] = time.time
     trace_clock_ns: Callable[[], int] = time.monotonic_ns
 

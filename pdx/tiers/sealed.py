@@ -10,6 +10,7 @@ The digest covers the payload, the seal covers the header and through it everyth
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import struct
@@ -45,6 +46,7 @@ def name_of(key: Key) -> str:
     return label_of(space) + label_of(tenant) + digest.hexdigest()
 
 
+@functools.lru_cache(maxsize=1024)
 def label_of(part: bytes) -> str:
     """What a file name says of a space or a tenant: enough to find all of its blocks again without opening one."""
     return hashlib.blake2b(part, digest_size=8, person=b"pdx-label").hexdigest()
