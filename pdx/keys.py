@@ -63,6 +63,11 @@ def tenant_of(salt: str) -> bytes:
     return hashlib.blake2b(salt.encode(), digest_size=TENANT_BYTES, person=b"pdx-tenant").digest()
 
 
+def admin_token(cluster_key: bytes) -> str:
+    """What opens the router's admin port to who knows the cluster key, and does not tell the key."""
+    return hashlib.blake2b(cluster_key, digest_size=32, person=b"pdx-admin").hexdigest()
+
+
 def split_namespace(namespace: bytes) -> tuple[bytes, bytes]:
     """Space and tenant of a key's namespace."""
     return namespace[:SPACE_BYTES], namespace[SPACE_BYTES:]

@@ -37,13 +37,14 @@ class Lookup(Shape, tag="lookup", frozen=True, kw_only=True):
     block_hashes: list[BlockHash]
 
 
-class Found(Shape, frozen=True, kw_only=True):
+class Found(Shape, tag="found", frozen=True, kw_only=True):
     """Leading blocks. Those behind the first that is nowhere are of no use, and not counted.
 
     Answers of one incarnation and generation say the same: as long as it stays, nothing has come, left or been evicted.
     """
 
     blocks: int
+    tokens: int  # in them; a request computes at least its last token all the same
     arena_blocks: int
     disk_blocks: int  # on the disk only; they come up if the arena has room for them
     generation: int
@@ -59,7 +60,7 @@ class Pin(Shape, tag="pin", frozen=True, kw_only=True):
     block_hashes: list[BlockHash]
 
 
-class Pinned(Shape, frozen=True, kw_only=True):
+class Pinned(Shape, tag="pinned", frozen=True, kw_only=True):
     """`blocks` are held in the arena; of them `coming_blocks` are still on their way from the disk."""
 
     name: str
@@ -78,8 +79,8 @@ class Unpin(Shape, tag="unpin", frozen=True, kw_only=True):
     tenant: Tenant = b""
 
 
-class Unpinned(Shape, frozen=True, kw_only=True):
-    """`blocks`: 0 where nothing was pinned under this name, for example by a second unpin."""
+class Unpinned(Shape, tag="unpinned", frozen=True, kw_only=True):
+    """`blocks`: 0 where nothing was pinned under this name, for example after an unpin."""
 
     name: str
     blocks: int
@@ -91,6 +92,7 @@ class Clear(Shape, tag="clear", frozen=True, kw_only=True):
     `block_hashes` are one prompt's: exactly one tenant must be named then, and its spaces.
     """
 
+    model: str | None = None  # all spaces of this model that the daemon has met
     spaces: list[Space] | None = None
     tenant: Tenant | None = None
     block_hashes: list[BlockHash] | None = None
@@ -109,7 +111,7 @@ class TierCleared(Shape, frozen=True, kw_only=True):
     leaving: int = 0  # all files that are to be deleted and still exist; a daemon killed before finds them again
 
 
-class Cleared(Shape, frozen=True, kw_only=True):
+class Cleared(Shape, tag="cleared", frozen=True, kw_only=True):
     arena: TierCleared
     disk: TierCleared
     pins_ended: int = 0  # those of which nothing is left
@@ -121,7 +123,8 @@ class SpaceInfo(Shape, frozen=True, kw_only=True):
 
     content: ContentFingerprint
     layout: LayoutFingerprint
-    urls: list[str]  # of its engines that are attached now and serve HTTP
+    attached: int = 0  # its engines that are there now
+    urls: list[str] = msgspec.field(default_factory=list)  # of those that serve HTTP
 
 
 class Spaces(Shape, frozen=True, kw_only=True):

@@ -82,7 +82,8 @@ SAMPLES: list[wire.Message] = [
             verbs.Pin(name="manual", ttl_s=60.0, space=SPACE, tenant=ID, block_hashes=[b"a" * 32]),
             verbs.Unpin(name="manual", tenant=ID),
             verbs.Clear(
-                spaces=[SPACE], tenant=ID, block_hashes=[b"a" * 32], tier="disk", older_s=3600.0, dry_run=True
+                model="smol", spaces=[SPACE], tenant=ID, block_hashes=[b"a" * 32], tier="disk", older_s=3600.0,
+                dry_run=True,
             ),
         )
     ),

@@ -58,7 +58,7 @@ class Mover:
         self._prefixes = Prefixes(self._desk, self._holds, self._tiering)
         self.spaces = KnownSpaces()
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
-        self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins)
+        self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins, self.spaces)
         self._sending = SendingHalves(self._desk, self._holds, self._land_here)
         self._waiting: deque[Outgoing | Incoming] = deque()
 

@@ -16,11 +16,12 @@ from pdx.daemon.ports import Desk
 from pdx.daemon.prefixes import Prefixes
 from pdx.daemon.spaces import KnownSpaces
 from pdx.errors import Refused
+from pdx.keys import split_namespace
 from pdx.layout import Place
 from pdx.verbs import Pin, Pinned, Unpin, Unpinned
 
 PINS_MAX = 4096
-PinKey = tuple[bytes, str]  # (tenant, name): one tenant can't unpin what another has pinned
+PinKey = tuple[bytes, str]  # (namespace, name): one tenant can't unpin what another has pinned
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +48,17 @@ class Pins:
 
     def pin(self, what: Pin, now: float, *, room: bool) -> Pinned:
         """Raises Refused, changing nothing: over the budget, too many pins, a space that no engine has had."""
-        key, former = (what.tenant, what.name), self._pins.get((what.tenant, what.name))
-        kind = self._spaces.get(what.space)
-        if kind is None:
-            raise Refused("no engine of this model has been attached to this daemon")
+        namespace = what.space + what.tenant
+        key, kind = (namespace, what.name), self._spaces.get(what.space)
+        former = self._pins.get(key)
         if former is None and len(self._pins) >= PINS_MAX:
             raise Refused(f"a daemon keeps at most {PINS_MAX} pins")
-        self._check_budget(what, others=[pin for pin in self._pins.values() if pin is not former], room=room)
+        others = [pin for pin in self._pins.values() if pin is not former]
+        self._check_budget(what, kind.pages.unit_bytes, others=others, room=room)
         self._numbers += 1
         load, owner = b"pin %d" % self._numbers, Owner("verb", what.name)
         leased = self._prefixes.lease_leading(
-            owner, what.space + what.tenant, kind.pages, what.block_hashes, load=load, engine_id="", now=now,
+            owner, namespace, kind.pages, what.block_hashes, load=load, engine_id="", now=now,
             ttl_s=what.ttl_s, room=room,
         )  # fmt: skip
         if former is not None:
@@ -68,10 +69,12 @@ class Pins:
         return self._described(self._pins[key], now)
 
     def unpin(self, what: Unpin) -> Unpinned:
-        key = (what.tenant, what.name)
-        blocks = len(self._pins[key].places) if key in self._pins else 0
-        if blocks:
-            self._end(key)
+        """Whatever the space: two models may have pins of one name."""
+        blocks = 0
+        for key, pin in list(self._pins.items()):
+            if (split_namespace(key[0])[1], key[1]) == (what.tenant, what.name):
+                blocks += len(pin.places)
+                self._end(key)
         return Unpinned(name=what.name, blocks=blocks)
 
     def expired(self, lease: Lease) -> bool:
@@ -96,15 +99,13 @@ class Pins:
     def describe(self, now: float) -> list[Pinned]:
         return [self._described(pin, now) for pin in self._pins.values()]
 
-    def _check_budget(self, what: Pin, *, others: Iterable[_Pin], room: bool) -> None:
-        kind, store = self._spaces.get(what.space), self._desk.store
-        assert kind is not None
-        namespace = what.space + what.tenant
-        found = self._prefixes.leading(namespace, what.block_hashes)
+    def _check_budget(self, what: Pin, unit_bytes: int, *, others: Iterable[_Pin], room: bool) -> None:
+        store, namespace = self._desk.store, what.space + what.tenant
+        found = self._prefixes.leading(namespace, what.block_hashes, block_tokens=0)
         hashes = what.block_hashes[: found.blocks if room else found.arena_blocks]
         held = [spot[0] for spot in store.index.find(namespace, hashes) if spot]
         held += [slot for pin in others for slot in pin.lease.slots]
-        wanted_bytes = _size_bytes(held) + (found.disk_blocks * kind.pages.unit_bytes if room else 0)
+        wanted_bytes = _size_bytes(held) + (found.disk_blocks * unit_bytes if room else 0)
         if wanted_bytes > self.budget_bytes:
             raise Refused(
                 f"pins would take {wanted_bytes} bytes of the arena, and may take {self.budget_bytes}: unpin others, "

@@ -52,7 +52,7 @@ class Prefixes:
         )
         ports.to_engine(engine_id, answer)
 
-    def leading(self, namespace: bytes, hashes: Sequence[bytes]) -> Found:
+    def leading(self, namespace: bytes, hashes: Sequence[bytes], *, block_tokens: int) -> Found:
         """What `look_up` would give an engine that asked now, if the arena has room for what comes from below."""
         index = self._desk.store.index
         blocks = len(index.leading(namespace, hashes))
@@ -60,7 +60,10 @@ class Prefixes:
             blocks += self._tiering.leading(namespace, hashes[blocks:])
         here = sum(spot is not None for spot in index.find(namespace, hashes[:blocks]))
         generation = index.changes + (self._tiering.changes if self._tiering is not None else 0)
-        return Found(blocks=blocks, arena_blocks=here, disk_blocks=blocks - here, generation=generation)
+        return Found(
+            blocks=blocks, tokens=blocks * block_tokens, arena_blocks=here, disk_blocks=blocks - here,
+            generation=generation,
+        )  # fmt: skip
 
     def lease_leading(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pdx.daemon.sessions import Engine
+from pdx.errors import Refused
 from pdx.keys import ContentFingerprint, LayoutFingerprint, space_of
 from pdx.layout import PageLayout
 from pdx.verbs import SpaceInfo, Spaces
@@ -37,17 +38,24 @@ class KnownSpaces:
         if len(self._kinds) > SPACES_MAX:
             self._kinds.popitem(last=False)
 
-    def get(self, space: bytes) -> Kind | None:
-        return self._kinds.get(space)
+    def get(self, space: bytes) -> Kind:
+        """Raises Refused for one that was never here."""
+        kind = self._kinds.get(space)
+        if kind is None:
+            raise Refused("no engine with such blocks has been attached to this daemon")
+        return kind
+
+    def of_model(self, model: str) -> list[bytes]:
+        return [space for space, kind in self._kinds.items() if kind.content.model == model]
 
     def describe(self, engines: Iterable[Engine]) -> Spaces:
-        urls: dict[bytes, list[str]] = {}
+        attached: dict[bytes, list[str]] = {}
         for engine in engines:
-            if engine.info.url:
-                urls.setdefault(space_of(engine.info.content, engine.info.layout), []).append(engine.info.url)
-        return Spaces(
-            spaces=[
-                SpaceInfo(content=kind.content, layout=kind.layout, urls=urls.get(space, []))
-                for space, kind in self._kinds.items()
-            ]
-        )
+            if engine.complete:
+                attached.setdefault(space_of(engine.info.content, engine.info.layout), []).append(engine.info.url)
+        infos = []
+        for space, kind in self._kinds.items():
+            urls = attached.get(space, [])
+            served = [url for url in urls if url]
+            infos.append(SpaceInfo(content=kind.content, layout=kind.layout, attached=len(urls), urls=served))
+        return Spaces(spaces=infos)

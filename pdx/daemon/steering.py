@@ -12,6 +12,7 @@ from pdx.buffer.selection import Selection
 from pdx.daemon.pins import Pins
 from pdx.daemon.ports import Desk
 from pdx.daemon.prefixes import Prefixes
+from pdx.daemon.spaces import KnownSpaces
 from pdx.daemon.tiering import Tiering
 from pdx.errors import Refused
 from pdx.verbs import Clear, Cleared, Found, Lookup, Pin, Result, Steer, TierCleared, Unpin
@@ -20,11 +21,14 @@ from pdx.verbs import Clear, Cleared, Found, Lookup, Pin, Result, Steer, TierCle
 class Steering:
     """Owned by the control thread."""
 
-    def __init__(self, desk: Desk, prefixes: Prefixes, tiering: Tiering | None, pins: Pins) -> None:
+    def __init__(
+        self, desk: Desk, prefixes: Prefixes, tiering: Tiering | None, pins: Pins, spaces: KnownSpaces
+    ) -> None:
         self._desk = desk
         self._prefixes = prefixes
         self._tiering = tiering
         self._pins = pins
+        self._spaces = spaces
 
     def steer(self, what: Steer, now: float, *, room: bool) -> Result:
         """Raises Refused, changing nothing."""
@@ -41,13 +45,15 @@ class Steering:
                 assert_never(what)
 
     def _look_up(self, what: Lookup) -> Found:
-        return self._prefixes.leading(what.space + what.tenant, what.block_hashes)
+        block_tokens = self._spaces.get(what.space).content.block_tokens
+        return self._prefixes.leading(what.space + what.tenant, what.block_hashes, block_tokens=block_tokens)
 
     def _clear(self, what: Clear, now: float) -> Cleared:
         if what.block_hashes is not None and (what.tenant is None or what.spaces is None):
             raise Refused("a prompt's blocks have a tenant and a space: name them")
+        spaces = what.spaces if what.model is None else [*(what.spaces or ()), *self._spaces.of_model(what.model)]
         which = Selection(
-            spaces=None if what.spaces is None else frozenset(what.spaces),
+            spaces=None if spaces is None else frozenset(spaces),
             tenant=what.tenant,
             block_hashes=None if what.block_hashes is None else frozenset(what.block_hashes),
             older_s=what.older_s,

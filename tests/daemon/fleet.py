@@ -33,9 +33,11 @@ from pdx.wire import (
     EngineInfo,
     Filled,
     FilledEntry,
+    Keep,
     LetGo,
     LoadEnded,
     LoadOpened,
+    LookUp,
     Message,
     OpenLoad,
     OpenSend,
@@ -83,6 +85,9 @@ class Daemon:
             "digest_mode",
             "handoff_share",
             "extent",
+            "pin_share",
+            "disk",
+            "disk_cap",
         ]
         arguments = [
             f"--{f.replace('_', '-')}={getattr(self.config, f)!s}" for f in flags if getattr(self.config, f) != ""
@@ -165,18 +170,23 @@ def prompt_of(tokens: int, seed: int = 0) -> Prompt:
 class BareEngine:
     """Scheduler and worker sessions of one engine, in this process."""
 
-    def __init__(self, daemon: Daemon, name: str, role: str = "both", *, model: str = "m", layout: str = "L") -> None:
+    def __init__(
+        self, daemon: Daemon, name: str, role: str = "both", *, model: str = "m", layout: str = "L",
+        algorithm: str = "sha", url: str = "", router: str = "",
+    ) -> None:  # fmt: skip
         content = ContentFingerprint(
-            model=model, weights="w", weight_epoch=0, dtype="bf16", block_tokens=BLOCK_TOKENS, hash_algorithm="sha"
+            model=model, weights="w", weight_epoch=0, dtype="bf16", block_tokens=BLOCK_TOKENS, hash_algorithm=algorithm
         )
         fingerprint = LayoutFingerprint(
             engine="bare 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes,
             block_tokens=BLOCK_TOKENS, packing=layout, kv_groups=1, rank=0, world_size=1,
         )  # fmt: skip
-        info = EngineInfo(engine_id=name, role=role, model=model, content=content, layout=fingerprint)  # type: ignore[arg-type]
+        info = EngineInfo(engine_id=name, role=role, model=model, url=url, content=content, layout=fingerprint)  # type: ignore[arg-type]
         self.daemon, self.name, self.step = daemon, name, 0
         self.info = info
-        self.scheduler = DaemonClient.attach(daemon.config, Attach(kind="scheduler", engine=info), start=False)
+        self.scheduler = DaemonClient.attach(
+            daemon.config, Attach(kind="scheduler", engine=info, router=router), start=False
+        )
         self.worker = DaemonClient.attach(daemon.config, Attach(kind="worker", engine=info, pages=PAGES), start=False)
         self._inbox: list[Message] = []
 
@@ -285,6 +295,24 @@ class BareEngine:
         self.worker.publish_fence(self.step)
         self.let_go(loaded.handoff_id, "load", pages=wanted)
         return len(loaded.places)
+
+    def keep(self, hashes: list[bytes], tenant: bytes = b"") -> None:
+        """These blocks, computed in one step by a request without a handle."""
+        self.scheduler.send(Keep(request_id="k", handoff_id=os.urandom(16), block_hashes=hashes, tenant=tenant))
+        opened = self.expect(SendOpened)
+        self.step += 1
+        for place, name in zip(opened.places, hashes, strict=True):
+            for layer in range(PAGES.layers if place is not None else 0):
+                self.write_page(place, page_bytes_of(name, layer), layer)
+        self.worker.publish_fence(self.step)
+        self.let_go(opened.handoff_id, "send")
+
+    def look_up(self, hashes: list[bytes], tenant: bytes = b"") -> int:
+        """How many blocks a request would get now."""
+        self.scheduler.send(LookUp(request_id="l", handoff_id=os.urandom(16), block_hashes=hashes, tenant=tenant))
+        answer = self.expect(LoadOpened)
+        self.let_go(answer.handoff_id, "load")
+        return len(answer.places)
 
     def expect_failed_send(self) -> SendEnded:
         ended = self.expect(SendEnded)

@@ -94,6 +94,7 @@ class TestLookup:
         chance = random.Random(seed)
         tier = MemoryTier(cap_bytes=chance.choice([2000, 20_000]))
         host, prompts, agreed = Host(extents=1, tier=tier), [], 0
+        host.mover.spaces.met(engine("P"))
         for stem in range(8):
             prompts.append([b"%d/%d" % (stem, n) for n in range(6)])
         for _ in range(300):
@@ -222,7 +223,7 @@ class TestPin:
         assert unpin(host) == 3
 
     def test_of_a_model_that_was_never_here_is_refused(self, host: Host) -> None:
-        with pytest.raises(Refused, match="no engine of this model"):
+        with pytest.raises(Refused, match="no engine with such blocks"):
             host.mover.steer(Pin(name="x", ttl_s=1.0, space=bytes(SPACE_BYTES), block_hashes=HASHES), host.now)
 
     def test_gives_way_to_nobody_but_ends_in_time(self, host: Host) -> None:
@@ -274,7 +275,8 @@ class TestClear:
         keep_filled(host)
         assert clear(host, tenant=ALICE).disk.blocks == 0
         assert clear(host, spaces=[bytes(SPACE_BYTES)]).disk.blocks == 0
-        assert clear(host, spaces=[]).arena.blocks == 0
+        assert clear(host, spaces=[]).arena.blocks == clear(host, model="unknown").arena.blocks == 0
+        assert clear(host, model="m", dry_run=True).arena.blocks == 3
         assert counts(host) == (3, 3, 0)
         assert clear(host, tenant=b"", spaces=[SPACE]).disk.blocks == 3
 
