@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from pdx.chain import TOKENS_MAX, block_hashes
 from pdx.errors import Refused
-from pdx.keys import space_of, tenant_of
+from pdx.keys import ContentFingerprint, space_of, tenant_of
 from pdx.verbs import Clear, Lookup, Name, Pin, PinSeconds, Result, Seconds, Shape, SpaceInfo, TierName, Unpin
 
 T = TypeVar("T")
@@ -117,6 +117,14 @@ def check_prompt(prompt: Prompt) -> None:
             raise Refused("only text can be looked up: images and audio have keys that tokens do not tell")
 
 
+def tokenizer(infos: Iterable[SpaceInfo]) -> str:
+    """The URL of an engine that tokenizes as requests are tokenized. Raises Refused if there is none."""
+    url = next((url for info in infos for url in info.urls), None)
+    if url is None:
+        raise Refused("no engine of this model is there to tokenize a text: give tokens")
+    return f"{url.rstrip('/')}/tokenize"
+
+
 def tokenize_body(prompt: Prompt, model: str) -> bytes:
     """For an engine's /tokenize, whose defaults are those of its completions and chats."""
     fields: dict[str, Any] = {"model": model}
@@ -130,11 +138,16 @@ def tokenize_body(prompt: Prompt, model: str) -> bytes:
 
 def tokens_in(answer: bytes) -> list[int]:
     """Raises Refused if an engine's answer has none."""
+    return parsed(answer, _Tokenized, what="the engine's answer").tokens
 
-    class Tokenized(msgspec.Struct):
-        tokens: list[int]
 
-    return parsed(answer, Tokenized, what="the engine's answer").tokens
+def reason_in(answer: bytes) -> str:
+    """What an OpenAI-shaped error says; empty if it is none."""
+
+    try:
+        return msgspec.json.decode(answer, type=_Refusal).error.message
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return ""
 
 
 def parsed(raw: bytes, kind: type[T], *, what: str = "the body") -> T:
@@ -145,12 +158,28 @@ def parsed(raw: bytes, kind: type[T], *, what: str = "the body") -> T:
         raise Refused(f"{what}: {error}") from error
 
 
-def lookups(request: LookupRequest, infos: Iterable[SpaceInfo], tokens: list[int]) -> list[Lookup]:
-    return [Lookup(**_named(info, tokens, request.cache_salt)) for info in infos]
+class BlockNames:
+    """A prompt's blocks, as the engines of each kind would name them. Hashes once for each content."""
+
+    def __init__(self, tokens: list[int], salt: str) -> None:
+        self.tokens = tokens
+        self._salt = salt
+        self._hashes: dict[ContentFingerprint, list[bytes]] = {}
+
+    def of(self, info: SpaceInfo) -> dict[str, Any]:
+        """The fields of a verb. Raises Refused where names can't be told from tokens."""
+        if info.content not in self._hashes:
+            self._hashes[info.content] = block_hashes(info.content, self.tokens, salt=self._salt)
+        space, tenant = space_of(info.content, info.layout), tenant_of(self._salt)
+        return {"space": space, "tenant": tenant, "block_hashes": self._hashes[info.content]}
 
 
-def pins(request: PinRequest, infos: Iterable[SpaceInfo], tokens: list[int]) -> list[Pin]:
-    return [Pin(name=request.name, ttl_s=request.ttl_s, **_named(i, tokens, request.cache_salt)) for i in infos]
+def lookups(request: LookupRequest, infos: Iterable[SpaceInfo], names: BlockNames) -> list[Lookup]:
+    return [Lookup(**names.of(info)) for info in infos]
+
+
+def pins(request: PinRequest, infos: Iterable[SpaceInfo], names: BlockNames) -> list[Pin]:
+    return [Pin(name=request.name, ttl_s=request.ttl_s, **names.of(info)) for info in infos]
 
 
 def unpin(request: UnpinRequest) -> Unpin:
@@ -174,8 +203,8 @@ def clear(request: ClearRequest) -> Clear:
     )
 
 
-def prompt_clears(request: ClearRequest, infos: Iterable[SpaceInfo], tokens: list[int]) -> list[Clear]:
-    found = [_named(info, tokens, request.cache_salt or "") for info in infos]
+def prompt_clears(request: ClearRequest, infos: Iterable[SpaceInfo], names: BlockNames) -> list[Clear]:
+    found = [names.of(info) for info in infos]
     return [
         Clear(
             spaces=[named["space"]], tenant=named["tenant"], block_hashes=named["block_hashes"], tier=request.tier,
@@ -185,6 +214,15 @@ def prompt_clears(request: ClearRequest, infos: Iterable[SpaceInfo], tokens: lis
     ]  # fmt: skip
 
 
-def _named(info: SpaceInfo, tokens: list[int], salt: str) -> dict[str, Any]:
-    hashes = block_hashes(info.content, tokens, salt=salt)
-    return {"space": space_of(info.content, info.layout), "tenant": tenant_of(salt), "block_hashes": hashes}
+class _Tokenized(msgspec.Struct):
+    """What is read of an engine's answer."""
+
+    tokens: list[int]
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Refusal(msgspec.Struct):
+    error: _Error

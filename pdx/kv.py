@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol, Self
+from collections.abc import Sequence
+from typing import Literal, Protocol, Self
 
 import msgspec
 
 from pdx import admin
-from pdx.admin import ClearRequest, DaemonReport, LookupRequest, PinRequest, Prompt, Report, UnpinRequest
+from pdx.admin import BlockNames, ClearRequest, DaemonReport, LookupRequest, PinRequest, Prompt, Report, UnpinRequest
 from pdx.client import DaemonClient
 from pdx.config import Config
 from pdx.errors import DaemonGone, Refused
@@ -27,7 +27,7 @@ from pdx.wire import Ask, Attach
 
 ATTACH_S = 2.0
 ANSWER_S = 15.0  # a router gives its daemons five seconds, and an engine five for tokenizing
-ANSWER_BYTES_MAX = 64 << 20
+ANSWER_BYTES_MAX, ERROR_BYTES_MAX = 64 << 20, 1 << 20
 Question = Literal["stats", "health", "check"]
 
 
@@ -60,14 +60,14 @@ class LocalKv:
     def lookup(self, request: LookupRequest) -> Report:
         admin.check_prompt(request)
         infos = admin.chosen(request.model, self._spaces(), attached=True)
-        tokens = self._tokens(request, infos)
-        return self._steered(admin.lookups(request, infos, tokens), infos, tokens)
+        names = self._names(request, infos)
+        return self._steered(admin.lookups(request, infos, names), infos, names)
 
     def pin(self, request: PinRequest) -> Report:
         admin.check_prompt(request)
         infos = admin.chosen(request.model, self._spaces(), attached=True)
-        tokens = self._tokens(request, infos)
-        return self._steered(admin.pins(request, infos, tokens), infos, tokens)
+        names = self._names(request, infos)
+        return self._steered(admin.pins(request, infos, names), infos, names)
 
     def unpin(self, request: UnpinRequest) -> Report:
         return self._steered([admin.unpin(request)])
@@ -77,8 +77,8 @@ class LocalKv:
         infos = admin.chosen(request.model, self._spaces()) if request.model or request.given else []
         if not request.given:
             return self._steered([admin.clear(request)], infos)
-        tokens = self._tokens(request, infos)
-        return self._steered(admin.prompt_clears(request, infos, tokens), infos, tokens)
+        names = self._names(request, infos)
+        return self._steered(admin.prompt_clears(request, infos, names), infos, names)
 
     def ask(self, question: Question) -> Report:
         answer = self._client.ask(Ask(verb=question))
@@ -100,17 +100,15 @@ class LocalKv:
     def _spaces(self) -> list[SpaceInfo]:
         return msgspec.convert(self._client.ask(Ask(verb="spaces")).body, Spaces).spaces
 
-    def _tokens(self, prompt: Prompt, infos: Iterable[SpaceInfo]) -> list[int]:
-        if prompt.tokens is not None:
-            return prompt.tokens
-        url = next((url for info in infos for url in info.urls), None)
-        if url is None:
-            raise Refused("no engine of this model is there to tokenize a text: give tokens")
-        model = next(iter(infos)).content.model
-        return admin.tokens_in(_post(f"{url.rstrip('/')}/tokenize", admin.tokenize_body(prompt, model)))
+    def _names(self, prompt: Prompt, infos: Sequence[SpaceInfo]) -> BlockNames:
+        tokens = prompt.tokens
+        if tokens is None:
+            url, body = admin.tokenizer(infos), admin.tokenize_body(prompt, infos[0].content.model)
+            tokens = admin.tokens_in(_post(url, body))
+        return BlockNames(tokens, prompt.cache_salt or "")
 
     def _steered(
-        self, verbs: Sequence[Steer], infos: Sequence[SpaceInfo] = (), tokens: list[int] | None = None
+        self, verbs: Sequence[Steer], infos: Sequence[SpaceInfo] = (), names: BlockNames | None = None
     ) -> Report:
         answers = [self._client.ask(Ask(verb=verb)) for verb in verbs]
         results = [msgspec.convert(answer.body, Result) for answer in answers if not answer.error]
@@ -118,7 +116,7 @@ class LocalKv:
         return Report(
             daemons=[DaemonReport(daemon=self._name, results=results, error=error)],
             model=infos[0].content.model if infos else "",
-            prompt_tokens=None if tokens is None else len(tokens),
+            prompt_tokens=None if names is None else len(names.tokens),
         )
 
 
@@ -163,16 +161,6 @@ def _post(url: str, body: bytes | None, headers: dict[str, str] | None = None) -
             return raw
     except urllib.error.HTTPError as error:
         with error:
-            raise Refused(_reason(error.read(1 << 20)) or f"{url}: HTTP {error.code}") from error
+            raise Refused(admin.reason_in(error.read(ERROR_BYTES_MAX)) or f"{url}: HTTP {error.code}") from error
     except OSError as error:
         raise DaemonGone(f"{url} does not answer: {error}") from error
-
-
-def _reason(raw: bytes) -> str:
-    """What an OpenAI-shaped error says; empty if it is none."""
-    try:
-        error: Any = msgspec.json.decode(raw)
-    except msgspec.DecodeError:
-        return ""
-    message = error.get("error", {}).get("message") if isinstance(error, dict) else None
-    return message if isinstance(message, str) else ""
