@@ -30,7 +30,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Lookup(Shape, tag="lookup", frozen=True, kw_only=True):
-    """How many of this prompt's blocks would a request that came now get?"""
+    """How many of this prompt's blocks would a request that came now get, beside what its engine has itself?"""
 
     space: Space
     tenant: Tenant = b""
