@@ -11,7 +11,7 @@ VERBS = {
     "serve": ("pdx.launch.serve", "start vLLM servers of one role on this host"),
     "up": ("pdx.launch.up", "start router, daemons and engines on this machine"),
     "router": ("pdx.router.main", "start the router (also pdx-router)"),
-    "kv": ("pdx.launch.kv", "ask this host's daemon: stats, health, check"),
+    "kv": ("pdx.launch.kv", "ask and steer what daemons keep: lookup, pin, clear, stats …"),
     "bench": ("pdx.launch.bench", "list the benchmarks and run one"),
     "check": ("pdx.launch.check", "say what this machine can run, and what is missing"),
     "version": ("", "print the version"),

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import zmq
 
 from pdx import config as configuration
@@ -68,6 +69,7 @@ class DaemonClient:
         self.arena: Arena | None = None
         self._voice = Voice(connection)
         self._worker = worker
+        self._asked = 0
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity_of(attached.daemon.incarnation, attached.session))
@@ -152,13 +154,15 @@ class DaemonClient:
 
     def ask(self, question: Ask, *, timeout_s: float = 5.0) -> Answer:
         """For tools: one question, one answer. Raises DaemonGone after `timeout_s`."""
-        self.send(question)
+        self._asked += 1  # the answer to a question that was given up may still come
+        self.send(msgspec.structs.replace(question, number=self._asked))
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0 and self.alive:
             for message in self.wait(min(left, 0.2)):
-                if isinstance(message, Answer):
+                if isinstance(message, Answer) and message.number == self._asked:
                     return message
-        raise DaemonGone(f"pdxd did not answer {question.verb!r} within {timeout_s:g} s")
+        what = question.verb if isinstance(question.verb, str) else type(question.verb).__name__.lower()
+        raise DaemonGone(f"pdxd did not answer {what!r} within {timeout_s:g} s")
 
     def watched(self) -> int:
         """A descriptor of the caller's own that becomes readable when the daemon is gone."""

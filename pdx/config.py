@@ -43,6 +43,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     linger_s: float = 60.0  # pdxd exits this long after its last client
     lease_s: float = 30.0  # an engine that renews nothing for so long loses its leases (to quarantine)
     handoff_share: float = 0.9  # a prompt needing more of the arena than this is refused
+    pin_share: float = 0.25  # of the arena: what operators may pin
+    tenant_share: float = 1.0  # of the arena: what one cache_salt may take; those without one are a tenant together
     digest_mode: bool = False  # blake3 of every page on both sides of a handoff; for proofs
     offload: Offload = "all"  # blocks of requests outside handoffs that engines keep in the arena, and look up
     disk: str = ""  # folder of the disk tier, on a file system of this host; empty: none
@@ -57,6 +59,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         parse_size(self.disk_cap, key="disk_cap")
         if not 0.05 <= self.handoff_share <= 1.0:
             raise ConfigError(f"handoff_share must be between 0.05 and 1, not {self.handoff_share}")
+        if not 0.0 < self.tenant_share <= 1.0:
+            raise ConfigError(f"tenant_share must be above 0 and at most 1, not {self.tenant_share}")
+        if not 0.0 <= self.pin_share <= 1.0:
+            raise ConfigError(f"pin_share must be between 0 and 1, not {self.pin_share}")
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be positive, not {self.chunk_tokens}")
 
@@ -69,6 +75,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.extent:
             return parse_size(self.extent, key="extent")
         return min(64 << 20, self.arena_bytes // 8)
+
+    @property
+    def tenant_bytes(self) -> int | None:
+        """None: no limit."""
+        return None if self.tenant_share == 1.0 else int(self.arena_bytes * self.tenant_share)
 
     @property
     def disk_cap_bytes(self) -> int:
@@ -89,6 +100,8 @@ FLAGS = {
     "linger_s": "seconds to stay after the last client has left (default 60)",
     "lease_s": "seconds until a silent engine loses its leases (default 30)",
     "handoff_share": "largest part of the arena that one prompt may take (default 0.9)",
+    "pin_share": "largest part of the arena that pins may take (default 0.25)",
+    "tenant_share": "largest part of the arena that one cache_salt may take (default 1)",
     "disk": "folder in which blocks survive the daemon (default: none)",
     "disk_cap": "bytes that they may take there (default 10GiB)",
     "digest_mode": "true: blake3 of every page on both sides of a handoff",

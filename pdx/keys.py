@@ -1,7 +1,8 @@
 """Names for content: namespaces, block keys and identifiers. Pure functions on bytes.
 
-A block's key is (namespace, block hash). The namespace digests the *content* fingerprint, so two models, dtypes,
-block sizes or weight epochs can never meet under one key. Block hashes are the engine's own: opaque bytes here.
+A block's key is (namespace, block hash). The namespace is a *space*, which digests the content and the layout
+fingerprint, so that two models, dtypes, block sizes or weight epochs can never meet under one key; and behind it the
+tenant, so that nobody finds what is another's. Block hashes are the engine's own: opaque bytes here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import hashlib
 import msgspec
 
 NAMESPACE_BYTES = 16
+SPACE_BYTES = 24
+TENANT_BYTES = 16
 
 
 class ContentFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,13 +41,35 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 def namespace_of(content: ContentFingerprint) -> bytes:
-    """The 16-byte name under which this content's blocks are indexed."""
+    """A 16-byte name of this content."""
     return _digest(content)[:NAMESPACE_BYTES]
 
 
 def layout_id(layout: LayoutFingerprint) -> str:
     """A short hex name of a layout, for comparison and logs."""
     return _digest(layout).hex()[:16]
+
+
+def space_of(content: ContentFingerprint, layout: LayoutFingerprint) -> bytes:
+    """Same content *and* same layout: blocks of one space can stand for each other."""
+    return namespace_of(content) + bytes.fromhex(layout_id(layout))
+
+
+def tenant_of(salt: str) -> bytes:
+    """A tenant's name, made from the `cache_salt` of its requests, which stays with it. Empty: who has none."""
+    if not salt:
+        return b""
+    return hashlib.blake2b(salt.encode(), digest_size=TENANT_BYTES, person=b"pdx-tenant").digest()
+
+
+def admin_token(cluster_key: bytes) -> str:
+    """What opens the router's admin port to who knows the cluster key, and does not tell the key."""
+    return hashlib.blake2b(cluster_key, digest_size=32, person=b"pdx-admin").hexdigest()
+
+
+def split_namespace(namespace: bytes) -> tuple[bytes, bytes]:
+    """Space and tenant of a key's namespace."""
+    return namespace[:SPACE_BYTES], namespace[SPACE_BYTES:]
 
 
 def _digest(value: msgspec.Struct) -> bytes:

@@ -9,6 +9,8 @@ body is decoded. Conversations, each with its own union so that a socket decodes
     NOTICE   what a lane delivers after a put's bytes have landed
     ROUTER   pdxd -> router     TO_DAEMON  router -> pdxd      ZeroMQ over tcp
 
+An operator's verbs (`verbs`) come to pdxd from tools, as ENGINE, and from routers, as TO_DAEMON.
+
 Durations are seconds on the reader's own clock; `*_ns` are the sender's monotonic clock, for timelines only.
 """
 
@@ -22,6 +24,7 @@ import msgspec
 from pdx.errors import VersionMismatch, WireError
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.layout import PageLayout, Place
+from pdx.verbs import Steer, Tenant
 
 WIRE_VERSION = 1
 MAGIC = b"PDX"
@@ -116,6 +119,7 @@ class OpenSend(Message, tag="open_send", frozen=True):
     block_hashes: list[bytes]  # full blocks of the prompt, in order
     prompt_tokens: int
     tail_hash: bytes  # keys.tail_hash of the tokens after the last full block; empty: no tail
+    tenant: Tenant = b""
 
 
 class FilledEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -146,6 +150,7 @@ class OpenLoad(Message, tag="open_load", frozen=True):
     tail_hash: bytes
     # It came beside prefill's request: "wait" until the first page has landed, and the answer then comes by itself.
     early: bool = False
+    tenant: Tenant = b""
 
 
 class LookUp(Message, tag="look_up", frozen=True):
@@ -154,6 +159,7 @@ class LookUp(Message, tag="look_up", frozen=True):
     request_id: str
     handoff_id: bytes  # chosen by the engine: names this load as a handoff's id names its own
     block_hashes: list[bytes]
+    tenant: Tenant = b""
 
 
 class Keep(Message, tag="keep", frozen=True):
@@ -162,6 +168,7 @@ class Keep(Message, tag="keep", frozen=True):
     request_id: str
     handoff_id: bytes  # chosen by the engine
     block_hashes: list[bytes]
+    tenant: Tenant = b""
 
 
 class LetGo(Message, tag="let_go", frozen=True):
@@ -241,6 +248,7 @@ class Reserve(PeerMessage, tag="reserve", frozen=True):
     pages: PageLayout
     block_hashes: list[bytes]
     tail_hash: bytes
+    tenant: Tenant = b""
 
 
 class Grant(PeerMessage, tag="grant", frozen=True):
@@ -338,15 +346,21 @@ class CancelHandoff(Message, tag="cancel_handoff", frozen=True):
     reason: str
 
 
-# --- ENGINE, from tools ---------------------------------------------------------------------------------------
+# --- ENGINE from tools, TO_DAEMON from routers -------------------------------------------------------------------
 
 
 class Ask(Message, tag="ask", frozen=True):
-    verb: Literal["stats", "health", "trace", "check"]
-    handoff_id: bytes = b""
+    """A question to the daemon, or a verb that steers what it keeps. Routers ask too, with numbers of their own."""
+
+    verb: Literal["stats", "health", "trace", "check", "spaces"] | Steer
+    handoff_id: bytes = b""  # trace
+    number: Count = 0
 
 
 class Answer(Message, tag="answer", frozen=True):
+    """`body` is the verb's result (see `verbs`); `error` says in one sentence why there is none."""
+
+    number: Count = 0
     body: dict[str, Any] = {}
     error: str = ""
 
@@ -357,8 +371,8 @@ ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | LetGo | Renew | Ask
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
 PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
 NOTICE = Landed
-ROUTER = Announce | HandoffFailed
-TO_DAEMON = Welcome | CancelHandoff
+ROUTER = Announce | HandoffFailed | Answer
+TO_DAEMON = Welcome | CancelHandoff | Ask
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -140,6 +140,10 @@ class Directory:
         daemon = self._daemons.get(ref.daemon_id)
         return daemon is not None and _same_daemon(daemon.ref, ref)
 
+    def daemons(self) -> list[DaemonRef]:
+        """Those that are alive."""
+        return [daemon.ref for daemon in self._daemons.values()]
+
     def models(self) -> list[str]:
         """Every model that some announced engine serves, ready or not."""
         return sorted({engine.info.model for engine in self._engines.values()})

@@ -23,6 +23,7 @@ examples:
                                               take free ports and write them down
   pdx-router --host 0.0.0.0 --control tcp://10.0.0.1:5700 --key-file cluster.key
                                               serve other hosts; they need the same key file
+  pdx-router --admin-port 8001                lookup, pin, clear … on the loopback: pdx kv --router
   curl localhost:8000/readyz                  which engines have joined, and what is missing
 """
 _JOURNEYS = {
@@ -67,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
         default="tcp://127.0.0.1:5700",
         metavar="ENDPOINT",
         help="where daemons announce their engines; port 0 for a free one (default: %(default)s)",
+    )
+    parser.add_argument("--admin-host", default="127.0.0.1", metavar="HOST", help="(default: %(default)s)")
+    parser.add_argument(
+        "--admin-port",
+        type=_port,
+        metavar="PORT",
+        help="serve the operators' verbs there, see pdx kv --help; 0 for a free one (default: not at all)",
     )
     parser.add_argument(
         "--policy",
@@ -127,7 +135,8 @@ def _config(flags: argparse.Namespace) -> Config:
     if control.scheme != "tcp" or not control.netloc:
         raise ConfigError(f"--control {flags.control}: write e.g. tcp://127.0.0.1:5700")
     config = load({"host": flags.host, "key_file": flags.key_file})
-    for name, host in (("--host", flags.host), ("--control", control.hostname or "")):
+    hosts = (("--host", flags.host), ("--control", control.hostname or ""), ("--admin-host", flags.admin_host))
+    for name, host in hosts:
         if not is_loopback(host) and not config.key_file:
             raise ConfigError(
                 f"{name} {host} is not loopback and no cluster key is set: write 32 random bytes to a 0600 file on "
@@ -145,6 +154,7 @@ def _config(flags: argparse.Namespace) -> Config:
 
 def _options(flags: argparse.Namespace, config: Config) -> Options:
     from pdx.config import cluster_key
+    from pdx.keys import admin_token
     from pdx.router.journey import Settings
     from pdx.router.service import Options
 
@@ -163,6 +173,9 @@ def _options(flags: argparse.Namespace, config: Config) -> Options:
         control=flags.control,
         request_timeout_s=flags.request_timeout_secs,
         publish=flags.publish,
+        admin_host=flags.admin_host,
+        admin_port=flags.admin_port,
+        admin_token=admin_token(settings.cluster_key) if config.key_file else "",
     )
 
 

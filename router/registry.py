@@ -1,4 +1,4 @@
-"""The router's side of the control conversation: hears Announce and HandoffFailed, says Welcome and CancelHandoff.
+"""The router's side of the control conversation: hears announcements, failures and answers; welcomes, cancels and asks.
 
 Knows sockets and identities; what an announcement means is the directory's business. Runs on the event loop.
 """
@@ -10,16 +10,19 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
 from pdx.curve import lock
-from pdx.errors import ConfigError, WireError
+from pdx.errors import ConfigError, DaemonGone, WireError
 from pdx.router.metrics import Metrics
 from pdx.wire import (
     FRAME_BYTES_MAX,
     ROUTER,
     Announce,
+    Answer,
+    Ask,
     CancelHandoff,
     DaemonRef,
     HandoffFailed,
@@ -36,7 +39,7 @@ SEND_QUEUE_MAX = 1024
 DAEMONS_MAX = 4096
 
 _log = logging.getLogger(__name__)
-_decode: Callable[[bytes | memoryview], Announce | HandoffFailed] = decoder_of(ROUTER)
+_decode: Callable[[bytes | memoryview], Announce | HandoffFailed | Answer] = decoder_of(ROUTER)
 
 
 class Registry:
@@ -56,6 +59,8 @@ class Registry:
         self._handoff_failed = handoff_failed
         self._metrics = metrics
         self._identities: dict[str, tuple[int, bytes]] = {}  # daemon id -> incarnation, identity frame
+        self._asked = 0
+        self._questions: dict[int, tuple[bytes, asyncio.Future[Answer]]] = {}  # number -> who was asked, its answer
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
@@ -84,10 +89,13 @@ class Registry:
                 self._metrics.bad_frames.inc()
                 _log.debug("dropped a control frame: %s", error)
                 continue
-            if isinstance(message, Announce):
-                self._on_announce(frames[0], message)
-            else:
-                self._handoff_failed(message.handoff_id, message.reason)
+            match message:
+                case Announce():
+                    self._on_announce(frames[0], message)
+                case HandoffFailed():
+                    self._handoff_failed(message.handoff_id, message.reason)
+                case Answer():
+                    self._on_answer(frames[0], message)
 
     def cancel(self, daemon: DaemonRef, *, handoff_id: bytes, reason: str, attempt: int = 0) -> None:
         """Tells a daemon to end a handoff. Never blocks; a daemon gone meanwhile needs no telling."""
@@ -96,6 +104,27 @@ class Registry:
             self._metrics.undelivered.inc()
             return
         self._send(identity, CancelHandoff(handoff_id=handoff_id, attempt=attempt, reason=reason))
+
+    async def ask(self, daemon: DaemonRef, question: Ask, *, timeout_s: float) -> Answer:
+        """This daemon's answer. Raises DaemonGone if it can't be reached, or says nothing for so long."""
+        incarnation, identity = self._identities.get(daemon.daemon_id, (0, b""))
+        if incarnation != daemon.incarnation:
+            raise DaemonGone("this daemon has left")
+        self._asked += 1
+        number = self._asked
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._questions[number] = (identity, answer)
+        try:
+            async with asyncio.timeout(timeout_s):
+                frames = [identity, encode(msgspec.structs.replace(question, number=number))]
+                await self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+                return await answer
+        except zmq.ZMQError as error:
+            raise DaemonGone(f"this daemon can't be reached: {error.strerror}") from error
+        except TimeoutError as error:
+            raise DaemonGone(f"this daemon did not answer within {timeout_s:g} s") from error
+        finally:
+            del self._questions[number]
 
     def close(self) -> None:
         """Idempotent."""
@@ -112,6 +141,12 @@ class Registry:
             self._identities.pop(next(iter(self._identities)))  # the oldest; a live one is back within a second
         self._identities[daemon.daemon_id] = (daemon.incarnation, identity)
         self._send(identity, Welcome(warnings=warnings))
+
+    def _on_answer(self, identity: bytes, answer: Answer) -> None:
+        """Only who was asked can answer; who comes too late, or twice, is not heard."""
+        asked, waiting = self._questions.get(answer.number, (b"", None))
+        if waiting is not None and asked == identity and not waiting.done():
+            waiting.set_result(answer)
 
     def _send(self, identity: bytes, message: Message) -> None:
         # NOBLOCK: at once, or refused because the peer is gone or its queue is full.

@@ -6,10 +6,12 @@ import msgspec
 
 _TYPES = {
     400: "BadRequestError",
+    401: "AuthenticationError",
     403: "ForbiddenError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     413: "RequestEntityTooLargeError",
+    415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
     502: "BadGatewayError",
     503: "ServiceUnavailableError",

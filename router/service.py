@@ -15,8 +15,10 @@ import msgspec
 from aiohttp import web
 
 from pdx.errors import ConfigError
+from pdx.router.admin import Admin
 from pdx.router.app import HEADER_BYTES_MAX, Front
 from pdx.router.conductor import Outside
+from pdx.router.daemons import Daemons
 from pdx.router.directory import Directory
 from pdx.router.journey import Settings
 from pdx.router.metrics import Metrics
@@ -40,6 +42,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     control: str = "tcp://127.0.0.1:5700"
     request_timeout_s: float = 600.0
     publish: str = ""
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None  # None: no admin port
+    admin_token: str = ""
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -47,6 +52,7 @@ class Published(msgspec.Struct, frozen=True):
 
     http: str
     control: str
+    admin: str = ""
 
 
 async def serve(options: Options) -> None:
@@ -57,6 +63,8 @@ async def serve(options: Options) -> None:
         loop.add_signal_handler(number, stop.set)
     async with running(options) as (published, keeper):
         _log.info("listening on %s, control on %s", published.http, published.control)
+        if published.admin:
+            _log.info("admin port at %s, %s a token", published.admin, "with" if options.admin_token else "without")
         if options.publish:
             publish(Path(options.publish), published)
         stopped = asyncio.create_task(stop.wait())
@@ -87,10 +95,14 @@ async def running(options: Options) -> AsyncIterator[tuple[Published, asyncio.Ta
         upstream = await stack.enter_async_context(Upstream())
         outside = Outside(directory=directory, registry=registry, upstream=upstream, metrics=metrics, pending=pending)
         front = Front(outside, options.settings, request_timeout_s=options.request_timeout_s)
-        http = await _listen(stack, front.app(), options)
+        http = await _listen(stack, front.app(), options.host, options.port)
+        admin_url = ""
+        if options.admin_port is not None:
+            admin = Admin(Daemons(directory, registry), upstream, token=options.admin_token)
+            admin_url = await _listen(stack, admin.app(), options.admin_host, options.admin_port)
         keeper = asyncio.create_task(_keep(registry, directory, upstream))
         stack.push_async_callback(_cancelled, keeper)
-        yield Published(http=http, control=registry.endpoint), keeper
+        yield Published(http=http, control=registry.endpoint, admin=admin_url), keeper
 
 
 def publish(path: Path, published: Published) -> None:
@@ -100,7 +112,7 @@ def publish(path: Path, published: Published) -> None:
     temporary.replace(path)
 
 
-async def _listen(stack: AsyncExitStack, app: web.Application, options: Options) -> str:
+async def _listen(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> str:
     runner = web.AppRunner(
         app,
         handler_cancellation=True,  # a client that leaves ends its request's task, and with it the upstream calls
@@ -113,9 +125,9 @@ async def _listen(stack: AsyncExitStack, app: web.Application, options: Options)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:
-        await web.TCPSite(runner, options.host, options.port).start()
+        await web.TCPSite(runner, host, port).start()
     except OSError as error:
-        raise ConfigError(f"can't listen on {options.host}:{options.port}: {error.strerror or error}") from error
+        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror or error}") from error
     host, port = runner.addresses[0][:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -10,14 +10,14 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wire_samples import SAMPLES
+from wire_samples import SAMPLES, name_of
 
 from pdx import wire
 from pdx.errors import VersionMismatch, WireError
 
 GOLDEN = Path(__file__).parent / "golden" / "wire"
-EVERY = tuple(type(sample) for sample in SAMPLES)
-ids = [type(sample).__name__ for sample in SAMPLES]
+EVERY = tuple(dict.fromkeys(type(sample) for sample in SAMPLES))
+ids = [name_of(sample) for sample in SAMPLES]
 
 
 def _union() -> object:
@@ -41,7 +41,7 @@ def test_samples_cover_every_message() -> None:
 @pytest.mark.parametrize("sample", SAMPLES, ids=ids)
 def test_golden_bytes(sample: wire.Message) -> None:
     """If this fails on purpose: raise WIRE_VERSION, then run with UPDATE_GOLDEN=1."""
-    path = GOLDEN / f"{type(sample).__name__}.v{wire.WIRE_VERSION}.bin"
+    path = GOLDEN / f"{name_of(sample)}.v{wire.WIRE_VERSION}.bin"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_bytes(wire.encode(sample))
     assert wire.encode(sample) == path.read_bytes()

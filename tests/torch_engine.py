@@ -47,6 +47,7 @@ class Request:
     max_tokens: int = 1
     mm_features: list[Any] = field(default_factory=list)
     lora_request: Any = None
+    cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
     num_computed_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -62,7 +63,7 @@ class Request:
     def append(self, token: int) -> None:
         self.tokens.append(token)
         if len(self.tokens) % BLOCK_TOKENS == 0:
-            parent = self.block_hashes[-1] if self.block_hashes else b""
+            parent = self.block_hashes[-1] if self.block_hashes else (self.cache_salt or "").encode()
             self.block_hashes.append(hashlib.sha256(parent + bytes(self.tokens[-BLOCK_TOKENS:])).digest())
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pdx import wire
+from pdx import verbs, wire
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.layout import PageLayout, Place
 
 ID = bytes(range(16))
+SPACE = bytes(range(24))
 CONTENT = ContentFingerprint(
     model="smol", weights="ab12", weight_epoch=3, dtype="bfloat16", block_tokens=128, hash_algorithm="sha256_cbor/none"
 )
@@ -32,15 +33,18 @@ SAMPLES: list[wire.Message] = [
         digest_mode=True, lease_s=30.0,
     ),
     wire.AttachRefused(reason="two engines of one name"),
-    wire.OpenSend(request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32),
+    wire.OpenSend(
+        request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32, tenant=ID
+    ),
     wire.Filled(
         step=9, step_started_ns=1, layer=2, filled_ns=3, entries=[wire.FilledEntry(handoff_id=ID, blocks=[0, 1])]
     ),
     wire.OpenLoad(
-        request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32, early=True
+        request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32, early=True,
+        tenant=ID,
     ),
-    wire.LookUp(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32]),
-    wire.Keep(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32]),
+    wire.LookUp(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID),
+    wire.Keep(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID),
     wire.LetGo(handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, done_ns=6, spoilt=[2]),
     wire.Renew(handoff_ids=[ID], running=1, waiting=2),
     wire.SendOpened(request_id="r", handoff_id=ID, places=[PLACE, None]),
@@ -48,7 +52,8 @@ SAMPLES: list[wire.Message] = [
     wire.LoadOpened(request_id="r", handoff_id=ID, status="granted", places=[PLACE], reason=""),
     wire.LoadEnded(handoff_id=ID, reason="peer died"),
     wire.Reserve(
-        **PEER, handle="h", namespace=ID, layout_id="00ff", pages=PAGES, block_hashes=[b"a" * 32], tail_hash=b"t" * 32
+        **PEER, handle="h", namespace=ID, layout_id="00ff", pages=PAGES, block_hashes=[b"a" * 32], tail_hash=b"t" * 32,
+        tenant=ID,
     ),
     wire.Grant(**PEER, has=[0], wanted=[1], places=[PLACE], window=1 << 60),
     wire.Wait(**PEER, ahead=3),
@@ -69,6 +74,24 @@ SAMPLES: list[wire.Message] = [
     wire.HandoffFailed(handoff_id=ID, attempt=1, reason="nothing landed for 15 s"),
     wire.Welcome(warnings=["no decode engine"]),
     wire.CancelHandoff(handoff_id=ID, attempt=1, reason="client left"),
-    wire.Ask(verb="trace", handoff_id=ID),
-    wire.Answer(body={"a": 1}, error=""),
+    wire.Ask(verb="trace", handoff_id=ID, number=1),
+    wire.Answer(number=1, body={"a": 1}, error=""),
+    *(
+        wire.Ask(verb=verb, number=2)
+        for verb in (
+            verbs.Lookup(space=SPACE, tenant=ID, block_hashes=[b"a" * 32]),
+            verbs.Pin(name="manual", ttl_s=60.0, space=SPACE, tenant=ID, block_hashes=[b"a" * 32]),
+            verbs.Unpin(name="manual", tenant=ID),
+            verbs.Clear(
+                model="smol", spaces=[SPACE], tenant=ID, block_hashes=[b"a" * 32], tier="disk", older_s=3600.0,
+                dry_run=True,
+            ),
+        )
+    ),
 ]  # fmt: skip
+
+
+def name_of(sample: wire.Message) -> str:
+    """A file's: the message's and, where its shapes are many, the shape's."""
+    verb = getattr(sample, "verb", "")
+    return type(sample).__name__ if isinstance(verb, str) else f"{type(sample).__name__}{type(verb).__name__}"

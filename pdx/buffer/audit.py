@@ -9,18 +9,25 @@ from pdx.buffer.evict import Policy
 from pdx.buffer.extents import Extent, Extents
 from pdx.buffer.index import Index
 from pdx.buffer.lease import Lease, LeaseState
+from pdx.buffer.quota import Quotas
 from pdx.buffer.slots import Slot, SlotState
 from pdx.errors import IntegrityError
 
 
 def check_accounts(
-    extents: Extents, slots: Mapping[int, Slot], leases: Mapping[int, Lease], index: Index, policy: Policy
+    extents: Extents,
+    slots: Mapping[int, Slot],
+    leases: Mapping[int, Lease],
+    index: Index,
+    policy: Policy,
+    quotas: Quotas,
 ) -> None:
     """Raises IntegrityError with the first thing that is wrong."""
     _check_units(extents, slots)
     _check_holds(slots, leases)
     _check_states(slots, policy)
     _check_index(slots, index)
+    _check_quotas(slots, quotas)
 
 
 def _check_units(extents: Extents, slots: Mapping[int, Slot]) -> None:
@@ -80,6 +87,13 @@ def _check_index(slots: Mapping[int, Slot], index: Index) -> None:
         indexed[slot] += 1
     for slot in slots.values():
         _require(slot.indexed == indexed[slot], f"{indexed[slot]} keys lead to {slot}")
+
+
+def _check_quotas(slots: Mapping[int, Slot], quotas: Quotas) -> None:
+    used: Counter[bytes] = Counter()
+    for slot in slots.values():
+        used[slot.tenant] += slot.blocks * slot.layout.unit_bytes
+    _require(quotas.tenants() == dict(used), "tenants are charged wrong")
 
 
 def _require(truth: bool, complaint: str) -> None:

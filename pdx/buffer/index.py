@@ -15,6 +15,7 @@ class Index:
 
     def __init__(self) -> None:
         self._entries: dict[BlockKey, tuple[Slot, int]] = {}
+        self.changes = 0  # grows with all that may make a lookup say something else
 
     def add(self, slot: Slot) -> None:
         """Enters each of the slot's blocks that is not known yet."""
@@ -22,12 +23,14 @@ class Index:
             if key is not None and key not in self._entries:
                 self._entries[key] = (slot, position)
                 slot.indexed += 1
+                self.changes += 1
 
     def remove(self, slot: Slot) -> None:
         """Afterwards no lookup finds the slot."""
         for key in slot.keys:
             if key is not None and key in self._entries and self._entries[key][0] is slot:
                 del self._entries[key]
+                self.changes += 1
         slot.indexed = 0
 
     def forget(self, slot: Slot, position: int) -> BlockKey | None:
@@ -36,6 +39,7 @@ class Index:
         if key is None or self._entries.get(key) != (slot, position):
             return None
         del self._entries[key]
+        self.changes += 1
         slot.indexed -= 1
         return key
 

@@ -7,6 +7,7 @@ the memory asks before a claim how much of the tenant's own cache must go first,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from heapq import nlargest
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -52,6 +53,9 @@ class Quotas:
         self, victims: Iterable[Item], *, tenant_of: Callable[[Item], bytes], claimer: bytes, wanted_bytes: int
     ) -> Iterator[Item]:
         """Whose turn it is when `claimer` needs room: at its limit, only its own; else those over theirs go first."""
+        if self._default_bytes is None and not self._limits:
+            yield from victims
+            return
         if self.excess_bytes(claimer, wanted_bytes):
             yield from (item for item in victims if tenant_of(item) == claimer)
             return
@@ -62,6 +66,10 @@ class Quotas:
             else:
                 others.append(item)
         yield from others
+
+    def largest(self, count: int) -> list[tuple[bytes, int]]:
+        """Those that use most, with their bytes."""
+        return nlargest(count, self._used.items(), key=lambda item: item[1])
 
     def tenants(self) -> Mapping[bytes, int]:
         """Bytes by tenant, of those that have any."""

@@ -40,7 +40,9 @@ class Slot:
 
     run: Run
     generation: int
-    keys: tuple[BlockKey | None, ...]  # by position; None for a tail
+    keys: tuple[BlockKey | None, ...]  # by position; None for what no lookup may ever find: a tail, a block cleared
+    claimed_at: float = 0.0  # on the store's clock
+    tenant: bytes = b""  # whose quota it is charged to
     state: SlotState = SlotState.FREE
     holds: int = 0  # leases that have not ended
     indexed: int = 0  # how many of `keys` lead here

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -22,23 +23,28 @@ from pdx.buffer.evict import Lru, Policy
 from pdx.buffer.extents import Extents, is_clearable
 from pdx.buffer.index import Index
 from pdx.buffer.lease import Lease, LeaseState, Owner
+from pdx.buffer.quota import Quotas
+from pdx.buffer.selected import Selected, Spot, selected
+from pdx.buffer.selection import Selection
 from pdx.buffer.slots import BlockKey, Slot, SlotEvent, SlotState
 from pdx.errors import IllegalTransition, Refused
 from pdx.layout import PageLayout, Place
 
 POISON = 0xDB
+TENANTS_SHOWN = 100  # in stats: names come from clients
 _GENERATION_MAX = (1 << 32) - 1  # a header has 32 bits for it; 0 means never claimed
 
 _TAKEN = (SlotState.FILLING, SlotState.READY, SlotState.QUARANTINE)
 _UNENDED = (LeaseState.LIVE, LeaseState.QUARANTINED)
 
-Spot = tuple[Slot, int]  # one block: its slot and its position there
+NewSlot = Callable[..., Slot]  # of a run and its keys
 
 
 class Store:
     """The facade of pdx.buffer. The arena is borrowed: close it after the store's last use.
 
-    `handoff_share` bounds what one prompt may take of the arena. `poison` overwrites freed slots, for tests.
+    `handoff_share` bounds what one prompt may take of the arena, `quotas` what one tenant may, cached and leased
+    together; `tenant_of` says whose a namespace is. `poison` overwrites freed slots, for tests.
     """
 
     def __init__(
@@ -49,6 +55,8 @@ class Store:
         handoff_share: float,
         poison: bool = False,
         policy: Policy | None = None,
+        quotas: Quotas | None = None,
+        tenant_of: Callable[[bytes], bytes] = lambda namespace: b"",
     ) -> None:
         self.arena = arena
         self.handoff_share = handoff_share
@@ -57,6 +65,8 @@ class Store:
         self.slots: dict[int, Slot] = {}  # all that are not free, by offset
         self.leases: dict[int, Lease] = {}  # all that have not ended, by id
         self.policy: Policy = Lru() if policy is None else policy
+        self.quotas = Quotas() if quotas is None else quotas
+        self._tenant_of = tenant_of
         self.evicted_blocks = 0
         self.on_commit: Callable[[Sequence[Slot]], None] = lambda slots: None  # told of slots that are whole now
         self._poison = poison
@@ -77,19 +87,28 @@ class Store:
         """Room for a whole prompt under one lease; headers carry the new generation before this returns.
 
         Blocks that are ready are shared, all others get fresh slots, for which idle slots are evicted. None, with
-        nothing evicted, if it does not fit now: try again when a lease has ended. Raises Refused if it never can.
+        nothing evicted, if it does not fit now: try again when a lease has ended. Raises Refused if it never can, and
+        if its tenant's quota is leased already: nobody is to wait in line behind somebody who waits for himself.
         """
-        self._check_possible(pages, len(block_hashes) + tail)
+        tenant = self._tenant_of(namespace)
+        self._check_possible(pages, len(block_hashes) + tail, tenant)
         found = self._find_ready(namespace, pages, block_hashes) + [None] * tail
         fresh = frozenset(index for index, spot in enumerate(found) if spot is None)
         shared = _distinct(spot for spot in found if spot)
         # Held before room is made, or what was just found would be what gets evicted.
         self._hold(shared)
-        if not self._make_room(pages, len(fresh)):
+        try:
+            fits = self._make_room(pages, len(fresh), tenant)
+        except Refused:
+            self._unhold(shared)
+            raise
+        if not fits:
             self._unhold(shared)
             return None
         keys: list[BlockKey | None] = [(namespace, block_hash) for block_hash in block_hashes] + [None] * tail
-        spots = self._fill_gaps(pages, found, keys)
+        self._generation = self._generation % _GENERATION_MAX + 1
+        new = partial(Slot, generation=self._generation, claimed_at=now, tenant=tenant)
+        spots = self._fill_gaps(pages, found, keys, new)
         fresh_slots = _distinct(spots[index] for index in sorted(fresh))
         self._hold(fresh_slots)
         lease = self._grant(owner, _distinct(spots), now + ttl_s)
@@ -138,6 +157,26 @@ class Store:
         spots = [(held[place.slot_offset], place.position) for place in places if place.slot_offset in held]
         return [key for slot, position in spots if (key := self.index.forget(slot, position)) is not None]
 
+    def survey(self, which: Selection, *, now: float) -> Selected:
+        """What `clear` would take now. Takes time linear in the index and the slots."""
+        return selected(which, self.index, self.slots.values(), now=now)
+
+    def clear(self, which: Selection, *, now: float) -> Selected:
+        """No lookup finds these blocks from now on, nor when they are being filled and are whole some day.
+
+        Who holds their slots goes on; the room is free when the last hold ends and no other block of the slot is found.
+        """
+        found = self.survey(which, now=now)
+        for slot, position in found.filling:
+            slot.keys = (*slot.keys[:position], None, *slot.keys[position + 1 :])
+        for slot, position in found.blocks:
+            self.index.forget(slot, position)
+        for slot in _distinct(found.blocks):
+            if slot.idle and not slot.indexed:
+                self._leave_idle(slot)
+                self._drop(slot)
+        return found
+
     def abandon(self, claim: Claim) -> None:
         """The fresh blocks will never be whole. Their slots are free when the last hold ends. Raises like commit."""
         self._check_all(claim.fresh_slots, "abandon")
@@ -182,7 +221,8 @@ class Store:
         extents = self.extents
         return {
             "arena_bytes": len(self.arena.memory),
-            "used_bytes": sum(slot.blocks * slot.layout.unit_bytes for slot in self.slots.values()),
+            "used_bytes": sum(_size_bytes(slot) for slot in self.slots.values()),
+            "tenants": {tenant.hex(): used for tenant, used in self.quotas.largest(TENANTS_SHOWN)},
             "extents": {"total": extents.total, "untaken": len(extents.untaken)},
             "slots": _counts(self.slots.values(), _TAKEN),
             "leases": _counts(self.leases.values(), _UNENDED),
@@ -200,32 +240,50 @@ class Store:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless units, holds, states and index add up. Takes time linear in all of them."""
-        check_accounts(self.extents, self.slots, self.leases, self.index, self.policy)
+        check_accounts(self.extents, self.slots, self.leases, self.index, self.policy, self.quotas)
 
     def __repr__(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in _counts(self.slots.values(), _TAKEN).items())
         return f"<Store {states} slots, {len(self.leases)} leases, {len(self.index)} blocks indexed>"
 
-    def _check_possible(self, pages: PageLayout, blocks: int) -> None:
+    def _check_possible(self, pages: PageLayout, blocks: int, tenant: bytes) -> None:
         allowed = int(self.extents.capacity(pages) * self.handoff_share)
         if blocks > allowed:
             raise Refused(
                 f"a prompt of {blocks} blocks of {pages.block_bytes} bytes never fits: one handoff may take {allowed} "
                 "of this arena; raise arena or handoff_share"
             )
+        if self.quotas.never_fits(tenant, blocks * pages.unit_bytes):
+            raise Refused(
+                f"a prompt of {blocks} blocks of {pages.block_bytes} bytes never fits: one tenant may take "
+                f"{self.quotas.limit_bytes(tenant)} bytes of this arena; raise arena or tenant_share"
+            )
 
     def _find_ready(self, namespace: bytes, pages: PageLayout, block_hashes: Sequence[bytes]) -> list[Spot | None]:
         found = self.index.find(namespace, block_hashes)
         return [spot if spot and spot[0].layout == pages else None for spot in found]
 
-    def _make_room(self, pages: PageLayout, blocks: int) -> bool:
-        """Evicts in the policy's order until `blocks` fit, of other layouts whole extents. All or nothing."""
-        extents = self.extents
-        if extents.free(pages) >= blocks:
+    def _make_room(self, pages: PageLayout, blocks: int, tenant: bytes) -> bool:
+        """Evicts in the policy's order until `blocks` fit, of other layouts whole extents. All or nothing.
+
+        A tenant that would be over its quota gives up its own first; then those go first who are over theirs.
+        """
+        extents, wanted_bytes = self.extents, blocks * pages.unit_bytes
+        short_bytes = self.quotas.excess_bytes(tenant, wanted_bytes)
+        if not short_bytes and extents.free(pages) >= blocks:
             return True
+        own = [slot for slot in self.policy.victims() if slot.tenant == tenant] if short_bytes else []
+        if sum(_size_bytes(slot) for slot in own) < short_bytes:
+            raise Refused(f"this tenant's leases take its quota of {self.quotas.limit_bytes(tenant)} bytes")
         if extents.reachable(pages) < blocks:
             return False
-        victims = tuple(self.policy.victims())
+        for slot in own:
+            if self.quotas.excess_bytes(tenant, wanted_bytes):
+                self._evict(slot)
+        victims = tuple(
+            self.quotas.order(self.policy.victims(), tenant_of=lambda slot: slot.tenant, claimer=tenant,
+                              wanted_bytes=wanted_bytes)
+        )  # fmt: skip
         for victim in victims:
             if extents.free(pages) >= blocks:
                 break
@@ -245,10 +303,9 @@ class Store:
         self._drop(slot)
 
     def _fill_gaps(
-        self, pages: PageLayout, found: Sequence[Spot | None], keys: Sequence[BlockKey | None]
+        self, pages: PageLayout, found: Sequence[Spot | None], keys: Sequence[BlockKey | None], new: NewSlot
     ) -> list[Spot]:
         """`found` with every gap filled by new slots, in state filling. A tail shares no slot with full blocks."""
-        self._generation = self._generation % _GENERATION_MAX + 1
         spots: list[Spot] = []
 
         def kind(index: int) -> tuple[bool, bool]:
@@ -257,17 +314,18 @@ class Store:
         for (missing, _), group in groupby(range(len(found)), key=kind):
             indexes = list(group)
             if missing:
-                spots += self._new_slots(pages, keys[indexes[0] : indexes[-1] + 1])
+                spots += self._new_slots(pages, keys[indexes[0] : indexes[-1] + 1], new)
             else:
                 spots += [spot for index in indexes if (spot := found[index])]
         return spots
 
-    def _new_slots(self, pages: PageLayout, keys: Sequence[BlockKey | None]) -> list[Spot]:
+    def _new_slots(self, pages: PageLayout, keys: Sequence[BlockKey | None], new: NewSlot) -> list[Spot]:
         spots: list[Spot] = []
         for run in self.extents.take(pages, len(keys)):
             start = len(spots)
-            slot = Slot(run, self._generation, tuple(keys[start : start + run.blocks]))
+            slot = new(run, keys=tuple(keys[start : start + run.blocks]))
             slot.on("claim")
+            self.quotas.charge(slot.tenant, _size_bytes(slot))
             for place in slot.places:
                 self.arena.reset(place.header_offset, pages, place.generation)
             self.slots[run.offset] = slot
@@ -331,10 +389,15 @@ class Store:
             self.index.remove(slot)
         slot.on("drain")
         if self._poison:
-            size_bytes = slot.blocks * slot.layout.unit_bytes
+            size_bytes = _size_bytes(slot)
             self.arena.memory[slot.run.offset : slot.run.offset + size_bytes] = bytes([POISON]) * size_bytes
         del self.slots[slot.run.offset]
+        self.quotas.credit(slot.tenant, _size_bytes(slot))
         self.extents.give(slot.run)
+
+
+def _size_bytes(slot: Slot) -> int:
+    return slot.blocks * slot.layout.unit_bytes
 
 
 def _distinct(spots: Iterable[Spot]) -> tuple[Slot, ...]:

@@ -1,4 +1,4 @@
-"""Tells routers which engines this daemon serves: every second, and at once on change."""
+"""Tells routers which engines this daemon serves, every second and at once on change, and hears their questions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ import zmq
 from pdx.curve import lock
 from pdx.daemon.sessions import Engine
 from pdx.errors import WireError
-from pdx.wire import TO_DAEMON, Announce, CancelHandoff, DaemonRef, EngineLoad, Message, Welcome, decoder_of, encode
+from pdx.wire import (
+    TO_DAEMON,
+    Announce,
+    Answer,
+    Ask,
+    CancelHandoff,
+    DaemonRef,
+    EngineLoad,
+    Message,
+    Welcome,
+    decoder_of,
+    encode,
+)
 
 ANNOUNCE_S = 1.0
 ROUTERS_MAX = 16
@@ -67,7 +79,9 @@ class Announcer:
         for socket in self._sockets.values():
             self._queue(socket, message)
 
-    def handle_ready(self, ready: dict[object, int], cancel: Callable[[CancelHandoff], None]) -> None:
+    def handle_ready(
+        self, ready: dict[object, int], *, cancel: Callable[[CancelHandoff], None], answer: Callable[[Ask], Answer]
+    ) -> None:
         for endpoint, socket in self._sockets.items():
             if socket not in ready:
                 continue
@@ -85,6 +99,8 @@ class Announcer:
                         self._pass_on(endpoint, message.warnings)
                     case CancelHandoff():
                         cancel(message)
+                    case Ask():
+                        self._queue(socket, answer(message))
 
     def close(self) -> None:
         """Says goodbye, waiting at most a moment for it to leave."""

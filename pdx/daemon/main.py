@@ -71,8 +71,10 @@ def _serve(settings: config.Config, lock_fd: int | None) -> int:
 def _run_locked(settings: config.Config, run_dir: Path) -> None:
     # Imported here so that --help stays light.
     from pdx.buffer.arena import Arena
+    from pdx.buffer.quota import Quotas
     from pdx.buffer.store import Store
     from pdx.daemon.service import Service
+    from pdx.keys import split_namespace
     from pdx.layout import CONTROL_BYTES
     from pdx.transport.registry import open_lane
 
@@ -88,6 +90,8 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             extent_bytes=settings.extent_bytes,
             handoff_share=settings.handoff_share,
             poison=settings.poison,
+            quotas=Quotas(default_bytes=settings.tenant_bytes),
+            tenant_of=lambda namespace: split_namespace(namespace)[1],
         )
         service = Service(settings, store, [lane], run_dir=run_dir, key=key, tier=tier)
         try:

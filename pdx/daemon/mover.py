@@ -7,19 +7,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
+
+from msgspec import to_builtins
 
 from pdx.buffer.lease import Lease
 from pdx.buffer.store import Store
 from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.pins import Pins
 from pdx.daemon.ports import Desk, Ports
 from pdx.daemon.prefixes import Prefixes
 from pdx.daemon.questions import Questions
 from pdx.daemon.receiving import Incoming, ReceivingHalves
 from pdx.daemon.sending import Outgoing, SendingHalves
 from pdx.daemon.sessions import Engine
+from pdx.daemon.spaces import KnownSpaces
+from pdx.daemon.steering import Steering
 from pdx.daemon.tiering import Tiering
 from pdx.handoff import actions as do
 from pdx.transport.api import Arrived, Event, PeerLost, PutDone, PutFailed, WindowClosed
+from pdx.verbs import Result, Steer
 from pdx.wire import (
     Cancel,
     Committed,
@@ -49,6 +56,9 @@ class Mover:
         self._questions = Questions(self._desk, self._holds, self._receiving)
         self._tiering = Tiering(self._desk, ports.tier, mode=ports.write_mode) if ports.tier else None
         self._prefixes = Prefixes(self._desk, self._holds, self._tiering)
+        self.spaces = KnownSpaces()
+        self._pins = Pins(self._desk, self._prefixes, self.spaces)
+        self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins, self.spaces)
         self._sending = SendingHalves(self._desk, self._holds, self._land_here)
         self._waiting: deque[Outgoing | Incoming] = deque()
 
@@ -189,6 +199,19 @@ class Mover:
     def fences_pending(self) -> bool:
         return self._holds.pending
 
+    def steer(self, what: Steer, now: float) -> Result:
+        """A verb of an operator. Raises Refused, changing nothing."""
+        return self._steering.steer(what, now, room=not self._waiting)
+
+    def kept(self, now: float) -> dict[str, Any]:
+        """Pins and the tier below, for people and metrics."""
+        pins = {
+            "used_bytes": self._pins.used_bytes,
+            "budget_bytes": self._pins.budget_bytes,
+            "pins": [to_builtins(pin) for pin in self._pins.describe(now)],
+        }
+        return {"pinned": pins, "disk": self._tiering.stats() if self._tiering is not None else None}
+
     @property
     def reservations_waiting(self) -> int:
         return len(self._waiting)
@@ -260,6 +283,9 @@ class Mover:
             self._receiving.act(incoming, incoming.receiver.engine_let_go(ok=message.ok, reason=message.reason), now)
 
     def _lease_expired(self, lease: Lease, now: float) -> None:
+        if self._pins.expired(lease):
+            self._desk.ports.counters["pins_expired"] += 1
+            return
         hold = self._holds.of_lease(lease)
         if hold is None:
             return

@@ -14,7 +14,7 @@ from pdx.daemon.sessions import Engine
 from pdx.daemon.trace import Tracer
 from pdx.errors import HandleError
 from pdx.handoff.handle import SeenHandles, TransferHandle, verify
-from pdx.keys import layout_id, namespace_of
+from pdx.keys import space_of
 from pdx.tiers.spill import WriteMode
 from pdx.tiers.tier import Tier
 from pdx.transport.api import Lane, Region
@@ -44,6 +44,7 @@ class Ports:
     digest_mode: bool
     tier: Tier | None = None  # below the arena
     write_mode: WriteMode = WriteMode.THROUGH
+    pin_share: float = 0.25  # of the arena
     wall_clock: Callable[[], float] = time.time
     trace_clock_ns: Callable[[], int] = time.monotonic_ns
 
@@ -104,6 +105,6 @@ class Desk:
         self.ports.tracer.note(key[0], what, self.ports.trace_clock_ns(), **details)
 
 
-def space_of(engine: Engine) -> bytes:
-    """Under which name the store keeps an engine's blocks: same content *and* same layout, or never shared."""
-    return namespace_of(engine.info.content) + bytes.fromhex(layout_id(engine.info.layout))
+def namespace_for(engine: Engine, tenant: bytes) -> bytes:
+    """Under which name the store keeps blocks that this engine computes for a tenant."""
+    return space_of(engine.info.content, engine.info.layout) + tenant

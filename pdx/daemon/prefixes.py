@@ -7,13 +7,16 @@ for cache is worth less than they are.
 
 from __future__ import annotations
 
-from pdx.buffer.lease import LeaseState, Owner
+from collections.abc import Sequence
+
+from pdx.buffer.lease import Lease, LeaseState, Owner
 from pdx.daemon.holds import Hold, Holds
-from pdx.daemon.ports import Desk, space_of
+from pdx.daemon.ports import Desk, namespace_for
 from pdx.daemon.sessions import Engine
 from pdx.daemon.tiering import Tiering
 from pdx.errors import Refused
-from pdx.layout import Place
+from pdx.layout import PageLayout, Place
+from pdx.verbs import Found
 from pdx.wire import Keep, LetGo, LoadOpened, LookUp, SendEnded, SendOpened
 
 
@@ -28,33 +31,71 @@ class Prefixes:
     def look_up(self, engine: Engine, message: LookUp, now: float, *, room: bool) -> None:
         """`room`: nobody more important waits for some, so that blocks may come up from below."""
         ports, engine_id, load = self._desk.ports, engine.info.engine_id, message.handoff_id
-        places = [] if self._holds.get(load, "load") else self._lease_leading(engine, message, now, room=room)
+        places: Sequence[Place] = ()
+        if not self._holds.get(load, "load"):
+            assert engine.pages is not None
+            leased = self.lease_leading(
+                Owner("session", engine_id), namespace_for(engine, message.tenant), engine.pages, message.block_hashes,
+                load=load, engine_id=engine_id, now=now, ttl_s=ports.lease_s, room=room,
+            )  # fmt: skip
+            if leased is not None:
+                lease, places = leased
+                self._holds.add(Hold(load, "load", engine_id, lease, places=places))
         ports.counters["lookups"] += 1
         ports.counters["lookup_blocks"] += len(message.block_hashes)
         ports.counters["lookup_hit_blocks"] += len(places)
         answer = LoadOpened(
-            request_id=message.request_id, handoff_id=load, status="granted" if places else "absent", places=places
+            request_id=message.request_id,
+            handoff_id=load,
+            status="granted" if places else "absent",
+            places=list(places),
         )
         ports.to_engine(engine_id, answer)
 
-    def _lease_leading(self, engine: Engine, message: LookUp, now: float, *, room: bool) -> list[Place]:
-        """The leading blocks that are here or come from below, held for the engine."""
-        assert engine.pages is not None
-        store, engine_id, space, load = self._desk.store, engine.info.engine_id, space_of(engine), message.handoff_id
-        owner, lease_s = Owner("session", engine_id), self._desk.ports.lease_s
-        read = store.read(owner, space, message.block_hashes, now=now, ttl_s=lease_s)
+    def leading(self, namespace: bytes, hashes: Sequence[bytes], *, block_tokens: int) -> Found:
+        """What `look_up` would give an engine that asked now, if the arena has room for what comes from below."""
+        index = self._desk.store.index
+        blocks = len(index.leading(namespace, hashes))
+        if self._tiering is not None:
+            blocks += self._tiering.leading(namespace, hashes[blocks:])
+        here = sum(spot is not None for spot in index.find(namespace, hashes[:blocks]))
+        generation = index.changes + (self._tiering.changes if self._tiering is not None else 0)
+        return Found(
+            blocks=blocks, tokens=blocks * block_tokens, arena_blocks=here, disk_blocks=blocks - here,
+            generation=generation,
+        )  # fmt: skip
+
+    def lease_leading(
+        self,
+        owner: Owner,
+        namespace: bytes,
+        pages: PageLayout,
+        hashes: Sequence[bytes],
+        *,
+        load: bytes,
+        engine_id: str,
+        now: float,
+        ttl_s: float,
+        room: bool,
+    ) -> tuple[Lease, tuple[Place, ...]] | None:
+        """The leading blocks that are here or come from below, under one lease; None if not even the first is."""
+        store = self._desk.store
+        read = store.read(owner, namespace, hashes, now=now, ttl_s=ttl_s)
         places, leases = ([], []) if read is None else (list(read.places), [read.lease])
-        rest = message.block_hashes[len(places) :]
+        rest = hashes[len(places) :]
         if self._tiering is not None and rest and room:
-            more, ready = self._tiering.promote(space, engine.pages, rest, load=load, engine_id=engine_id, now=now)
+            more, ready = self._tiering.promote(namespace, pages, rest, load=load, engine_id=engine_id, now=now)
             places += more
             leases += ready
-        if places:
-            lease = store.lease(places, owner, now=now, ttl_s=lease_s)
-            self._holds.add(Hold(load, "load", engine_id, lease, places=places))
+        lease = store.lease(places, owner, now=now, ttl_s=ttl_s) if places else None
         for each in leases:
             store.release(each)
-        return places
+        return None if lease is None else (lease, tuple(places))
+
+    def withdrawn(self, load: bytes) -> None:
+        """Nobody waits any more for what this load had yet to get from below."""
+        if self._tiering is not None:
+            self._tiering.withdrawn(load)
 
     def keep(self, engine: Engine, message: Keep, now: float, *, room: bool) -> None:
         """`room`: nobody more important waits for some."""
@@ -66,8 +107,8 @@ class Prefixes:
         elif room:
             try:
                 claim = self._desk.store.claim(
-                    Owner("session", engine_id), space_of(engine), engine.pages, message.block_hashes, tail=False,
-                    now=now, ttl_s=ports.lease_s,
+                    Owner("session", engine_id), namespace_for(engine, message.tenant), engine.pages,
+                    message.block_hashes, tail=False, now=now, ttl_s=ports.lease_s,
                 )  # fmt: skip
             except Refused as error:
                 reason = str(error)
@@ -84,8 +125,7 @@ class Prefixes:
     def ended(self, hold: Hold, message: LetGo) -> None:
         """The engine touches these slots no more; its lease is about to end."""
         if hold.side == "load":
-            if self._tiering is not None:
-                self._tiering.withdrawn(hold.handoff_id)
+            self.withdrawn(hold.handoff_id)
             return
         claim = hold.claim
         if claim is None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pdx.buffer.lease import Owner
 from pdx.daemon.holds import Hold, Holds
-from pdx.daemon.ports import Desk, HandoffKey, space_of
+from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.receiving import Incoming, ReceivingHalves
 from pdx.daemon.sessions import Engine
 from pdx.errors import HandleError
@@ -149,7 +149,7 @@ class Questions:
             return
         owner = Owner("session", engine.info.engine_id)
         read = self._desk.store.read(
-            owner, space_of(engine), message.block_hashes, now=now, ttl_s=self._desk.ports.lease_s
+            owner, namespace_for(engine, message.tenant), message.block_hashes, now=now, ttl_s=self._desk.ports.lease_s
         )
         if read is None:
             self._answer(engine, message, handoff_id, "absent", reason=reason)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, Owner
 from pdx.daemon.holds import Holds
-from pdx.daemon.ports import Desk, HandoffKey, space_of
+from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sending import Outgoing, checksum_of_checksums
 from pdx.errors import HandleError, Refused, WireError
 from pdx.handoff import actions as do
@@ -108,7 +108,7 @@ class ReceivingHalves:
         try:
             claim = self._desk.store.claim(
                 Owner("wire", handle.handoff_id.hex()),
-                space_of(engine),
+                namespace_for(engine, message.tenant),
                 message.pages,
                 message.block_hashes,
                 tail=bool(message.tail_hash),

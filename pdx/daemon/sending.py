@@ -10,7 +10,7 @@ import xxhash
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, Owner
 from pdx.daemon.holds import Hold, Holds
-from pdx.daemon.ports import Desk, HandoffKey, space_of
+from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sessions import Engine
 from pdx.errors import HandleError, PdxError, Refused, UnknownTransport
 from pdx.handoff import actions as do
@@ -102,7 +102,7 @@ class SendingHalves:
         try:
             claim = store.claim(
                 Owner("session", engine_id),
-                space_of(record.engine),
+                namespace_for(record.engine, message.tenant),
                 record.pages,
                 message.block_hashes,
                 tail=bool(message.tail_hash),
@@ -128,6 +128,7 @@ class SendingHalves:
             pages=record.pages,
             block_hashes=message.block_hashes,
             tail_hash=message.tail_hash,
+            tenant=message.tenant,
         )
         self.act(record, record.sender.claimed(claim.places, claim.fresh, reserve, now=now), now)
         return True

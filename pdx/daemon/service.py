@@ -140,7 +140,11 @@ class Service:
         if self._peer_socket in ready:
             self._take_peers(now)
         self._peers.handle_ready(ready, lambda control: self._mover.peer_lost(control, now))
-        self._announcer.handle_ready(ready, lambda message: self._cancel(message, now))
+        self._announcer.handle_ready(
+            ready,
+            cancel=lambda message: self._cancel(message, now),
+            answer=lambda message: answer(message, service=self),
+        )
         # Ends first, then hellos, then new connections: each step may reuse a descriptor that the one before closed.
         for descriptor in [d for d in ready if d in self._connections]:
             self._take_connection(descriptor, now)
@@ -272,6 +276,7 @@ class Service:
         )
         if session.kind == "worker":
             self._store.arena.set_fence(session.fence_offset, 0)
+            self._mover.spaces.met(self._sessions.engines[session.engine_id])
         self._connections[connection.fileno()] = session
         try:
             Door.answer(connection, attached, self._store.arena.fd if session.kind == "worker" else None)
@@ -322,6 +327,7 @@ class Service:
             lease_s=self._config.lease_s,
             digest_mode=self._config.digest_mode,
             tier=self._tier,
+            pin_share=self._config.pin_share,
         )
 
     def _to_engine(self, engine_id: str, message: Message) -> None:

@@ -10,17 +10,21 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, Owner
+from pdx.buffer.selection import Selection
 from pdx.buffer.slots import Slot
 from pdx.daemon.ports import Desk
 from pdx.errors import BadBlock, Refused
 from pdx.layout import PageLayout, Place
 from pdx.tiers.pages import meta_of, pages_of, restore
 from pdx.tiers.spill import Spill, WriteMode
+from pdx.tiers.sweep import Sweeper, Swept
 from pdx.tiers.tier import End, Key, Loaded, Read, StateChanged, Tier, Write
+from pdx.verbs import TierCleared
 from pdx.wire import LoadEnded
 
 OWNER = Owner("wire", "tier")
@@ -58,18 +62,16 @@ class Tiering:
         desk.store.on_commit = self._committed
 
     def promote(
-        self, space: bytes, pages: PageLayout, hashes: Sequence[bytes], *, load: bytes, engine_id: str, now: float
+        self, namespace: bytes, pages: PageLayout, hashes: Sequence[bytes], *, load: bytes, engine_id: str, now: float
     ) -> tuple[list[Place], list[Lease]]:
         """Places of the leading blocks that the tier has, which are filled one after the other from now on.
 
         Fewer where the arena has no room. If one does not come, `engine_id` hears LOAD_ENDED for `load`. The leases
         keep what has come already: release them once the places are under a lease of your own.
         """
-        keys = [(space, block_hash) for block_hash in hashes]
         places, ready = [], []
-        for key, is_there in zip(keys, self._tier.contains(keys), strict=True):
-            if not is_there:  # nor join one on its way: a disk that hangs has nothing any more
-                break
+        for block_hash in hashes[: self.leading(namespace, hashes)]:
+            key = (namespace, block_hash)
             claim = None if key in self._promotions else self._claim(key, pages, now)
             if claim is not None and not claim.fresh:  # memory had it, behind one that it had not
                 places.append(claim.places[0])
@@ -86,6 +88,39 @@ class Tiering:
         self._submit_reads()
         self._desk.ports.counters["blocks_promoted"] += len(places) - len(ready)
         return places, ready
+
+    def leading(self, namespace: bytes, hashes: Sequence[bytes]) -> int:
+        """How many of the first of these blocks the tier has. A disk that hangs has nothing, on its way or not."""
+        found = self._tier.contains([(namespace, block_hash) for block_hash in hashes])
+        return found.index(False) if False in found else len(found)
+
+    @property
+    def changes(self) -> int:
+        """Grows with all that may make `leading` say something else."""
+        stats = self._tier.stats()
+        return stats.changes + (stats.state == "off")
+
+    def survey(self, which: Selection) -> TierCleared:
+        """What `clear` would take now. Raises Refused if this tier can't tell what it has."""
+        return _counted(self._sweeper().survey(which))
+
+    def clear(self, which: Selection) -> TierCleared:
+        """No lookup finds these blocks below any more, nor those that are being written or wait for it."""
+        sweeper = self._sweeper()
+        for key in self._spill.wanted():
+            if which.takes(key, age_s=0.0):
+                self._spill.gone(key)
+        self._spoilt.update(key for key in self._spill.writing if which.takes(key, age_s=0.0))
+        return _counted(sweeper.sweep(which))
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for people and metrics; values are plain data."""
+        return {**asdict(self._tier.stats()), "waiting_writes": len(self._spill), "dropped_writes": self._spill.dropped}
+
+    def _sweeper(self) -> Sweeper:
+        if not isinstance(self._tier, Sweeper):
+            raise Refused("this daemon's tier can't be cleared")
+        return self._tier
 
     def withdrawn(self, load: bytes) -> None:
         """Nobody waits for this load's blocks any more. What nobody else wants, and has not begun, never does."""
@@ -121,9 +156,11 @@ class Tiering:
     # --- up ---
 
     def _claim(self, key: Key, pages: PageLayout, now: float) -> Claim | None:
-        space, block_hash = key
+        namespace, block_hash = key
         try:
-            return self._desk.store.claim(OWNER, space, pages, [block_hash], tail=False, now=now, ttl_s=float("inf"))
+            return self._desk.store.claim(
+                OWNER, namespace, pages, [block_hash], tail=False, now=now, ttl_s=float("inf")
+            )
         except Refused:
             return None
 
@@ -209,3 +246,7 @@ class Tiering:
             self._tier.remove(key)
         self._desk.store.release(self._writes.pop(end.ticket))
         self._desk.ports.counters["blocks_written" if ok else "writes_failed"] += 1
+
+
+def _counted(swept: Swept) -> TierCleared:
+    return TierCleared(blocks=swept.blocks, size_bytes=swept.size_bytes, leaving=swept.leaving)

@@ -1,10 +1,14 @@
-"""What a daemon answers when asked: stats, health, trace, check. Read-only; the live state answers, no copy of it."""
+"""What a daemon answers when asked, by a tool of its host or by a router. The live state answers, no copy of it."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
-from pdx.errors import IntegrityError
+import msgspec
+from msgspec import to_builtins
+
+from pdx.errors import PdxError
 from pdx.wire import Answer, Ask
 
 if TYPE_CHECKING:
@@ -12,15 +16,32 @@ if TYPE_CHECKING:
 
 
 def answer(question: Ask, *, service: Service) -> Answer:
+    """Never raises: an error is an answer, with the question's number like every other."""
+    try:
+        return Answer(number=question.number, body=_body(question, service))
+    except PdxError as error:
+        return Answer(number=question.number, error=str(error))
+
+
+def _body(question: Ask, service: Service) -> dict[str, Any]:
     match question.verb:
         case "stats":
-            return Answer(body=_stats(service))
+            return _stats(service)
         case "health":
-            return Answer(body=_health(service))
+            return _health(service)
         case "trace":
-            return Answer(body={"events": service.tracer.events(question.handoff_id)})
+            return {"events": service.tracer.events(question.handoff_id)}
         case "check":
             return _check(service)
+        case "spaces":
+            return _plain(service.mover.spaces.describe(service.sessions.engines.values()))
+        case what:
+            return _plain(service.mover.steer(what, time.monotonic()))
+
+
+def _plain(result: msgspec.Struct) -> dict[str, Any]:
+    body: dict[str, Any] = to_builtins(result)
+    return body
 
 
 def _stats(service: Service) -> dict[str, Any]:
@@ -28,6 +49,7 @@ def _stats(service: Service) -> dict[str, Any]:
         "daemon": service.me.daemon_id,
         "counters": dict(service.counters),
         "store": service.store.stats(),
+        **service.mover.kept(time.monotonic()),
         "handoffs": service.mover.describe(),
         "reservations_waiting": service.mover.reservations_waiting,
         "engines": {
@@ -44,12 +66,15 @@ def _stats(service: Service) -> dict[str, Any]:
 
 
 def _health(service: Service) -> dict[str, Any]:
-    return {"daemon": service.me.daemon_id, "control": service.me.control, "lanes": service.me.lanes}
+    return {
+        "daemon": service.me.daemon_id,
+        "incarnation": service.me.incarnation,
+        "control": service.me.control,
+        "lanes": service.me.lanes,
+    }
 
 
-def _check(service: Service) -> Answer:
-    try:
-        service.store.check_integrity()
-    except IntegrityError as error:
-        return Answer(error=str(error))
-    return Answer(body={"store": repr(service.store)})
+def _check(service: Service) -> dict[str, Any]:
+    """Raises IntegrityError."""
+    service.store.check_integrity()
+    return {"store": repr(service.store)}

@@ -139,6 +139,8 @@ def _start_router(
         *(sys.executable, "-m", "pdx.router.main", "--host", options.host, "--port", str(options.port)),
         *("--control", "tcp://127.0.0.1:0", "--publish", str(published)),
     ]
+    if options.admin_port is not None:
+        command += ["--admin-port", str(options.admin_port)]
     supervisor.start("router", command, env=environ, cpus=fleet.router_cpus)
     supervisor.wait_ready({"router": published.exists}, deadline_s=ROUTER_READY_S)
     where = json.loads(published.read_text(encoding="utf-8"))
@@ -198,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         help="2: prefill and decode get a daemon each, as on two hosts (default 1)")  # fmt: skip
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="the router's HTTP address (default 127.0.0.1)")
     add("--port", type=int, default=8000, metavar="PORT", help="the router's HTTP port; 0: a free one (default 8000)")
+    add("--admin-port", type=int, metavar="PORT", help="the operators' port on the loopback, for pdx kv --router")
     add("--arena", metavar="SIZE", help=config.FLAGS["arena"])
     add("--logs", action="store_true", help="show all logs, prefixed; they are kept in files in any case")
     add("--no-pin", action="store_true", help="do not pin engines to cores")

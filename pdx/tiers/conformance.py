@@ -15,7 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+from pdx.buffer.selection import Selection
 from pdx.errors import ClosedTier
+from pdx.keys import SPACE_BYTES
+from pdx.tiers.sweep import Sweeper
 from pdx.tiers.tier import META_BYTES_MAX, End, Failed, Key, Loaded, Missed, Read, StateChanged, Tier, Write, Written
 
 WAIT_S = 20.0
@@ -284,6 +287,39 @@ def check_cancel(make_tier: MakeTier) -> None:
         assert isinstance(user.write(key_of(1)), Written), "a cancelled block can't be written any more"
 
 
+def check_swept_is_missed(make_tier: MakeTier) -> None:
+    """For tiers that can be swept: exactly what is meant is found no more; the same can be written again."""
+    with make_tier(ROOMY_BYTES) as tier:
+        if not isinstance(tier, Sweeper):
+            return
+        user, spaces, tenants = User(tier), (b"s" * SPACE_BYTES, b"z" * SPACE_BYTES), (b"", b"t" * 16)
+        keys = [(space + tenant, bytes([n]) * 32) for space in spaces for tenant in tenants for n in range(3)]
+        for key in keys:
+            assert isinstance(user.write(key), Written), "a write failed"
+        selections = [
+            Selection(spaces=frozenset(spaces[:1]), tenant=b"", block_hashes=frozenset({keys[0][1], b"unknown"})),
+            Selection(older_s=1e6),
+            Selection(spaces=frozenset(spaces[:1])),
+            Selection(tenant=tenants[1]),
+            Selection(),
+        ]
+        left = set(keys)
+        for which in selections:
+            taken = {key for key in left if which.takes(key, age_s=0.0)}
+            surveyed = tier.survey(which)
+            assert tier.contains(keys) == [key in left for key in keys], "a survey has taken something"
+            done = tier.sweep(which)
+            assert (surveyed.blocks, done.blocks) == (len(taken), len(taken)), "blocks are counted wrong"
+            assert surveyed.size_bytes == done.size_bytes >= len(taken) * BLOCK_BYTES, "bytes are counted wrong"
+            left -= taken
+            assert tier.contains(keys) == [key in left for key in keys], "other blocks were taken than meant"
+        deadline = time.monotonic() + WAIT_S
+        while tier.survey(Selection()).leaving:
+            assert time.monotonic() < deadline, "what was swept never leaves"
+            user.pump(min(deadline, time.monotonic() + 0.1))
+        assert isinstance(user.write(keys[0]), Written), "a swept block can't be written any more"
+
+
 def check_closed_is_closed(make_tier: MakeTier) -> None:
     """Open requests end; no buffer is touched, nothing is taken and nothing raises afterwards."""
     with make_tier(ROOMY_BYTES) as tier:
@@ -320,5 +356,6 @@ CHECKS: tuple[Callable[[MakeTier], None], ...] = (
     check_too_large_fails,
     check_nonsense_is_refused,
     check_cancel,
+    check_swept_is_missed,
     check_closed_is_closed,
 )

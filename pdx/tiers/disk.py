@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self, assert_never
 
 from pdx.buffer.evict import Lru, Policy
+from pdx.buffer.selection import Selection
 from pdx.errors import BadBlock, ClosedTier, TierUnusable
 from pdx.layout import ALIGN_BYTES
 from pdx.tiers import sealed
@@ -22,6 +23,7 @@ from pdx.tiers.crew import Crew, Inbox
 from pdx.tiers.folder import FOLDER_BYTES, Files, Folder, Found, LeftBehind, errno_name
 from pdx.tiers.health import Health, State
 from pdx.tiers.ledger import EntryState, Ledger
+from pdx.tiers.sweep import Swept, names_in, swept
 from pdx.tiers.tier import (
     End,
     Event,
@@ -142,6 +144,16 @@ class DiskTier:
     def remove(self, key: Key) -> None:
         self._condemn(sealed.name_of(key))
 
+    def survey(self, which: Selection) -> Swept:
+        return swept(names_in(self.ledger.found(), which, now=self._clock()), self.ledger)
+
+    def sweep(self, which: Selection) -> Swept:
+        """Files are deleted by the tier's threads; one that hangs or can't write keeps them for its next life."""
+        names, doomed = (names_in(e, which, now=self._clock()) for e in (self.ledger.found(), self.ledger.doomed()))
+        for name in names | doomed:
+            self._condemn(name)
+        return swept(names, self.ledger)
+
     def take_events(self) -> list[Event]:
         self._settle_all()
         self._look_after_health()
@@ -153,7 +165,7 @@ class DiskTier:
             state=self.health.state, blocks=len(self.ledger),
             used_bytes=self.ledger.used_bytes + FOLDER_BYTES, cap_bytes=self.ledger.cap_bytes + FOLDER_BYTES,
             open_reads=self._open_reads, open_writes=len(self._open) - self._open_reads,
-            evicted=self.ledger.evicted, unaligned=self.files.unaligned, **self._counts,
+            evicted=self.ledger.evicted, changes=self.ledger.changes, unaligned=self.files.unaligned, **self._counts,
         )  # fmt: skip
 
     def close(self, *, drain_s: float) -> None:
@@ -195,7 +207,7 @@ class DiskTier:
         size_bytes = sealed.file_bytes(request.key, request.meta, bytes_of(request.pages)) + NAME_BYTES
         if size_bytes > self.ledger.cap_bytes:
             return Failed(job.ticket, f"{size_bytes} bytes are more than the whole tier may take")
-        victims = self.ledger.reserve(job.name, size_bytes)
+        victims = self.ledger.reserve(job.name, size_bytes, now=self._clock())
         if victims is None:
             return Failed(job.ticket, "all that could make room is in use")
         job.victims = victims
@@ -224,13 +236,15 @@ class DiskTier:
 
     def _adopt(self, found: Sequence[Found]) -> None:
         """Takes over what the folder has, oldest first, so that the youngest are evicted last."""
+        now, now_ns = self._clock(), time.time_ns()
         for file in sorted(found, key=lambda file: (file.written_at_ns, file.name)):
             if len(file.name) != sealed.NAME_LENGTH:
                 continue  # none of ours
             if file.size_bytes < 2 * ALIGN_BYTES or file.size_bytes % ALIGN_BYTES:
                 self.files.remove(file.name)  # torn by a crash of the machine
             else:
-                self.ledger.adopt(file.name, file.allocated_bytes + NAME_BYTES)
+                since = now - max(0.0, (now_ns - file.written_at_ns) * 1e-9)
+                self.ledger.adopt(file.name, file.allocated_bytes + NAME_BYTES, since=since)
         for name in self.ledger.surplus():
             self.files.remove(name)
             self.ledger.delete(name)
@@ -258,7 +272,11 @@ class DiskTier:
     def _settle_write(self, job: Job) -> End:
         published_bytes = None if job.allocated_bytes is None else job.allocated_bytes + NAME_BYTES
         is_stranded = isinstance(job.error, LeftBehind)
-        self.ledger.settle(job.name, deleted=job.deleted, published_bytes=published_bytes, is_stranded=is_stranded)
+        condemned = self.ledger.settle(
+            job.name, deleted=job.deleted, published_bytes=published_bytes, is_stranded=is_stranded
+        )
+        for name in condemned:
+            self._delete(name)
         self._judge_write(job)
         if job.error is None:
             return Written(job.ticket, job.seconds)
@@ -290,7 +308,8 @@ class DiskTier:
         self._open.pop(job.ticket, None)
         match job.request:
             case Write():
-                self.ledger.settle(job.name, deleted=(), published_bytes=None)
+                for name in self.ledger.settle(job.name, deleted=(), published_bytes=None):
+                    self._delete(name)
             case Read():
                 self._open_reads -= 1
                 if self.ledger.end_read(job.name):

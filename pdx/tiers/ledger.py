@@ -38,6 +38,7 @@ class Entry:
     name: str
     charged_bytes: int
     state: EntryState
+    since: float = 0.0  # on its owner's clock
     readers: int = 0
     is_condemned: bool = False  # no longer found, and doomed when its last reader is gone
     victims: tuple[str, ...] = ()  # of an open write
@@ -51,6 +52,7 @@ class Ledger:
         self.cap_bytes = cap_bytes
         self.policy = policy
         self.evicted = 0
+        self.changes = 0  # grows with all that may make `finds` say something else
         self._entries: dict[str, Entry] = {}
         self._charged_bytes = 0
         self._overlap_bytes = 0
@@ -68,12 +70,25 @@ class Ledger:
         entry = self._entries.get(name)
         return entry is not None and entry.state is EntryState.KEPT and not entry.is_condemned
 
-    def adopt(self, name: str, charged_bytes: int) -> None:
+    def found(self) -> list[Entry]:
+        """All that `finds` finds."""
+        return [entry for entry in self._entries.values() if self.finds(entry.name)]
+
+    def doomed(self) -> list[Entry]:
+        """Not found now; but a victim is spared if the write that it makes room for fails."""
+        return [entry for entry in self._entries.values() if entry.state is EntryState.DOOMED]
+
+    @property
+    def leaving(self) -> int:
+        """How many are found no more and have not left the medium yet, whoever deletes them. Counts all entries."""
+        return sum(entry.is_condemned or entry.state is EntryState.DOOMED for entry in self._entries.values())
+
+    def adopt(self, name: str, charged_bytes: int, *, since: float = 0.0) -> None:
         """One that the medium has from an earlier life; the youngest come last. May go beyond the cap."""
-        self._add(Entry(name, charged_bytes, EntryState.KEPT))
+        self._add(Entry(name, charged_bytes, EntryState.KEPT, since))
         self.policy.touched([name])
 
-    def reserve(self, name: str, charged_bytes: int) -> tuple[str, ...] | None:
+    def reserve(self, name: str, charged_bytes: int, *, now: float = 0.0) -> tuple[str, ...] | None:
         """Room for a new name: who must be deleted first. None, with nothing changed, if there is none now."""
         assert name not in self._entries, f"{name} is reserved twice"
         victims = self._choose(charged_bytes)
@@ -83,7 +98,7 @@ class Ledger:
             self.policy.evicted(victim)
             self._move(self._entries[victim], "doom")
         freed_bytes = sum(self._entries[victim].charged_bytes for victim in victims)
-        entry = Entry(name, charged_bytes, EntryState.WRITING, victims=victims)
+        entry = Entry(name, charged_bytes, EntryState.WRITING, now, victims=victims)
         entry.overlap_bytes = min(charged_bytes, freed_bytes)
         self._overlap_bytes += entry.overlap_bytes
         self._add(entry)
@@ -91,31 +106,37 @@ class Ledger:
 
     def settle(
         self, name: str, *, deleted: Collection[str], published_bytes: int | None, is_stranded: bool = False
-    ) -> None:
+    ) -> list[str]:
         """A write's end: which of its victims are deleted, and what it really takes (None: it failed).
 
         A failed write is forgotten, unless it is stranded: what it left behind can't be deleted and stays charged.
+        Returns the victims that were spared and condemned meanwhile: they are to be deleted.
         """
         entry = self._entries[name]
+        condemned = []
         for victim in entry.victims:
             if victim in deleted:
                 self.evicted += 1
                 self.delete(victim)
             else:
                 self._move(self._entries[victim], "spare")
-                self.policy.touched([victim])
+                if self._entries[victim].is_condemned:
+                    self._move(self._entries[victim], "doom")
+                    condemned.append(victim)
+                else:
+                    self.policy.touched([victim])
         self._overlap_bytes -= entry.overlap_bytes
         entry.victims, entry.overlap_bytes = (), 0
         if published_bytes is None:
-            if is_stranded:
-                return
-            self._move(entry, "give_up")
-            self._forget(entry)
-            return
+            if not is_stranded:
+                self._move(entry, "give_up")
+                self._forget(entry)
+            return condemned
         self._charged_bytes += published_bytes - entry.charged_bytes
         entry.charged_bytes = published_bytes
         self._move(entry, "publish")
         self.policy.touched([name])
+        return condemned
 
     def begin_read(self, name: str) -> None:
         entry = self._entries[name]
@@ -137,10 +158,13 @@ class Ledger:
 
     def condemn(self, name: str) -> bool:
         """It is found no more. Whether it is to be deleted at once, for nobody reads it."""
-        if not self.finds(name):
+        entry = self._entries.get(name)
+        if entry is not None and entry.state is EntryState.DOOMED:
+            entry.is_condemned = True  # even if it is spared
+        if entry is None or not self.finds(name):
             return False
-        entry = self._entries[name]
         entry.is_condemned = True
+        self.changes += 1
         if entry.readers:
             return False
         self.policy.removed(name)
@@ -213,6 +237,7 @@ class Ledger:
             raise IllegalTransition(f"{event} of {entry}")
         self._kept -= entry.state is EntryState.KEPT
         entry.state = MOVES[entry.state, event]
+        self.changes += 1
         self._kept += entry.state is EntryState.KEPT
 
 

@@ -5,15 +5,18 @@ Requests are worked off in take_events(), one after the other, so that whoever f
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 
 from pdx.buffer.evict import Lru, Policy
+from pdx.buffer.selection import Selection
 from pdx.errors import ClosedTier
 from pdx.tiers import sealed
 from pdx.tiers.crew import Inbox
 from pdx.tiers.ledger import EntryState, Ledger
+from pdx.tiers.sweep import Swept, names_in, swept
 from pdx.tiers.tier import Event, Failed, Key, Loaded, Missed, Read, Request, TierStats, Write, Written
 
 OPEN_MAX = 64  # of reads and of writes: as the disk tier's
@@ -22,7 +25,10 @@ OPEN_MAX = 64  # of reads and of writes: as the disk tier's
 class MemoryTier:
     """See Tier."""
 
-    def __init__(self, *, cap_bytes: int, policy: Policy[str] | None = None) -> None:
+    def __init__(
+        self, *, cap_bytes: int, policy: Policy[str] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self.ledger = Ledger(cap_bytes=cap_bytes, policy=Lru() if policy is None else policy)
         self._blocks: dict[str, tuple[bytes, bytes]] = {}  # payload, meta
         self._queue: deque[tuple[int, Request]] = deque()
@@ -58,9 +64,16 @@ class MemoryTier:
         return [self.ledger.finds(sealed.name_of(key)) for key in keys]
 
     def remove(self, key: Key) -> None:
-        name = sealed.name_of(key)
-        if self.ledger.condemn(name):
-            self._delete(name)
+        self._condemn(sealed.name_of(key))
+
+    def survey(self, which: Selection) -> Swept:
+        return swept(names_in(self.ledger.found(), which, now=self._clock()), self.ledger)
+
+    def sweep(self, which: Selection) -> Swept:
+        names, doomed = (names_in(e, which, now=self._clock()) for e in (self.ledger.found(), self.ledger.doomed()))
+        for name in names | doomed:
+            self._condemn(name)
+        return swept(names, self.ledger)
 
     def take_events(self) -> list[Event]:
         while self._queue:
@@ -76,7 +89,7 @@ class MemoryTier:
         return TierStats(
             state="well", blocks=len(self.ledger), used_bytes=self.ledger.used_bytes,
             cap_bytes=self.ledger.cap_bytes, open_reads=reads, open_writes=len(self._queue) - reads,
-            evicted=self.ledger.evicted, **self._counts,
+            evicted=self.ledger.evicted, changes=self.ledger.changes, **self._counts,
         )  # fmt: skip
 
     def close(self, *, drain_s: float) -> None:
@@ -100,7 +113,7 @@ class MemoryTier:
             self._say("written", Written(ticket, 0.0))
             return
         payload = b"".join(request.pages)
-        victims = self.ledger.reserve(name, len(payload) + len(request.meta))
+        victims = self.ledger.reserve(name, len(payload) + len(request.meta), now=self._clock())
         if victims is None:
             self._say("failed", Failed(ticket, "more bytes than the whole tier may take"))
             return
@@ -127,6 +140,10 @@ class MemoryTier:
             start += page.nbytes
         self.ledger.end_read(name)
         self._say("loaded", Loaded(ticket, meta, 0.0))
+
+    def _condemn(self, name: str) -> None:
+        if self.ledger.condemn(name):
+            self._delete(name)
 
     def _delete(self, name: str) -> None:
         del self._blocks[name]

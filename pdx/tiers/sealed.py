@@ -10,6 +10,7 @@ The digest covers the payload, the seal covers the header and through it everyth
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import struct
@@ -19,6 +20,7 @@ import xxhash
 from blake3 import blake3
 
 from pdx.errors import BadBlock
+from pdx.keys import split_namespace
 from pdx.layout import ALIGN_BYTES, round_up
 from pdx.tiers.tier import KEY_PART_BYTES_MAX, META_BYTES_MAX, Key
 
@@ -36,11 +38,23 @@ _PLAIN, _KEYED = 0, 1
 
 
 def name_of(key: Key) -> str:
-    """A file name of fixed length, whatever the key."""
+    """A file name of fixed length, whatever the key. It begins with labels of the key's space and tenant."""
     namespace, block_hash = key
-    digest = hashlib.blake2b(digest_size=32, person=b"pdx-block-name")
+    space, tenant = split_namespace(namespace)
+    digest = hashlib.blake2b(digest_size=16, person=b"pdx-block-name")
     digest.update(len(namespace).to_bytes(2, "little") + namespace + block_hash)
-    return digest.hexdigest()
+    return label_of(space) + label_of(tenant) + digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def label_of(part: bytes) -> str:
+    """What a file name says of a space or a tenant: enough to find all of its blocks again without opening one."""
+    return hashlib.blake2b(part, digest_size=8, person=b"pdx-label").hexdigest()
+
+
+def labels_of(name: str) -> tuple[str, str]:
+    """Of the space and of the tenant."""
+    return name[:16], name[16:32]
 
 
 def check_sizes(key: Key, meta: bytes, payload_bytes: int) -> None:

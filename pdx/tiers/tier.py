@@ -107,6 +107,7 @@ class TierStats:
     refused: int = 0  # submits answered with None
     bad_blocks: int = 0  # found rotten, and deleted
     io_errors: int = 0
+    changes: int = 0  # grows with all that may make contains() say something else
     unaligned: int = 0  # requests that the medium could not take straight from or into the buffers
 
 

@@ -349,6 +349,7 @@ def test_stats_and_repr(store: Store) -> None:
     assert store.stats() == {
         "arena_bytes": CONTROL_BYTES + 4 * 65536,
         "used_bytes": 10 * 4096,
+        "tenants": {"": 10 * 4096},
         "extents": {"total": 4, "untaken": 3},
         "slots": {"filling": 3, "ready": 2, "quarantine": 0},
         "leases": {"live": 1, "quarantined": 0},

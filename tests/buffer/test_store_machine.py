@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 from pdx.buffer.arena import Arena
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, LeaseState, Owner
+from pdx.buffer.selection import Selection
 from pdx.buffer.slots import Slot, SlotState
 from pdx.buffer.store import Store
 from pdx.errors import IllegalTransition, Refused
@@ -199,6 +200,25 @@ class StoreMachine(RuleBasedStateMachine):
         due = {lease for lease, _ in self.held.values() if lease.state is LeaseState.LIVE}
         due = {lease for lease in due if lease.expires_at <= self.now}
         assert set(self.store.expire(self.now)) == due
+
+    @rule(layout=LAYOUT, chain=CHAIN, blocks=BLOCKS, is_whole=st.booleans(), older_s=st.sampled_from([0.0, TTL_S]))
+    def clear(self, layout: PageLayout, chain: int, blocks: int, is_whole: bool, older_s: float) -> None:
+        namespace, hashes = chain_of(layout, chain, blocks)
+        names = None if is_whole else frozenset(hashes)
+        which = Selection(spaces=frozenset({namespace}), tenant=b"", block_hashes=names, older_s=older_s)
+        before, found = self.snapshot(), len(self.store.index)
+        surveyed = self.store.survey(which, now=self.now)
+        assert self.snapshot() == before
+        used_bytes = self.store.stats()["used_bytes"]
+        cleared = self.store.clear(which, now=self.now)
+        assert cleared == surveyed
+        assert len(self.store.index) == found - len(cleared.blocks)
+        if not cleared.held:
+            assert self.store.stats()["used_bytes"] == used_bytes - cleared.size_bytes
+        again = self.store.survey(which, now=self.now)
+        assert (again.blocks, again.filling) == ((), ())
+        if not older_s:
+            assert not any(self.store.index.find(namespace, hashes))
 
     def remember(self, lease: Lease, places: tuple[Place, ...]) -> None:
         self.held[lease.lease_id] = (

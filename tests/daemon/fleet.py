@@ -34,9 +34,11 @@ from pdx.wire import (
     EngineInfo,
     Filled,
     FilledEntry,
+    Keep,
     LetGo,
     LoadEnded,
     LoadOpened,
+    LookUp,
     Message,
     OpenLoad,
     OpenSend,
@@ -84,6 +86,9 @@ class Daemon:
             "digest_mode",
             "handoff_share",
             "extent",
+            "pin_share",
+            "disk",
+            "disk_cap",
         ]
         arguments = [
             f"--{f.replace('_', '-')}={getattr(self.config, f)!s}" for f in flags if getattr(self.config, f) != ""
@@ -167,20 +172,23 @@ class BareEngine:
     """The sessions of one engine's scheduler and workers, in this process."""
 
     def __init__(
-        self, daemon: Daemon, name: str, role: str = "both", *, model: str = "m", layout: str = "L", ranks: int = 1
-    ) -> None:
+        self, daemon: Daemon, name: str, role: str = "both", *, model: str = "m", layout: str = "L", ranks: int = 1,
+        algorithm: str = "sha", url: str = "", router: str = "",
+    ) -> None:  # fmt: skip
         self.pages = msgspec.structs.replace(PAGES, layers=PAGES.layers * ranks, shards=ranks)
         content = ContentFingerprint(
-            model=model, weights="w", weight_epoch=0, dtype="bf16", block_tokens=BLOCK_TOKENS, hash_algorithm="sha"
+            model=model, weights="w", weight_epoch=0, dtype="bf16", block_tokens=BLOCK_TOKENS, hash_algorithm=algorithm
         )
         fingerprint = LayoutFingerprint(
             engine="bare 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes,
             block_tokens=BLOCK_TOKENS, packing=layout, kv_groups=1, ranks=ranks,
         )  # fmt: skip
-        info = EngineInfo(engine_id=name, role=role, model=model, content=content, layout=fingerprint)  # type: ignore[arg-type]
+        info = EngineInfo(engine_id=name, role=role, model=model, url=url, content=content, layout=fingerprint)  # type: ignore[arg-type]
         self.daemon, self.name, self.step = daemon, name, 0
         self.info = info
-        self.scheduler = DaemonClient.attach(daemon.config, Attach(kind="scheduler", engine=info), start=False)
+        self.scheduler = DaemonClient.attach(
+            daemon.config, Attach(kind="scheduler", engine=info, router=router), start=False
+        )
         self.workers = [self.attach_worker(rank) for rank in range(ranks)]
         self._inbox: list[Message] = []
 
@@ -309,6 +317,24 @@ class BareEngine:
         self.publish_fences()
         self.let_go(loaded.handoff_id, "load", pages=wanted)
         return len(loaded.places)
+
+    def keep(self, hashes: list[bytes], tenant: bytes = b"") -> None:
+        """These blocks, computed in one step by a request without a handle."""
+        self.scheduler.send(Keep(request_id="k", handoff_id=os.urandom(16), block_hashes=hashes, tenant=tenant))
+        opened = self.expect(SendOpened)
+        self.step += 1
+        for place, name in zip(opened.places, hashes, strict=True):
+            for layer in range(PAGES.layers if place is not None else 0):
+                self.write_page(place, page_bytes_of(name, layer), layer)
+        self.worker.publish_fence(self.step)
+        self.let_go(opened.handoff_id, "send")
+
+    def look_up(self, hashes: list[bytes], tenant: bytes = b"") -> int:
+        """How many blocks a request would get now."""
+        self.scheduler.send(LookUp(request_id="l", handoff_id=os.urandom(16), block_hashes=hashes, tenant=tenant))
+        answer = self.expect(LoadOpened)
+        self.let_go(answer.handoff_id, "load")
+        return len(answer.places)
 
     def expect_failed_send(self) -> SendEnded:
         ended = self.expect(SendEnded)

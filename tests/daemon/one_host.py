@@ -50,7 +50,7 @@ class Host:
         self.mover = Mover(
             self.store,
             Ports(
-                me=HERE, cluster_key=KEY, to_engine=lambda name, message: self.heard[name].append(message),
+                me=HERE, cluster_key=KEY, to_engine=lambda name, message: self.heard.get(name, []).append(message),
                 to_peer=lambda ref, message: self._to_self.append(message),  # type: ignore[arg-type]
                 to_routers=lambda message: None, engine=engine, fence_passed=lambda name, step: True, lanes={},
                 tracer=Tracer(), counters=self.counters, lease_s=30.0, digest_mode=False, tier=tier,

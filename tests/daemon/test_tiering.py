@@ -70,9 +70,9 @@ def crowd_out(host: Host) -> None:
 
 
 def host_space(host: Host) -> bytes:
-    from pdx.daemon.ports import space_of
+    from pdx.daemon.ports import namespace_for
 
-    return space_of(engine("P"))
+    return namespace_for(engine("P"), b"")
 
 
 def watermark(host: Host, place: Place) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.harness.measure import prompt_of
 from benchmarks.harness.rig import Part, Rig, counter, post, rig_in, stats, unleased, wait_until
+from pdx.admin import ClearRequest, LookupRequest
 from pdx.client import DaemonClient
+from pdx.kv import LocalKv
 from pdx.launch import processes
+from pdx.verbs import Cleared, Found
 from pdx.wire import Attach
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -79,6 +83,59 @@ def test_what_was_generated_is_kept(host: Host) -> None:
     host.ask(prompt_of(BLOCK_TOKENS + 20, 2), max_tokens=BLOCK_TOKENS)  # the second block becomes whole on the way
     assert unleased(host.tool)
     assert host.grown(before, "blocks_kept") == 2
+
+
+LONG = "The manual says on every page that safety comes first. " * 40
+CHAT = [{"role": "system", "content": LONG}, {"role": "user", "content": "What comes first?"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("completions", {"text": LONG}),
+        ("completions", {"tokens": prompt_of(PROMPT_TOKENS, 4)}),
+        ("completions", {"text": "A tenant's. " + LONG, "cache_salt": "alice"}),
+        ("chat/completions", {"messages": CHAT}),
+        ("chat/completions", {"messages": CHAT, "cache_salt": "alice"}),
+    ],
+    ids=["text", "tokens", "salted", "chat", "salted chat"],
+)
+def test_lookup_says_what_the_next_request_gets(host: Host, path: str, said: dict[str, Any]) -> None:
+    salt = {name: said[name] for name in ("cache_salt",) if name in said}
+    ways = {"messages": said["messages"]} if "messages" in said else {"prompt": said.get("text", said.get("tokens"))}
+    body = {"model": str(host.rig.model), "max_tokens": 2, "temperature": 0, **ways, **salt}
+
+    def ask() -> None:
+        reply = post(f"{host.engine.url}/v1/{path}", body, deadline_s=120)
+        assert reply.status == 200, reply.text
+        assert unleased(host.tool)
+
+    with LocalKv.open(host.rig.settings_of("a")) as kv:
+
+        def found(**changed: str) -> Found:
+            report = kv.lookup(LookupRequest(**{**said, **changed}))
+            assert report.prompt_tokens is not None and report.prompt_tokens > 3 * BLOCK_TOKENS
+            (result,) = report.daemons[0].results
+            assert isinstance(result, Found)
+            return result
+
+        assert found().blocks == 0
+        ask()
+        told = found()
+        assert told.blocks >= 3
+        assert found(cache_salt="bob").blocks == 0
+        before = host.counters()
+        host.forget()
+        assert found() == told, "nothing has come or gone"
+        ask()
+        assert host.grown(before, "lookup_hit_blocks") == told.blocks
+        (cleared,) = kv.clear(ClearRequest(**said)).daemons[0].results
+        assert isinstance(cleared, Cleared) and cleared.arena.blocks == told.blocks
+        before = host.counters()
+        host.forget()
+        assert found().blocks == 0
+        ask()
+        assert host.grown(before, "lookup_hit_blocks") == 0
 
 
 def test_a_daemon_that_was_killed_leaves_its_disk_to_the_next(host: Host) -> None:

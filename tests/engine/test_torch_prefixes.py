@@ -13,6 +13,7 @@ from torch_engine import BLOCK_TOKENS, LAYERS, LAYOUT, Request
 from torch_pair import Side, alone, last_let_go, loading, prompt, run, sending, side
 
 from pdx.config import Offload
+from pdx.keys import tenant_of
 from pdx.wire import Filled, Keep, LookUp
 
 
@@ -241,3 +242,12 @@ def test_what_waits_in_the_queue_takes_no_room(daemon: MemoryDaemon, engine: Sid
         engine.engine.add(Request(f"r{number}", prompt(number, 40), max_tokens=2))
     engine.engine.step()  # ten tokens: the first one runs
     assert [m.request_id for m in daemon.received if isinstance(m, Keep)] == ["r0"]
+
+
+def test_the_salt_of_a_request_is_told_as_a_name_only(daemon: MemoryDaemon, engine: Side) -> None:
+    engine.engine.add(Request("a", prompt(14, 20), cache_salt="secret"))
+    engine.engine.add(Request("b", prompt(14, 20)))
+    run(engine.engine)
+    told = {m.request_id: m.tenant for m in daemon.received if isinstance(m, Keep | LookUp)}
+    assert told == {"a": tenant_of("secret"), "b": b""}
+    assert b"secret" not in told["a"]

@@ -43,6 +43,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.half_written: dict[str, int] = {}
         self.reading: list[str] = []
         self.doomed: set[str] = set()
+        self.condemned: set[str] = set()
 
     def policy(self) -> Policy[str]:
         return Lru()
@@ -81,7 +82,7 @@ class LedgerMachine(RuleBasedStateMachine):
         del self.writing[name]
         self.half_written.pop(name, None)
         real_bytes = max(1, size_bytes - less_bytes) if is_published else None
-        self.ledger.settle(name, deleted=deleted, published_bytes=real_bytes)
+        self.doomed |= set(self.ledger.settle(name, deleted=deleted, published_bytes=real_bytes))
         if real_bytes is not None:
             self.medium[name] = real_bytes
         assert self.ledger.finds(name) == is_published
@@ -105,6 +106,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert name not in self.reading
             self.doomed.add(name)
         assert not self.ledger.finds(name)
+        self.condemned |= {name} & set(self.medium)
 
     @precondition(lambda self: self.doomed)
     @rule()
@@ -126,6 +128,12 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert name in self.medium
         for name in self.reading:
             assert name in self.medium
+
+    @invariant()
+    def what_was_condemned_is_never_found_again(self) -> None:
+        """Not even a victim that is spared since the write that it made room for has failed."""
+        self.condemned &= set(self.medium)
+        assert not any(self.ledger.finds(name) for name in self.condemned)
 
     @invariant()
     def the_accounts_add_up(self) -> None:

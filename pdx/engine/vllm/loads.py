@@ -209,8 +209,14 @@ class Loads:
     def _ask(self, load: _Load) -> bool:
         prompt = load.prompt
         if not prompt.handle:
-            look_up = LookUp(request_id=load.request_id, handoff_id=prompt.handoff_id, block_hashes=prompt.block_hashes)
-            return self._link.send(look_up)
+            return self._link.send(
+                LookUp(
+                    request_id=load.request_id,
+                    handoff_id=prompt.handoff_id,
+                    block_hashes=prompt.block_hashes,
+                    tenant=prompt.tenant,
+                )
+            )
         return self._link.send(
             OpenLoad(
                 request_id=load.request_id,
@@ -219,6 +225,7 @@ class Loads:
                 prompt_tokens=prompt.tokens,
                 tail_hash=prompt.tail_hash,
                 early=prompt.early,
+                tenant=prompt.tenant,
             )
         )
 

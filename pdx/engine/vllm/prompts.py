@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdx.errors import HandleError, Refused
 from pdx.handoff.handle import peek
-from pdx.keys import tail_hash
+from pdx.keys import tail_hash, tenant_of
 from pdx.wire import Budgets
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Prompt:
     tail_hash: bytes = b""
     early: bool = False
     first: int = 0  # block of the request with which `block_hashes` begins
+    tenant: bytes = b""
 
     @property
     def blocks(self) -> int:
@@ -58,7 +59,8 @@ def blocks_of(request: Request, *, block_tokens: int, first: int = 0, tokens: in
         return None
     end = (first + len(hashes)) * block_tokens
     budgets = Budgets(grant_s=LOOKUP_S, total_s=LOAD_S)
-    return Prompt("", secrets.token_bytes(ID_BYTES), budgets, end, hashes, first=first)
+    tenant = tenant_of(request.cache_salt or "")
+    return Prompt("", secrets.token_bytes(ID_BYTES), budgets, end, hashes, first=first, tenant=tenant)
 
 
 def asks_for(request: Request, flag: str) -> bool:
@@ -85,7 +87,8 @@ def read(request: Request, *, block_tokens: int) -> Prompt:
     tail = tail_hash(hashes[-1] if hashes else b"", list(tokens[full_blocks * block_tokens : covered]))
     handle = peek(text)
     early = parameters.get(EARLY_KEY) is True
-    return Prompt(text, handle.handoff_id, handle.budgets, covered, hashes, tail, early)
+    tenant = tenant_of(request.cache_salt or "")
+    return Prompt(text, handle.handoff_id, handle.budgets, covered, hashes, tail, early, tenant=tenant)
 
 
 def _covered(tokens: Any, prompt_tokens: int) -> int:

@@ -79,10 +79,14 @@ class Sends:
                 block_hashes=prompt.block_hashes,
                 prompt_tokens=prompt.tokens,
                 tail_hash=prompt.tail_hash,
+                tenant=prompt.tenant,
             )
         else:
             message = Keep(
-                request_id=request.request_id, handoff_id=prompt.handoff_id, block_hashes=prompt.block_hashes
+                request_id=request.request_id,
+                handoff_id=prompt.handoff_id,
+                block_hashes=prompt.block_hashes,
+                tenant=prompt.tenant,
             )
         if not self._link.send(message):
             return False

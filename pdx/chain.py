@@ -1,0 +1,71 @@
+"""The engine's own names of a prompt's blocks, from its tokens alone. Pure; knows no engine.
+
+vLLM names a full block by digest(CBOR((name of the block before, its tokens, extra keys))), and the first block has the
+digest of a seed before it. Among the extra keys is the request's cache_salt, in the first block only: it goes into the
+names of all that follow, so that whoever does not know a salt can't name its blocks. Adapters and images have keys too,
+which nobody can tell from tokens: prompts with such are not named here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import xxhash
+
+from pdx.errors import Refused
+from pdx.keys import ContentFingerprint
+
+TOKENS_MAX = 1 << 20  # of one prompt: half a second of hashing
+TOKEN_MAX = (1 << 32) - 1
+
+_DIGESTS: dict[str, Callable[[bytes], bytes]] = {
+    "sha256_cbor": lambda data: hashlib.sha256(data).digest(),
+    "xxhash_cbor": xxhash.xxh3_128_digest,
+}
+_UINT, _BYTES, _TEXT, _ARRAY = 0, 2, 3, 4
+_NULL = b"\xf6"
+
+
+def block_hashes(content: ContentFingerprint, tokens: Sequence[int], *, salt: str = "") -> list[bytes]:
+    """The names of the full blocks, in order; empty for a prompt shorter than one block.
+
+    Raises Refused for engines whose names depend on more than that, and for what are no tokens.
+    """
+    algorithm, _, seed = content.hash_algorithm.partition("/")
+    digest = _DIGESTS.get(algorithm)
+    if digest is None:
+        raise Refused(
+            f"block hashes of {algorithm!r} can't be told from tokens: start engines with "
+            "--prefix-caching-hash-algo sha256_cbor"
+        )
+    if len(tokens) > TOKENS_MAX:
+        raise Refused(f"{len(tokens)} tokens are more than {TOKENS_MAX}")
+    if tokens and not 0 <= min(tokens) <= max(tokens) <= TOKEN_MAX:
+        raise Refused(f"a token is a number from 0 to {TOKEN_MAX}")
+    extra = _array([_array([_text("cache_salt"), _text(salt)])]) if salt else _NULL
+    parent = digest(_text(seed))
+    names = []
+    for start in range(0, len(tokens) - content.block_tokens + 1, content.block_tokens):
+        block = _array([_head(_UINT, token) for token in tokens[start : start + content.block_tokens]])
+        parent = digest(_array([_head(_BYTES, len(parent)) + parent, block, extra]))
+        names.append(parent)
+        extra = _NULL
+    return names
+
+
+def _head(kind: int, value: int) -> bytes:
+    """CBOR's first bytes of an item: its kind, and its value or length in as few bytes as hold it."""
+    if value < 24:
+        return bytes(((kind << 5) | value,))
+    size_code, size_bytes = next((code, 1 << n) for n, code in enumerate((24, 25, 26)) if value >> (8 << n) == 0)
+    return bytes(((kind << 5) | size_code,)) + value.to_bytes(size_bytes, "big")
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return _head(_TEXT, len(encoded)) + encoded
+
+
+def _array(items: Sequence[bytes]) -> bytes:
+    return _head(_ARRAY, len(items)) + b"".join(items)

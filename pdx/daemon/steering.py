@@ -1,0 +1,76 @@
+"""Lookup, pin, unpin and clear: answered by whoever owns the index, on its own thread, so that an answer is the truth.
+
+All are idempotent: asked twice they change nothing more, and their counts say so.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from pdx.buffer.selected import Selected
+from pdx.buffer.selection import Selection
+from pdx.daemon.pins import Pins
+from pdx.daemon.ports import Desk
+from pdx.daemon.prefixes import Prefixes
+from pdx.daemon.spaces import KnownSpaces
+from pdx.daemon.tiering import Tiering
+from pdx.errors import Refused
+from pdx.verbs import Clear, Cleared, Found, Lookup, Pin, Result, Steer, TierCleared, Unpin
+
+
+class Steering:
+    """Owned by the control thread."""
+
+    def __init__(
+        self, desk: Desk, prefixes: Prefixes, tiering: Tiering | None, pins: Pins, spaces: KnownSpaces
+    ) -> None:
+        self._desk = desk
+        self._prefixes = prefixes
+        self._tiering = tiering
+        self._pins = pins
+        self._spaces = spaces
+
+    def steer(self, what: Steer, now: float, *, room: bool) -> Result:
+        """Raises Refused, changing nothing."""
+        match what:
+            case Lookup():
+                return self._look_up(what)
+            case Pin():
+                return self._pins.pin(what, now, room=room)
+            case Unpin():
+                return self._pins.unpin(what)
+            case Clear():
+                return self._clear(what, now)
+            case _:
+                assert_never(what)
+
+    def _look_up(self, what: Lookup) -> Found:
+        block_tokens = self._spaces.get(what.space).content.block_tokens
+        return self._prefixes.leading(what.space + what.tenant, what.block_hashes, block_tokens=block_tokens)
+
+    def _clear(self, what: Clear, now: float) -> Cleared:
+        if what.block_hashes is not None and (what.tenant is None or what.spaces is None):
+            raise Refused("a prompt's blocks have a tenant and a space: name them")
+        spaces = what.spaces if what.model is None else [*(what.spaces or ()), *self._spaces.of_model(what.model)]
+        which = Selection(
+            spaces=None if spaces is None else frozenset(spaces),
+            tenant=what.tenant,
+            block_hashes=None if what.block_hashes is None else frozenset(what.block_hashes),
+            older_s=what.older_s,
+        )
+        store, tiering = self._desk.store, self._tiering
+        arena, disk = TierCleared(), TierCleared()
+        if what.tier != "disk":
+            arena = _counted(store.survey(which, now=now) if what.dry_run else store.clear(which, now=now))
+        if what.tier != "arena" and tiering is not None:
+            disk = tiering.survey(which) if what.dry_run else tiering.clear(which)
+        pins_ended = 0 if what.dry_run else self._pins.end_cleared()
+        if not what.dry_run:
+            self._desk.ports.counters["blocks_cleared"] += arena.blocks + disk.blocks
+        return Cleared(arena=arena, disk=disk, pins_ended=pins_ended, dry_run=what.dry_run)
+
+
+def _counted(selected: Selected) -> TierCleared:
+    return TierCleared(
+        blocks=len(selected.blocks), size_bytes=selected.size_bytes, held=selected.held, filling=len(selected.filling)
+    )
