@@ -58,6 +58,7 @@ class PdxConnector(KVConnectorBase_V1):
                 layout=self._description.pages,
                 block_tokens=self._description.layout.block_tokens,
                 offload=self._settings.config.offload,
+                lookup_s=self._settings.config.lookup_s,
             )
 
     @classmethod
