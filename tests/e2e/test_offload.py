@@ -20,7 +20,7 @@ from pdx.client import DaemonClient
 from pdx.launch import processes
 from pdx.wire import Attach
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
 LAYERS, BLOCK_TOKENS = 30, 128
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache

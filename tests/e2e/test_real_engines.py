@@ -21,7 +21,7 @@ from benchmarks.harness.rig import START_S, Part, Reply, Rig, counter, post_stre
 from pdx.client import DaemonClient
 from pdx.launch import processes
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]  # the first test waits for the engines' start, some 35 s
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]  # the first test waits for the engines' start, some 35 s
 
 LAYERS, BLOCK_TOKENS, CHUNK_TOKENS = 30, 128, 256
 # Bounds of hangs, no claims of speed: on a machine whose cores others had taken, one step has needed 20 s. With these
