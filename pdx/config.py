@@ -22,6 +22,7 @@ from pdx.errors import ConfigError
 from pdx.wire import Budgets
 
 KEY_BYTES_MIN = 16
+LOOKUP_S = 0.02  # pdxd answers in some 0.2 ms
 # Names in the run directory on which a daemon and its clients must agree.
 SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
@@ -47,6 +48,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tenant_share: float = 1.0  # of the arena: what one cache_salt may take; those without one are a tenant together
     digest_mode: bool = False  # blake3 of every page on both sides of a handoff; for proofs
     offload: Offload = "all"  # blocks of requests outside handoffs that engines keep in the arena, and look up
+    lookup_s: float = LOOKUP_S  # an engine whose look-up takes longer computes
     disk: str = ""  # folder of the disk tier, on a file system of this host; empty: none
     disk_cap: str = "10GiB"  # bytes that it may take there, never more
     poison: bool = False  # fill freed slots with 0xDB; for tests

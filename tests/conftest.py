@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-SETTLE_S = 3.0  # a thread or process that has been told to end gets this long to be gone
+SETTLE_S = 15.0  # a thread or process that has been told to end gets this long to be gone
+ARENAS_GONE_S = 30.0
 # Started once per process by the standard library, on purpose, and never ended by it.
 LASTING = ("resource_tracker", "forkserver")
 
@@ -91,21 +93,24 @@ def _shared_memory() -> set[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_arena_outlives_the_tests() -> Iterator[None]:
-    """Daemons may be detached: look at every process, once, when all is over."""
-    before = _mapping_processes()
+    """Daemons may be detached: look at every process that was started from here, once, when all is over."""
+    mark = f"TESTED_BY={secrets.token_hex(8)}"
+    os.environ.update([mark.split("=")])
     yield
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + ARENAS_GONE_S
     pause = threading.Event()
-    while left := _mapping_processes() - before:
+    while left := _mapping_processes(mark.encode()):
         assert time.monotonic() < deadline, f"processes {left} still map an arena"
         pause.wait(0.1)
 
 
-def _mapping_processes() -> set[str]:
+def _mapping_processes(mark: bytes) -> set[str]:
+    """By what they have inherited: other tests may run on this machine, whose arenas are no leaks of ours."""
     found = set()
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and "memfd:pdx" in (entry / "maps").read_text():
+            inherits = entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0")
+            if inherits and "memfd:pdx" in (entry / "maps").read_text():
                 found.add(entry.name)
         except OSError:  # it ended while we looked
             continue

@@ -57,16 +57,16 @@ def check_stopped_writer(make_pair: MakeProcessPair) -> None:
 
 def check_stopped_before_greeting(make_pair: MakeProcessPair) -> None:
     """A peer that is stopped before it ever answered costs a stall time: then PutFailed and PeerLost."""
-    with sides(cast(Callable[[], AbstractContextManager[Pair]], make_pair)) as (pair, near, far, channel):
-        cast(ProcessPair, pair).stop_far()
+    with make_pair() as pair:
+        near = Side(pair.near, seed=1)
+        pair.stop_far()
         try:
-            other = near.lane.connect(far.lane.endpoint)
-            assert other == channel
+            channel = near.lane.connect(pair.far.endpoint)
             ticket = near.put(channel, 1, WHOLE)
             near.wait_lost(channel)
             assert isinstance(near.wait_end(ticket), PutFailed)
         finally:
-            cast(ProcessPair, pair).continue_far()
+            pair.continue_far()
 
 
 def check_stopped_reader(make_pair: MakeProcessPair) -> None:

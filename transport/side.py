@@ -14,7 +14,8 @@ from typing import Protocol
 
 from pdx.transport.api import Arrived, Copy, Event, Lane, PeerLost, PutDone, PutFailed, Region, WindowClosed
 
-WAIT_S = 10.0
+# It bounds a hang: on a busy machine a lane that is right may take many times as long as on an idle one.
+WAIT_S = 30.0
 MEMORY_BYTES = 4 << 20
 
 
@@ -38,7 +39,7 @@ class ProcessPair(Pair, Protocol):
     """A pair whose far lane is a process of its own: kill_far() is a SIGKILL."""
 
     def stop_far(self) -> None:
-        """SIGSTOP."""
+        """SIGSTOP; when this returns, no thread of it runs any more."""
 
     def continue_far(self) -> None: ...
 

@@ -80,7 +80,8 @@ def parse_endpoint(endpoint: str, *, scheme: str = "tcp") -> tuple[str, int]:
 
 
 def send_exactly(connection: socket.socket, buffers: Sequence[bytes | memoryview], total_bytes: int) -> None:
-    """Raises PeerGone if the peer takes not a byte for the socket's stall time, OSError if the connection breaks."""
+    """Raises PeerGone if the peer takes not a byte for the socket's stall time (twice that at worst: a call that stalls
+    in its middle still returns what it had sent), OSError if the connection breaks."""
     try:
         sent_bytes = connection.sendmsg(buffers)
         while sent_bytes < total_bytes:

@@ -27,7 +27,9 @@ from pdx.wire import Ask, Attach
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KV_CACHE_BYTES = 512 << 20
-START_S = 240.0
+# These bound hangs. Where other jobs take the cores, all of this takes five times as long, or ten.
+START_S = 600.0
+ANSWER_S = 30.0
 BUDGET_FLAGS = ("--handoff-grant-s", "5", "--handoff-slab-s", "6", "--handoff-total-s", "60", "--handoff-claim-s", "2")
 
 
@@ -41,6 +43,7 @@ class Reply:
     first_token_s: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
     usage: dict[str, Any] = field(default_factory=dict)
+    logprobs: dict[str, Any] = field(default_factory=dict)  # if they were asked for
 
 
 class Rig:
@@ -66,7 +69,7 @@ class Rig:
         for part in reversed(self.parts):
             part.stop()
         # Engines that lost their daemon have started another, detached; it lingers out.
-        wait_until(lambda: not self._strays(), 30, "daemons that engines started are gone")
+        wait_until(lambda: not self._strays(), ANSWER_S, "daemons that engines started are gone")
 
     def _strays(self) -> list[int]:
         found = []
@@ -90,7 +93,7 @@ class Rig:
             *("--publish", str(published), "--key-file", str(self._key), *BUDGET_FLAGS, *flags),
         ]
         part = self._start("router", command, {}, cpus=cpus, prefix=prefix)
-        wait_until(published.exists, 30, f"router listens; see {part.log}")
+        wait_until(published.exists, START_S, f"router listens; see {part.log}")
         where = json.loads(published.read_text())
         part.url = self.url = where["http"]
         self.control = where["control"]
@@ -114,7 +117,7 @@ class Rig:
             [sys.executable, "-m", module, f"--run-dir={run_dir}", f"--key-file={self._key}", *flags],
             {}, cpus=cpus, prefix=prefix,
         )  # fmt: skip
-        wait_until((run_dir / "pdxd.json").exists, 60, f"pdxd serves; see {part.log}")
+        wait_until((run_dir / "pdxd.json").exists, START_S, f"pdxd serves; see {part.log}")
         return part
 
     def start_engine(
@@ -192,7 +195,7 @@ class Rig:
         self.parts.remove(part)
 
     def tool(self, daemon: str) -> DaemonClient:
-        tool = DaemonClient.attach(self.settings_of(daemon), Attach(kind="tool"), start=False, deadline_s=10)
+        tool = DaemonClient.attach(self.settings_of(daemon), Attach(kind="tool"), start=False, deadline_s=ANSWER_S)
         self._tools.append(tool)
         return tool
 
@@ -239,7 +242,7 @@ class Rig:
 
 
 def stats(tool: DaemonClient) -> dict[str, Any]:
-    return tool.ask(Ask(verb="stats"), timeout_s=10).body
+    return tool.ask(Ask(verb="stats"), timeout_s=ANSWER_S).body
 
 
 def counter(tool: DaemonClient, name: str) -> int:
@@ -278,7 +281,8 @@ def post(url: str, body: dict[str, Any] | bytes, *, deadline_s: float) -> Reply:
         answer = json.loads(content) if headers.get("content-type", "").startswith("application/json") else {}
         choice = (answer.get("choices") or [{}])[0]
         text = choice.get("text", (choice.get("message") or {}).get("content")) or str(answer.get("error", ""))
-        return Reply(response.status, text, time.monotonic() - started, 0.0, headers, answer.get("usage") or {})
+        usage, logprobs = answer.get("usage") or {}, choice.get("logprobs") or {}
+        return Reply(response.status, text, time.monotonic() - started, 0.0, headers, usage, logprobs)
     except (OSError, http.client.HTTPException, ValueError) as error:
         return Reply(0, repr(error), time.monotonic() - started)
     finally:

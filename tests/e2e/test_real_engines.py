@@ -21,11 +21,14 @@ from benchmarks.harness.rig import START_S, Part, Reply, Rig, counter, post_stre
 from pdx.client import DaemonClient
 from pdx.launch import processes
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]  # the first test waits for the engines' start, some 35 s
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]  # the first test waits for the engines' start, some 35 s
 
 LAYERS, BLOCK_TOKENS, CHUNK_TOKENS = 30, 128, 256
-DEADLINE_S = 60.0
-FREE_S = 5.0
+# Bounds of hangs, no claims of speed: on a machine whose cores others had taken, one step has needed 20 s. With these
+# no handoff ends because it is slow, so that a request which did not come through the pair shows a defect.
+DEADLINE_S = 300.0
+BUDGETS = ("--prefill-timeout-secs", *(f"--handoff-{name}-s" for name in ("grant", "slab", "total", "claim")))
+PATIENT = tuple(word for flag in BUDGETS for word in (flag, str(DEADLINE_S)))
 QUESTIONS = (
     "The capital of France is", "The largest planet of the solar system is", "Water is made of hydrogen and",
     "The opposite of hot is",
@@ -47,15 +50,20 @@ class System:
         return Counter(stats(self.target)["counters"])
 
     def free(self) -> bool:
-        return unleased(self.source, self.target, deadline_s=FREE_S)
+        return unleased(self.source, self.target, deadline_s=DEADLINE_S)
+
+    def complete(self, prompt: str | list[int], *, url: str = "", max_tokens: int = 8) -> Reply:
+        return self.rig.complete(prompt, url=url, max_tokens=max_tokens, deadline_s=DEADLINE_S)
 
 
 @pytest.fixture(scope="module")
 def system(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     with rig_in(model, tmp_path_factory.mktemp("rig")) as rig:
-        rig.start_router()
+        rig.start_router(*PATIENT)
         for name in "ab":
-            rig.start_daemon(name, arena="512MiB", digest_mode="true", poison="true", linger_s=str(START_S))
+            rig.start_daemon(
+                name, arena="512MiB", digest_mode="true", poison="true", linger_s=str(START_S), lease_s=str(DEADLINE_S)
+            )
         prefill = rig.start_engine("P0", "prefill", "a", cpu=0, flags=("--max-num-batched-tokens", str(CHUNK_TOKENS)))
         decode = rig.start_engine("D0", "decode", "b", cpu=1)
         sessions = {part.process.pid for part in rig.parts}
@@ -78,22 +86,24 @@ def tokens_of(count: int, *, seed: int) -> list[int]:
     return [(seed * 7919 + n * 104_729) % 40_000 + 100 for n in range(count)]
 
 
-def came_through_the_pair(reply: Reply) -> bool:
-    return (reply.headers.get("x-pdx-prefill"), reply.headers.get("x-pdx-decode")) == ("P0", "D0")
+def assert_through_the_pair(*replies: Reply) -> None:
+    """Else says why not."""
+    names = ("x-pdx-prefill", "x-pdx-decode", "x-pdx-reason")
+    ways = [(reply.status, *(reply.headers.get(name, "") for name in names)) for reply in replies]
+    assert ways == [(200, "P0", "D0", "")] * len(replies)
 
 
 def test_a_completion_is_right(system: System) -> None:
-    reply = system.rig.complete(QUESTIONS[0])
-    assert reply.status == 200
+    reply = system.complete(QUESTIONS[0])
+    assert_through_the_pair(reply)
     assert "Paris" in reply.text
-    assert came_through_the_pair(reply)
     assert system.counters()["loads_ok"] == 1
 
 
 def test_a_streamed_chat_answer_is_right(system: System) -> None:
     reply, events = chat(system, system.rig.url)
+    assert_through_the_pair(reply)
     assert "Paris" in reply.text
-    assert came_through_the_pair(reply)
     assert events[-1] == "[DONE]"
 
 
@@ -125,9 +135,7 @@ def test_a_paired_stream_is_the_one_that_the_engine_alone_sends(system: System) 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 257, 600])
 def test_pages_at_block_boundaries_are_bit_identical(system: System, count: int) -> None:
     before = system.counters()
-    reply = system.rig.complete(tokens_of(count, seed=count))
-    assert reply.status == 200
-    assert came_through_the_pair(reply)
+    assert_through_the_pair(system.complete(tokens_of(count, seed=count)))
     assert system.free()
     grown = system.counters() - before
     assert (grown["loads_ok"], grown["loads_failed"]) == (1, 0)
@@ -137,18 +145,18 @@ def test_pages_at_block_boundaries_are_bit_identical(system: System, count: int)
 def test_eight_at_once(system: System) -> None:
     before = system.counters()
     prompts = [tokens_of(60 + 37 * n, seed=1000 + n) for n in range(8)]
-    replies = system.rig.together([lambda p=prompt: system.rig.complete(p, max_tokens=4) for prompt in prompts])
-    assert [reply.status for reply in replies] == [200] * 8
-    assert all(came_through_the_pair(reply) for reply in replies)
+    replies = system.rig.together([lambda p=prompt: system.complete(p, max_tokens=4) for prompt in prompts])
+    assert_through_the_pair(*replies)
     assert system.free()
     grown = system.counters() - before
     assert (grown["loads_ok"], grown["loads_failed"]) == (8, 0)
 
 
 def test_greedy_text_is_that_of_the_engine_alone(system: System) -> None:
-    through_pair = [system.rig.complete(question).text for question in QUESTIONS]
-    alone = [system.rig.complete(question, url=system.decode.url).text for question in QUESTIONS]
-    assert through_pair == alone
+    through_pair = [system.complete(question) for question in QUESTIONS]
+    assert_through_the_pair(*through_pair)
+    alone = [system.complete(question, url=system.decode.url) for question in QUESTIONS]
+    assert [reply.text for reply in through_pair] == [reply.text for reply in alone]
 
 
 def test_a_client_that_leaves_in_mid_prompt_frees_everything(system: System) -> None:
@@ -160,21 +168,23 @@ def test_a_client_that_leaves_in_mid_prompt_frees_everything(system: System) -> 
     wait_until(lambda: counter(system.source, "pages_put") > before, DEADLINE_S, "pages are sent")
     connection.close()
     assert system.free()
-    assert system.rig.complete(QUESTIONS[0]).status == 200
+    assert_through_the_pair(system.complete(QUESTIONS[0]))
 
 
 def test_killing_the_prefill_engine_in_mid_prompt_costs_only_time(system: System) -> None:
-    prompt = tokens_of(1500, seed=3000)
+    # The whole prompt, and the rest behind a hit, are shapes that bf16 rounds differently. What is said for the third
+    # time is continued in one way all the same: the next best token is an eighth as probable, at most.
+    prompt = tokens_of(500, seed=3000) * 3
     before = counter(system.source, "pages_put")
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(system.rig.complete, prompt, deadline_s=DEADLINE_S)
+        asked = pool.submit(system.complete, prompt)
         wait_until(lambda: counter(system.source, "pages_put") > before, DEADLINE_S, "pages are sent")
         system.prefill.kill()
         system.rig.forget(system.prefill)
         reply = asked.result(DEADLINE_S)
     assert reply.status == 200
     assert system.free()
-    assert reply.text == system.rig.complete(prompt, url=system.decode.url).text
+    assert reply.text == system.complete(prompt, url=system.decode.url).text
 
 
 def chat(system: System, url: str, **more: Any) -> tuple[Reply, list[str]]:

@@ -136,6 +136,22 @@ def test_a_late_answer_is_a_miss(daemon: MemoryDaemon, engine: Side, clock: Cloc
     assert loads <= {m.handoff_id for m in daemon.let_go if m.side == "load"} | {daemon_first(daemon)}
 
 
+def test_how_late_is_a_setting(daemon: MemoryDaemon, clock: Clock) -> None:
+    engine, text = side(daemon, "both", clock, offload="all", lookup_s=1.0), prompt(9, 20)
+    ask(engine, "a", text)
+    engine.engine.forget_prefixes()
+    daemon.hold_back = True
+    before = engine.engine.forward_tokens
+    request = engine.engine.add(Request("b", text, max_tokens=5))
+    engine.engine.step()
+    clock.now += 0.9
+    engine.engine.step()
+    assert request.status == "waiting"
+    daemon.hold_back = False
+    run(engine.engine)
+    assert (engine.engine.forward_tokens - before, request.output) == (1 + 4, alone(text))
+
+
 def daemon_first(daemon: MemoryDaemon) -> bytes:
     """The first look-up found nothing, hence held nothing."""
     return next(m.handoff_id for m in daemon.received if isinstance(m, LookUp))

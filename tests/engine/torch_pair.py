@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from memory_daemon import Clock, MemoryAttachment, MemoryDaemon
 from torch_engine import BLOCK_TOKENS, LAYOUT, VOCABULARY, Model, Request, TorchEngine
 
-from pdx.config import Offload
+from pdx.config import LOOKUP_S, Offload
 from pdx.engine.link import Link
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.worker_side import WorkerSide
@@ -28,14 +28,22 @@ class Side:
         self.scheduler_line.daemon = self.worker_line.daemon = daemon
 
 
-def side(daemon: MemoryDaemon, role: Role, clock: Clock, *, tokens_a_step: int = 10, offload: Offload = "off") -> Side:
+def side(
+    daemon: MemoryDaemon,
+    role: Role,
+    clock: Clock,
+    *,
+    tokens_a_step: int = 10,
+    offload: Offload = "off",
+    lookup_s: float = LOOKUP_S,
+) -> Side:
     engine = TorchEngine(Model(), tokens_a_step=tokens_a_step)
     lines = MemoryAttachment(daemon), MemoryAttachment(daemon)
     links = [Link(line) for line in lines]  # type: ignore[arg-type]
     for link in links:
         link.client()
     scheduler = SchedulerSide(
-        links[0], role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS, offload=offload, clock=clock
+        links[0], role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS, offload=offload, lookup_s=lookup_s, clock=clock
     )
     engine.connect(scheduler, WorkerSide(links[1], engine.pages(), LAYOUT, clock=clock))
     return Side(engine, *lines)

@@ -48,6 +48,7 @@ class ProcessLane:
         self._calls.settimeout(START_S)
         self._buffer = b""
         self._events: list[Event] = []
+        self._views: list[memoryview] = []
         self._is_over = False
         command = [*within, sys.executable, str(HERE / "far_process.py"), url, KEY.hex()]
         self.process = subprocess.Popen(
@@ -72,6 +73,7 @@ class ProcessLane:
         return self._calls.fileno()
 
     def register(self, memory: memoryview) -> ProcessRegion:
+        self._views.append(memory)
         return ProcessRegion(self, memory.nbytes)
 
     def connect(self, endpoint: str) -> int:
@@ -99,16 +101,21 @@ class ProcessLane:
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
+        # The signal is only on its way: until one of its threads has taken it, the others go on.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
     def abort(self) -> None:
-        """kill -9."""
+        """kill -9. The memory goes too, lest a failed check, whose frames pytest keeps, keep it."""
         self.process.kill()
         self.process.wait(10)
         self._calls.close()
         self._is_over = True
+        for view in self._views:
+            view.release()
+        self._map.close()
 
     def call(self, name: str, **arguments: object) -> Any:
         self._calls.sendall(json.dumps({"name": name, **arguments}).encode() + b"\n")

@@ -59,6 +59,7 @@ class PdxConnector(KVConnectorBase_V1):
                 block_tokens=self._description.layout.block_tokens,
                 ranks=self._description.layout.ranks,
                 offload=self._settings.config.offload,
+                lookup_s=self._settings.config.lookup_s,
             )
 
     @classmethod

@@ -63,11 +63,12 @@ class _Load:
 class Loads:
     """All incoming requests of one engine. Owned by the scheduler's thread."""
 
-    def __init__(self, link: Link, *, layout: PageLayout, block_tokens: int, ranks: int = 1) -> None:
+    def __init__(self, link: Link, *, layout: PageLayout, block_tokens: int, lookup_s: float, ranks: int = 1) -> None:
         self._link = link
         self._ranks = ranks
         self._layout = layout
         self._block_tokens = block_tokens
+        self._lookup_s = lookup_s
         self._loads: dict[str, _Load] = {}
         self._starting: list[Load] = []
         self._finishing: list[str] = []
@@ -75,7 +76,7 @@ class Loads:
 
     def open(self, request: Request, prompt: Prompt, now: float) -> None:
         """Asks the daemon. Without one the request is computed as if it had no handle."""
-        load = _Load(request.request_id, prompt, now + _patience_s(prompt))
+        load = _Load(request.request_id, prompt, now + self._patience_s(prompt))
         if self._ask(load):
             self._loads[load.request_id] = load
 
@@ -206,6 +207,13 @@ class Loads:
     def live(self) -> Iterable[bytes]:
         return [load.handoff_id for load in self._loads.values() if load.places is not None]
 
+    def _patience_s(self, prompt: Prompt) -> float:
+        """The daemon answers by itself within the handle's budgets; this is for one that does not."""
+        if not prompt.handle:
+            return self._lookup_s  # late is a miss
+        grant_s = min(prompt.budgets.grant_s, GRANT_S_MAX)
+        return grant_s + (_total_s(prompt) if prompt.early else 0.0) + ANSWER_MARGIN_S
+
     def _ask(self, load: _Load) -> bool:
         prompt = load.prompt
         if not prompt.handle:
@@ -264,11 +272,3 @@ class Loads:
 
 def _total_s(prompt: Prompt) -> float:
     return min(prompt.budgets.total_s, TOTAL_S_MAX)
-
-
-def _patience_s(prompt: Prompt) -> float:
-    """The daemon answers by itself within the handle's budgets; this is for one that does not."""
-    grant_s = min(prompt.budgets.grant_s, GRANT_S_MAX)
-    if not prompt.handle:
-        return grant_s  # a look-up: late is a miss
-    return grant_s + (_total_s(prompt) if prompt.early else 0.0) + ANSWER_MARGIN_S

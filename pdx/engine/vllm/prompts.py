@@ -18,9 +18,7 @@ SEND_FLAG, LOAD_FLAG, HANDLE_KEY = "do_remote_decode", "do_remote_prefill", "pdx
 TOKENS_KEY = "pdx_tokens"  # the handoff covers so many of the prompt's tokens; behind them comes what prefill generated
 EARLY_KEY = "pdx_early"  # the request came beside prefill's, not after its reply
 ID_BYTES = 16
-# pdxd answers in some 0.2 ms. A look-up that takes longer than this is a miss.
-LOOKUP_S = 0.02
-LOAD_S = 15.0  # what it has found is here, or on its way from a disk
+LOAD_S = 15.0  # for what a look-up has found: it is here, or on its way from a disk
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,8 @@ def blocks_of(request: Request, *, block_tokens: int, first: int = 0, tokens: in
     if not hashes:
         return None
     end = (first + len(hashes)) * block_tokens
-    budgets = Budgets(grant_s=LOOKUP_S, total_s=LOAD_S)
     tenant = tenant_of(request.cache_salt or "")
-    return Prompt("", secrets.token_bytes(ID_BYTES), budgets, end, hashes, first=first, tenant=tenant)
+    return Prompt("", secrets.token_bytes(ID_BYTES), Budgets(total_s=LOAD_S), end, hashes, first=first, tenant=tenant)
 
 
 def asks_for(request: Request, flag: str) -> bool:

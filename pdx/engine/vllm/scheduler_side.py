@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pdx.config import Offload
+from pdx.config import LOOKUP_S, Offload
 from pdx.engine.link import Link
 from pdx.engine.vllm import prompts
 from pdx.engine.vllm.loads import Loads, log
@@ -41,11 +41,13 @@ class SchedulerSide:
         block_tokens: int,
         ranks: int = 1,
         offload: Offload = "off",
+        lookup_s: float = LOOKUP_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`ranks`: workers of this engine, each of which reports every load.
 
         `offload`: which blocks of requests outside handoffs are kept, and looked up: none, prompts', or all.
+        `lookup_s`: a look-up that is answered later is a miss.
         """
         self._link = link
         self._role = role
@@ -54,7 +56,7 @@ class SchedulerSide:
         self._clock = clock
         self._incarnation = link.incarnation
         self._sends = Sends(link, layout=layout, block_tokens=block_tokens)
-        self._loads = Loads(link, layout=layout, block_tokens=block_tokens, ranks=ranks)
+        self._loads = Loads(link, layout=layout, block_tokens=block_tokens, lookup_s=lookup_s, ranks=ranks)
         self._step = 0
         self._wait_left_s = WAIT_A_STEP_S
         self._heard_this_turn = False
