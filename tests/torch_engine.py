@@ -55,6 +55,10 @@ class Request:
             self.block_hashes.append(hashlib.sha256(parent + bytes(self.tokens[-BLOCK_TOKENS:])).digest())
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 
@@ -113,7 +117,7 @@ class TorchEngine:
     def pages(self) -> Caches:
         """Byte views of the cache, for the worker's half."""
         views = tuple(layer.view(torch.uint8).flatten(1).numpy() for layer in self.caches)
-        return Caches(views, {f"layer.{layer}": layer for layer in range(LAYERS)})
+        return Caches(views, {f"layer.{layer}": layer for layer in range(LAYERS)}, (0,) * LAYERS)
 
     def connect(self, scheduler: SchedulerSide, worker: WorkerSide) -> None:
         self.scheduler, self.worker = scheduler, worker
@@ -201,7 +205,7 @@ class TorchEngine:
         request.num_computed_tokens = min(local + external, len(request.tokens) if loading else len(request.tokens) - 1)
         self._grow(request, local + external)
         if self.scheduler:
-            self.scheduler.allocated(request.request_id, list(request.block_ids), external)
+            self.scheduler.allocated(request.request_id, (list(request.block_ids),), external)
         request.status = "loading" if loading else "running"
 
     def _local_hits(self, request: Request) -> list[int]:

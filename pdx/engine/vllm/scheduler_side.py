@@ -6,7 +6,7 @@ Only dispatches between vLLM's hooks, the daemon's messages, and the two tables 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pdx.config import Offload
@@ -39,18 +39,23 @@ class SchedulerSide:
         role: Role,
         layout: PageLayout,
         block_tokens: int,
+        hybrid: bool = False,
         offload: Offload = "off",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`offload`: which blocks of requests outside handoffs are kept, and looked up: none, prompts', or all."""
+        """`offload`: which blocks of requests outside handoffs are kept, and looked up: none, prompts', or all.
+
+        `hybrid`: see `caches.Description`.
+        """
         self._link = link
         self._role = role
         self._offload = offload
         self._block_tokens = block_tokens
+        self._hybrid = hybrid
         self._clock = clock
         self._incarnation = link.incarnation
         self._sends = Sends(link, layout=layout, block_tokens=block_tokens)
-        self._loads = Loads(link, layout=layout, block_tokens=block_tokens)
+        self._loads = Loads(link, layout=layout, block_tokens=block_tokens, hybrid=hybrid)
         self._step = 0
         self._wait_left_s = WAIT_A_STEP_S
         self._heard_this_turn = False
@@ -95,8 +100,9 @@ class SchedulerSide:
         tokens = self._loads.promised(request_id, local_tokens)
         return tokens, tokens > 0
 
-    def allocated(self, request_id: str, block_ids: list[int], external_tokens: int) -> None:
-        self._loads.allocated(request_id, block_ids, external_tokens)
+    def allocated(self, request_id: str, tables: Sequence[list[int]], external_tokens: int) -> None:
+        """`tables`: the request's block ids, by KV group."""
+        self._loads.allocated(request_id, tables, external_tokens)
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """The request ended in any way. Returns what its reply's kv_transfer_params may say."""
@@ -115,7 +121,11 @@ class SchedulerSide:
         self._step += 1
         self._wait_left_s = WAIT_A_STEP_S
         self._waiting.difference_update(scheduled.num_scheduled_tokens)
+        if self._hybrid:
+            self._offer_now(scheduled)
         saves = self._sends.saves(self._step, scheduled)
+        if not self._hybrid:
+            self._sends.offer(scheduled)
         work = self._loads.take_work()
         self._renew(running=len(scheduled.num_scheduled_tokens))
         return Step(
@@ -130,6 +140,10 @@ class SchedulerSide:
 
     def reported(self, report: Report) -> None:
         self._loads.reported(report)
+
+    def take_counts(self) -> dict[str, int]:
+        forgotten, self._sends.blocks_forgotten = self._sends.blocks_forgotten, 0
+        return {"blocks_forgotten": forgotten} if forgotten else {}
 
     def refuse_reset(self) -> bool:
         """After a reset, blocks computed before mean something else, perhaps: neither loads nor keeps any more."""
@@ -156,6 +170,14 @@ class SchedulerSide:
         self._unasked.discard(request_id)
         until = time.monotonic() + self._wait_left_s
         while self._undecided(request_id) and not self._loads.told_to_wait(request_id) and self._wait_left_s > 0:
+            self._hear(self._wait_left_s)
+            self._wait_left_s = until - time.monotonic()
+
+    def _offer_now(self, scheduled: SchedulerOutput) -> None:
+        """Before this step's saves: in the next step, some of its blocks may lie behind a window."""
+        offered = self._sends.offer(scheduled)
+        until = time.monotonic() + self._wait_left_s
+        while self._sends.unanswered(offered) and self._wait_left_s > 0:
             self._hear(self._wait_left_s)
             self._wait_left_s = until - time.monotonic()
 

@@ -40,7 +40,8 @@ class _Saving:
     layers_done: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.block_ids = [block_id for save in self.saves for _, block_id, _ in save.blocks]
+        # By KV group: of each block its id.
+        self.tables = list(zip(*(block_ids for save in self.saves for _, block_ids, _ in save.blocks), strict=True))
         self.places = [place for save in self.saves for _, _, place in save.blocks]
         self.lots = list(_lots([save for save in self.saves if save.streamed]))
 
@@ -81,6 +82,7 @@ class WorkerSide:
         self._link = link
         self._rows = [Rows(pages) for pages in caches.pages]
         self._layer_of = caches.layer_of
+        self._group_of = caches.group_of
         self._layout = layout
         self._batch_pages = max(1, BATCH_BYTES // layout.page_bytes)
         self._clock = clock
@@ -179,9 +181,10 @@ class WorkerSide:
             return
         assert self._step is not None
         saving.layers_done.add(layer)
-        self._copier.gather(self._rows[layer], saving.block_ids, self._arena, saving.places, layer)
-        self._counts["pages_saved"] += len(saving.block_ids)
-        self._counts["bytes_saved"] += len(saving.block_ids) * self._layout.page_bytes
+        block_ids = saving.tables[self._group_of[layer]]
+        self._copier.gather(self._rows[layer], block_ids, self._arena, saving.places, layer)
+        self._counts["pages_saved"] += len(block_ids)
+        self._counts["bytes_saved"] += len(block_ids) * self._layout.page_bytes
         filled_ns = time.monotonic_ns()
         for entries in saving.lots:
             self._tell(
@@ -206,7 +209,7 @@ class WorkerSide:
 
     def _take_load(self, load: Load, incarnation: int) -> None:
         try:
-            plan = LoadPlan(load.places, load.block_ids, layers=self._layout.layers)
+            plan = LoadPlan(load.places, load.tables, group_of=self._group_of)
         except Refused as error:
             self._refuse_load(load, str(error))
             return
@@ -240,7 +243,8 @@ class WorkerSide:
 
     def _scatter(self, loading: _Loading, layer: int, positions: list[int]) -> list[Fault]:
         plan = loading.plan
-        block_ids = [plan.block_ids[n] for n in positions]
+        table = plan.tables[self._group_of[layer]]
+        block_ids = [table[n] for n in positions]
         places = [plan.places[n] for n in positions]
         faults = dict(self._copier.scatter(self._rows[layer], block_ids, self._arena, places, layer))
         good = [position for n, position in enumerate(positions) if n not in faults]
@@ -263,7 +267,7 @@ class WorkerSide:
         self._counts["loads_ok" if plan.complete else "loads_failed"] += 1
 
     def _refuse_load(self, load: Load, reason: str) -> None:
-        self._invalid.update(load.block_ids)
+        self._invalid.update(*load.tables)
         self._ended[load.request_id] = LoadResult(False, 0, time.monotonic_ns(), reason)
         self._counts["loads_failed"] += 1
 
