@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,14 @@ class Engine:
         self.tensors = kv_tensors(cache_config)
         self.worker.register_kv_caches(self.tensors)
         self.scheduler = Scheduler(
-            config, cache_config, StructuredOutputManager(config), BLOCK_TOKENS, hash_block_size=BLOCK_TOKENS
-        )
+            config, cache_config, StructuredOutputManager(config), BLOCK_TOKENS, hash_block_size=BLOCK_TOKENS,
+            log_stats=True,
+        )  # fmt: skip
         hashing = get_hash_fn_by_name(HASHING)
         init_none_hash(hashing)
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, hashing)
         self.outputs: list[Any] = []
+        self.counts: Counter[str] = Counter()  # pdx's own, as they reach vLLM's metrics
 
     def add(self, name: str, tokens: list[int], parameters: dict[str, Any], *, max_tokens: int = 1) -> Request:
         sampling = SamplingParams(max_tokens=max_tokens, extra_args={"kv_transfer_params": parameters})
@@ -238,3 +241,5 @@ class Engine:
         )
         for outputs in self.scheduler.update_from_output(scheduled, runner_output).values():
             self.outputs += outputs.outputs
+            stats = outputs.scheduler_stats
+            self.counts.update(stats.kv_connector_stats or {} if stats else {})
