@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def load_request(daemon: MemoryDaemon) -> Any:
     "request_",
     [
         {"mm_features": ["image"]},
-        {"lora_request": "adapter"},
+        {"lora_request": SimpleNamespace(lora_name="new", lora_path="somewhere", load_inplace=False)},
     ],
 )
 def test_prompts_that_tokens_do_not_name_are_served_without_handoff(

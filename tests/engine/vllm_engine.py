@@ -21,6 +21,7 @@ from vllm.config import (
 )
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -145,9 +146,17 @@ class Engine:
         self.outputs: list[Any] = []
         self.counts: Counter[str] = Counter()  # pdx's own, as they reach vLLM's metrics
 
-    def add(self, name: str, tokens: list[int], parameters: dict[str, Any], *, max_tokens: int = 1) -> Request:
+    def add(
+        self,
+        name: str,
+        tokens: list[int],
+        parameters: dict[str, Any],
+        *,
+        max_tokens: int = 1,
+        adapter: LoRARequest | None = None,
+    ) -> Request:
         sampling = SamplingParams(max_tokens=max_tokens, extra_args={"kv_transfer_params": parameters})
-        request = Request(name, tokens, sampling, None, block_hasher=self._hasher)
+        request = Request(name, tokens, sampling, None, block_hasher=self._hasher, lora_request=adapter)
         self.scheduler.add_request(request)
         return request
 

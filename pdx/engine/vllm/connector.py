@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from pdx.client import Attachment
 from pdx.engine.link import Link
 from pdx.engine.vllm import caches, compat, settings
+from pdx.engine.vllm.adapters import Adapters
 from pdx.engine.vllm.metadata import ReportMetadata, StepMetadata
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Report
@@ -49,6 +50,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
         self._description = caches.describe(
             vllm_config, kv_cache_config, chunk_tokens=self._settings.config.chunk_tokens
         )
+        self._adapters = Adapters(self._settings.adapters)
         self._scheduler_side: SchedulerSide | None = None
         self._worker_side: WorkerSide | None = None
         self._report: Report | None = None
@@ -59,6 +61,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
                 layout=self._description.pages,
                 block_tokens=self._description.layout.block_tokens,
                 hybrid=self._description.hybrid,
+                adapters=self._adapters,
                 offload=self._settings.config.offload,
             )
 
@@ -201,6 +204,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
             reasoning_parser=chosen.reasoning_parser,
             context_tokens=chosen.context_tokens,
             sampling_defaults=chosen.sampling_defaults,
+            adapters=self._adapters.digests,
             content=description.content,
             layout=description.layout,
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pdx.config import Offload
 from pdx.engine.link import Link
 from pdx.engine.vllm import prompts
+from pdx.engine.vllm.adapters import Adapters
 from pdx.engine.vllm.loads import Loads, log
 from pdx.engine.vllm.prompts import Prompt
 from pdx.engine.vllm.sends import Sends
@@ -40,6 +41,7 @@ class SchedulerSide:
         layout: PageLayout,
         block_tokens: int,
         hybrid: bool = False,
+        adapters: Adapters | None = None,
         offload: Offload = "off",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -52,6 +54,7 @@ class SchedulerSide:
         self._offload = offload
         self._block_tokens = block_tokens
         self._hybrid = hybrid
+        self._adapters = adapters or Adapters({})
         self._clock = clock
         self._incarnation = link.incarnation
         self._sends = Sends(link, layout=layout, block_tokens=block_tokens)
@@ -72,8 +75,12 @@ class SchedulerSide:
         self._waiting.add(request.request_id)
         sends = self._role != "decode" and prompts.asks_for(request, prompts.SEND_FLAG)
         loads = self._role != "prefill" and prompts.asks_for(request, prompts.LOAD_FLAG)
-        handed = self._read(request) if sends or loads else None
-        own = prompts.blocks_of(request, block_tokens=self._block_tokens) if self._offload != "off" else None
+        salt = self._salt(request)
+        if salt is None:
+            return
+        handed = self._read(request, salt) if sends or loads else None
+        keeps = self._offload != "off"
+        own = prompts.blocks_of(request, salt=salt, block_tokens=self._block_tokens) if keeps else None
         now = self._clock()
         if handed and loads:
             self._loads.open(request, handed, now)
@@ -81,9 +88,9 @@ class SchedulerSide:
             self._loads.open(request, own, now)
         if handed and sends:
             self._sends.open(request, handed, now)
-        elif self._offload != "off" and not request.lora_request:
+        elif keeps:
             first = len(handed.block_hashes) if handed else 0
-            self._sends.follow(request, first=first, answer=self._offload == "all")
+            self._sends.follow(request, salt=salt, first=first, answer=self._offload == "all")
         if handed or own:
             self._unasked.add(request.request_id)
 
@@ -121,6 +128,9 @@ class SchedulerSide:
         self._step += 1
         self._wait_left_s = WAIT_A_STEP_S
         self._waiting.difference_update(scheduled.num_scheduled_tokens)
+        for request in self._sends.adapted if self._adapters.digests else ():
+            if self._salt(request) is None:
+                self._sends.drop(request.request_id, "its adapter's files have changed")
         if self._hybrid:
             self._offer_now(scheduled)
         saves = self._sends.saves(self._step, scheduled)
@@ -157,10 +167,18 @@ class SchedulerSide:
 
     # --- the daemon -------------------------------------------------------------------------------------------
 
-    def _read(self, request: Request) -> Prompt | None:
+    def _salt(self, request: Request) -> bytes | None:
+        """Of its adapter. None: what the request computes has no name, and it is served as if there were no pdxd."""
+        try:
+            return self._adapters.salt(request.lora_request)
+        except Refused as error:
+            log.warning("request %s is served without pdx: %s", request.request_id, error)
+            return None
+
+    def _read(self, request: Request, salt: bytes) -> Prompt | None:
         """What its handle covers; None if that is no good, and the request is served as if it had none."""
         try:
-            return prompts.read(request, block_tokens=self._block_tokens)
+            return prompts.read(request, salt=salt, block_tokens=self._block_tokens)
         except (HandleError, Refused) as error:
             log.warning("request %s is served without handoff: %s", request.request_id, error)
             return None

@@ -56,6 +56,7 @@ class _Send:
 @dataclass(eq=False)
 class _Followed:
     request: Request
+    salt: bytes
     next: int  # its first block that was not offered
     tokens: float  # of which to offer blocks
 
@@ -94,17 +95,30 @@ class Sends:
         self._sends[request.request_id] = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
         return True
 
-    def follow(self, request: Request, *, first: int, answer: bool) -> None:
+    def follow(self, request: Request, *, salt: bytes, first: int, answer: bool) -> None:
         """Offers the blocks of this request as they become whole, from block `first` on; with or without its answer's.
 
         Not before it runs: what waits in a queue must not take room for what it will have some day.
         """
         tokens = float("inf") if answer else request.num_prompt_tokens
-        self._followed[request.request_id] = _Followed(request, first, tokens)
+        self._followed[request.request_id] = _Followed(request, salt, first, tokens)
 
     def unfollow(self) -> None:
         """Offers no more blocks of any request."""
         self._followed.clear()
+
+    @property
+    def adapted(self) -> Iterable[Request]:
+        """Requests with an adapter that are saved, or followed."""
+        sends = {name: send.request for name, send in self._sends.items() if send.prompt.salt}
+        return (sends | {name: one.request for name, one in self._followed.items() if one.salt}).values()
+
+    def drop(self, request_id: str, reason: str) -> None:
+        """Saves no more of this request, and offers none."""
+        self._followed.pop(request_id, None)
+        send = self._sends.get(request_id)
+        if send is not None:
+            self._end(send, reason)
 
     def undecided(self, request_id: str, now: float) -> bool:
         """True while this request must not start: its claim may still come. What is only offered never delays it."""
@@ -192,7 +206,9 @@ class Sends:
             offered = int(min(known, followed.tokens))
             if offered < (followed.next + 1) * self._block_tokens:
                 continue
-            lot = blocks_of(request, block_tokens=self._block_tokens, first=followed.next, tokens=offered)
+            lot = blocks_of(
+                request, salt=followed.salt, block_tokens=self._block_tokens, first=followed.next, tokens=offered
+            )
             if lot is not None and self.open(request, lot, 0.0):
                 followed.next += lot.blocks
                 asked.add(request_id)
@@ -205,10 +221,7 @@ class Sends:
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """The request is over. Returns what its reply may tell."""
-        self._followed.pop(request_id, None)
-        send = self._sends.get(request_id)
-        if send is not None:
-            self._end(send, "request ended before its KV was saved")
+        self.drop(request_id, "request ended before its KV was saved")
         return self._results.pop(request_id, None)
 
     def lost(self) -> None:

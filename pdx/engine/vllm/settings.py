@@ -1,4 +1,4 @@
-"""pdx settings as an engine gets them, in kv_connector_extra_config: the keys of pdx.config and two of its own."""
+"""pdx settings as an engine gets them, in kv_connector_extra_config: the keys of pdx.config and three of its own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class EngineSettings:
     role: Role
     engine_id: str
     url: str  # the engine's HTTP server, for the router; empty: not to be routed to
+    adapters: dict[str, str]  # paths of those that the engine is started with, by name
     reasoning_parser: str  # by its name; empty: none
     context_tokens: int
     sampling_defaults: dict[str, float]
@@ -34,8 +35,11 @@ def read(vllm_config: VllmConfig) -> EngineSettings:
     extra = dict(transfer.kv_connector_extra_config)
     engine_id = extra.pop("engine_id", "") or transfer.engine_id
     url = extra.pop("url", "")
+    adapters = extra.pop("adapters", {})
     if not isinstance(engine_id, str) or not isinstance(url, str):
         raise ConfigError("kv_connector_extra_config: engine_id and url must be text")
+    if not isinstance(adapters, dict) or not all(isinstance(text, str) for pair in adapters.items() for text in pair):
+        raise ConfigError("kv_connector_extra_config: adapters must be names and their paths")
     if transfer.kv_role not in _ROLES:
         raise ConfigError(f"kv_role must be one of {', '.join(_ROLES)}, not {transfer.kv_role!r}")
     parser = vllm_config.structured_outputs_config.reasoning_parser or ""
@@ -45,6 +49,7 @@ def read(vllm_config: VllmConfig) -> EngineSettings:
         role=_ROLES[transfer.kv_role],
         engine_id=engine_id,
         url=url,
+        adapters=adapters,
         reasoning_parser=parser,
         context_tokens=model.max_model_len,
         sampling_defaults={k: float(v) for k, v in model.get_diff_sampling_param().items()},
