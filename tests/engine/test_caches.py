@@ -215,6 +215,7 @@ def test_equal_engines_describe_themselves_equally_and_others_do_not(model_dir: 
             full_attention(), sliding_window(), replace(sliding_window(), block_size=64, head_size=HEAD_SIZE // 2)
         )),
         ("different page sizes", lambda: hybrid_config(full_attention(), sliding_window(), latents())),
+        ("no KV cache", lambda: KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=[])),
         ("compressed", lambda: kv_cache_config(latents(tokens_per_state=4))),
     ],
 )  # fmt: skip

@@ -178,3 +178,16 @@ def test_what_left_the_engine_s_cache_comes_back(model_dir: Path) -> None:
         assert engine.scheduler.kv_cache_manager.reset_prefix_cache()
     assert all(m.ok for m in the_daemon().let_go)
     assert not engine.counts["blocks_forgotten"]
+
+
+def test_room_that_comes_too_late_keeps_nothing(model_dir: Path) -> None:
+    engine = Engine(model_dir, "kv_both", hybrid_config())
+    engine.add("r", tokens_of(300), {}, max_tokens=3)
+    the_daemon().hold_back = True
+    for _ in range(3):
+        engine.step()
+    the_daemon().hold_back = False
+    engine.run()
+    assert engine.counts["blocks_forgotten"] == 4
+    assert [(m.side, m.ok) for m in the_daemon().let_go] == [("send", False)]
+    assert not the_daemon().kept

@@ -67,6 +67,8 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, chunk_t
     version = compat.check_version()
     _check_engine(vllm_config)
     specs = [_checked(group.kv_cache_spec, group.is_eagle_group) for group in kv_cache_config.kv_cache_groups]
+    if not specs:
+        raise Refused("this model has no KV cache: there is nothing to hand over")
     block_tokens = _only("block sizes", {spec.block_size for spec in specs})
     page_bytes = _only("page sizes", {spec.page_size_bytes for spec in specs})
     hash_tokens = kv_cache_config.hash_block_size or block_tokens
