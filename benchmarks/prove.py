@@ -16,10 +16,10 @@ from benchmarks.model import build
 
 # Name -> flags of the full run. The cheap ones first: what fails there makes the rest a waste of time.
 SCRIPTS: dict[str, tuple[str, ...]] = {
-    "skeleton": (), "identity": (), "handoff": (), "ttft_itl": (), "links": (), "tax": (), "interference": (),
-    "simulate": ("--handoffs", "1000000"), "chaos": ("--requests", "2000", "--faults", "200"),
+    "skeleton": (), "layouts": (), "identity": (), "handoff": (), "ttft_itl": (), "links": (), "tax": (),
+    "interference": (), "simulate": ("--handoffs", "1000000"), "chaos": ("--requests", "2000", "--faults", "200"),
 }  # fmt: skip
-WITHOUT_MODEL = ("simulate",)
+WITHOUT_MODEL = ("simulate", "layouts")
 WITHOUT_QUICK = ("skeleton",)
 
 

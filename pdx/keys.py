@@ -77,6 +77,11 @@ def _digest(value: msgspec.Struct) -> bytes:
     return hashlib.blake2b(canonical, digest_size=32, person=b"pdx-fingerprint").digest()
 
 
+def salted(block_hash: bytes, salt: bytes) -> bytes:
+    """The block's name where its hash does not name all that went into it; `salt` is a digest of the rest, or empty."""
+    return hashlib.blake2b(block_hash, digest_size=32, salt=salt, person=b"pdx-salted").digest() if salt else block_hash
+
+
 def tail_hash(previous_block_hash: bytes, tokens: list[int]) -> bytes:
     """Names an unfull last block: its predecessor's hash and its tokens. Empty when there are no tail tokens.
 

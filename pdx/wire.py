@@ -54,8 +54,14 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     reasoning_parser: str = ""  # the engine splits its output by this; it must see every token of an answer
     context_tokens: int = 0  # a prompt and its answer have at most so many together; 0: not told
     sampling_defaults: dict[str, float] = {}  # by vLLM's names; what holds where a request says nothing
+    adapters: dict[str, str] = {}  # digests of LoRA adapters that are served as models of these names
     content: ContentFingerprint
     layout: LayoutFingerprint
+
+    @property
+    def models(self) -> list[str]:
+        """The names under which requests may come."""
+        return [self.model, *self.adapters]
 
 
 class DaemonRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -184,7 +184,8 @@ class Front:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _models(self, client: web.Request) -> web.StreamResponse:
-        models = sorted({candidate.info.model for candidate in self._outside.directory.snapshot()})
+        snapshot = self._outside.directory.snapshot()
+        models = sorted({model for candidate in snapshot for model in candidate.info.models})
         data = [{"id": model, "object": "model", "created": 0, "owned_by": "pdx"} for model in models]
         return _json({"object": "list", "data": data})
 

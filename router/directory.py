@@ -146,7 +146,7 @@ class Directory:
 
     def models(self) -> list[str]:
         """Every model that some announced engine serves, ready or not."""
-        return sorted({engine.info.model for engine in self._engines.values()})
+        return sorted({model for engine in self._engines.values() for model in engine.info.models})
 
     def joining(self) -> list[str]:
         """Engines that have been announced and have not answered /health yet."""

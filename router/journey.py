@@ -49,7 +49,7 @@ from pdx.router.actions import (
     StreamFinished,
     Write,
 )
-from pdx.router.policy import NO_LIMIT, Candidate, Pair, PolicyName, choose_alone, choose_pair, same_server
+from pdx.router.policy import NO_LIMIT, Candidate, Pair, PolicyName, alike, choose_alone, choose_pair, same_server
 from pdx.router.prefill_reply import PrefillReply
 from pdx.router.replies import as_event, error_body
 from pdx.router.seed import Seed, own_answer
@@ -342,7 +342,8 @@ class Journey:
         other = None
         if self.state not in ("retrying", "reseeding") and begin is not None and tried is not None:
             # Token ids go on only with an engine that reads them alike.
-            strangers = {c.engine_id for c in begin.snapshot if self._seed and c.info.content != tried.info.content}
+            model = self._request.model
+            strangers = {c.engine_id for c in begin.snapshot if self._seed and not alike(c, tried, model)}
             siblings = {c.engine_id for c in begin.snapshot if same_server(c.info, tried.info)}
             other = self._choose_alone(begin, NO_LIMIT, frozenset({tried.engine_id, *strangers, *siblings}))
         if other is None:

@@ -67,7 +67,7 @@ def choose_pair(
     """A prefill engine and a decode engine that fits it, both with lines shorter than `line_max`, or None."""
     decodes = [c for c in serving(snapshot, model, "decode") if c.waiting < line_max]
     candidates = [c for c in serving(snapshot, model, "prefill") if c.in_line < line_max]
-    partners = {p.engine_id: [d for d in decodes if fit(p, d)] for p in candidates}
+    partners = {p.engine_id: [d for d in decodes if fit(p, d, model)] for p in candidates}
     prefills = [p for p in candidates if partners[p.engine_id]]
     if not prefills:
         return None
@@ -94,7 +94,7 @@ def choose_alone(
 
 def serving(snapshot: Snapshot, model: str, side: Side) -> list[Candidate]:
     """The engines of this model for this side, in a stable order."""
-    fitting = [c for c in snapshot if c.info.model == model and c.info.role in (side, "both")]
+    fitting = [c for c in snapshot if model in c.info.models and c.info.role in (side, "both")]
     return sorted(fitting, key=lambda candidate: candidate.engine_id)
 
 
@@ -103,10 +103,15 @@ def same_server(one: EngineInfo, other: EngineInfo) -> bool:
     return one.url == other.url and one.data_parallel_rank is not None
 
 
-def fit(prefill: Candidate, decode: Candidate) -> bool:
-    """Whether KV of the one can be read by the other."""
+def alike(one: Candidate, other: Candidate, model: str) -> bool:
+    """Whether both compute the same under this name: the same weights, and the same adapter if it is one."""
+    return one.info.content == other.info.content and one.info.adapters.get(model) == other.info.adapters.get(model)
+
+
+def fit(prefill: Candidate, decode: Candidate, model: str) -> bool:
+    """Whether KV that the one computes for this model can be read by the other."""
     if prefill.engine_id == decode.engine_id or not (prefill.pairable and decode.pairable):
         return False
     if prefill.info.role == "both" and decode.info.role == "both":
         return False
-    return prefill.info.content == decode.info.content and prefill.info.layout == decode.info.layout
+    return alike(prefill, decode, model) and prefill.info.layout == decode.info.layout

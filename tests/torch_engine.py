@@ -67,6 +67,10 @@ class Request:
             self.block_hashes.append(hashlib.sha256(parent + bytes(self.tokens[-BLOCK_TOKENS:])).digest())
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 
@@ -140,7 +144,7 @@ class TorchEngine:
     def pages(self, rank: int = 0) -> Caches:
         """Byte views of a rank's cache, for its worker's half. Of a cache on a device they are copies."""
         views = tuple(view.cpu().numpy() for view in self.byte_views(rank))
-        return Caches(views, {f"layer.{layer}": layer for layer in range(LAYERS)})
+        return Caches(views, {f"layer.{layer}": layer for layer in range(LAYERS)}, (0,) * LAYERS)
 
     def byte_views(self, rank: int = 0) -> list[torch.Tensor]:
         return [layer.view(torch.uint8).flatten(1) for layer in self.caches[rank]]
@@ -242,7 +246,7 @@ class TorchEngine:
         request.num_computed_tokens = min(local + external, len(request.tokens) if loading else len(request.tokens) - 1)
         self._grow(request, local + external)
         if self.scheduler:
-            self.scheduler.allocated(request.request_id, list(request.block_ids), external)
+            self.scheduler.allocated(request.request_id, (list(request.block_ids),), external)
         request.status = "loading" if loading else "running"
 
     def _local_hits(self, request: Request) -> list[int]:

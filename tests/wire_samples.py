@@ -19,8 +19,8 @@ PAGES = PageLayout(layers=30, page_bytes=98304, chunk_blocks=2)
 PLACE = Place(slot_offset=4096, slot_blocks=2, position=1, header_offset=1280, generation=7)
 ENGINE = wire.EngineInfo(
     engine_id="prefill-0", role="prefill", model="smol", url="http://127.0.0.1:8101", data_parallel_rank=1,
-    reasoning_parser="deepseek_r1",
-    context_tokens=8192, sampling_defaults={"temperature": 0.6},
+    reasoning_parser="deepseek_r1", context_tokens=8192, sampling_defaults={"temperature": 0.6},
+    adapters={"tuned": "00ff"},
     content=CONTENT, layout=LAYOUT,
 )  # fmt: skip
 DAEMON = wire.DaemonRef(daemon_id="d0", incarnation=99, control="tcp://127.0.0.1:7000", lanes=["tcp://127.0.0.1:7001"])

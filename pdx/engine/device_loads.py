@@ -123,7 +123,7 @@ class DeviceLoads:
         session.fence.hold(step)
         slot_layer = self._layout.slot_layer(self._shard, layer)
         copies = [run.copy(self._layout, slot_layer) for run in runs([plan.places[n] for n in positions])]
-        blocks = device.block_list(self._scattering, [plan.block_ids[n] for n in positions])
+        blocks = device.block_list(self._scattering, plan.block_ids(layer, positions))
         if self._ring is None:
             device.copy_straight(self._scattering, arena, layer, blocks, copies)
             digests = device.look(self._scattering, layer, blocks, 0, len(positions))
@@ -163,8 +163,8 @@ class DeviceLoads:
             return session.words.faults(places, slot_layer, batch.digests.read())
         expected = [session.headers.digest(place, self._layout, slot_layer) for place in places]
         faults = dict(session.words.faults(places, slot_layer, batch.digests.read()))
-        for n, position in enumerate(batch.positions):
-            page = self._device.page(batch.layer, plan.block_ids[position])
+        for n, block_id in enumerate(plan.block_ids(batch.layer, batch.positions)):
+            page = self._device.page(batch.layer, block_id)
             if blake3(page).digest() != expected[n]:
                 faults.setdefault(n, Fault.DIGEST)
         return list(faults.items())

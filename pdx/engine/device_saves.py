@@ -50,7 +50,7 @@ class _Step:
     saving: Saving
     session: Session
     lots: list[_Lot]
-    blocks: BlockList | None
+    blocks: list[BlockList]  # by KV group; none where there is nothing to save
     layers_begun: set[int]
     gathered: Event | None = None  # the last gather enqueued
     failed: bool = False  # not all of its pages will be in their slots
@@ -98,7 +98,7 @@ class DeviceSaves:
     def end(self, saving: Saving, session: Session) -> None:
         """Raises DeviceLost."""
         if session.arena is None:
-            self._completions.put(None, partial(self._ended, _Step(saving, session, [], None, set(), failed=True)))
+            self._completions.put(None, partial(self._ended, _Step(saving, session, [], [], set(), failed=True)))
             return
         step = self._step or self._open(saving, session)
         missing = [layer for layer in range(self._layout.shard_layers) if layer not in step.layers_begun]
@@ -113,7 +113,8 @@ class DeviceSaves:
     # --- in the thread that runs the model --------------------------------------------------------------------
 
     def _open(self, saving: Saving, session: Session) -> _Step:
-        blocks = self._device.block_list(self._gathering, saving.block_ids) if saving.block_ids else None
+        tables = saving.tables if saving.places else ()
+        blocks = [self._device.block_list(self._gathering, block_ids) for block_ids in tables]
         self._step = _Step(saving, session, self._cut(saving), blocks, set())
         return self._step
 
@@ -140,10 +141,10 @@ class DeviceSaves:
     def _begin_lot(self, step: _Step, layer: int, lot: _Lot) -> None:
         device, arena = self._device, step.session.arena
         assert arena is not None
-        assert step.blocks is not None
+        blocks = step.blocks[step.saving.group_of[layer]]
         step.session.fence.hold(step.saving.step)
         buffer = self._ring.take(self._gathering)
-        digests = device.gather(self._gathering, layer, step.blocks, lot.first, lot.count, buffer.staging)
+        digests = device.gather(self._gathering, layer, blocks, lot.first, lot.count, buffer.staging)
         step.gathered = device.record(self._gathering)
         device.wait(self._copying, step.gathered)
         slot_layer = self._layout.slot_layer(self._shard, layer)

@@ -53,9 +53,9 @@ class HostMover:
         if layer in self._layers_saved:
             return
         self._layers_saved.add(layer)
-        self._copier.gather(self._rows[layer], saving.block_ids, self._arena, saving.places, layer)
-        self._counts["pages_saved"] += len(saving.block_ids)
-        self._counts["bytes_saved"] += len(saving.block_ids) * self._layout.page_bytes
+        self._copier.gather(self._rows[layer], saving.block_ids(layer), self._arena, saving.places, layer)
+        self._counts["pages_saved"] += len(saving.places)
+        self._counts["bytes_saved"] += len(saving.places) * self._layout.page_bytes
         for message in saving.filled(self._layout.slot_layer(self._shard, layer)):
             self._tell(message)
 
@@ -81,7 +81,7 @@ class HostMover:
         for layer, positions in plan.batches(watermark, pages_max=self._batch_pages):
             if budget.spent:
                 return False
-            block_ids = [plan.block_ids[n] for n in positions]
+            block_ids = plan.block_ids(layer, positions)
             places = [plan.places[n] for n in positions]
             faults = self._copier.scatter(self._rows[layer], block_ids, arena, places, layer)
             loading.arrived(layer, positions, faults, self._counts)

@@ -27,11 +27,16 @@ class Saving:
 
     step: int
     started_ns: int
-    block_ids: list[int]
+    tables: Sequence[Sequence[int]]  # by KV group, the engine's id of each block
+    group_of: Sequence[int]  # each layer's
     places: list[Place]  # of those blocks
     entries: list[list[FilledEntry]]  # of one FILLED after the other; the same in each layer
     handoffs: list[bytes]  # whose pages they are
     let_gos: list[LetGo]  # for what is saved whole with this step: told behind its last FILLED
+
+    def block_ids(self, layer: int) -> Sequence[int]:
+        """Where the engine keeps this layer's pages, in the order of `places`."""
+        return self.tables[self.group_of[layer]]
 
     def filled(self, layer: int) -> Iterator[Filled]:
         """What to tell now that this layer is in its slots. `layer`: as the slots count them."""

@@ -3,6 +3,9 @@
 Knows nothing of any engine, of memory or of the daemon. Blocks are counted along the prompt (`block index`); where the
 engine keeps them is a `block id`, which may change when the engine preempts a request. A block is *whole* once its last
 token is computed; the tail, a prompt's last, unfull block, once the prompt's last token is.
+
+Layers that keep their blocks apart are in different *groups*, each with a block table of its own: a block has an id in
+each of them, or NO_BLOCK where the group's layers have forgotten it, or will never look at it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pdx.errors import Refused
 from pdx.layout import CONTROL_BYTES, PageLayout, Place, blocks_for
+
+NO_BLOCK = 0  # vLLM's null block; real ones count from 1
 
 
 class SendPlan:
@@ -29,16 +34,17 @@ class SendPlan:
         self._unsaved = [index for index, place in enumerate(places) if place is not None]
         self.blocks_to_save = len(self._unsaved)
 
-    def step(self, block_ids: Sequence[int], *, tokens_after: int) -> list[tuple[int, int, Place]]:
-        """Takes out what to save in a step that ends with `tokens_after` tokens computed: (index, block id, place).
+    def step(self, tables: Sequence[Sequence[int]], *, tokens_after: int) -> list[tuple[int, tuple[int, ...], Place]]:
+        """Takes out what to save in a step that ends with `tokens_after` tokens computed: (index, block ids, place).
 
         That is every whole block not saved yet, so the first step also takes what the engine found in its own prefix
-        cache. After a preemption `tokens_after` starts low again; what was saved stays saved.
+        cache: of that, some groups may have NO_BLOCK, and then its pages are nowhere. After a preemption `tokens_after`
+        starts low again; what was saved stays saved.
         """
-        whole = min(self._whole_blocks(tokens_after), len(block_ids))
+        whole = min(self._whole_blocks(tokens_after), *map(len, tables))
         due = [index for index in self._unsaved if index < whole]
         self._unsaved = self._unsaved[len(due) :]
-        return [(index, block_ids[index], self._place(index)) for index in due]
+        return [(index, tuple(table[index] for table in tables), self._place(index)) for index in due]
 
     @property
     def complete(self) -> bool:
@@ -54,18 +60,28 @@ class SendPlan:
 
 
 class LoadPlan:
-    """The pages of one incoming request that are still to be scattered: block i lies at `places[i]` and goes to
-    engine block `block_ids[i]`. Layers of a block are taken in order. One owner, no clock."""
+    """The pages of one incoming request that are still to be scattered: block i lies at `places[i]` and goes, in a
+    layer of group g, to engine block `tables[g][i]`, or nowhere if that is NO_BLOCK. Layers of a block are taken in
+    order. One owner, no clock. `group_of`: each layer's."""
 
-    def __init__(self, places: Sequence[Place], block_ids: Sequence[int], *, layers: int, ahead: bool = False) -> None:
+    def __init__(
+        self,
+        places: Sequence[Place],
+        tables: Sequence[Sequence[int]],
+        *,
+        group_of: Sequence[int],
+        ahead: bool = False,
+    ) -> None:
         """`ahead`: batches are reported as issued, and some time later as done; else at once as done."""
-        if len(places) != len(block_ids) or not places:
-            raise Refused(f"{len(places)} places do not match {len(block_ids)} engine blocks")
+        if not places or any(len(table) != len(places) for table in tables):
+            raise Refused(f"{len(places)} places do not match {[len(table) for table in tables]} engine blocks")
         self.places = places
-        self.block_ids = block_ids
-        self._layers = layers
-        self._done = [0] * len(places)  # leading layers scattered and verified
-        self._issued = [0] * len(places) if ahead else self._done  # leading layers being scattered, or done
+        self.tables = tables
+        self._group_of = group_of
+        self._layers = len(group_of)
+        # Leading layers scattered and verified, or not needed.
+        self._done = [self._needed_from(position, 0) for position in range(len(places))]
+        self._issued = list(self._done) if ahead else self._done  # the same, or on their way
         self.pages_done = 0
 
     def batches(self, watermark: Callable[[Place], int], *, pages_max: int) -> Iterator[tuple[int, list[int]]]:
@@ -87,23 +103,35 @@ class LoadPlan:
         """These pages are on their way into the engine's cache. Only with `ahead`."""
         for position in positions:
             assert self._issued[position] == layer
-            self._issued[position] = layer + 1
+            self._issued[position] = self._needed_from(position, layer + 1)
 
     def done(self, layer: int, positions: Sequence[int]) -> None:
         """These pages are in the engine's cache and verified."""
         for position in positions:
             assert self._done[position] == layer
-            self._done[position] = layer + 1
+            self._done[position] = self._needed_from(position, layer + 1)
         self.pages_done += len(positions)
+
+    def block_ids(self, layer: int, positions: Sequence[int]) -> list[int]:
+        """Where the engine keeps these positions' pages of this layer."""
+        table = self.tables[self._group_of[layer]]
+        return [table[position] for position in positions]
 
     @property
     def complete(self) -> bool:
-        return self.pages_done == self._layers * len(self.places)
+        return min(self._done) == self._layers
 
     @property
     def unverified_block_ids(self) -> set[int]:
         """Engine blocks that must not be used: at least one of their layers has not been verified."""
-        return {self.block_ids[n] for n, done in enumerate(self._done) if done < self._layers}
+        unverified = {table[n] for n, done in enumerate(self._done) if done < self._layers for table in self.tables}
+        return unverified - {NO_BLOCK}
+
+    def _needed_from(self, position: int, layer: int) -> int:
+        """The first layer, from `layer` on, that has a block for this position; the number of layers if none has."""
+        while layer < self._layers and self.tables[self._group_of[layer]][position] == NO_BLOCK:
+            layer += 1
+        return layer
 
 
 def promised_tokens(places: int, *, prompt_tokens: int, block_tokens: int) -> int:

@@ -20,6 +20,7 @@ ROLES = {**{role: role for role in KV_ROLES}, **{kv: role for role, kv in KV_ROL
 CONNECTOR_MODULE = "pdx.engine.vllm.connector"
 OUR_FLAG = "--kv-transfer-config"
 TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
+LORA_FLAG = "--lora-modules"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,12 @@ def command(spec: EngineSpec) -> list[str]:
         "kv_connector": "PdxConnector",
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": KV_ROLES[spec.role],
-        "kv_connector_extra_config": {**spec.settings, "url": spec.url, "engine_id": spec.name},
+        "kv_connector_extra_config": {
+            **spec.settings,
+            "url": spec.url,
+            "engine_id": spec.name,
+            **_adapters(spec.flags),
+        },
     }
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
@@ -92,6 +98,34 @@ def import_path() -> dict[str, str]:
     root = str(Path(pdx.__file__).resolve().parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def _adapters(flags: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What --lora-modules tells vLLM, for the connector, which vLLM does not tell. Its parser judges malformed ones."""
+    found: dict[str, str] = {}
+    listing = False
+    for flag in flags:
+        if flag.startswith("-"):
+            name, given, value = flag.partition("=")
+            listing = name.replace("_", "-") == LORA_FLAG
+            if not (listing and given):
+                continue
+            flag = value
+        if listing:
+            found |= dict([_adapter(flag)])
+    return {"adapters": found} if found else {}
+
+
+def _adapter(text: str) -> tuple[str, str]:
+    """ "NAME=PATH", or JSON with `name` and `path`."""
+    if "=" in text and "," not in text:
+        name, _, path = text.partition("=")
+        return name, path
+    try:
+        module = json.loads(text)
+        return str(module["name"]), str(module["path"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{LORA_FLAG}: {text!r} is neither NAME=PATH nor JSON with a name and a path") from error
 
 
 def checked_flags(flags: Sequence[str]) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ class MovingEngine:
             self.device, layout, link.client(), staging_bytes=staging_pages * layout.page_bytes, threaded=threaded,
             **options,  # type: ignore[arg-type]
         )  # fmt: skip
-        caches = Caches((), {f"layer.{n}": n for n in range(layout.layers)})
+        caches = Caches((), {f"layer.{n}": n for n in range(layout.layers)}, (0,) * layout.layers)
         self.clock = Clock()
         self.worker = WorkerSide(link, caches, layout, mover=self.mover, clock=self.clock)
         self.number = 0
@@ -207,7 +207,7 @@ class MovingEngine:
         self.device.step = self.number
         saves, written = self._plan(blocks_a_step)
         loads = [
-            Load(name, self.receiving[name].places, self.receiving[name].block_ids, 99.0)
+            Load(name, self.receiving[name].places, [self.receiving[name].block_ids], 99.0)
             for name in starting
             if name in self.receiving
         ]
@@ -246,7 +246,7 @@ class MovingEngine:
             for index in range(sending.next, sending.next + count):
                 block_id = sending.block_ids[index] = self.take_block()
                 written[block_id] = sending.pages[index]
-                blocks.append((index, block_id, sending.places[index]))
+                blocks.append((index, (block_id,), sending.places[index]))
             sending.next += count
             if blocks:
                 last = sending.next == len(sending.places)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdx.engine.plan import LoadPlan, SendPlan, fits, promised_tokens
+from pdx.engine.plan import NO_BLOCK, LoadPlan, SendPlan, fits, promised_tokens
 from pdx.errors import Refused
 from pdx.layout import CONTROL_BYTES, PageLayout, Place, blocks_for
 
@@ -36,9 +36,9 @@ def test_every_chunking_saves_each_block_once_and_as_soon_as_it_is_whole(prompt_
         saved: list[int] = []
         for tokens_after in [*cuts, prompt_tokens]:
             # The engine has allocated no more blocks than it needs for this step.
-            due = plan.step(ids[: blocks_for(tokens_after, block_tokens)], tokens_after=tokens_after)
+            due = plan.step([ids[: blocks_for(tokens_after, block_tokens)]], tokens_after=tokens_after)
             saved += [index for index, _, _ in due]
-            assert all(block_id == ids[index] and at == place(index) for index, block_id, at in due)
+            assert all(block_ids == (ids[index],) and at == place(index) for index, block_ids, at in due)
             whole = blocks if tokens_after == prompt_tokens else tokens_after // block_tokens
             assert saved == list(range(whole))
         assert plan.complete
@@ -65,8 +65,8 @@ def test_pages_are_saved_exactly_once_over_preemptions_and_prefix_hits(
             tokens = generator.randrange(blocks) * block_tokens
             ids = generator.sample(range(1000), blocks)
         tokens = min(prompt_tokens + 3, tokens + count)
-        for index, block_id, _ in plan.step(ids, tokens_after=tokens):
-            assert block_id == ids[index]
+        for index, block_ids, _ in plan.step([ids, ids[::-1]], tokens_after=tokens):
+            assert block_ids == (ids[index], ids[-1 - index])
             assert (index + 1) * block_tokens <= tokens or tokens >= prompt_tokens
             saved.append(index)
     assert plan.complete
@@ -82,17 +82,29 @@ def test_places_must_cover_the_prompt() -> None:
     with pytest.raises(Refused):
         SendPlan([place(0)], prompt_tokens=5, block_tokens=4)
     with pytest.raises(Refused):
-        LoadPlan([place(0)], [1, 2], layers=1)
+        LoadPlan([place(0)], [[1], [1, 2]], group_of=[0, 1])
     with pytest.raises(Refused):
-        LoadPlan([], [], layers=1)
+        LoadPlan([], [[]], group_of=[0])
 
 
 @settings(max_examples=150, deadline=None)
-@given(layers=st.integers(1, 5), blocks=st.integers(1, 6), pages_max=st.integers(1, 7), seed=st.integers(0, 999))
-def test_loads_follow_watermarks_and_take_each_page_once(layers: int, blocks: int, pages_max: int, seed: int) -> None:
+@given(
+    group_of=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    blocks=st.integers(1, 6),
+    pages_max=st.integers(1, 7),
+    seed=st.integers(0, 999),
+)
+def test_loads_follow_watermarks_and_take_each_page_once(
+    group_of: list[int], blocks: int, pages_max: int, seed: int
+) -> None:
+    """Some blocks of groups 1 and 2 are behind a window: their layers need no page."""
     generator = random.Random(seed)
+    layers = len(group_of)
+    behind = [0, generator.randrange(blocks + 1), generator.randrange(blocks + 1)]
+    tables = [[NO_BLOCK if n < behind[g] else 50 + 10 * g + n for n in range(blocks)] for g in range(3)]
+    needed = {(layer, n) for layer in range(layers) for n in range(blocks) if tables[group_of[layer]][n]}
     places = [place(n) for n in range(blocks)]
-    plan = LoadPlan(places, [50 + n for n in range(blocks)], layers=layers)
+    plan = LoadPlan(places, tables, group_of=group_of)
     landed = [0] * blocks
     seen: set[tuple[int, int]] = set()
     for _ in range(1000):
@@ -107,10 +119,11 @@ def test_loads_follow_watermarks_and_take_each_page_once(layers: int, blocks: in
             assert seen.isdisjoint((layer, n) for n in positions)
             seen.update((layer, n) for n in positions)
             plan.done(layer, positions)
-        missing = {50 + n for n in range(blocks) if any((layer, n) not in seen for layer in range(layers))}
-        assert plan.unverified_block_ids == missing
+        missing = {n for layer, n in needed - seen}
+        assert plan.unverified_block_ids == {table[n] for table in tables for n in missing} - {NO_BLOCK}
     assert plan.complete
-    assert plan.pages_done == layers * blocks
+    assert seen == needed
+    assert plan.pages_done == len(needed)
 
 
 def test_promised_tokens() -> None:

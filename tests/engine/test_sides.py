@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def load_request(daemon: MemoryDaemon) -> Any:
     "request_",
     [
         {"mm_features": ["image"]},
-        {"lora_request": "adapter"},
+        {"lora_request": SimpleNamespace(lora_name="new", lora_path="somewhere", load_inplace=False)},
     ],
 )
 def test_prompts_that_tokens_do_not_name_are_served_without_handoff(
@@ -116,7 +117,7 @@ def test_spoilt_blocks_are_named_along_the_prompt(daemon: MemoryDaemon, schedule
     scheduler.on_new_request(send_request(daemon))
     scheduler.on_new_request(load_request(daemon))
     assert scheduler.matched_tokens("l", BLOCK_TOKENS) == (10 - BLOCK_TOKENS, True)
-    scheduler.allocated("l", [7, 8, 9], 10 - BLOCK_TOKENS)
+    scheduler.allocated("l", [[7, 8, 9]], 10 - BLOCK_TOKENS)
     scheduler.reported(Report(1, {"l": LoadResult(False, 0, 0, "differ", [1])}))
     assert daemon.let_go[-1].spoilt == [2]
 
@@ -237,9 +238,9 @@ def test_live_handoffs_are_renewed_once_a_second_and_idleness_is_told(
 # --- worker -----------------------------------------------------------------------------------------------------
 
 
-def worker_of(daemon: MemoryDaemon, layout: PageLayout, clock: Clock, *, blocks: int = 8) -> WorkerSide:
+def worker_of(daemon: MemoryDaemon, layout: PageLayout, clock: Clock, *, blocks: int = 9) -> WorkerSide:
     pages = tuple(np.full((blocks, layout.page_bytes), n + 1, dtype=np.uint8) for n in range(layout.layers))
-    caches = Caches(pages, {f"layer.{n}": n for n in range(layout.layers)})
+    caches = Caches(pages, {f"layer.{n}": n for n in range(layout.layers)}, (0,) * layout.layers)
     return WorkerSide(Link(MemoryAttachment(daemon)), caches, layout, clock=clock)  # type: ignore[arg-type]
 
 
@@ -263,7 +264,7 @@ def filled_worker(daemon: MemoryDaemon, clock: Clock) -> tuple[WorkerSide, list[
     """A worker that has saved four blocks, in its first step."""
     places = opened(daemon, 4)
     worker = worker_of(daemon, daemon.layout, clock)
-    saves = [Save(HANDOFF, [(n, n, place) for n, place in enumerate(places)], last=True, pages=20)]
+    saves = [Save(HANDOFF, [(n, (n + 1,), place) for n, place in enumerate(places)], last=True, pages=20)]
     worker.begin(Step(1, daemon.ref.incarnation, 16, saves=saves))
     worker.load()
     worker.end()
@@ -278,7 +279,7 @@ def test_a_load_takes_its_share_of_a_step_and_no_more(forward_s: float | None, s
     report = None
     for number in range(2, 2 + steps):
         assert report is None
-        loads = [Load("r", places, [4, 5, 6, 7], 999.0)] if number == 2 else []
+        loads = [Load("r", places, [[5, 6, 7, 8]], 999.0)] if number == 2 else []
         worker.begin(Step(number, daemon.ref.incarnation, 16 * (forward_s is not None), loads=loads))
         clock.now += forward_s or 0.0
         worker.load()
@@ -295,7 +296,7 @@ def test_what_has_landed_is_taken_before_a_load_that_gets_no_more_ends() -> None
     daemon, clock = MemoryDaemon(LARGE, blocks=4), Clock()
     worker, places = filled_worker(daemon, clock)
     daemon.arena.set_watermark(places[3].header_offset, 2)
-    loads = [Load("r", places, [4, 5, 6, 7], 9.0), Load("s", places, [0, 1, 2, 3], 9.0)]
+    loads = [Load("r", places, [[5, 6, 7, 8]], 9.0), Load("s", places, [[1, 2, 3, 4]], 9.0)]
     report, number = None, 2
     worker.begin(Step(2, daemon.ref.incarnation, 16, loads=loads))
     while report is None or "r" not in report.loads:
@@ -307,13 +308,13 @@ def test_what_has_landed_is_taken_before_a_load_that_gets_no_more_ends() -> None
         worker.begin(Step(number, daemon.ref.incarnation, 16, finishing=["r"], dropping=["s"]))
     assert (report.loads["r"].ok, report.loads["r"].pages) == (False, 17)
     assert number > 10, "over many steps, at their pace"
-    assert worker.take_invalid() == {0, 1, 2, 3, 7}, "the dropped load took nothing any more"
+    assert worker.take_invalid() == {1, 2, 3, 4, 8}, "the dropped load took nothing any more"
 
 
 def test_layers_without_a_hook_are_swept_and_hooks_may_fire_twice(daemon: MemoryDaemon, clock: Clock) -> None:
     places = opened(daemon, 1)
     worker = worker_of(daemon, LAYOUT, clock)
-    worker.begin(Step(1, daemon.ref.incarnation, 4, saves=[Save(HANDOFF, [(0, 2, places[0])], last=True, pages=3)]))
+    worker.begin(Step(1, daemon.ref.incarnation, 4, saves=[Save(HANDOFF, [(0, (2,), places[0])], last=True, pages=3)]))
     for name in ("layer.1", "layer.1", "unknown"):
         worker.save_layer(name)
     assert daemon.arena.watermark(places[0].header_offset) == 0
@@ -327,7 +328,7 @@ def test_layers_without_a_hook_are_swept_and_hooks_may_fire_twice(daemon: Memory
 def test_a_load_for_another_incarnation_fails_untouched(daemon: MemoryDaemon, clock: Clock) -> None:
     places = opened(daemon, 2)
     worker = worker_of(daemon, LAYOUT, clock)
-    worker.begin(Step(1, daemon.ref.incarnation + 1, 0, loads=[Load("r", places, [3, 4], 9.0)]))
+    worker.begin(Step(1, daemon.ref.incarnation + 1, 0, loads=[Load("r", places, [[3, 4]], 9.0)]))
     worker.load()
     worker.end()
     report = worker.take_ended()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -247,8 +248,9 @@ def test_after_a_reset_nothing_old_is_loaded(daemon: MemoryDaemon, engine: Side)
     assert (count, request.output) == (24, alone(text))
 
 
-def test_adapters_are_left_alone(daemon: MemoryDaemon, engine: Side) -> None:
-    engine.engine.add(Request("a", prompt(14, 20), lora_request="adapter"))
+def test_adapters_that_came_later_are_left_alone(daemon: MemoryDaemon, engine: Side) -> None:
+    adapter = SimpleNamespace(lora_name="new", lora_path="somewhere", load_inplace=False)
+    engine.engine.add(Request("a", prompt(14, 20), lora_request=adapter))
     run(engine.engine)
     assert not [m for m in daemon.received if isinstance(m, Keep | LookUp)]
 

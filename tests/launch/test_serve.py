@@ -50,6 +50,25 @@ def test_transfer_config() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lora-modules", "one=/a", '{"name": "two", "path": "/b", "base_model_name": "m"}', "--seed", "0"],
+        ["--enable-lora", "--lora_modules=one=/a", "two=/b"],
+    ],
+)
+def test_the_connector_is_told_of_adapters(flags: list[str]) -> None:
+    (spec,) = planned("m", "--kv-role", "prefill", *flags)
+    assert transfer_config(spec)["kv_connector_extra_config"]["adapters"] == {"one": "/a", "two": "/b"}
+
+
+@pytest.mark.parametrize("module", ["one", '{"name": "one"}', "[1, 2]"])
+def test_an_adapter_without_a_path_is_refused(module: str) -> None:
+    (spec,) = planned("m", "--kv-role", "prefill", "--lora-modules", module)
+    with pytest.raises(ConfigError, match="NAME=PATH"):
+        engine.command(spec)
+
+
 def test_the_key_file_is_not_in_what_vllm_logs(tmp_path: Path) -> None:
     (spec,) = planned("m", "--kv-role", "prefill", "--key-file", str(tmp_path / "key"))
     assert "key" not in json.dumps(engine.command(spec))

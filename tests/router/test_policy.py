@@ -65,7 +65,7 @@ PREFILL = candidate("p0", "prefill")
     ],
 )
 def test_fit(decode: Candidate, fits: bool) -> None:
-    assert fit(PREFILL, decode) is fits
+    assert fit(PREFILL, decode, "smol") is fits
 
 
 def test_engines_of_both_roles_pair_only_with_dedicated_ones() -> None:
@@ -110,3 +110,14 @@ def test_a_full_line_takes_no_more() -> None:
         assert choose_pair(seen(9, 9, 9), "smol", policy="round_robin", turn=turn) is not None
         assert choose_alone(seen(9, 9, 3), "smol", policy="round_robin", turn=turn, line_max=3) is None
         assert choose_alone(seen(9, 9, 2), "smol", policy="round_robin", turn=turn, line_max=3) is not None
+
+
+def test_an_adapter_pairs_where_both_engines_have_the_same() -> None:
+    prefill, decode = candidate("p0", "prefill", adapters={"tuned": "aa"}), candidate("d0", "decode")
+    assert choose_pair((prefill, decode), "tuned", policy="round_robin", turn=0) is None
+    assert choose_pair((prefill, decode), "smol", policy="round_robin", turn=0) is not None
+    for digest, fits in (("aa", True), ("bb", False)):
+        decode = candidate("d1", "decode", adapters={"other": "cc", "tuned": digest})
+        assert (choose_pair((prefill, decode), "tuned", policy="round_robin", turn=0) is not None) is fits
+        assert choose_alone((prefill, decode), "tuned", policy="round_robin", turn=0) == decode
+        assert choose_pair((prefill, decode), "smol", policy="round_robin", turn=0) is not None

@@ -1,20 +1,22 @@
-"""vLLM's KV cache as pages: one (blocks, page bytes) array per layer, and the fingerprints of model and layout.
+"""vLLM's KV cache as pages: what of it pdx carries, and each layer's (blocks, page bytes) of memory.
 
-Accepts only what it knows: one KV group of full attention in host memory, unquantized, its heads split over the ranks
-of one tensor-parallel group. Everything else is refused in one sentence, before any byte moves.
+Accepts only what it knows: full attention, sliding windows and MLA, unquantized, in any number of groups that share one
+block size and one page size, heads split over the ranks of one tensor-parallel group. Everything else is refused in one
+sentence, before any byte moves.
+
+A page is one block in one layer, whichever group the layer is in: groups differ only in where they keep their blocks.
+So a block is the same position of the prompt in all layers, and each layer finds its page by its group's block table.
+Layers of different groups lie over the same memory; vLLM gives a block to one group at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdx.engine.copier import Pages
-from pdx.engine.vllm import compat
+from pdx.engine.vllm import compat, orders, weights
 from pdx.errors import Refused
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.layout import PageLayout
@@ -22,13 +24,21 @@ from pdx.layout import PageLayout
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file
-SAFETENSORS_HEADER_BYTES_MAX = 100 << 20  # the format's own limit
-PAGE_ORDER = "LBHNC"  # a block of one layer is contiguous: heads, then tokens, then K|V
+PREFERRED_LAYOUT = "LBHNC"  # what CPUs have; on GPUs it makes a part of the heads one piece of a page
+_Where = tuple[int, tuple[int, ...]]  # first address and strides
 _PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's KV cache, as configured."""
+
+    name: str
+    group: int
+    order: str  # of a page's dimensions, outermost first
+    content_bytes: int  # of a page, which may be padded
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,10 @@ class Description:
     content: ContentFingerprint
     layout: LayoutFingerprint  # layers and pages as one rank has them
     pages: PageLayout
+    layers: tuple[Layer, ...]  # in the order in which the model computes them
+    # Some layers forget what is behind their window, or there are several groups: a block may lack pages, and vLLM can
+    # not be told which blocks of a load failed.
+    hybrid: bool
 
 
 @dataclass(frozen=True)
@@ -46,69 +60,121 @@ class Caches:
 
     pages: tuple[Pages, ...]
     layer_of: Mapping[str, int]
+    group_of: tuple[int, ...]  # by layer: whose block table names its pages
 
 
 def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, chunk_tokens: int) -> Description:
     """Raises Refused for every engine whose KV pdx cannot carry."""
     version = compat.check_version()
-    spec = _only_spec(vllm_config, kv_cache_config)
-    layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
+    _check_engine(vllm_config)
+    specs = [_checked(group.kv_cache_spec, group.is_eagle_group) for group in kv_cache_config.kv_cache_groups]
+    if not specs:
+        raise Refused("this model has no KV cache: there is nothing to hand over")
+    block_tokens = _only("block sizes", {spec.block_size for spec in specs})
+    page_bytes = _only("page sizes", {spec.page_size_bytes for spec in specs})
+    hash_tokens = kv_cache_config.hash_block_size or block_tokens
+    if hash_tokens != block_tokens:
+        raise Refused(f"block hashes cover {hash_tokens} tokens, KV blocks {block_tokens}: make them equal")
+    layers = _layers(kv_cache_config, specs)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     layout = LayoutFingerprint(
         engine=f"vllm {version}",
-        attention=compat.attention_name(vllm_config, head_size=spec.head_size, block_tokens=spec.block_size),
-        layers=layers,
-        page_bytes=spec.page_size_bytes,
-        block_tokens=spec.block_size,
-        packing=f"{PAGE_ORDER} K|V {spec.num_kv_heads}x{spec.head_size} {_dtype_name(spec.dtype)}",
-        kv_groups=1,
+        attention=compat.attention_name(vllm_config, head_size=specs[0].head_size, block_tokens=block_tokens),
+        layers=len(layers),
+        page_bytes=page_bytes,
+        block_tokens=block_tokens,
+        packing=", ".join(sorted({_packing(spec, kv_cache_config) for spec in specs})),
+        kv_groups=len(specs),
         ranks=ranks,
     )
-    chunk_blocks = 1 << (max(1, chunk_tokens // spec.block_size).bit_length() - 1)
+    # Latents are the same on every rank: the first one writes them, all read them.
+    shards = ranks if any(spec.head_size_v for spec in specs) else 1
+    chunk_blocks = 1 << (max(1, chunk_tokens // block_tokens).bit_length() - 1)
     try:
-        pages = PageLayout(
-            layers=layers * ranks, page_bytes=spec.page_size_bytes, chunk_blocks=chunk_blocks, shards=ranks
-        )
+        pages = PageLayout(layers=len(layers) * shards, page_bytes=page_bytes, chunk_blocks=chunk_blocks, shards=shards)
     except ValueError as error:
-        raise Refused(f"tensor parallelism of {ranks} is not supported with {layers} layers: {error}") from error
-    return Description(_content(vllm_config, spec.block_size), layout, pages)
+        raise Refused(f"tensor parallelism of {ranks} is not supported with {len(layers)} layers: {error}") from error
+    hybrid = len(specs) > 1 or compat.has_window(specs[0])
+    return Description(weights.content_of(vllm_config, block_tokens), layout, pages, layers, hybrid)
 
 
-def view(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig, layout: PageLayout) -> Caches:
-    """Byte views of the registered tensors. Raises Refused unless each page is contiguous, whole and its own."""
-    (group,) = kv_cache_config.kv_cache_groups
-    names = sorted(group.layer_names, key=compat.layer_index)
-    unknown = set(kv_caches).symmetric_difference(names)
+def view(kv_caches: Mapping[str, torch.Tensor], description: Description, num_blocks: int) -> tuple[torch.Tensor, ...]:
+    """Each layer's (num_blocks, page bytes) of bytes, over the registered tensors' own memory.
+
+    Layers that share another's cache have no pages of their own: the layer that writes it has them, and its hook comes
+    when they are written. Raises Refused unless each page is dense, in the announced order and its own.
+    """
+    unknown = {layer.name for layer in description.layers} - set(kv_caches)
     if unknown:
-        raise Refused(f"vLLM registered other KV caches than it announced: {', '.join(sorted(unknown))}")
-    starts = {kv_caches[name].data_ptr() for name in names}
-    if len(starts) != len(names):
-        raise Refused("layers that share one KV cache are not supported")
-    pages = tuple(_pages_of(name, kv_caches[name], kv_cache_config.num_blocks, layout.page_bytes) for name in names)
-    return Caches(pages, {name: layer for layer, name in enumerate(names)})
+        raise Refused(f"vLLM did not register KV caches that it announced: {', '.join(sorted(unknown))}")
+    own: dict[tuple[int, _Where], str] = {}
+    for layer in description.layers:
+        other = own.setdefault((layer.group, _where(kv_caches[layer.name])), layer.name)
+        if other != layer.name:
+            raise Refused(f"{layer.name} and {other} are written to the same KV cache")
+    known = {_where(kv_caches[layer.name]) for layer in description.layers}
+    strange = sorted(name for name, cache in kv_caches.items() if _where(cache) not in known)
+    if strange:
+        raise Refused(f"vLLM registered KV caches that it did not announce: {', '.join(strange)}")
+    return tuple(
+        _pages_of(layer, kv_caches[layer.name], num_blocks, description.pages.page_bytes)
+        for layer in description.layers
+    )
 
 
-def _pages_of(name: str, cache: torch.Tensor, num_blocks: int, page_bytes: int) -> Pages:
-    """A (num_blocks, page_bytes) byte array over the cache's own memory."""
+def caches_of(views: Iterable[torch.Tensor], description: Description) -> Caches:
+    """Which layer is which; their pages, if the processor copies them, as arrays over the same memory."""
+    layer_of = {layer.name: index for index, layer in enumerate(description.layers)}
+    pages = tuple(pages.numpy() for pages in views if pages.device.type == "cpu")
+    return Caches(pages, layer_of, tuple(layer.group for layer in description.layers))
+
+
+def _where(cache: torch.Tensor) -> _Where:
+    return cache.data_ptr(), tuple(cache.stride())
+
+
+def _pages_of(layer: Layer, cache: torch.Tensor, num_blocks: int, page_bytes: int) -> torch.Tensor:
     import torch
 
-    if cache.device.type != "cpu":
-        raise Refused(f"{name}: KV cache is in {cache.device.type} memory; only host memory is supported")
-    if cache.shape[0] != num_blocks or cache[0].nbytes != page_bytes:
-        raise Refused(f"{name}: KV cache of shape {tuple(cache.shape)} is not {num_blocks} pages of {page_bytes} bytes")
-    if not cache[0].is_contiguous():
-        raise Refused(f"{name}: pages are not contiguous (strides {cache.stride()}); unset VLLM_KV_CACHE_LAYOUT")
-    stride_bytes = cache.stride(0) * cache.element_size()
-    if stride_bytes < page_bytes:
-        raise Refused(f"{name}: pages overlap (strides {cache.stride()})")
-    start_bytes = cache.storage_offset() * cache.element_size()
-    flat = torch.tensor([], dtype=torch.uint8)
-    return flat.set_(cache.untyped_storage(), start_bytes, (num_blocks, page_bytes), (stride_bytes, 1)).numpy()
+    try:
+        stride, content = orders.check(tuple(cache.shape), tuple(cache.stride()), num_blocks, layer.order)
+    except Refused as error:
+        raise Refused(f"{layer.name}: {error}") from error
+    item = cache.element_size()
+    stride_bytes, start_bytes = stride * item, cache.storage_offset() * item
+    if content * item != layer.content_bytes:
+        raise Refused(f"{layer.name}: a page has {content * item} bytes, not the {layer.content_bytes} announced")
+    storage = cache.untyped_storage()
+    if stride_bytes < page_bytes or start_bytes + (num_blocks - 1) * stride_bytes + page_bytes > storage.nbytes():
+        raise Refused(f"{layer.name}: pages of {page_bytes} bytes overlap, or leave the cache ({stride_bytes} apart)")
+    flat = torch.tensor([], dtype=torch.uint8, device=cache.device)
+    return flat.set_(storage, start_bytes, (num_blocks, page_bytes), (stride_bytes, 1))
 
 
-def _only_spec(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> FullAttentionSpec:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+def _layers(kv_cache_config: KVCacheConfig, specs: list[AttentionSpec]) -> tuple[Layer, ...]:
+    layers = [
+        Layer(name, group, _order(spec, kv_cache_config), spec.unpadded_page_size_bytes)
+        for group, spec in enumerate(specs)
+        for name in kv_cache_config.kv_cache_groups[group].layer_names
+    ]
+    return tuple(sorted(layers, key=lambda layer: (compat.layer_index(layer.name), layer.name)))
 
+
+def _order(spec: AttentionSpec, kv_cache_config: KVCacheConfig) -> str:
+    return orders.announced(kv_cache_config.kv_cache_layout or PREFERRED_LAYOUT, heads=spec.num_heads)
+
+
+def _packing(spec: AttentionSpec, kv_cache_config: KVCacheConfig) -> str:
+    """What a page's bytes are, for comparison between engines."""
+    kind = "K|V" if spec.head_size_v else "latent"
+    padded = f" in {spec.page_size_bytes}" if spec.page_size_bytes != spec.unpadded_page_size_bytes else ""
+    return (
+        f"{_order(spec, kv_cache_config)} {kind} {spec.num_heads}x{spec.head_size} {compat.dtype_name(spec.dtype)}"
+        + padded
+    )
+
+
+def _check_engine(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     for what, size in (
         ("pipeline", parallel.pipeline_parallel_size),
@@ -122,84 +188,23 @@ def _only_spec(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> FullA
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in _PLAIN_CACHE_DTYPES:
         raise Refused(f"KV cache dtype {cache_dtype!r} is not supported: its scales do not travel")
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise Refused(f"models with {len(groups)} KV cache groups are not supported yet")
-    spec = groups[0].kv_cache_spec
-    if type(spec) is not FullAttentionSpec:
-        raise Refused(f"KV caches of kind {type(spec).__name__} are not supported yet, only full attention")
-    if spec.page_size_padded is not None:
-        raise Refused("padded KV pages are not supported yet")
-    hash_tokens = kv_cache_config.hash_block_size or spec.block_size
-    if hash_tokens != spec.block_size:
-        raise Refused(f"block hashes cover {hash_tokens} tokens, KV blocks {spec.block_size}: make them equal")
-    return spec
 
 
-def _content(vllm_config: VllmConfig, block_tokens: int) -> ContentFingerprint:
-    model = vllm_config.model_config
-    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
-    return ContentFingerprint(
-        model=str(model.served_model_name or model.model),
-        weights=_weights_digest(vllm_config),
-        weight_epoch=0,
-        dtype=_dtype_name(model.dtype),
-        block_tokens=block_tokens,
-        hash_algorithm=f"{algorithm}/{compat.hash_seed(algorithm)}",
-    )
+def _checked(spec: object, is_draft: bool) -> AttentionSpec:
+    known = compat.known_spec(spec)
+    if known is None:
+        raise Refused(
+            f"KV caches of kind {type(spec).__name__} are not supported, only full attention, sliding windows and MLA"
+        )
+    if is_draft:
+        raise Refused("KV caches of draft models are not supported")
+    if known.kv_quant_mode.value or known.tokens_per_state != 1:
+        raise Refused("quantized or compressed KV caches are not supported: a page is no plain K and V")
+    return known
 
 
-def _weights_digest(vllm_config: VllmConfig) -> str:
-    """Names, sizes, headers and samples of the weight files, and what changes their meaning. Not their gigabytes.
-
-    The samples tell checkpoints of one shape apart: training changes nearly every weight.
-    """
-    model = vllm_config.model_config
-    digest = hashlib.blake2b(digest_size=16, person=b"pdx-weights")
-    overrides = {
-        "hf_overrides": repr(model.hf_overrides),
-        "quantization": model.quantization,
-        "rope": repr(getattr(model.hf_config, "rope_parameters", None)),
-        "load_format": str(vllm_config.load_config.load_format),
-    }
-    if overrides["load_format"] == "dummy":  # random weights
-        overrides["seed"] = model.seed
-    folder = Path(model.model)
-    if not folder.is_dir():
-        overrides |= {"model": model.model, "revision": model.revision}
-    digest.update(json.dumps(overrides, sort_keys=True, default=str).encode())
-    for part in _weight_files(folder) if folder.is_dir() else ():
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
-
-
-def _weight_files(folder: Path) -> Iterator[bytes]:
-    for path in sorted(folder.iterdir()):
-        if path.name == "config.json":
-            yield path.read_bytes()
-        elif path.suffix in WEIGHT_SUFFIXES:
-            yield f"{path.name} {path.stat().st_size}".encode()
-            if path.suffix == ".safetensors":
-                yield _safetensors_header(path)
-            yield from _samples(path)
-
-
-def _samples(path: Path) -> Iterator[bytes]:
-    """Spread evenly over the file, its last bytes among them."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for number in range(SAMPLES):
-            file.seek(max(0, (size - SAMPLE_BYTES) * number // (SAMPLES - 1)))
-            yield file.read(SAMPLE_BYTES)
-
-
-def _safetensors_header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > SAFETENSORS_HEADER_BYTES_MAX:
-            raise Refused(f"{path.name} is no safetensors file")
-        return file.read(length)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _only(what: str, values: set[int]) -> int:
+    if len(values) != 1:
+        shown = " and ".join(str(value) for value in sorted(values))
+        raise Refused(f"KV cache groups of different {what} ({shown}) are not supported")
+    return values.pop()

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from pdx.errors import Refused
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec
 
 SUPPORTED = (0, 32)
 
@@ -26,12 +28,38 @@ def check_version() -> str:
 
 
 def attention_name(vllm_config: VllmConfig, *, head_size: int, block_tokens: int) -> str:
-    """Kernel family and instruction set, which decide the packing inside a page. Raises Refused off the CPU."""
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+    """What decides the packing inside a page: the kernels' family and, on CPUs, the instruction set.
 
-    if not current_platform.is_cpu():
-        raise Refused(f"KV in {current_platform.device_type} memory is not supported yet: run the engine on CPU")
+    Raises Refused where vLLM runs on neither CPUs nor NVIDIA GPUs.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return _cpu_attention(vllm_config, head_size=head_size, block_tokens=block_tokens)
+    if not current_platform.is_cuda():
+        raise Refused(f"KV in {current_platform.device_type} memory is not supported: only the CPU's and NVIDIA's")
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    model = vllm_config.model_config
+    with set_current_vllm_config(vllm_config):
+        backend = get_attn_backend(
+            head_size=head_size,
+            dtype=model.dtype,
+            kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+            use_mla=model.use_mla,
+        )
+    return backend.get_name()
+
+
+def _cpu_attention(vllm_config: VllmConfig, *, head_size: int, block_tokens: int) -> str:
+    from torch.cpu import _is_amx_tile_supported
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if vllm_config.model_config.use_mla:
+        chosen = vllm_config.attention_config.backend
+        return "AMX_MLA" if _is_amx_tile_supported() and chosen != AttentionBackendEnum.CPU_MLA else "CPU_MLA"
     isa = _get_attn_isa(vllm_config.model_config.dtype, block_tokens, head_size, vllm_config.cache_config.cache_dtype)
     return f"{CPUAttentionBackend.get_name()}/{isa}"
 
@@ -52,6 +80,25 @@ def data_parallel_rank(vllm_config: VllmConfig) -> int | None:
     if not transfer.engine_id.endswith(f"_dp{parallel.data_parallel_index}"):
         return None
     return parallel.data_parallel_rank_local if parallel.local_engines_only else parallel.data_parallel_index
+
+
+def known_spec(spec: object) -> AttentionSpec | None:
+    """A KV cache whose pages are plain rows of K|V or of latents; None for every other kind."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+
+    # Subclasses store something else.
+    return spec if type(spec) in (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec) else None
+
+
+def has_window(spec: AttentionSpec) -> bool:
+    """Whether vLLM frees blocks behind a window."""
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    return isinstance(spec, SlidingWindowSpec)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def hash_seed(algorithm: str) -> str:

@@ -13,11 +13,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 
 from pdx.client import Attachment
 from pdx.engine.link import Link
 from pdx.engine.vllm import caches, compat, movers, settings
+from pdx.engine.vllm.adapters import Adapters
 from pdx.engine.vllm.metadata import ReportMetadata, StepMetadata
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Report
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class PdxConnector(KVConnectorBase_V1):
+class PdxConnector(KVConnectorBase_V1, SupportsHMA):
     """One instance per role and process. Raises Refused or ConfigError, in one sentence, for what can't work."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
@@ -48,6 +50,7 @@ class PdxConnector(KVConnectorBase_V1):
         self._description = caches.describe(
             vllm_config, kv_cache_config, chunk_tokens=self._settings.config.chunk_tokens
         )
+        self._adapters = Adapters(self._settings.adapters)
         self._scheduler_side: SchedulerSide | None = None
         self._worker_side: WorkerSide | None = None
         self._report: Report | None = None
@@ -58,13 +61,15 @@ class PdxConnector(KVConnectorBase_V1):
                 layout=self._description.pages,
                 block_tokens=self._description.layout.block_tokens,
                 ranks=self._description.layout.ranks,
+                hybrid=self._description.hybrid,
+                adapters=self._adapters,
                 offload=self._settings.config.offload,
                 lookup_s=self._settings.config.lookup_s,
             )
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        return caches.PAGE_ORDER
+        return caches.PREFERRED_LAYOUT
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -78,11 +83,12 @@ class PdxConnector(KVConnectorBase_V1):
     # --- worker -----------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        views = caches.view(kv_caches, self._kv_cache_config, self._description.pages)
-        link, pages, rank = self._link("worker"), self._description.pages, self._rank
+        description, rank = self._description, self._rank
+        views = caches.view(kv_caches, description, self._kv_cache_config.num_blocks)
+        link, pages = self._link("worker"), description.pages
         folder = self._settings.config.run_path / "kernels"
-        mover = movers.mover_of(kv_caches, views, pages, link.client(), shard=pages.shard_of_rank(rank), folder=folder)
-        self._worker_side = WorkerSide(link, views, pages, rank=rank, mover=mover)
+        mover = movers.mover_of(views, pages, link.client(), shard=pages.shard_of_rank(rank), folder=folder)
+        self._worker_side = WorkerSide(link, caches.caches_of(views, description), pages, rank=rank, mover=mover)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -104,12 +110,17 @@ class PdxConnector(KVConnectorBase_V1):
         self._worker.end()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        # Blocks that failed are named one by one: with `failed_recving` vLLM would throw the good ones away too.
         self._report = self._worker.take_ended()
-        return KVConnectorTransferResults(finished_recving=set(self._report.loads) if self._report else set())
+        loads = self._report.loads if self._report else {}
+        # Where vLLM allows it, blocks that failed are named one by one: `failed_recving` throws the good ones away too.
+        failed = {request_id for request_id, result in loads.items() if not result.ok}
+        return KVConnectorTransferResults(
+            finished_recving=set(loads), failed_recving=failed if self._description.hybrid else set()
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._worker.take_invalid()
+        invalid = self._worker.take_invalid()
+        return set() if self._description.hybrid else invalid
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return ReportMetadata(self._report) if self._report else None
@@ -117,8 +128,9 @@ class PdxConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         from pdx.engine.vllm.stats import PdxStats
 
-        # vLLM asks the scheduler's connector too.
-        counts = self._worker_side.take_counts() if self._worker_side is not None else {}
+        # vLLM asks both roles' connectors.
+        side = self._worker_side or self._scheduler_side
+        counts = side.take_counts() if side is not None else {}
         return PdxStats(counts) if counts else None
 
     # --- scheduler --------------------------------------------------------------------------------------------
@@ -130,7 +142,7 @@ class PdxConnector(KVConnectorBase_V1):
         return self._scheduler.matched_tokens(request.request_id, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        self._scheduler.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        self._scheduler.allocated(request.request_id, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         return StepMetadata(self._scheduler.step(scheduler_output))
@@ -140,7 +152,9 @@ class PdxConnector(KVConnectorBase_V1):
         if isinstance(metadata, ReportMetadata):
             self._scheduler.reported(metadata.report)
 
-    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         # Never delayed: what was to be saved has left its blocks, and blocks under a load are kept by vLLM itself.
         result = self._scheduler.finished(request.request_id)
         return False, {"pdx": result} if result else None
@@ -201,6 +215,7 @@ class PdxConnector(KVConnectorBase_V1):
             reasoning_parser=chosen.reasoning_parser,
             context_tokens=chosen.context_tokens,
             sampling_defaults=chosen.sampling_defaults,
+            adapters=self._adapters.digests,
             content=description.content,
             layout=description.layout,
         )

@@ -48,6 +48,7 @@ class _Load:
     request_id: str
     prompt: Prompt
     deadline: float
+    tokens: int  # of the request
     ask_again_at: float | None = None  # after a "wait"
     places: list[Place] | None = None
     first: int = 0  # block of the prompt from which on we load; the engine has those before
@@ -63,12 +64,22 @@ class _Load:
 class Loads:
     """All incoming requests of one engine. Owned by the scheduler's thread."""
 
-    def __init__(self, link: Link, *, layout: PageLayout, block_tokens: int, lookup_s: float, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        link: Link,
+        *,
+        layout: PageLayout,
+        block_tokens: int,
+        lookup_s: float,
+        ranks: int = 1,
+        hybrid: bool = False,
+    ) -> None:
         self._link = link
         self._ranks = ranks
         self._layout = layout
         self._block_tokens = block_tokens
         self._lookup_s = lookup_s
+        self._hybrid = hybrid
         self._loads: dict[str, _Load] = {}
         self._starting: list[Load] = []
         self._finishing: list[str] = []
@@ -76,7 +87,7 @@ class Loads:
 
     def open(self, request: Request, prompt: Prompt, now: float) -> None:
         """Asks the daemon. Without one the request is computed as if it had no handle."""
-        load = _Load(request.request_id, prompt, now + self._patience_s(prompt))
+        load = _Load(request.request_id, prompt, now + self._patience_s(prompt), request.num_tokens)
         if self._ask(load):
             self._loads[load.request_id] = load
 
@@ -108,8 +119,11 @@ class Loads:
         self._end(load, ok=True, reason="the engine has it all")
         return 0
 
-    def allocated(self, request_id: str, block_ids: list[int], external_tokens: int) -> None:
-        """vLLM has blocks for the request; with external tokens it now waits for our worker to fill the last ones."""
+    def allocated(self, request_id: str, tables: Sequence[list[int]], external_tokens: int) -> None:
+        """vLLM has blocks for the request; with external tokens it now waits for our worker to fill the last ones.
+
+        `tables`: the block ids of the whole request, by KV group.
+        """
         load = self._loads.get(request_id)
         if load is None or load.places is None or load.loading:
             return
@@ -119,9 +133,9 @@ class Loads:
         promised = self._promised(load)
         first, end = (promised - external_tokens) // self._block_tokens, blocks_for(promised, self._block_tokens)
         load.first = first
-        places, targets = load.places[first:end], block_ids[first:end]
+        places, targets = load.places[first:end], [table[first:end] for table in tables]
         assert places
-        assert len(places) == len(targets)
+        assert all(len(target) == len(places) for target in targets)
         self._starting.append(Load(request_id, places, targets, _total_s(load.prompt)))
         load.loading = True
 
@@ -239,7 +253,10 @@ class Loads:
 
     def _promised(self, load: _Load) -> int:
         assert load.places is not None
-        return promised_tokens(len(load.places), prompt_tokens=load.prompt.tokens, block_tokens=self._block_tokens)
+        tokens = promised_tokens(len(load.places), prompt_tokens=load.prompt.tokens, block_tokens=self._block_tokens)
+        # vLLM computes a request's last token itself, even if all were loaded; but it gives windows no block that only
+        # that token looks at. It would read the null block.
+        return min(tokens, load.tokens - 1) if self._hybrid else tokens
 
     def _end(self, load: _Load, *, ok: bool, reason: str) -> None:
         del self._loads[load.request_id]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -11,7 +11,7 @@ from pdx.engine.device_mover import DeviceMover
 from pdx.engine.host_mover import HostMover
 from pdx.engine.mover import Mover
 from pdx.engine.streams import Device
-from pdx.engine.vllm.caches import Caches
+from pdx.errors import Refused
 from pdx.layout import PageLayout
 
 if TYPE_CHECKING:
@@ -19,19 +19,21 @@ if TYPE_CHECKING:
 
 
 def mover_of(
-    kv_caches: Mapping[str, torch.Tensor],
-    views: Caches,
-    layout: PageLayout,
-    client: DaemonClient | None,
-    *,
-    shard: int,
-    folder: Path,
+    views: Sequence[torch.Tensor], layout: PageLayout, client: DaemonClient | None, *, shard: int, folder: Path
 ) -> Mover:
-    """`views` are of `kv_caches`, all in one memory. `folder` keeps what is compiled for a device."""
-    (kind,) = {cache.device.type for cache in kv_caches.values()}
-    if kind == "cpu":
-        return HostMover(views.pages, layout, shard=shard)
-    # Only where there is one: it needs NVIDIA's packages.
-    from pdx.engine.device import CudaDevice  # type: ignore[import-not-found,unused-ignore]
+    """`views`: each layer's (blocks, page bytes). `folder` keeps what is compiled for a device and measured of it.
 
-    return DeviceMover(cast(Device, CudaDevice(views.pages, folder)), layout, client, shard=shard)
+    Raises Refused for memory that nothing of ours can copy, DeviceLost.
+    """
+    kinds = {view.device.type for view in views}
+    if kinds == {"cpu"}:
+        return HostMover([view.numpy() for view in views], layout, shard=shard)
+    if kinds != {"cuda"}:
+        raise Refused(f"KV cache in {' and '.join(sorted(kinds))} memory is not supported: only the CPU's and NVIDIA's")
+    # Only where there is one: it needs NVIDIA's packages.
+    from pdx.engine.device import CudaDevice
+    from pdx.engine.ways import ways_of
+
+    device = CudaDevice(views, folder)
+    straight = ways_of(device, folder).loads_straight
+    return DeviceMover(cast(Device, device), layout, client, shard=shard, loads_straight=straight)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdx.errors import HandleError, Refused
 from pdx.handoff.handle import peek
-from pdx.keys import tail_hash, tenant_of
+from pdx.keys import salted, tail_hash, tenant_of
 from pdx.wire import Budgets
 
 if TYPE_CHECKING:
@@ -37,27 +37,28 @@ class Prompt:
     early: bool = False
     first: int = 0  # block of the request with which `block_hashes` begins
     tenant: bytes = b""
+    salt: bytes = b""  # of its adapter, which is in `block_hashes` and `tail_hash`
 
     @property
     def blocks(self) -> int:
         return len(self.block_hashes) + bool(self.tail_hash)
 
 
-def blocks_of(request: Request, *, block_tokens: int, first: int = 0, tokens: int | None = None) -> Prompt | None:
+def blocks_of(
+    request: Request, *, salt: bytes, block_tokens: int, first: int = 0, tokens: int | None = None
+) -> Prompt | None:
     """The full blocks of a request, from block `first` on and of its first `tokens` tokens (None: those of its prompt).
 
     None if there are none. Their hashes name all that went into them, images too; of an adapter they name the place,
-    where tomorrow there may be another one.
+    where tomorrow there may be another one: hence its `salt`.
     """
-    if request.lora_request is not None:
-        return None
     covered = request.num_prompt_tokens if tokens is None else tokens
-    hashes = [bytes(block_hash) for block_hash in request.block_hashes[first : covered // block_tokens]]
+    hashes = [salted(block_hash, salt) for block_hash in request.block_hashes[first : covered // block_tokens]]
     if not hashes:
         return None
     end = (first + len(hashes)) * block_tokens
-    tenant = tenant_of(request.cache_salt or "")
-    return Prompt("", secrets.token_bytes(ID_BYTES), Budgets(total_s=LOAD_S), end, hashes, first=first, tenant=tenant)
+    tenant, budgets = tenant_of(request.cache_salt or ""), Budgets(total_s=LOAD_S)
+    return Prompt("", secrets.token_bytes(ID_BYTES), budgets, end, hashes, first=first, tenant=tenant, salt=salt)
 
 
 def asks_for(request: Request, flag: str) -> bool:
@@ -65,27 +66,27 @@ def asks_for(request: Request, flag: str) -> bool:
     return isinstance(parameters, dict) and bool(parameters.get(flag)) and HANDLE_KEY in parameters
 
 
-def read(request: Request, *, block_tokens: int) -> Prompt:
-    """Raises Refused for prompts that pdx does not carry, HandleError for what is no handle."""
+def read(request: Request, *, salt: bytes, block_tokens: int) -> Prompt:
+    """`salt`: its adapter's. Raises Refused for prompts that pdx does not carry, HandleError for what is no handle."""
     parameters = request.kv_transfer_params
     assert parameters is not None
     text = parameters[HANDLE_KEY]
     if not isinstance(text, str):
         raise HandleError("handle is not text")
     tokens = request.prompt_token_ids
-    if tokens is None or request.mm_features or request.lora_request is not None:
-        # A tail is named by its tokens, which say nothing of images, embeddings or adapters.
-        raise Refused("only plain token prompts without adapters are handed over")
+    if tokens is None or request.mm_features:
+        # A tail is named by its tokens, which say nothing of images or embeddings.
+        raise Refused("only plain token prompts are handed over")
     covered = _covered(parameters.get(TOKENS_KEY, len(tokens)), len(tokens))
     full_blocks = covered // block_tokens
-    hashes = [bytes(block_hash) for block_hash in request.block_hashes[:full_blocks]]
+    hashes = [salted(block_hash, salt) for block_hash in request.block_hashes[:full_blocks]]
     if len(hashes) != full_blocks:
         raise Refused(f"{len(hashes)} block hashes for {covered} prompt tokens")
-    tail = tail_hash(hashes[-1] if hashes else b"", list(tokens[full_blocks * block_tokens : covered]))
+    tail = tail_hash(hashes[-1] if hashes else salt, list(tokens[full_blocks * block_tokens : covered]))
     handle = peek(text)
     early = parameters.get(EARLY_KEY) is True
     tenant = tenant_of(request.cache_salt or "")
-    return Prompt(text, handle.handoff_id, handle.budgets, covered, hashes, tail, early, tenant=tenant)
+    return Prompt(text, handle.handoff_id, handle.budgets, covered, hashes, tail, early, tenant=tenant, salt=salt)
 
 
 def _covered(tokens: Any, prompt_tokens: int) -> int:

@@ -6,12 +6,13 @@ Only dispatches between vLLM's hooks, the daemon's messages, and the two tables 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pdx.config import LOOKUP_S, Offload
 from pdx.engine.link import Link
 from pdx.engine.vllm import prompts
+from pdx.engine.vllm.adapters import Adapters
 from pdx.engine.vllm.loads import Loads, log
 from pdx.engine.vllm.prompts import Prompt
 from pdx.engine.vllm.sends import Sends
@@ -40,11 +41,13 @@ class SchedulerSide:
         layout: PageLayout,
         block_tokens: int,
         ranks: int = 1,
+        hybrid: bool = False,
+        adapters: Adapters | None = None,
         offload: Offload = "off",
         lookup_s: float = LOOKUP_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`ranks`: workers of this engine, each of which reports every load.
+        """`ranks`: workers of this engine, each of which reports every load. `hybrid`: see `caches.Description`.
 
         `offload`: which blocks of requests outside handoffs are kept, and looked up: none, prompts', or all.
         `lookup_s`: a look-up that is answered later is a miss.
@@ -53,10 +56,14 @@ class SchedulerSide:
         self._role = role
         self._offload = offload
         self._block_tokens = block_tokens
+        self._hybrid = hybrid
+        self._adapters = adapters or Adapters({})
         self._clock = clock
         self._incarnation = link.incarnation
         self._sends = Sends(link, layout=layout, block_tokens=block_tokens)
-        self._loads = Loads(link, layout=layout, block_tokens=block_tokens, lookup_s=lookup_s, ranks=ranks)
+        self._loads = Loads(
+            link, layout=layout, block_tokens=block_tokens, lookup_s=lookup_s, ranks=ranks, hybrid=hybrid
+        )
         self._step = 0
         self._wait_left_s = WAIT_A_STEP_S
         self._heard_this_turn = False
@@ -73,8 +80,12 @@ class SchedulerSide:
         self._waiting.add(request.request_id)
         sends = self._role != "decode" and prompts.asks_for(request, prompts.SEND_FLAG)
         loads = self._role != "prefill" and prompts.asks_for(request, prompts.LOAD_FLAG)
-        handed = self._read(request) if sends or loads else None
-        own = prompts.blocks_of(request, block_tokens=self._block_tokens) if self._offload != "off" else None
+        salt = self._salt(request)
+        if salt is None:
+            return
+        handed = self._read(request, salt) if sends or loads else None
+        keeps = self._offload != "off"
+        own = prompts.blocks_of(request, salt=salt, block_tokens=self._block_tokens) if keeps else None
         now = self._clock()
         if handed and loads:
             self._loads.open(request, handed, now)
@@ -82,9 +93,9 @@ class SchedulerSide:
             self._loads.open(request, own, now)
         if handed and sends:
             self._sends.open(request, handed, now)
-        elif self._offload != "off" and not request.lora_request:
+        elif keeps:
             first = len(handed.block_hashes) if handed else 0
-            self._sends.follow(request, first=first, answer=self._offload == "all")
+            self._sends.follow(request, salt=salt, first=first, answer=self._offload == "all")
         if handed or own:
             self._unasked.add(request.request_id)
 
@@ -101,8 +112,9 @@ class SchedulerSide:
         tokens = self._loads.promised(request_id, local_tokens)
         return tokens, tokens > 0
 
-    def allocated(self, request_id: str, block_ids: list[int], external_tokens: int) -> None:
-        self._loads.allocated(request_id, block_ids, external_tokens)
+    def allocated(self, request_id: str, tables: Sequence[list[int]], external_tokens: int) -> None:
+        """`tables`: the request's block ids, by KV group."""
+        self._loads.allocated(request_id, tables, external_tokens)
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """The request ended in any way. Returns what its reply's kv_transfer_params may say."""
@@ -121,7 +133,14 @@ class SchedulerSide:
         self._step += 1
         self._wait_left_s = WAIT_A_STEP_S
         self._waiting.difference_update(scheduled.num_scheduled_tokens)
+        for request in self._sends.adapted if self._adapters.digests else ():
+            if self._salt(request) is None:
+                self._sends.drop(request.request_id, "its adapter's files have changed")
+        if self._hybrid:
+            self._offer_now(scheduled)
         saves = self._sends.saves(self._step, scheduled)
+        if not self._hybrid:
+            self._sends.offer(scheduled)
         work = self._loads.take_work()
         self._renew(running=len(scheduled.num_scheduled_tokens))
         return Step(
@@ -137,6 +156,10 @@ class SchedulerSide:
     def reported(self, report: Report) -> None:
         self._loads.reported(report)
 
+    def take_counts(self) -> dict[str, int]:
+        forgotten, self._sends.blocks_forgotten = self._sends.blocks_forgotten, 0
+        return {"blocks_forgotten": forgotten} if forgotten else {}
+
     def refuse_reset(self) -> bool:
         """After a reset, blocks computed before mean something else, perhaps: neither loads nor keeps any more."""
         log.warning("pdx keeps what it has, but this engine looks up and keeps no more: restart it to begin anew")
@@ -149,10 +172,18 @@ class SchedulerSide:
 
     # --- the daemon -------------------------------------------------------------------------------------------
 
-    def _read(self, request: Request) -> Prompt | None:
+    def _salt(self, request: Request) -> bytes | None:
+        """Of its adapter. None: what the request computes has no name, and it is served as if there were no pdxd."""
+        try:
+            return self._adapters.salt(request.lora_request)
+        except Refused as error:
+            log.warning("request %s is served without pdx: %s", request.request_id, error)
+            return None
+
+    def _read(self, request: Request, salt: bytes) -> Prompt | None:
         """What its handle covers; None if that is no good, and the request is served as if it had none."""
         try:
-            return prompts.read(request, block_tokens=self._block_tokens)
+            return prompts.read(request, salt=salt, block_tokens=self._block_tokens)
         except (HandleError, Refused) as error:
             log.warning("request %s is served without handoff: %s", request.request_id, error)
             return None
@@ -162,6 +193,14 @@ class SchedulerSide:
         self._unasked.discard(request_id)
         until = time.monotonic() + self._wait_left_s
         while self._undecided(request_id) and not self._loads.told_to_wait(request_id) and self._wait_left_s > 0:
+            self._hear(self._wait_left_s)
+            self._wait_left_s = until - time.monotonic()
+
+    def _offer_now(self, scheduled: SchedulerOutput) -> None:
+        """Before this step's saves: in the next step, some of its blocks may lie behind a window."""
+        offered = self._sends.offer(scheduled)
+        until = time.monotonic() + self._wait_left_s
+        while self._sends.unanswered(offered) and self._wait_left_s > 0:
             self._hear(self._wait_left_s)
             self._wait_left_s = until - time.monotonic()
 

@@ -8,6 +8,9 @@ served like any other.
 
 Without a handle nothing waits: blocks are *offered* (KEEP) and saved in the next step after the daemon has made room.
 A request that is followed offers its blocks as they become whole, one lot after the other.
+
+A block whose pages some layers have forgotten (it is behind their window, and came from the engine's prefix cache) can
+not be saved: its handoff, or what is kept of its request, ends there.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pdx.engine.link import Link
-from pdx.engine.plan import SendPlan, fits
+from pdx.engine.plan import NO_BLOCK, SendPlan, fits
 from pdx.engine.vllm.prompts import Prompt, blocks_of
 from pdx.engine.vllm.steps import Save
 from pdx.errors import Refused
@@ -53,6 +56,7 @@ class _Send:
 @dataclass(eq=False)
 class _Followed:
     request: Request
+    salt: bytes
     next: int  # its first block that was not offered
     tokens: float  # of which to offer blocks
 
@@ -68,6 +72,7 @@ class Sends:
         self._step = 0  # the newest one planned: no later one touches slots of a handoff that is not in `_sends`
         self._results: dict[str, dict[str, Any]] = {}  # saved, for the reply of a request that still runs
         self._followed: dict[str, _Followed] = {}
+        self.blocks_forgotten = 0  # before they could be saved
 
     def open(self, request: Request, prompt: Prompt, now: float) -> bool:
         """Asks for a claim. False without a daemon: then the request is served as if it had no handle."""
@@ -94,17 +99,30 @@ class Sends:
         self._sends[request.request_id] = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
         return True
 
-    def follow(self, request: Request, *, first: int, answer: bool) -> None:
+    def follow(self, request: Request, *, salt: bytes, first: int, answer: bool) -> None:
         """Offers the blocks of this request as they become whole, from block `first` on; with or without its answer's.
 
         Not before it runs: what waits in a queue must not take room for what it will have some day.
         """
         tokens = float("inf") if answer else request.num_prompt_tokens
-        self._followed[request.request_id] = _Followed(request, first, tokens)
+        self._followed[request.request_id] = _Followed(request, salt, first, tokens)
 
     def unfollow(self) -> None:
         """Offers no more blocks of any request."""
         self._followed.clear()
+
+    @property
+    def adapted(self) -> Iterable[Request]:
+        """Requests with an adapter that are saved, or followed."""
+        sends = {name: send.request for name, send in self._sends.items() if send.prompt.salt}
+        return (sends | {name: one.request for name, one in self._followed.items() if one.salt}).values()
+
+    def drop(self, request_id: str, reason: str) -> None:
+        """Saves no more of this request, and offers none."""
+        self._followed.pop(request_id, None)
+        send = self._sends.get(request_id)
+        if send is not None:
+            self._end(send, reason)
 
     def undecided(self, request_id: str, now: float) -> bool:
         """True while this request must not start: its claim may still come. What is only offered never delays it."""
@@ -163,9 +181,13 @@ class Sends:
             if send.plan is None or tokens == 0:
                 continue
             assert scheduled.kv_connector_block_state is not None
-            groups = scheduled.kv_connector_block_state.get_block_ids(request_id)
-            assert groups is not None
-            blocks = send.plan.step(groups[0], tokens_after=send.request.num_computed_tokens + tokens)
+            tables = scheduled.kv_connector_block_state.get_block_ids(request_id)
+            assert tables is not None
+            blocks = send.plan.step(tables, tokens_after=send.request.num_computed_tokens + tokens)
+            forgotten = sum(NO_BLOCK in block_ids for _, block_ids, _ in blocks)
+            if forgotten:
+                self._forget(send, forgotten)
+                continue
             if blocks:
                 send.last_step = step
                 pages = send.plan.blocks_to_save * self._layout.layers
@@ -173,10 +195,11 @@ class Sends:
                 saves.append(Save(send.handoff_id, blocks, last=send.plan.complete, pages=pages, streamed=streamed))
             if send.plan.complete:
                 self._succeed(send)
-        self._offer_more(scheduled)
         return saves
 
-    def _offer_more(self, scheduled: SchedulerOutput) -> None:
+    def offer(self, scheduled: SchedulerOutput) -> set[str]:
+        """Offers blocks of requests that are followed. Returns these, which the daemon has yet to answer."""
+        asked = set()
         for request_id, tokens in scheduled.num_scheduled_tokens.items():
             followed = self._followed.get(request_id)
             if followed is None or request_id in self._sends:
@@ -187,16 +210,22 @@ class Sends:
             offered = int(min(known, followed.tokens))
             if offered < (followed.next + 1) * self._block_tokens:
                 continue
-            lot = blocks_of(request, block_tokens=self._block_tokens, first=followed.next, tokens=offered)
+            lot = blocks_of(
+                request, salt=followed.salt, block_tokens=self._block_tokens, first=followed.next, tokens=offered
+            )
             if lot is not None and self.open(request, lot, 0.0):
                 followed.next += lot.blocks
+                asked.add(request_id)
+        return asked
+
+    def unanswered(self, request_ids: Iterable[str]) -> bool:
+        """Whether the daemon has not answered for some of them."""
+        sends = (self._sends.get(request_id) for request_id in request_ids)
+        return any(send is not None and send.plan is None for send in sends)
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """The request is over. Returns what its reply may tell."""
-        self._followed.pop(request_id, None)
-        send = self._sends.get(request_id)
-        if send is not None:
-            self._end(send, "request ended before its KV was saved")
+        self.drop(request_id, "request ended before its KV was saved")
         return self._results.pop(request_id, None)
 
     def lost(self) -> None:
@@ -221,6 +250,14 @@ class Sends:
             return
         pages = send.plan.blocks_to_save * self._layout.layers
         self._results[request_id] = {"handoff": send.handoff_id.hex(), "pages": pages}
+
+    def _forget(self, send: _Send, blocks: int) -> None:
+        self.blocks_forgotten += blocks
+        self._followed.pop(send.request.request_id, None)  # behind a gap, no block is of use
+        reason = f"{blocks} blocks came from this engine's prefix cache without what is behind their window"
+        if send.prompt.handle:
+            log.warning("KV of %s is not handed over: %s", send.request.request_id, reason)
+        self._end(send, reason)
 
     def _end(self, send: _Send, reason: str) -> None:
         del self._sends[send.request.request_id]

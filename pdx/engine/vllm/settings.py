@@ -1,4 +1,4 @@
-"""pdx settings as an engine gets them, in kv_connector_extra_config: the keys of pdx.config and two of its own."""
+"""pdx settings as an engine gets them, in kv_connector_extra_config: the keys of pdx.config and three of its own."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class EngineSettings:
     engine_id: str
     url: str  # the engine's HTTP server, for the router; empty: not to be routed to
     data_parallel_rank: int | None  # behind that server
+    adapters: dict[str, str]  # paths of those that the engine is started with, by name
     reasoning_parser: str  # by its name; empty: none
     context_tokens: int
     sampling_defaults: dict[str, float]
@@ -37,8 +38,11 @@ def read(vllm_config: VllmConfig) -> EngineSettings:
     engine_id = extra.pop("engine_id", "")
     rank = compat.data_parallel_rank(vllm_config)
     url = extra.pop("url", "")
+    adapters = extra.pop("adapters", {})
     if not isinstance(engine_id, str) or not isinstance(url, str):
         raise ConfigError("kv_connector_extra_config: engine_id and url must be text")
+    if not isinstance(adapters, dict) or not all(isinstance(text, str) for pair in adapters.items() for text in pair):
+        raise ConfigError("kv_connector_extra_config: adapters must be names and their paths")
     if not engine_id:
         engine_id = transfer.engine_id
     elif rank is not None:  # one name for all ranks: each is an engine by itself, as vLLM's own names have it
@@ -53,6 +57,7 @@ def read(vllm_config: VllmConfig) -> EngineSettings:
         engine_id=engine_id,
         url=url,
         data_parallel_rank=rank,
+        adapters=adapters,
         reasoning_parser=parser,
         context_tokens=model.max_model_len,
         sampling_defaults={k: float(v) for k, v in model.get_diff_sampling_param().items()},

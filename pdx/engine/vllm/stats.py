@@ -17,6 +17,7 @@ COUNTERS = {
     "generation_mismatches": "Pages whose slot changed hands while it was read.",
     "checksum_mismatches": "Pages whose checksum did not match.",
     "digest_mismatches": "Pages whose blake3 digest did not match.",
+    "blocks_forgotten": "Blocks that could not be saved: some layers had forgotten them.",
     "messages_lost": "Messages to a daemon that was gone.",
 }
 

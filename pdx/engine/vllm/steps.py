@@ -12,10 +12,10 @@ from pdx.layout import Place
 
 @dataclass(frozen=True)
 class Save:
-    """Blocks of one handoff (or kept ones) that become whole in this step: (block index, engine block id, place)."""
+    """Blocks of one handoff (or kept ones) that become whole in this step: (block index, block ids by group, place)."""
 
     handoff_id: bytes
-    blocks: list[tuple[int, int, Place]]
+    blocks: list[tuple[int, tuple[int, ...], Place]]
     last: bool  # no page of this handoff is missing after this step
     pages: int  # of the whole handoff, for LetGo
     streamed: bool = True  # the daemon wants to know of every layer, to push it on at once
@@ -27,7 +27,7 @@ class Load:
 
     request_id: str
     places: list[Place]
-    block_ids: list[int]
+    tables: list[list[int]]  # engine block ids of these places, by KV group
     budget_s: float
 
 

@@ -48,6 +48,7 @@ class WorkerSide:
         self._mover = mover if mover is not None else HostMover(caches.pages, layout, shard=layout.shard_of_rank(rank))
         self._writes = rank < layout.shards
         self._layer_of = caches.layer_of
+        self._group_of = caches.group_of
         self._layout = layout
         self._clock = clock
         self._loading: dict[str, Loading] = {}
@@ -66,7 +67,7 @@ class WorkerSide:
         self._step = step
         self._saving = None
         if step.saves and self._mover.usable(step.incarnation):
-            self._saving = _saving(step, step.saves if self._writes else [])
+            self._saving = _saving(step, step.saves if self._writes else [], self._group_of)
         for load in step.loads:
             self._take_load(load, step.incarnation)
         for request_id in step.finishing:
@@ -128,9 +129,7 @@ class WorkerSide:
 
     def _take_load(self, load: Load, incarnation: int) -> None:
         try:
-            plan = LoadPlan(
-                load.places, load.block_ids, layers=self._layout.shard_layers, ahead=self._mover.copies_ahead
-            )
+            plan = LoadPlan(load.places, load.tables, group_of=self._group_of, ahead=self._mover.copies_ahead)
         except Refused as error:
             self._refuse_load(load, str(error))
             return
@@ -163,17 +162,18 @@ class WorkerSide:
         self._counts["loads_ok" if plan.complete else "loads_failed"] += 1
 
     def _refuse_load(self, load: Load, reason: str) -> None:
-        self._invalid.update(load.block_ids)
+        self._invalid.update(*load.tables)
         self._ended[load.request_id] = LoadResult(False, 0, time.monotonic_ns(), reason)
         self._counts["loads_failed"] += 1
 
 
-def _saving(step: Step, written: Sequence[Save]) -> Saving:
+def _saving(step: Step, written: Sequence[Save], group_of: Sequence[int]) -> Saving:
     """`written`: those of the step's saves whose pages this rank writes. It lets go of all."""
     return Saving(
         step.number,
         time.monotonic_ns(),
-        [block_id for save in written for _, block_id, _ in save.blocks],
+        list(zip(*(block_ids for save in written for _, block_ids, _ in save.blocks), strict=True)),
+        group_of,
         [place for save in written for _, _, place in save.blocks],
         list(_entries([save for save in written if save.streamed])),
         [save.handoff_id for save in step.saves],

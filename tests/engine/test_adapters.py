@@ -1,0 +1,143 @@
+"""LoRA adapters: named by their files, and by nothing where these are not what the engine was started with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: its adapters can't be asked for")
+pytestmark = pytest.mark.vllm
+
+from memory_connector import MemoryConnector  # noqa: E402
+from memory_daemon import MemoryDaemon  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm_engine import BLOCK_TOKENS, LAYERS, Engine, vllm_config, write_model  # noqa: E402
+
+from pdx.engine.vllm import settings  # noqa: E402
+from pdx.engine.vllm.adapters import NO_ADAPTER, Adapters  # noqa: E402
+from pdx.errors import ConfigError, Refused  # noqa: E402
+
+
+def write_adapter(folder: Path, weights: bytes = b"weights") -> str:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "README.md").write_text("read me")
+    return str(folder)
+
+
+def asked(name: str, path: str, *, inplace: bool = False) -> LoRARequest:
+    return LoRARequest(name, 1, path, load_inplace=inplace)
+
+
+def test_an_adapter_is_named_by_its_path_and_files(tmp_path: Path) -> None:
+    one, other = write_adapter(tmp_path / "one"), write_adapter(tmp_path / "other")
+    adapters = Adapters({"a": one, "b": one, "c": other})
+    assert adapters.salt(None) == NO_ADAPTER
+    assert adapters.digests["a"] == adapters.digests["b"] != adapters.digests["c"]
+    assert adapters.salt(asked("a", one)).hex() == adapters.digests["a"] == Adapters({"a": one}).digests["a"]
+    (tmp_path / "one" / "README.md").write_text("changed")
+    assert adapters.salt(asked("a", one))
+    for name, path, inplace in (("new", one, False), ("a", other, False), ("a", one, True)):
+        with pytest.raises(Refused, match="none that this engine was started with"):
+            adapters.salt(asked(name, path, inplace=inplace))
+
+
+@pytest.mark.parametrize("change", ["same length and times", "removed", "another file"])
+def test_an_adapter_that_changed_has_no_name(tmp_path: Path, change: str) -> None:
+    path = write_adapter(tmp_path / "one")
+    adapters = Adapters({"a": path})
+    file = tmp_path / "one" / "adapter_model.safetensors"
+    match change:
+        case "same length and times":
+            before = file.stat()
+            file.write_bytes(b"WEIGHTS")
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        case "removed":
+            shutil.rmtree(path)
+        case "another file":
+            (tmp_path / "one" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(Refused, match="have changed"):
+        adapters.salt(asked("a", path))
+    if change != "removed":
+        assert Adapters({"a": path}).digests != adapters.digests
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    for path in (str(tmp_path), str(tmp_path / "nowhere"), "hub/adapter"):
+        with pytest.raises(Refused, match=r"has no adapter_config\.json"):
+            Adapters({"a": path})
+    with pytest.raises(ConfigError, match="adapters must be"):
+        settings.read(vllm_config(write_model(tmp_path), adapters=["a"]))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def daemon() -> Iterator[None]:
+    MemoryConnector.daemon = None
+    yield
+    MemoryConnector.daemon = None
+
+
+def the_daemon() -> MemoryDaemon:
+    assert MemoryConnector.daemon is not None
+    return MemoryConnector.daemon
+
+
+@pytest.mark.parametrize("count", [20, 150])
+def test_a_handoff_with_an_adapter(model_dir: Path, tmp_path: Path, count: int) -> None:
+    """Of 20 tokens there is only the tail."""
+    path = write_adapter(tmp_path / "one")
+    prefill, decode = (Engine(model_dir, role, adapters={"a": path}) for role in ("kv_producer", "kv_consumer"))
+    tokens, adapter = list(range(count)), asked("a", path)
+    handle = the_daemon().handle()
+    prefill.add("p", tokens, {"do_remote_decode": True, "pdx_handle": handle}, adapter=adapter)
+    prefill.run()
+    loading = {"do_remote_prefill": True, "pdx_handle": handle}
+    plain = decode.add("plain", tokens, loading, max_tokens=2)
+    assert decode.step().total_num_scheduled_tokens > 0, "the model itself computes something else"
+    decode.run()
+    assert plain.is_finished()
+    decode.add("d", tokens, loading, max_tokens=2, adapter=adapter)
+    assert decode.step().total_num_scheduled_tokens == 0
+    decode.run()
+    loads = [m for m in the_daemon().let_go if m.side == "load"]
+    assert [(m.ok, m.pages) for m in loads] == [(True, -(-count // BLOCK_TOKENS) * LAYERS)]
+
+
+def test_blocks_are_kept_for_the_adapter_that_made_them(model_dir: Path, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "one")
+    before, tokens, adapter = Engine(model_dir, "kv_both", adapters={"a": path}), list(range(150)), asked("a", path)
+    before.add("warm", tokens, {}, max_tokens=3, adapter=adapter)
+    before.run()
+    assert len(the_daemon().kept) == 4
+    again = Engine(model_dir, "kv_both", adapters={"a": path})
+    again.add("again", tokens, {}, adapter=adapter)
+    assert again.step().total_num_scheduled_tokens == 0
+    again.run()
+    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"retrained")
+    for engine in (again, Engine(model_dir, "kv_both", adapters={"a": path})):
+        engine.scheduler.kv_cache_manager.reset_prefix_cache()
+        engine.add("retrained", tokens, {}, adapter=adapter)
+        assert engine.step().total_num_scheduled_tokens > 0, "what the old weights made is not found"
+        engine.run()
+    assert len(the_daemon().kept) == 8, "the new engine keeps, the old one does not know which weights it has"
+
+
+def test_an_adapter_that_changes_under_a_request_ends_what_is_saved_of_it(model_dir: Path, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "one")
+    engine = Engine(model_dir, "kv_producer", adapters={"a": path})
+    sending = {"do_remote_decode": True, "pdx_handle": the_daemon().handle()}
+    engine.add("p", list(range(150)), sending, adapter=asked("a", path))
+    engine.step()
+    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"retrained")
+    engine.run()
+    assert [(m.ok, m.reason) for m in the_daemon().let_go] == [(False, "its adapter's files have changed")]
