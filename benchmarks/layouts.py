@@ -46,7 +46,7 @@ class Kind:
         return self.layers * -(-tokens // self.block_tokens) - self.windowed_layers * behind
 
 
-# vLLM computes MLA prompts in one piece on CPUs, in blocks of 16 tokens. Its two MLA kernels for CPUs disagree: one plain
+# On CPUs vLLM computes MLA prompts in one piece, in blocks of 16 tokens. Its two kernels for them disagree: one plain
 # engine, asked for two tokens, gives another second one than if asked to go on behind the first. So an answer can be
 # compared only where the same kernel has made each of its tokens; the pages are compared everywhere.
 KINDS = {
