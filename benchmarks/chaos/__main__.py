@@ -2,9 +2,10 @@
 
 Two prefill and two decode engines on two hosts (network namespaces: needs root) answer 2,000 checked requests under
 200 faults: kill -9 and SIGSTOP of every part, cut links, clients that leave; each aimed at a phase of a request. Then
-everything is healed and must be quiet, whole and free. A second section offers a pair twice what it can do: goodput
-must stay. The seed fixes what is asked and what breaks, not the timing; --resume goes on after an interruption.
-On two cores the faults take some 40 minutes, the goodput 8, and --quick 8 in all.
+everything is healed and must be quiet, whole and free. A second section stops decode engines for longer than their
+lease while they read, once at daemons and workers that check nothing: the naive variant. A third offers a pair twice
+what it can do: goodput must stay. The seed fixes what is asked and what breaks, not the timing; --resume goes on after
+an interruption. On two cores the faults take some 40 minutes, the rest 12, and --quick 8 in all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from benchmarks.chaos import goodput
+from benchmarks.chaos import goodput, stopped
 from benchmarks.chaos.call import Call
 from benchmarks.chaos.faults import Injector
 from benchmarks.chaos.fleet import Fleet
@@ -44,7 +45,7 @@ RUN_S = 5400.0
 QUIET_S = 30.0  # budgets, leases and tombstones are over by then
 LAST_WISHES = 24
 SHARED_MEMORY_S = 20.0  # engines that end in order take a while to unlink what is theirs
-PARTS = ("faults", "goodput")
+PARTS = ("faults", "stopped", "goodput")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,11 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     report.figures["seed"] = state.seed
     try:
         model = options.model or build()
-        if options.only != "goodput":
+        if options.only in (None, "faults"):
             print(f"faults: seed {state.seed}; logs in {scratch}", flush=True)
             pool = known_questions(model, scratch / "plain", QUICK_QUESTIONS if options.quick else QUESTIONS)
             break_everything(model, scratch / "faults", ledger, report, pool, options)
-        if options.only != "faults":
+        if options.only == "stopped" or not (options.only or options.quick):
+            print("stopped: readers that come back after their lease, with and without quarantine", flush=True)
+            stopped.measure(model, scratch / "stopped", report, known_questions(model, scratch / "plain", QUESTIONS))
+        if options.only in (None, "goodput"):
             print("goodput: a pair is offered twice what it can do", flush=True)
             goodput.measure(model, scratch / "goodput", report, quick=options.quick)
     except KeyboardInterrupt:
@@ -88,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--faults", type=int, help=f"faults among them (default {FAULTS})")
     parser.add_argument("--seed", type=int, help="of what is asked and what breaks (default: a random one)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_REQUESTS} requests, {QUICK_FAULTS} faults")
-    parser.add_argument("--only", choices=PARTS, help="one section (default: both)")
+    parser.add_argument("--only", choices=PARTS, help='one section (default: all; --quick: no "stopped")')
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on where FILE says, and keep it up to date")
     parser.add_argument("--model", type=Path, help="model folder (default: the demo's)")
     parser.add_argument("--json", type=Path, help=f"where to write (default: a new file in {HISTORY.name}/)")

@@ -132,11 +132,13 @@ class Rig:
         host: str = "127.0.0.1",
         prefix: tuple[str, ...] = (),
         behind: str = "",
+        connector: str = "",
         **settings: str,
     ) -> Part:
         """Starts one; `wait_routable` waits for it. `settings` are for a daemon that it may have to start.
 
         `behind`: the URL that it announces instead of its own, of something that passes all on to it.
+        `connector`: another module with a PdxConnector, for naive variants.
         """
         spec = engines.EngineSpec(
             name=name,
@@ -156,7 +158,7 @@ class Rig:
                 *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *flags),
             ),
         )
-        command = _announcing(behind, engines.command(spec)) if behind else engines.command(spec)
+        command = _altered(engines.command(spec), url=behind, module=connector)
         surroundings = engines.environment(spec) | dict(environment or {})
         part = self._start(name, command, surroundings, cpus=str(cpu), prefix=prefix)
         part.url = spec.url
@@ -327,11 +329,14 @@ def get(url: str) -> int:
         connection.close()
 
 
-def _announcing(url: str, command: list[str]) -> list[str]:
-    """The engine's command, with another URL for the router in it."""
+def _altered(command: list[str], *, url: str, module: str) -> list[str]:
+    """The engine's command with another URL for the router, or another connector, where there is one."""
     index = command.index(engines.OUR_FLAG) + 1
     transfer = json.loads(command[index])
-    transfer["kv_connector_extra_config"]["url"] = url
+    if url:
+        transfer["kv_connector_extra_config"]["url"] = url
+    if module:
+        transfer["kv_connector_module_path"] = module
     return [*command[:index], json.dumps(transfer, separators=(",", ":")), *command[index + 1 :]]
 
 

@@ -1,0 +1,1 @@
+"""What a prefix that was computed before is worth: see `__main__`."""

@@ -1,0 +1,109 @@
+"""Questions about long documents: a working set three times the engine's cache, asked for again and again.
+
+Every document is read once, which is not measured. Then each question is a document and a few tokens of its own, at
+one or eight clients, with short and long answers. The ceiling is an engine whose own cache holds everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmarks.harness.measure import Timing, percentile, prompt_of, table
+from benchmarks.harness.report import Report
+from benchmarks.prefix.engines import CachingArm
+
+DOCUMENT_TOKENS, QUESTION_TOKENS = 3000, 32
+DOCUMENTS = 12  # 3,000 tokens are 66 MiB: three times the 256 MiB of the small cache
+CEILING_SHARE, PLAIN_FACTOR = 0.95, 15.0
+SMALL, UNLIMITED = "plain", "plain, unlimited cache"
+
+
+@dataclass(frozen=True)
+class Case:
+    clients: int
+    answer_tokens: int
+    questions: int
+
+    def __str__(self) -> str:
+        return f"{self.clients} clients, {self.answer_tokens} tokens"
+
+
+FULL = tuple(Case(clients, tokens, 24) for clients in (1, 8) for tokens in (1, 16, 64))
+QUICK = (Case(8, 16, 12),)
+PLAIN_CASE = (8, 16)  # the plain engine with its small cache computes everything: one case is enough
+
+
+@dataclass(frozen=True)
+class Outcome:
+    questions_per_s: float
+    p95_first_token_s: float
+
+
+def measure(arms: Sequence[CachingArm], cases: Sequence[Case], report: Report) -> None:
+    taken: dict[tuple[str, Case], Outcome] = {}
+    numbers = itertools.count()
+    for arm in arms:
+        report.progress(f"documents: {arm.name} reads")
+        with arm.active():
+            if arm.name != SMALL:
+                for document in range(DOCUMENTS):
+                    arm.ask(prompt_of(DOCUMENT_TOKENS, document), 1)
+            for case in cases:
+                if arm.name != SMALL or (case.clients, case.answer_tokens) == PLAIN_CASE:
+                    report.progress(f"documents: {arm.name}, {case}")
+                    taken[arm.name, case] = _ask(arm, case, numbers)
+    _judge(taken, cases, report)
+
+
+def _ask(arm: CachingArm, case: Case, numbers: Iterator[int]) -> Outcome:
+    """`case.clients` clients ask one question after the other, documents in turn."""
+    questions = iter([
+        prompt_of(DOCUMENT_TOKENS, number % DOCUMENTS) + prompt_of(QUESTION_TOKENS, next(numbers))
+        for number in range(case.questions)
+    ])  # fmt: skip
+    timings: list[Timing] = []
+    lock = threading.Lock()
+
+    def client() -> None:
+        while True:
+            with lock:
+                question = next(questions, None)
+            if question is None:
+                return
+            timings.append(arm.ask(question, case.answer_tokens))
+
+    threads = [threading.Thread(target=client) for _ in range(case.clients)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(timings) != case.questions:
+        raise RuntimeError(f"{arm.name}: {len(timings)} of {case.questions} questions were answered")
+    seconds = time.monotonic() - began
+    return Outcome(case.questions / seconds, percentile([timing.first_token_s for timing in timings], 95))
+
+
+def _judge(taken: dict[tuple[str, Case], Outcome], cases: Sequence[Case], report: Report) -> None:
+    for case in cases:
+        ours, ceiling = taken["pdx", case], taken[UNLIMITED, case]
+        share = ours.questions_per_s / ceiling.questions_per_s
+        report.bar(f"documents, {case}: throughput of an engine whose cache holds all", round(share, 3),
+                   f">= {CEILING_SHARE}", share >= CEILING_SHARE)  # fmt: skip
+        plain = taken.get((SMALL, case))
+        if plain is not None:
+            factor = ours.questions_per_s / plain.questions_per_s
+            report.bar(f"documents, {case}: over plain vLLM with the small cache", round(factor, 1),
+                       f">= {PLAIN_FACTOR}", factor >= PLAIN_FACTOR, unit="x")  # fmt: skip
+            later = ours.p95_first_token_s / plain.p95_first_token_s
+            report.bar(f"documents, {case}: p95 of the first token, of plain's", round(later, 3), "<= 1", later <= 1)
+    rows = [
+        [name, str(case), f"{outcome.questions_per_s:.3f}", f"{outcome.p95_first_token_s:.2f}"]
+        for (name, case), outcome in taken.items()
+    ]
+    report.figures["documents"] = rows
+    table("Questions about documents", ("arm", "case", "questions/s", "p95 first token s"), rows)
