@@ -38,9 +38,7 @@ class Host:
     tool: DaemonClient
 
     def ask(self, prompt: list[int], max_tokens: int = 8) -> Reply:
-        reply = self.rig.complete(
-            prompt, url=self.engine.url, max_tokens=max_tokens, deadline_s=DEADLINE_S, logprobs=5
-        )
+        reply = self.rig.complete(prompt, url=self.engine.url, max_tokens=max_tokens, deadline_s=DEADLINE_S, logprobs=5)
         assert reply.status == 200, reply.text
         return reply
 
