@@ -1,4 +1,4 @@
-// Pages of a KV cache <-> one slab, side by side, with an xxh3-64 digest of each: one kernel pair for every layout.
+// Pages of a KV cache <-> one slab, side by side, with an xxh3-64 digest of each: gather, scatter, or only look.
 //
 //   cache    per layer: block b is `page_bytes` bytes at base + b * stride_bytes (any stride: other layers, or the
 //            other half of a hybrid block, may lie between)
@@ -7,10 +7,10 @@
 //   ids      written for it, and its digest is 0. Gather may name a block twice, scatter may not.
 //   digests  page (l, i) at l * count + i: xxh3-64 with seed 0, exactly what engines on CPUs write into slot headers
 //
-// This file holds, in this order: constants, the reference (plain C++), the kernel, the launcher that checks what it is
-// given, and a self-test followed by timings. It is compiled three ways, always the same text:
+// This file holds, in this order: constants, the kernels, the reference (plain C++, which NVRTC does not see), the
+// launcher that checks what it is given, and a self-test followed by timings. It is compiled three ways, always the same text:
 //
-//   NVRTC     the kernels alone, at an engine's start (pdx/engine/device.py)
+//   NVRTC     the kernels alone, at an engine's start (pdx/engine/kernels.py)
 //   nvcc      nvcc -O3 -std=c++17 -arch=sm_90 -DPDX_SELF_TEST cuda/page_copy.cu -o page_copy && ./page_copy
 //   a host    g++ -O2 -std=c++17 -include cuda/on_host.h -x c++ cuda/page_copy.cu: threads are played one by one, so
 //   compiler  that tests without a GPU run the kernel's own statements (tests/cuda)
@@ -314,7 +314,8 @@ PDX_LOOK(pdx_look_digest, Mode::kLook)
 
 namespace reference {
 
-// Plain xxh3-64 of a long input, as its specification tells it: one accumulator after the other.
+// Plain xxh3-64 of a long input, as its specification tells it: one accumulator after the other. It shares nothing with
+// the kernels, the secret included, so that no slip can be in both.
 inline u64 word_at(const u8* at) {
     u64 word;
     std::memcpy(&word, at, 8);

@@ -96,7 +96,7 @@ def chosen(model: str, infos: Iterable[SpaceInfo], *, attached: bool = False) ->
     infos = [info for info in infos if info.attached or not attached]
     models = sorted({info.content.model for info in infos})
     if not models:
-        raise Refused("no engine is attached")
+        raise Refused("no engine is attached" if attached else "no engine has been attached")
     if not model and len(models) == 1:
         return infos
     if model not in models:
@@ -174,7 +174,7 @@ class BlockNames:
         return {"space": space, "tenant": tenant, "block_hashes": self._hashes[info.content]}
 
 
-def lookups(request: LookupRequest, infos: Iterable[SpaceInfo], names: BlockNames) -> list[Lookup]:
+def lookups(infos: Iterable[SpaceInfo], names: BlockNames) -> list[Lookup]:
     return [Lookup(**names.of(info)) for info in infos]
 
 

@@ -1,4 +1,4 @@
-"""The engine's own names of a prompt's blocks, from its tokens alone. Pure; knows no engine.
+"""vLLM's own names of a prompt's blocks, from its tokens alone. Pure; imports no engine. New vLLM: read it again.
 
 vLLM names a full block by digest(CBOR((name of the block before, its tokens, extra keys))), and the first block has the
 digest of a seed before it. Among the extra keys is the request's cache_salt, in the first block only: it goes into the

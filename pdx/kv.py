@@ -61,7 +61,7 @@ class LocalKv:
         admin.check_prompt(request)
         infos = admin.chosen(request.model, self._spaces(), attached=True)
         names = self._names(request, infos)
-        return self._steered(admin.lookups(request, infos, names), infos, names)
+        return self._steered(admin.lookups(infos, names), infos, names)
 
     def pin(self, request: PinRequest) -> Report:
         admin.check_prompt(request)

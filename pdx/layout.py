@@ -40,7 +40,9 @@ class PageLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not 1 <= self.shards <= SHARDS_MAX or self.layers % self.shards:
-            raise ValueError(f"{self.layers} layers can't be of {self.shards} shards, of which {SHARDS_MAX} fit")
+            raise ValueError(
+                f"there may be 1 to {SHARDS_MAX} shards, all of as many layers, not {self.shards} of {self.layers}"
+            )
         if not 1 <= self.layers <= 1024:
             raise ValueError(f"layers must be 1..1024, not {self.layers}")
         if not 1 <= self.page_bytes <= 1 << 30:

@@ -54,7 +54,7 @@ class Admin:
 
     async def _lookup(self, client: web.Request) -> web.StreamResponse:
         request = admin.parsed(await client.read(), LookupRequest)
-        return await self._of_prompt(request, lambda infos, names: admin.lookups(request, infos, names))
+        return await self._of_prompt(request, admin.lookups)
 
     async def _pin(self, client: web.Request) -> web.StreamResponse:
         request = admin.parsed(await client.read(), PinRequest)

@@ -1,7 +1,8 @@
 """The launcher of cuda/page_copy.cu: compiles it for the device at hand, keeps what it made, checks and enqueues.
 
 NVRTC compiles at the user's, through cuda.core: no compiler is needed there, only the extra `pdx-kv[cuda]`. What it
-made is kept under the user's cache directory, named by everything that it depends on. Nothing here touches CUDA before
+made is kept in the folder that it is given (the connector's: `kernels` in the run directory), named by everything that
+it depends on. Nothing here touches CUDA before
 a `Kernels` is made. `reference` does the same with torch alone, on any device: what the kernels are compared with.
 """
 
@@ -124,7 +125,8 @@ class Kernels:
         """Moves `count` pages of each of `layer_count` layers. Addresses are the device's: `layers` of a table of
         (base, stride) pairs of int64, `block_ids` of int32, `digests` of uint64, or 0 for none.
 
-        Whoever made the block list has checked it. `wide`: all page addresses are multiples of 16. Raises DeviceLost.
+        Whoever made the block list has checked it (`fault_of`). `wide`: all page addresses are multiples of 16. Raises
+        DeviceLost.
         """
         if count == 0:
             return

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pdx.errors import Refused
 from pdx.layout import CONTROL_BYTES, PageLayout, Place, blocks_for
 
-NO_BLOCK = 0  # vLLM's null block; real ones count from 1
+NO_BLOCK = 0  # what stands for no block in a table, as in vLLM; real ones count from 1
 
 
 class SendPlan:

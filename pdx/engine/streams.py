@@ -1,4 +1,4 @@
-"""What movement needs of a device: streams, events, staging memory, the two kernels, copies. A contract, no code.
+"""What movement needs of a device: streams, events, staging memory, three kernels, copies. A contract, no code.
 
 Work of one stream runs in its order; work of two streams in any order, unless `wait` puts one behind the other. What
 names a stream only enqueues and returns at once. Whatever such a call names (block list, staging, arena) must stay as
@@ -34,7 +34,7 @@ class BlockList(Protocol):
 
 
 class Staging(Protocol):
-    """Device memory for `pages_max` pages side by side, and for one digest each."""
+    """Device memory for `pages_max` pages side by side."""
 
     pages_max: int
 
@@ -76,7 +76,9 @@ class Device(Protocol):
     def synchronize(self, event: Event) -> None:
         """Blocks this thread, without the interpreter's lock, until `event` is reached. Raises DeviceLost."""
 
-    def block_list(self, stream: Stream, block_ids: Sequence[int]) -> BlockList: ...
+    def block_list(self, stream: Stream, block_ids: Sequence[int]) -> BlockList:
+        """Ids of blocks of the cache, for use in this stream. Those of one list that is scattered into are distinct:
+        the caller's duty. The caller keeps the list until what names it has been reached."""
 
     def gather(
         self, stream: Stream, layer: int, blocks: BlockList, first: int, count: int, staging: Staging

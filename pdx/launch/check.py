@@ -51,7 +51,7 @@ def look() -> Iterator[Finding]:
     yield _engine()
     yield _gpu()
     for item in ("lane nixl", "lane ucx"):
-        yield Finding(item, False, "not built yet; handoffs go over tcp", needed=False)
+        yield Finding(item, False, "pdxd does not choose this lane yet; handoffs go over tcp", needed=False)
 
 
 def _platform() -> Finding:

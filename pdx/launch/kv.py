@@ -29,7 +29,11 @@ EXAMPLES = """examples:
   pdx kv clear --tier disk --older-s 86400         files older than a day
   pdx kv clear --everything
   pdx kv stats --router http://127.0.0.1:8001      of all daemons that a router knows, by its admin port"""
-QUESTIONS = ("stats", "health", "check")
+QUESTIONS = {
+    "stats": "slots, index, pins, disk, handoffs and engines",
+    "health": "the daemon's addresses",
+    "check": "do slots, leases and index add up?",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     way.add_argument("--chat", metavar="FILE", help="messages as in /v1/chat/completions, as a JSON list; - is stdin")
     way.add_argument("--tokens", metavar="IDS", help="token ids, with commas between; - is stdin")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for question in QUESTIONS:
-        verbs.add_parser(question, parents=[everywhere])
+    for question, text in QUESTIONS.items():
+        verbs.add_parser(question, parents=[everywhere], help=text)
     verbs.add_parser("lookup", parents=[everywhere, prompt], help="what a request would get that came now")
     pin = verbs.add_parser("pin", parents=[everywhere, prompt], help="keep what there is of a prompt")
     pin.add_argument("name")

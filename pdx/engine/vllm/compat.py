@@ -1,4 +1,5 @@
-"""Every private import of vLLM and every branch on its version. A new vLLM means reading, then changing, this file.
+"""Every private import of vLLM and every branch on its version. A new vLLM means reading, then changing, this file
+(and `pdx.chain`, which repeats its block hashes).
 
 Everything is imported inside the function that needs it: loading this module costs nothing.
 """
