@@ -8,7 +8,8 @@
 //   digests  page (l, i) at l * count + i: xxh3-64 with seed 0, exactly what engines on CPUs write into slot headers
 //
 // This file holds, in this order: constants, the kernels, the reference (plain C++, which NVRTC does not see), the
-// launcher that checks what it is given, and a self-test followed by timings. It is compiled three ways, always the same text:
+// launcher that checks what it is given, and a self-test followed by timings. It is compiled in three ways, always the
+// same text:
 //
 //   NVRTC     the kernels alone, at an engine's start (pdx/engine/kernels.py)
 //   nvcc      nvcc -O3 -std=c++17 -arch=sm_90 -DPDX_SELF_TEST cuda/page_copy.cu -o page_copy && ./page_copy

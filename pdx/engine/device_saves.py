@@ -5,7 +5,7 @@ Theory of operation. Three streams: the engine's, one that gathers, one that cop
 gathered and, behind that, copied out; a buffer is gathered into again only behind the copy that empties it. At the end
 of the step the engine's stream is put behind the step's last gather, so the blocks may change at once; from staging to
 the arena the lots go on by themselves. The host waits for none of this, but where LOTS_MAX lots are under way already:
-once, for at most STALL_S, and then the step's pages are given up. `Completions` writes headers and speaks, lot by lot in
+once, for at most STALL_S; then the step's pages are given up. `Completions` writes headers and speaks, lot by lot in
 the order in which they began.
 """
 
