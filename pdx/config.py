@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import ipaddress
 import os
 import re
 import secrets
@@ -179,7 +180,11 @@ def cluster_key(config: Config) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    """Of an address, or the one name that always is. (127.0.0.1.example.com is somebody else's.)"""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _local_key_file(run_dir: Path) -> Path:

@@ -36,6 +36,10 @@ class DaemonGone(PdxError):
     """pdxd does not answer or has died. Unmap, serve without a cache, attach again with backoff."""
 
 
+class DeviceShort(PdxError):
+    """The accelerator has no memory for what a copy needs besides its pages. This copy fails, later ones may not."""
+
+
 class DeviceLost(PdxError):
     """The accelerator reported an error that no later call survives. The engine is lost too; nothing copied counts."""
 

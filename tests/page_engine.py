@@ -36,7 +36,7 @@ class PageEngine(TorchEngine):
     def __init__(self, *, blocks: int = 1024, tokens_a_step: int = 24) -> None:
         super().__init__(Model(), blocks=blocks, tokens_a_step=tokens_a_step)
         self.wrong: list[str] = []
-        self._rows = self.caches.numpy()
+        self._rows = self.caches[0].numpy()
 
     def prune(self) -> list[Request]:
         """Takes out the requests that need nothing more."""
@@ -53,8 +53,8 @@ class PageEngine(TorchEngine):
                 self._write_rows(layer, self.requests[name], count, names[name])
             for name, count in counts.items():
                 self._check_rows(layer, self.requests[name], count, names[name])
-            if self.worker:
-                self.worker.save_layer(f"layer.{layer}")
+            for worker in self.workers:
+                worker.save_layer(f"layer.{layer}")
         return {name: np.arange(VOCABULARY) == names[name][-1] % VOCABULARY for name in counts}
 
     def _write_rows(self, layer: int, request: Request, count: int, names: np.ndarray) -> None:

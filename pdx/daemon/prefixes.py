@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, LeaseState, Owner
 from pdx.daemon.holds import Hold, Holds
 from pdx.daemon.ports import Desk, namespace_for
@@ -130,8 +131,18 @@ class Prefixes:
         claim = hold.claim
         if claim is None:
             return
-        if message.ok and hold.lease.state is LeaseState.LIVE:
+        if message.ok and hold.lease.state is LeaseState.LIVE and self._whole(claim):
             self._desk.store.commit(claim)
             self._desk.ports.counters["blocks_kept"] += len(claim.fresh)
         else:
             self._desk.store.abandon(claim)
+
+    def _whole(self, claim: Claim) -> bool:
+        """Whether every page of it is filled. Who waited for one that never comes would wait for all of its time."""
+        arena = self._desk.store.arena
+        return all(
+            arena.watermark(claim.places[block].header_offset, shard) == slot.layout.shard_layers
+            for slot in claim.fresh_slots[:1]  # they are of one layout
+            for block in claim.fresh
+            for shard in range(slot.layout.shards)
+        )

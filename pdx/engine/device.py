@@ -16,7 +16,7 @@ import torch
 
 from pdx.engine.kernels import Kernels, Mode, fault_of
 from pdx.engine.streams import Copy
-from pdx.errors import DeviceLost, Refused
+from pdx.errors import DeviceLost, DeviceShort, Refused
 
 LAYER_BYTES = 16  # of the kernels' table: base and stride
 
@@ -84,12 +84,15 @@ class CudaDevice:
     # --- memory -----------------------------------------------------------------------------------------------
 
     def pin(self, memory: memoryview) -> CudaPinned:
+        from cuda.bindings import driver
+
         tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        # By the driver: the runtime would keep a failure, and give it to the engine's next check of its own kernels.
         with self._current():
-            status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+            (status,) = driver.cuMemHostRegister(tensor.data_ptr(), tensor.nbytes, driver.CU_MEMHOSTREGISTER_PORTABLE)
         if int(status) != 0:
             raise Refused(
-                f"{tensor.nbytes >> 20} MiB of arena can't be pinned ({status}): raise the limit of locked memory "
+                f"{tensor.nbytes >> 20} MiB of arena can't be pinned ({status!r}): raise the limit of locked memory "
                 "(ulimit -l) or make the arena smaller"
             )
         return CudaPinned(tensor)
@@ -99,10 +102,10 @@ class CudaDevice:
         return CudaPinned(memory)
 
     def unpin(self, pinned: CudaPinned) -> None:
+        from cuda.bindings import driver
+
         with self._current():
-            status = torch.cuda.cudart().cudaHostUnregister(pinned.memory.data_ptr())
-        if int(status) != 0:
-            raise DeviceLost(f"the arena could not be unpinned: {status}")
+            check(driver.cuMemHostUnregister(pinned.memory.data_ptr()), "unpinning the arena")
 
     def new_staging(self, pages_max: int) -> CudaStaging:
         with self._current(), lost():
@@ -144,7 +147,7 @@ class CudaDevice:
             return bool(event.query())
 
     def synchronize(self, event: torch.cuda.Event) -> None:
-        with lost():
+        with self._current(), lost():
             event.synchronize()
 
     # --- kernels ----------------------------------------------------------------------------------------------
@@ -252,7 +255,8 @@ class CudaDevice:
         tos = [driver.CUdeviceptr(to) for to, _, _ in copies]
         starts = [driver.CUdeviceptr(start) for _, start, _ in copies]
         lengths = [length for _, _, length in copies]
-        result = driver.cuMemcpyBatchAsync(tos, starts, lengths, len(copies), [attributes], [0], 1, handle)
+        with lost():  # the bindings raise where the driver is older than the call (12.8)
+            result = driver.cuMemcpyBatchAsync(tos, starts, lengths, len(copies), [attributes], [0], 1, handle)
         check(result, "a batch of copies")
 
     def page(self, layer: int, block_id: int) -> bytes:
@@ -273,8 +277,10 @@ def check(result: tuple[Any, ...], what: str) -> None:
 
 @contextmanager
 def lost() -> Iterator[None]:
-    """torch reports what the device has met as RuntimeError."""
+    """torch reports what the device has met as RuntimeError, of which being out of memory is one kind."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceShort(str(error).splitlines()[0]) from error
     except RuntimeError as error:
         raise DeviceLost(str(error).splitlines()[0]) from error

@@ -22,6 +22,7 @@ from pdx.engine.session import Session
 from pdx.engine.staging_ring import StagingRing
 from pdx.engine.streams import BlockList, Device, Digests, Event, Stream
 from pdx.engine.tally import Tally
+from pdx.errors import DeviceShort
 from pdx.layout import PageLayout, Place
 
 # Under way at once: a step of 30 ms lets a bus of 50 GB/s run dry below 1.5 GB, but a load that is dropped in the
@@ -99,6 +100,8 @@ class DeviceLoads:
                 return False
             self._batches_left -= 1
             self._begin(loading, session, step, layer, positions)
+            if loading.reason:
+                return False
         return not loading.in_flight
 
     def settled(self, loading: Loading) -> bool:
@@ -120,10 +123,14 @@ class DeviceLoads:
     def _begin(self, loading: Loading, session: Session, step: int, layer: int, positions: list[int]) -> None:
         device, arena, plan = self._device, session.arena, loading.plan
         assert arena is not None
-        session.fence.hold(step)
         slot_layer = self._layout.slot_layer(self._shard, layer)
         copies = [run.copy(self._layout, slot_layer) for run in runs([plan.places[n] for n in positions])]
-        blocks = device.block_list(self._scattering, plan.block_ids(layer, positions))
+        try:
+            blocks = device.block_list(self._scattering, plan.block_ids(layer, positions))
+        except DeviceShort as error:
+            loading.reason = str(error)
+            return
+        session.fence.hold(step)
         if self._ring is None:
             device.copy_straight(self._scattering, arena, layer, blocks, copies)
             digests = device.look(self._scattering, layer, blocks, 0, len(positions))

@@ -11,6 +11,7 @@ the order in which they began.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +29,10 @@ from pdx.engine.session import Session
 from pdx.engine.staging_ring import StagingRing
 from pdx.engine.streams import BlockList, Device, Digests, Event, Stream
 from pdx.engine.tally import Tally
+from pdx.errors import DeviceShort
 from pdx.layout import PageLayout
+
+log = logging.getLogger("pdx.engine")
 
 LOTS_MAX = 4096  # under way; more is no speed, only memory for their digests
 STALL_S = 10.0  # a device on which no lot ends for so long, with that many under way, gets none of this step's pages
@@ -114,10 +118,14 @@ class DeviceSaves:
     # --- in the thread that runs the model --------------------------------------------------------------------
 
     def _open(self, saving: Saving, session: Session) -> _Step:
-        tables = saving.tables if saving.places else ()
-        blocks = [self._device.block_list(self._gathering, block_ids) for block_ids in tables]
-        self._step = _Step(saving, session, self._cut(saving), blocks, set())
-        return self._step
+        step = self._step = _Step(saving, session, self._cut(saving), [], set())
+        try:
+            for block_ids in saving.tables if saving.places else ():
+                step.blocks.append(self._device.block_list(self._gathering, block_ids))
+        except DeviceShort as error:
+            log.warning("the pages of step %d are not saved: %s", saving.step, error)
+            step.failed = True
+        return step
 
     def _cut(self, saving: Saving) -> list[_Lot]:
         lots = []

@@ -60,6 +60,8 @@ class Session:
             try:
                 device.unpin(self.arena)
             except DeviceLost as error:
+                # Copies may be under way: as long as this voice is open the daemon gives these slots to nobody.
                 log.error("the arena stays pinned: %s", error)
+                return
             self.arena = None
         self._voice.close()

@@ -35,6 +35,9 @@ def look_up(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE) -> l
 def keep(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE) -> SendOpened | SendEnded:
     host.mover.keep(engine("P"), Keep(request_id="r", handoff_id=called, block_hashes=hashes), host.now)
     answer: SendOpened | SendEnded = heard(host)
+    if isinstance(answer, SendOpened):  # and the engine fills them
+        for place in filter(None, answer.places):
+            host.store.arena.set_watermark(place.header_offset, PAGES.layers)
     return answer
 
 
@@ -61,6 +64,17 @@ def test_what_was_kept_is_found_from_its_beginning_on(host: Host) -> None:
     let_go(host, side="load")
     assert leases(host) == 0
     assert host.counters["lookup_hit_blocks"] == 6
+
+
+def test_blocks_with_a_page_missing_are_not_kept(host: Host) -> None:
+    """Whatever the engine says: who found them would wait for a page that never comes."""
+    opened = keep(host)
+    assert isinstance(opened, SendOpened) and opened.places[1] is not None
+    host.store.arena.set_watermark(opened.places[1].header_offset, PAGES.layers - 1)
+    let_go(host)
+    assert look_up(host) == []
+    assert leases(host) == 0
+    assert "blocks_kept" not in host.counters
 
 
 def test_only_what_is_new_is_to_be_saved(host: Host) -> None:

@@ -10,9 +10,8 @@ import pytest
 from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, fleet_in, prompt_of, until
 
 from pdx.client import DaemonClient
-from pdx.daemon.ports import space_of
-from pdx.daemon.sessions import Engine
 from pdx.errors import Refused
+from pdx.keys import space_of
 from pdx.wire import Attach, LetGo, SendEnded, SendOpened
 
 BLOCKS = 5
@@ -160,7 +159,7 @@ def test_unequal_numbers_of_ranks_never_pair_and_the_reason_says_so(fleet: Fleet
 def test_blocks_of_engines_with_more_and_fewer_ranks_never_meet_under_one_key(fleet: Fleet) -> None:
     daemon = fleet.daemon()
     engines = [fleet.engine(daemon, f"E{ranks}", ranks=ranks) for ranks in (1, 2)]
-    assert len({space_of(Engine(engine.info)) for engine in engines}) == 2
+    assert len({space_of(engine.info.content, engine.info.layout) for engine in engines}) == 2
     one = fleet.handle(engines[0], engines[0])
     engines[0].prefill(PROMPT, one)
     assert engines[0].load(PROMPT, one) == BLOCKS

@@ -47,7 +47,7 @@ def test_an_adapter_is_named_by_its_path_and_files(tmp_path: Path) -> None:
             adapters.salt(asked(name, path, inplace=inplace))
 
 
-@pytest.mark.parametrize("change", ["same length and times", "removed", "another file"])
+@pytest.mark.parametrize("change", ["same length and times", "removed", "dangling", "another file"])
 def test_an_adapter_that_changed_has_no_name(tmp_path: Path, change: str) -> None:
     path = write_adapter(tmp_path / "one")
     adapters = Adapters({"a": path})
@@ -59,11 +59,14 @@ def test_an_adapter_that_changed_has_no_name(tmp_path: Path, change: str) -> Non
             os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
         case "removed":
             shutil.rmtree(path)
+        case "dangling":
+            file.unlink()
+            file.symlink_to(tmp_path / "nowhere")
         case "another file":
             (tmp_path / "one" / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(Refused, match="have changed"):
         adapters.salt(asked("a", path))
-    if change != "removed":
+    if change not in ("removed", "dangling"):
         assert Adapters({"a": path}).digests != adapters.digests
 
 

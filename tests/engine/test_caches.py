@@ -259,6 +259,9 @@ def test_engines_that_can_not_be_carried_are_refused(model_dir: Path) -> None:
     config.parallel_config = ParallelConfig(pipeline_parallel_size=2, distributed_executor_backend="mp")
     with pytest.raises(Refused, match="pipeline parallelism"):
         caches.describe(config, kv_cache_config(), chunk_tokens=256)
+    config.parallel_config = ParallelConfig(ubatch_size=2)
+    with pytest.raises(Refused, match="microbatches"):
+        caches.describe(config, kv_cache_config(), chunk_tokens=256)
     config.parallel_config = ParallelConfig(tensor_parallel_size=16, distributed_executor_backend="mp")
     with pytest.raises(Refused, match="tensor parallelism of 16"):
         caches.describe(config, kv_cache_config(), chunk_tokens=256)

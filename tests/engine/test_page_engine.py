@@ -26,7 +26,7 @@ def test_one_wrong_byte_is_found(position: int) -> None:
     request = engine.add(Request("r", list(range(23))))
     engine.step()
     block = request.block_ids[position // 4]
-    engine.caches[1, block, position % 4, 1, 15] += 1
+    engine.caches[0, 1, block, position % 4, 1, 15] += 1
     engine.step()
     assert engine.wrong == [f"r: layer 1, 1 of 20 rows, first {position}"]
 

@@ -238,10 +238,10 @@ def test_live_handoffs_are_renewed_once_a_second_and_idleness_is_told(
 # --- worker -----------------------------------------------------------------------------------------------------
 
 
-def worker_of(daemon: MemoryDaemon, layout: PageLayout, clock: Clock, *, blocks: int = 9) -> WorkerSide:
+def worker_of(daemon: MemoryDaemon, layout: PageLayout, clock: Clock, *, blocks: int = 9, rank: int = 0) -> WorkerSide:
     pages = tuple(np.full((blocks, layout.page_bytes), n + 1, dtype=np.uint8) for n in range(layout.layers))
     caches = Caches(pages, {f"layer.{n}": n for n in range(layout.layers)}, (0,) * layout.layers)
-    return WorkerSide(Link(MemoryAttachment(daemon)), caches, layout, clock=clock)  # type: ignore[arg-type]
+    return WorkerSide(Link(MemoryAttachment(daemon)), caches, layout, rank=rank, clock=clock)  # type: ignore[arg-type]
 
 
 def opened(daemon: MemoryDaemon, blocks: int) -> list[Place]:
@@ -323,6 +323,32 @@ def test_layers_without_a_hook_are_swept_and_hooks_may_fire_twice(daemon: Memory
     assert [m.layer for m in daemon.received if isinstance(m, Filled)] == [1, 0, 2]
     assert isinstance(daemon.received[-1], LetGo)
     assert daemon.received[-1].fence == daemon.fence(daemon.clients[-1]) == 1
+
+
+def test_what_a_step_could_not_save_is_not_called_whole(daemon: MemoryDaemon, clock: Clock) -> None:
+    """A worker that has no arena in time saves nothing, and what comes later does not make up for it."""
+    places = opened(daemon, 2)
+    worker = worker_of(daemon, LAYOUT, clock)
+    first = Save(HANDOFF, [(0, (2,), places[0])], last=False, pages=6)
+    worker.begin(Step(1, daemon.ref.incarnation + 1, 4, saves=[first]))
+    worker.end()
+    worker.begin(Step(2, daemon.ref.incarnation, 4, saves=[Save(HANDOFF, [(1, (3,), places[1])], last=True, pages=6)]))
+    worker.end()
+    (last,) = (message for message in daemon.received if isinstance(message, LetGo))
+    assert (last.ok, last.fence) == (False, 2)
+    assert "could be saved" in last.reason
+
+
+def test_a_rank_that_writes_nothing_lets_go_all_the_same(clock: Clock) -> None:
+    """Latents are the same on all ranks: the first one saves them for all."""
+    daemon = MemoryDaemon(LAYOUT, blocks=4)
+    places = opened(daemon, 1)
+    worker = worker_of(daemon, LAYOUT, clock, rank=1)
+    worker.begin(Step(1, daemon.ref.incarnation, 4, saves=[Save(HANDOFF, [(0, (2,), places[0])], last=True, pages=3)]))
+    worker.save_layer("layer.0")
+    worker.end()
+    assert daemon.arena.watermark(places[0].header_offset) == 0
+    assert [type(message) for message in daemon.received[1:]] == [LetGo]
 
 
 def test_a_load_for_another_incarnation_fails_untouched(daemon: MemoryDaemon, clock: Clock) -> None:

@@ -201,6 +201,7 @@ class FakeDaemon:
     def __init__(self, ref: DaemonRef, engines: list[FakeEngine], *, key: bytes = KEY) -> None:
         self.ref = ref
         self.engines = engines
+        self.left = False
         self.loads: list[EngineLoad] = []
         self.heard: list[object] = []
         self._key = key
@@ -230,8 +231,9 @@ class FakeDaemon:
             context.term()
 
     async def announce(self, *, leaving: bool = False) -> None:
+        self.left |= leaving  # and does not come back
         engines = [engine.info for engine in self.engines]
-        message = Announce(daemon=self.ref, engines=engines, loads=self.loads, leaving=leaving)
+        message = Announce(daemon=self.ref, engines=engines, loads=self.loads, leaving=self.left)
         await self.socket.send(encode(message))
 
     async def _announce(self, socket: zmq.asyncio.Socket, every_s: float) -> None:

@@ -54,12 +54,23 @@ class Adapters:
         adapter = self._adapters.get(asked.lora_name)
         if adapter is None or adapter.path != asked.lora_path or asked.load_inplace:
             raise Refused(f"adapter {asked.lora_name!r} is none that this engine was started with")
-        if _stamp(adapter.path) != adapter.stamp:
+        try:
+            changed = _stamp(adapter.path) != adapter.stamp
+        except OSError:  # gone, or not to be read any more
+            changed = True
+        if changed:
             raise Refused(f"the files of adapter {asked.lora_name!r} have changed: restart the engine")
         return adapter.salt
 
 
 def _read(name: str, path: str) -> _Adapter:
+    try:
+        return _read_files(name, path)
+    except OSError as error:
+        raise Refused(f"adapter {name!r} can't be read: {error}") from error
+
+
+def _read_files(name: str, path: str) -> _Adapter:
     before = _stamp(path)
     if CONFIG_NAME not in [file for file, *_ in before]:
         raise Refused(f"adapter {name!r}: {path} has no {CONFIG_NAME}")

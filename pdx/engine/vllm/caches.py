@@ -183,6 +183,9 @@ def _check_engine(vllm_config: VllmConfig) -> None:
     ):
         if size > 1:
             raise Refused(f"{what} parallelism of {size} is not supported yet: run one engine per rank")
+    if parallel.use_ubatching:
+        # Each layer's hook would come once for every microbatch, and the first before the others are computed.
+        raise Refused("microbatches (--enable-dbo, --ubatch-size) are not supported: unset them")
     if vllm_config.speculative_config is not None:
         raise Refused("speculative decoding is not supported yet: unset --speculative-config")
     cache_dtype = vllm_config.cache_config.cache_dtype

@@ -57,6 +57,7 @@ class WorkerSide:
         self._counts: Counter[str] = Counter()
         self._step: Step | None = None
         self._saving: Saving | None = None
+        self._gaps: set[bytes] = set()  # handoffs with pages that were not saved: this rank had no arena in time
         self._began_at = 0.0
 
     # --- one step ---------------------------------------------------------------------------------------------
@@ -67,7 +68,10 @@ class WorkerSide:
         self._step = step
         self._saving = None
         if step.saves and self._mover.usable(step.incarnation):
-            self._saving = _saving(step, step.saves if self._writes else [], self._group_of)
+            self._saving = _saving(step, step.saves if self._writes else [], self._group_of, self._gaps)
+            self._gaps.difference_update(save.handoff_id for save in step.saves if save.last)
+        else:
+            self._gaps.update(save.handoff_id for save in step.saves)
         for load in step.loads:
             self._take_load(load, step.incarnation)
         for request_id in step.finishing:
@@ -167,22 +171,28 @@ class WorkerSide:
         self._counts["loads_failed"] += 1
 
 
-def _saving(step: Step, written: Sequence[Save], group_of: Sequence[int]) -> Saving:
-    """`written`: those of the step's saves whose pages this rank writes. It lets go of all."""
+def _saving(step: Step, written: Sequence[Save], group_of: Sequence[int], gaps: set[bytes]) -> Saving:
+    """`written`: those of the step's saves whose pages this rank writes. It lets go of all.
+
+    `gaps`: handoffs with pages that an earlier step should have saved.
+    """
     return Saving(
         step.number,
         time.monotonic_ns(),
-        list(zip(*(block_ids for save in written for _, block_ids, _ in save.blocks), strict=True)),
+        # A rank that writes nothing has no block in any group.
+        list(zip(*(block_ids for save in written for _, block_ids, _ in save.blocks), strict=True))
+        or [()] * (max(group_of) + 1),
         group_of,
         [place for save in written for _, _, place in save.blocks],
         list(_entries([save for save in written if save.streamed])),
         [save.handoff_id for save in step.saves],
-        [
-            LetGo(handoff_id=save.handoff_id, side="send", fence=step.number, ok=True, pages=save.pages)
-            for save in step.saves
-            if save.last
-        ],
+        [_let_go(save, step.number, whole=save.handoff_id not in gaps) for save in step.saves if save.last],
     )
+
+
+def _let_go(save: Save, step: int, *, whole: bool) -> LetGo:
+    reason = "" if whole else "not all of its pages could be saved"
+    return LetGo(handoff_id=save.handoff_id, side="send", fence=step, ok=whole, pages=save.pages, reason=reason)
 
 
 def _entries(saves: Sequence[Save]) -> Iterator[list[FilledEntry]]:
