@@ -23,6 +23,7 @@ lint: setup  ## Style, types and layers
 	@PYTHONPATH=. .venv/bin/lint-imports
 
 prove: setup  ## Measure every claim on this machine (2.5 hours; ARGS=--quick, ARGS=handoff)
+	@$(PYTHON_IN_VENV) -m pytest -m prove
 	@$(PYTHON_IN_VENV) -m benchmarks.prove $(ARGS)
 
 soak: setup  ## Run a pair under load and faults for a while (ARGS=--help)

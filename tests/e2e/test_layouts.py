@@ -20,7 +20,7 @@ from benchmarks.harness.rig import START_S, Part, Reply, Rig, post, rig_in, stat
 from pdx.client import DaemonClient
 from pdx.launch import processes
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.prove, pytest.mark.timeout(1200)]
 
 LAYERS, WINDOWED_LAYERS, BLOCK_TOKENS = 6, 4, 128
 FLAGS = (*tiny.FLAGS, "--max-num-batched-tokens", "512", "--enable-lora")

@@ -17,7 +17,19 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks.harness.rig import START_S, Part, Reply, Rig, counter, post_stream, rig_in, stats, unleased, wait_until
+from benchmarks.harness.rig import (
+    PATIENT,
+    START_S,
+    Part,
+    Reply,
+    Rig,
+    counter,
+    post_stream,
+    rig_in,
+    stats,
+    unleased,
+    wait_until,
+)
 from pdx.client import DaemonClient
 from pdx.launch import processes
 
@@ -27,8 +39,6 @@ LAYERS, BLOCK_TOKENS, CHUNK_TOKENS = 30, 128, 256
 # Bounds of hangs, no claims of speed: on a machine whose cores others had taken, one step has needed 20 s. With these
 # no handoff ends because it is slow, so that a request which did not come through the pair shows a defect.
 DEADLINE_S = 500.0
-BUDGETS = ("--prefill-timeout-secs", *(f"--handoff-{name}-s" for name in ("grant", "slab", "total", "claim")))
-PATIENT = tuple(word for flag in BUDGETS for word in (flag, str(DEADLINE_S)))
 QUESTIONS = (
     "The capital of France is", "The largest planet of the solar system is", "Water is made of hydrogen and",
     "The opposite of hot is",

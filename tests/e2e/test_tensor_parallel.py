@@ -10,12 +10,12 @@ import pytest
 
 from benchmarks import tiny
 from benchmarks.harness.measure import prompt_of
-from benchmarks.harness.rig import START_S, Part, Rig, post, rig_in, stats, unleased
+from benchmarks.harness.rig import PATIENT, START_S, Part, Rig, post, rig_in, stats, unleased
 from pdx.client import DaemonClient
 from pdx.launch import processes
 
 # The first test waits for the engines' start: eight processes on two cores.
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.prove, pytest.mark.timeout(1200)]
 
 RANKS = 2
 LAYERS, BLOCK_TOKENS, CHUNK_TOKENS = 4, 128, 256
@@ -43,7 +43,7 @@ class System:
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     model = tiny.write("plain", tmp_path_factory.mktemp("model"))
     with rig_in(model, tmp_path_factory.mktemp("rig")) as rig:
-        rig.start_router()
+        rig.start_router(*PATIENT)
         for name in "ab":
             rig.start_daemon(name, arena="64MiB", digest_mode="true", poison="true", linger_s=str(START_S))
         prefill = rig.start_engine("P0", "prefill", "a", cpu="0-1", flags=FLAGS, offload="off")
