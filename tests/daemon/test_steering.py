@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 from one_host import HASHES, PAGES, Host, engine
@@ -19,13 +18,6 @@ from pdx.wire import LoadEnded, SendOpened
 INFO = engine("P").info
 SPACE = space_of(INFO.content, INFO.layout)
 ALICE = tenant_of("alice")
-
-
-@pytest.fixture
-def tier() -> Iterator[MemoryTier]:
-    tier = MemoryTier(cap_bytes=1 << 20)
-    yield tier
-    tier.close(drain_s=0.0)
 
 
 @pytest.fixture

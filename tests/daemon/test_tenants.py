@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from one_host import HASHES, Host, engine
 from test_tiering import crowd_out, fill
@@ -14,13 +12,6 @@ from pdx.wire import Keep, LetGo, LoadOpened, LookUp, SendOpened
 
 ALICE, BOB = tenant_of("alice"), tenant_of("bob")
 LOAD = b"l" * 16
-
-
-@pytest.fixture
-def tier() -> Iterator[MemoryTier]:
-    tier = MemoryTier(cap_bytes=1 << 20)
-    yield tier
-    tier.close(drain_s=0.0)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,15 +15,7 @@ from pdx.tiers.memory import MemoryTier
 from pdx.tiers.tier import Event, StateChanged
 from pdx.wire import LoadEnded, SendOpened
 
-CAP = 1 << 20
 THIRD = b"t" * 16
-
-
-@pytest.fixture
-def tier() -> Iterator[MemoryTier]:
-    tier = MemoryTier(cap_bytes=CAP)
-    yield tier
-    tier.close(drain_s=0.0)
 
 
 @pytest.fixture
@@ -160,7 +152,7 @@ def test_nobody_waits_so_nothing_is_read(tier: MemoryTier) -> None:
             return None
 
     keep_filled(Host(tier=tier))
-    busy = Busy(cap_bytes=CAP)
+    busy = Busy(cap_bytes=1 << 20)
     busy.contains = tier.contains  # type: ignore[method-assign]
     host = Host(tier=busy)
     assert len(look_up(host)) == 3
@@ -180,7 +172,7 @@ def test_a_disk_that_goes_off_is_told_once_and_asked_no_more(tier: MemoryTier) -
             return said
 
     keep_filled(Host(tier=tier))
-    hanging = Hanging(cap_bytes=CAP)
+    hanging = Hanging(cap_bytes=1 << 20)
     hanging.contains = tier.contains  # type: ignore[method-assign]
     host = Host(tier=hanging)
     look_up(host)

@@ -1,8 +1,28 @@
-"""Lets these tests import the torch engine, which other folders use too."""
+"""Lets these tests import the torch engine, which other folders use too; what vLLM's own scheduler is tested with."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vllm_engine import write_model  # needs vLLM, which these tests may lack
+
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def fresh_daemon() -> Iterator[None]:
+    """The first engine of the test makes it: see `memory_connector.the_daemon`."""
+    from memory_connector import MemoryConnector
+
+    MemoryConnector.daemon = None
+    yield
+    MemoryConnector.daemon = None

@@ -19,3 +19,9 @@ class MemoryConnector(PdxConnector):
         link = Link(MemoryAttachment(MemoryConnector.daemon))  # type: ignore[arg-type]
         link.client()
         return link
+
+
+def the_daemon() -> MemoryDaemon:
+    """The one that the engines of this test share."""
+    assert MemoryConnector.daemon is not None
+    return MemoryConnector.daemon

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: its adapters can't be asked for")
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("fresh_daemon")]
 
-from memory_connector import MemoryConnector  # noqa: E402
-from memory_daemon import MemoryDaemon  # noqa: E402
+from memory_connector import the_daemon  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm_engine import BLOCK_TOKENS, LAYERS, Engine, vllm_config, write_model  # noqa: E402
 
@@ -76,23 +74,6 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
             Adapters({"a": path})
     with pytest.raises(ConfigError, match="adapters must be"):
         settings.read(vllm_config(write_model(tmp_path), adapters=["a"]))
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def daemon() -> Iterator[None]:
-    MemoryConnector.daemon = None
-    yield
-    MemoryConnector.daemon = None
-
-
-def the_daemon() -> MemoryDaemon:
-    assert MemoryConnector.daemon is not None
-    return MemoryConnector.daemon
 
 
 @pytest.mark.parametrize("count", [20, 150])

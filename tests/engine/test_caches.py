@@ -38,17 +38,11 @@ from vllm_engine import (  # noqa: E402
     kv_tensors,
     sliding_window,
     vllm_config,
-    write_model,
 )
 
 from pdx.engine.vllm import caches, movers  # noqa: E402
 from pdx.engine.vllm.caches import Description  # noqa: E402
 from pdx.errors import Refused  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

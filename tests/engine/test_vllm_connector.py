@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: the connector is not tested against it")
 pytestmark = pytest.mark.vllm
 
-from memory_connector import MemoryConnector  # noqa: E402
-from memory_daemon import MemoryDaemon  # noqa: E402
+from memory_connector import the_daemon  # noqa: E402
 from prometheus_client import Counter, Gauge, Histogram  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA  # noqa: E402
@@ -26,7 +24,6 @@ from vllm_engine import (  # noqa: E402
     LAYERS,
     Engine,
     vllm_config,
-    write_model,
 )
 
 from pdx.engine.vllm import compat, plugin, settings  # noqa: E402
@@ -38,31 +35,14 @@ from pdx.errors import ConfigError, Refused  # noqa: E402
 from pdx.layout import Place  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
-def daemon() -> Iterator[None]:
-    MemoryConnector.daemon = None
-    yield
-    MemoryConnector.daemon = None
-
-
-@pytest.fixture
-def prefill(model_dir: Path, daemon: None) -> Engine:
+def prefill(model_dir: Path, fresh_daemon: None) -> Engine:
     return Engine(model_dir, "kv_producer")
 
 
 @pytest.fixture
-def decode(model_dir: Path, daemon: None) -> Engine:
+def decode(model_dir: Path, fresh_daemon: None) -> Engine:
     return Engine(model_dir, "kv_consumer")
-
-
-def the_daemon() -> MemoryDaemon:
-    assert MemoryConnector.daemon is not None
-    return MemoryConnector.daemon
 
 
 def tokens_of(count: int) -> list[int]:

@@ -6,16 +6,14 @@ Before each step the engine checks that every token of it would find, in every l
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: the connector is not tested against it")
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("fresh_daemon")]
 
-from memory_connector import MemoryConnector  # noqa: E402
-from memory_daemon import MemoryDaemon  # noqa: E402
+from memory_connector import the_daemon  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 from vllm_engine import (  # noqa: E402
     BLOCK_TOKENS,
@@ -26,22 +24,9 @@ from vllm_engine import (  # noqa: E402
     hybrid_config,
     kv_cache_config,
     sliding_window,
-    write_model,
 )
 
 HANDOFF = (1).to_bytes(16, "big")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def daemon() -> Iterator[None]:
-    MemoryConnector.daemon = None
-    yield
-    MemoryConnector.daemon = None
 
 
 @pytest.fixture
@@ -52,11 +37,6 @@ def prefill(model_dir: Path) -> Engine:
 @pytest.fixture
 def decode(model_dir: Path) -> Engine:
     return Engine(model_dir, "kv_consumer", hybrid_config(), offload="off")
-
-
-def the_daemon() -> MemoryDaemon:
-    assert MemoryConnector.daemon is not None
-    return MemoryConnector.daemon
 
 
 def tokens_of(count: int) -> list[int]:
