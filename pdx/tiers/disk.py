@@ -23,7 +23,7 @@ from pdx.tiers.crew import Crew, Inbox
 from pdx.tiers.folder import FOLDER_BYTES, Files, Folder, Found, LeftBehind, errno_name
 from pdx.tiers.health import Health, State
 from pdx.tiers.ledger import EntryState, Ledger
-from pdx.tiers.sweep import Swept, names_in, swept
+from pdx.tiers.sweep import Swept, survey, sweep
 from pdx.tiers.tier import (
     End,
     Event,
@@ -145,14 +145,11 @@ class DiskTier:
         self._condemn(sealed.name_of(key))
 
     def survey(self, which: Selection) -> Swept:
-        return swept(names_in(self.ledger.found(), which, now=self._clock()), self.ledger)
+        return survey(self.ledger, which, now=self._clock())
 
     def sweep(self, which: Selection) -> Swept:
         """Files are deleted by the tier's threads; one that hangs or can't write keeps them for its next life."""
-        names, doomed = (names_in(e, which, now=self._clock()) for e in (self.ledger.found(), self.ledger.doomed()))
-        for name in names | doomed:
-            self._condemn(name)
-        return swept(names, self.ledger)
+        return sweep(self.ledger, which, now=self._clock(), condemn=self._condemn)
 
     def take_events(self) -> list[Event]:
         self._settle_all()

@@ -16,7 +16,7 @@ from pdx.errors import ClosedTier
 from pdx.tiers import sealed
 from pdx.tiers.crew import Inbox
 from pdx.tiers.ledger import EntryState, Ledger
-from pdx.tiers.sweep import Swept, names_in, swept
+from pdx.tiers.sweep import Swept, survey, sweep
 from pdx.tiers.tier import Event, Failed, Key, Loaded, Missed, Read, Request, TierStats, Write, Written
 
 OPEN_MAX = 64  # of reads and of writes: as the disk tier's
@@ -67,13 +67,10 @@ class MemoryTier:
         self._condemn(sealed.name_of(key))
 
     def survey(self, which: Selection) -> Swept:
-        return swept(names_in(self.ledger.found(), which, now=self._clock()), self.ledger)
+        return survey(self.ledger, which, now=self._clock())
 
     def sweep(self, which: Selection) -> Swept:
-        names, doomed = (names_in(e, which, now=self._clock()) for e in (self.ledger.found(), self.ledger.doomed()))
-        for name in names | doomed:
-            self._condemn(name)
-        return swept(names, self.ledger)
+        return sweep(self.ledger, which, now=self._clock(), condemn=self._condemn)
 
     def take_events(self) -> list[Event]:
         while self._queue:

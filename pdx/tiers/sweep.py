@@ -34,7 +34,19 @@ class Sweeper(Protocol):
         """No Read submitted from now on finds these blocks. Reads under way go on."""
 
 
-def names_in(entries: Iterable[Entry], which: Selection, *, now: float) -> dict[str, int]:
+def survey(ledger: Ledger, which: Selection, *, now: float) -> Swept:
+    return _swept(_names_in(ledger.found(), which, now=now), ledger)
+
+
+def sweep(ledger: Ledger, which: Selection, *, now: float, condemn: Callable[[str], None]) -> Swept:
+    """`condemn`s what is found, and once more what was condemned before and is still there."""
+    names, doomed = (_names_in(entries, which, now=now) for entries in (ledger.found(), ledger.doomed()))
+    for name in names | doomed:
+        condemn(name)
+    return _swept(names, ledger)
+
+
+def _names_in(entries: Iterable[Entry], which: Selection, *, now: float) -> dict[str, int]:
     """What of these is selected, with what it takes."""
     is_meant = _by_labels(which) if which.block_hashes is None else _by_names(which).__contains__
     return {
@@ -44,7 +56,7 @@ def names_in(entries: Iterable[Entry], which: Selection, *, now: float) -> dict[
     }
 
 
-def swept(names: dict[str, int], ledger: Ledger) -> Swept:
+def _swept(names: dict[str, int], ledger: Ledger) -> Swept:
     return Swept(blocks=len(names), size_bytes=sum(names.values()), leaving=ledger.leaving)
 
 
