@@ -6,7 +6,7 @@ The same shapes are the bodies of the router's admin port, the arguments of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -15,7 +15,7 @@ from msgspec import Meta
 from pdx.chain import TOKENS_MAX, block_hashes
 from pdx.errors import Refused
 from pdx.keys import ContentFingerprint, space_of, tenant_of
-from pdx.verbs import Clear, Lookup, Name, Pin, PinSeconds, Result, Seconds, Shape, SpaceInfo, TierName, Unpin
+from pdx.verbs import Clear, Lookup, Name, Pin, PinSeconds, Result, Seconds, Shape, SpaceInfo, Steer, TierName, Unpin
 
 T = TypeVar("T")
 Salt = Annotated[str, Meta(max_length=1024)]
@@ -172,6 +172,9 @@ class BlockNames:
             self._hashes[info.content] = block_hashes(info.content, self.tokens, salt=self._salt)
         space, tenant = space_of(info.content, info.layout), tenant_of(self._salt)
         return {"space": space, "tenant": tenant, "block_hashes": self._hashes[info.content]}
+
+
+ForPrompt = Callable[[list[SpaceInfo], BlockNames], Sequence[Steer]]  # what to ask of a prompt's blocks, by kind
 
 
 def lookups(infos: Iterable[SpaceInfo], names: BlockNames) -> list[Lookup]:

@@ -13,12 +13,23 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, Protocol, Self
 
 import msgspec
 
 from pdx import admin
-from pdx.admin import BlockNames, ClearRequest, DaemonReport, LookupRequest, PinRequest, Prompt, Report, UnpinRequest
+from pdx.admin import (
+    BlockNames,
+    ClearRequest,
+    DaemonReport,
+    ForPrompt,
+    LookupRequest,
+    PinRequest,
+    Prompt,
+    Report,
+    UnpinRequest,
+)
 from pdx.client import DaemonClient
 from pdx.config import Config
 from pdx.errors import DaemonGone, Refused
@@ -58,27 +69,20 @@ class LocalKv:
         return cls(DaemonClient.attach(config, Attach(kind="tool"), deadline_s=ATTACH_S, start=False))
 
     def lookup(self, request: LookupRequest) -> Report:
-        admin.check_prompt(request)
-        infos = admin.chosen(request.model, self._spaces(), attached=True)
-        names = self._names(request, infos)
-        return self._steered(admin.lookups(infos, names), infos, names)
+        return self._of_prompt(request, admin.lookups)
 
     def pin(self, request: PinRequest) -> Report:
-        admin.check_prompt(request)
-        infos = admin.chosen(request.model, self._spaces(), attached=True)
-        names = self._names(request, infos)
-        return self._steered(admin.pins(request, infos, names), infos, names)
+        return self._of_prompt(request, partial(admin.pins, request))
 
     def unpin(self, request: UnpinRequest) -> Report:
         return self._steered([admin.unpin(request)])
 
     def clear(self, request: ClearRequest) -> Report:
         admin.check_clear(request)
-        infos = admin.chosen(request.model, self._spaces()) if request.model or request.given else []
-        if not request.given:
-            return self._steered([admin.clear(request)], infos)
-        names = self._names(request, infos)
-        return self._steered(admin.prompt_clears(request, infos, names), infos, names)
+        if request.given:
+            return self._of_prompt(request, partial(admin.prompt_clears, request), attached=False)
+        infos = admin.chosen(request.model, self._spaces()) if request.model else []
+        return self._steered([admin.clear(request)], infos)
 
     def ask(self, question: Question) -> Report:
         answer = self._client.ask(Ask(verb=question))
@@ -99,6 +103,12 @@ class LocalKv:
 
     def _spaces(self) -> list[SpaceInfo]:
         return msgspec.convert(self._client.ask(Ask(verb="spaces")).body, Spaces).spaces
+
+    def _of_prompt(self, prompt: Prompt, verbs: ForPrompt, *, attached: bool = True) -> Report:
+        admin.check_prompt(prompt)
+        infos = admin.chosen(prompt.model, self._spaces(), attached=attached)
+        names = self._names(prompt, infos)
+        return self._steered(verbs(infos, names), infos, names)
 
     def _names(self, prompt: Prompt, infos: Sequence[SpaceInfo]) -> BlockNames:
         tokens = prompt.tokens

@@ -12,19 +12,20 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
 
 from pdx import admin
-from pdx.admin import BlockNames, ClearRequest, LookupRequest, PinRequest, Prompt, Report, UnpinRequest
+from pdx.admin import BlockNames, ClearRequest, ForPrompt, LookupRequest, PinRequest, Prompt, Report, UnpinRequest
 from pdx.config import is_loopback
 from pdx.errors import Refused
 from pdx.router.daemons import Daemons
 from pdx.router.replies import error_body
 from pdx.router.upstream import Upstream, UpstreamError
-from pdx.verbs import SpaceInfo, Steer
+from pdx.verbs import SpaceInfo
 from pdx.wire import Ask
 
 BODY_BYTES_MAX = 32 << 20  # a million token ids, as at the front
@@ -32,7 +33,6 @@ TOKENIZE_S = 5.0
 QUESTIONS = {"stats": Ask(verb="stats"), "health": Ask(verb="health"), "check": Ask(verb="check")}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-ForPrompt = Callable[[list[SpaceInfo], BlockNames], Sequence[Steer]]
 
 
 class Admin:
@@ -58,7 +58,7 @@ class Admin:
 
     async def _pin(self, client: web.Request) -> web.StreamResponse:
         request = admin.parsed(await client.read(), PinRequest)
-        return await self._of_prompt(request, lambda infos, names: admin.pins(request, infos, names))
+        return await self._of_prompt(request, partial(admin.pins, request))
 
     async def _unpin(self, client: web.Request) -> web.StreamResponse:
         request = admin.parsed(await client.read(), UnpinRequest)
@@ -68,9 +68,7 @@ class Admin:
         request = admin.parsed(await client.read(), ClearRequest)
         admin.check_clear(request)
         if request.given:
-            return await self._of_prompt(
-                request, lambda infos, names: admin.prompt_clears(request, infos, names), attached=False
-            )
+            return await self._of_prompt(request, partial(admin.prompt_clears, request), attached=False)
         if request.model:
             infos, _ = await self._daemons.spaces()
             admin.chosen(request.model, _all(infos))
