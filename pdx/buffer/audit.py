@@ -92,7 +92,7 @@ def _check_index(slots: Mapping[int, Slot], index: Index) -> None:
 def _check_quotas(slots: Mapping[int, Slot], quotas: Quotas) -> None:
     used: Counter[bytes] = Counter()
     for slot in slots.values():
-        used[slot.tenant] += slot.blocks * slot.layout.unit_bytes
+        used[slot.tenant] += slot.size_bytes
     _require(quotas.tenants() == dict(used), "tenants are charged wrong")
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pdx.buffer.slots import BlockKey
 from pdx.keys import split_namespace
-
-Key = tuple[bytes, bytes]  # (namespace, block hash)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +21,7 @@ class Selection:
         """Tiers find hashes under names that say all of a key."""
         assert self.block_hashes is None or (self.spaces is not None and self.tenant is not None)
 
-    def takes(self, key: Key, *, age_s: float) -> bool:
+    def takes(self, key: BlockKey, *, age_s: float) -> bool:
         space, tenant = split_namespace(key[0])
         return (
             age_s >= self.older_s

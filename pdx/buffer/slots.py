@@ -65,6 +65,11 @@ class Slot:
         return self.run.blocks
 
     @property
+    def size_bytes(self) -> int:
+        """What it takes of the arena, headers aside."""
+        return self.blocks * self.layout.unit_bytes
+
+    @property
     def idle(self) -> bool:
         """Nobody's but the index's: may be evicted."""
         return self.state is SlotState.READY and not self.holds

@@ -221,7 +221,7 @@ class Store:
         extents = self.extents
         return {
             "arena_bytes": len(self.arena.memory),
-            "used_bytes": sum(_size_bytes(slot) for slot in self.slots.values()),
+            "used_bytes": sum(slot.size_bytes for slot in self.slots.values()),
             "tenants": {tenant.hex(): used for tenant, used in self.quotas.largest(TENANTS_SHOWN)},
             "extents": {"total": extents.total, "untaken": len(extents.untaken)},
             "slots": _counts(self.slots.values(), _TAKEN),
@@ -273,7 +273,7 @@ class Store:
         if not short_bytes and extents.free(pages) >= blocks:
             return True
         own = [slot for slot in self.policy.victims() if slot.tenant == tenant] if short_bytes else []
-        if sum(_size_bytes(slot) for slot in own) < short_bytes:
+        if sum(slot.size_bytes for slot in own) < short_bytes:
             raise Refused(f"this tenant's leases take its quota of {self.quotas.limit_bytes(tenant)} bytes")
         if extents.reachable(pages) < blocks:
             return False
@@ -325,7 +325,7 @@ class Store:
             start = len(spots)
             slot = new(run, keys=tuple(keys[start : start + run.blocks]))
             slot.on("claim")
-            self.quotas.charge(slot.tenant, _size_bytes(slot))
+            self.quotas.charge(slot.tenant, slot.size_bytes)
             for place in slot.places:
                 self.arena.reset(place.header_offset, pages, place.generation)
             self.slots[run.offset] = slot
@@ -389,15 +389,11 @@ class Store:
             self.index.remove(slot)
         slot.on("drain")
         if self._poison:
-            size_bytes = _size_bytes(slot)
+            size_bytes = slot.size_bytes
             self.arena.memory[slot.run.offset : slot.run.offset + size_bytes] = bytes([POISON]) * size_bytes
         del self.slots[slot.run.offset]
-        self.quotas.credit(slot.tenant, _size_bytes(slot))
+        self.quotas.credit(slot.tenant, slot.size_bytes)
         self.extents.give(slot.run)
-
-
-def _size_bytes(slot: Slot) -> int:
-    return slot.blocks * slot.layout.unit_bytes
 
 
 def _distinct(spots: Iterable[Spot]) -> tuple[Slot, ...]:

@@ -129,7 +129,7 @@ class Pins:
 
 
 def _size_bytes(slots: Iterable[Slot]) -> int:
-    return sum(slot.blocks * slot.layout.unit_bytes for slot in set(slots))
+    return sum(slot.size_bytes for slot in set(slots))
 
 
 def _may_be_found(slot: Slot) -> bool:
