@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pdx.engine.vllm.caches import Caches
+from pdx.engine.copier import Pages
+from pdx.engine.vllm.caches import Layers
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Report
 from pdx.engine.vllm.worker_side import WorkerSide
@@ -27,6 +28,7 @@ from pdx.layout import PageLayout, blocks_for
 LAYERS, HEADS, HEAD_SIZE, VOCABULARY = 3, 2, 8, 97
 WIDTH = HEADS * HEAD_SIZE
 BLOCK_TOKENS = 4
+NUMBERED = Layers({f"layer.{layer}": layer for layer in range(LAYERS)}, (0,) * LAYERS)
 
 
 def layout_of(shards: int) -> PageLayout:
@@ -141,10 +143,9 @@ class TorchEngine:
         self._invalid: set[int] = set()  # blocks of loads that some rank has not ended yet
         self._reported: Counter[str] = Counter()  # ranks that have ended a load
 
-    def pages(self, rank: int = 0) -> Caches:
-        """Byte views of a rank's cache, for its worker's half. Of a cache on a device they are copies."""
-        views = tuple(view.cpu().numpy() for view in self.byte_views(rank))
-        return Caches(views, {f"layer.{layer}": layer for layer in range(LAYERS)}, (0,) * LAYERS)
+    def pages(self, rank: int = 0) -> tuple[Pages, ...]:
+        """Byte views of a rank's cache, by layer. Of a cache on a device they are copies."""
+        return tuple(view.cpu().numpy() for view in self.byte_views(rank))
 
     def byte_views(self, rank: int = 0) -> list[torch.Tensor]:
         return [layer.view(torch.uint8).flatten(1) for layer in self.caches[rank]]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch_engine import BLOCK_TOKENS, LAYERS, Request, TorchEngine, layout_of
+from torch_engine import BLOCK_TOKENS, LAYERS, NUMBERED, Request, TorchEngine, layout_of
 
 from pdx.client import Attachment, DaemonClient
 from pdx.config import Config
+from pdx.engine.host_mover import HostMover
 from pdx.engine.link import Link
 from pdx.engine.mover import Mover
 from pdx.engine.vllm.scheduler_side import SchedulerSide
@@ -44,8 +45,12 @@ class TorchPeer:
         clients = [link.client() for link in self._links]
         workers = []
         for rank, link in enumerate(self._links[1:]):
-            mover = mover_of(engine, rank, clients[1 + rank]) if mover_of is not None else None
-            workers.append(WorkerSide(link, engine.pages(rank), layout, rank=rank, mover=mover))
+            mover: Mover = (
+                HostMover(engine.pages(rank), layout, shard=layout.shard_of_rank(rank))
+                if mover_of is None
+                else mover_of(engine, rank, clients[1 + rank])
+            )
+            workers.append(WorkerSide(link, NUMBERED, layout, mover, rank=rank))
         self._scheduler = SchedulerSide(
             self._links[0], role=role, layout=layout, block_tokens=BLOCK_TOKENS, ranks=ranks
         )

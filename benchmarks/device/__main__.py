@@ -26,7 +26,7 @@ from benchmarks.device.common import KIB, MIB, PAGE_BYTES, PAGE_OF_8B_MODEL, bui
 from benchmarks.harness.measure import table
 from benchmarks.harness.report import Report, options
 from pdx.engine.streams import Copy
-from pdx.engine.ways import measure, ways_of
+from pdx.engine.ways import rates_of
 
 SOURCE = Path(__file__).resolve().parent.parent.parent / "cuda" / "page_copy.cu"
 ROUNDS, QUICK_ROUNDS = 15, 5
@@ -62,10 +62,9 @@ def choice(report: Report, folder: Path) -> None:
     rows = []
     for page_bytes in PAGE_BYTES:
         bench = build(page_bytes, 64 * MIB, folder)
-        rates = measure(bench.device)
-        straight = ways_of(bench.device, folder).loads_straight
+        rates = rates_of(bench.device, folder)
         rows.append((f"{page_bytes // KIB} KiB", f"{rates.staged:.1f}", f"{rates.straight:.1f}",
-                     "straight" if straight else "staged"))  # fmt: skip
+                     "straight" if rates.loads_straight else "staged"))  # fmt: skip
         report.figures[f"loads of {page_bytes // KIB} KiB pages"] = {
             "staged": rates.staged, "straight": rates.straight, "chosen": rows[-1][-1],
         }  # fmt: skip

@@ -2,8 +2,8 @@
 
 NVRTC compiles at the user's, through cuda.core: no compiler is needed there, only the extra `pdx-kv[cuda]`. What it
 made is kept in the folder that it is given (the connector's: `kernels` in the run directory), named by everything that
-it depends on. Nothing here touches CUDA before
-a `Kernels` is made. `reference` does the same with torch alone, on any device: what the kernels are compared with.
+it depends on. Nothing here touches CUDA before a `Kernels` is made. `reference` does the same with torch alone, on any
+device: what the kernels are compared with.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compile_for(arch: str) -> bytes:
     try:
         from cuda.core import Program, ProgramOptions
     except ImportError as error:
-        raise Refused(f"KV in GPU memory needs cuda.core: pip install 'pdx-kv[cuda]' ({error})") from error
+        raise _missing(error) from error
     try:
         program = Program(source(), "c++", ProgramOptions(arch=arch, std=OPTIONS[0]))
         return bytes(program.compile("cubin").code)
@@ -75,14 +75,23 @@ def cubin_for(arch: str, folder: Path) -> bytes:
     except OSError:
         pass  # not there, or not ours to read: then it is made anew
     cubin = compile_for(arch)
+    keep(path, cubin)
+    return cubin
+
+
+def keep(path: Path, content: bytes) -> None:
+    """In one step, so that nobody reads half of it. A folder that can't be written to only costs the work again."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(cubin)
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError:
-        pass  # a home that can't be written to costs 1.5 s at each start
-    return cubin
+        pass
+
+
+def _missing(error: ImportError) -> Refused:
+    return Refused(f"KV in GPU memory needs cuda.core: pip install 'pdx-kv[cuda]' ({error})")
 
 
 class Kernels:
@@ -93,7 +102,7 @@ class Kernels:
         try:
             from cuda.core import Device, LaunchConfig, ObjectCode, launch
         except ImportError as error:
-            raise Refused(f"KV in GPU memory needs cuda.core: pip install 'pdx-kv[cuda]' ({error})") from error
+            raise _missing(error) from error
         try:
             self._device = Device(device_index)
             self._device.set_current()

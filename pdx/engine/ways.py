@@ -10,17 +10,15 @@ Saves always go through staging: straight copies would keep the engine from reus
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
 
 from pdx.engine.device import CudaDevice, CudaDigests, CudaStream
+from pdx.engine.kernels import keep
 from pdx.engine.streams import Copy
 
 PROBE_BYTES = 32 << 20
@@ -37,27 +35,20 @@ class Rates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     staged: float
     straight: float
 
-
-@dataclass(frozen=True)
-class Ways:
-    """What was measured, and what follows."""
-
-    rates: Rates
-
     @property
     def loads_straight(self) -> bool:
-        return self.rates.straight >= MARGIN * self.rates.staged
+        return self.straight >= MARGIN * self.staged
 
 
-def ways_of(device: CudaDevice, folder: Path) -> Ways:
+def rates_of(device: CudaDevice, folder: Path) -> Rates:
     """From `folder`, or measured now: some 50 ms, in which blocks are overwritten. Raises DeviceLost, Refused."""
     path = folder / f"ways-{device.identity}.json"
     key = str(device.page_bytes)
     known = _read(path)
     if key not in known:
         known[key] = measure(device)
-        _write(path, known)
-    return Ways(known[key])
+        keep(path, msgspec.json.encode(known))
+    return known[key]
 
 
 def measure(device: CudaDevice) -> Rates:
@@ -102,13 +93,3 @@ def _read(path: Path) -> dict[str, Rates]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Rates])
     except (OSError, msgspec.DecodeError):
         return {}  # never measured, or by a pdx that kept something else
-
-
-def _write(path: Path, known: dict[str, Rates]) -> None:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(msgspec.to_builtins(known)), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        pass  # measured again at the next start

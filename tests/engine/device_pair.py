@@ -14,7 +14,7 @@ from pdx.engine.device_mover import DeviceMover
 def device_mover_of(engine: TorchEngine, rank: int, client: DaemonClient | None) -> DeviceMover:
     """Gathers and scatters at once, as this engine computes; what is between staging and arena takes its time."""
     layout = layout_of(engine.shards)
-    caches = [pages.reshape(-1).data for pages in engine.pages(rank).pages]
+    caches = [pages.reshape(-1).data for pages in engine.pages(rank)]
     device = ModelDevice(caches, layout, eager=True)
     device.checks_order = False  # the engine's own accesses are not the device's
     shard = layout.shard_of_rank(rank)

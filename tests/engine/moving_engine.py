@@ -17,7 +17,7 @@ from xxhash import xxh3_64_intdigest
 from pdx.buffer.headers import Headers
 from pdx.engine.device_mover import DeviceMover
 from pdx.engine.link import Link
-from pdx.engine.vllm.caches import Caches
+from pdx.engine.vllm.caches import Layers
 from pdx.engine.vllm.steps import Load, LoadResult, Save, Step
 from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.layout import PageLayout, Place
@@ -127,9 +127,9 @@ class MovingEngine:
             self.device, layout, link.client(), staging_bytes=staging_pages * layout.page_bytes, threaded=threaded,
             **options,  # type: ignore[arg-type]
         )  # fmt: skip
-        caches = Caches((), {f"layer.{n}": n for n in range(layout.layers)}, (0,) * layout.layers)
+        layers = Layers({f"layer.{n}": n for n in range(layout.layers)}, (0,) * layout.layers)
         self.clock = Clock()
-        self.worker = WorkerSide(link, caches, layout, mover=self.mover, clock=self.clock)
+        self.worker = WorkerSide(link, layers, layout, self.mover, clock=self.clock)
         self.number = 0
         self.free = list(range(1, BLOCKS))
         self.dirty: set[int] = set()  # given back: somebody else's from the next step on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from vllm_engine import (  # noqa: E402
     vllm_config,
 )
 
+from pdx.engine.copier import Pages  # noqa: E402
 from pdx.engine.vllm import caches, movers  # noqa: E402
 from pdx.engine.vllm.caches import Description  # noqa: E402
 from pdx.errors import Refused  # noqa: E402
@@ -49,6 +50,10 @@ from pdx.errors import Refused  # noqa: E402
 def describe(model_dir: Path) -> Callable[[KVCacheConfig], Description]:
     config = vllm_config(model_dir)
     return lambda cache_config: caches.describe(config, cache_config, chunk_tokens=256)
+
+
+def on_host(views: Iterable[torch.Tensor]) -> list[Pages]:
+    return [view.numpy() for view in views]
 
 
 def latents(**more: Any) -> MLAAttentionSpec:
@@ -77,13 +82,13 @@ def test_pages_of_every_dense_layout_are_the_memory_of_one_block_in_one_layer(
     cache_config.kv_cache_layout = layout
     description = describe(cache_config)
     tensors = registered(cache_config, layout)
-    pages = caches.caches_of(caches.view(tensors, description, BLOCKS), description)
-    assert list(pages.layer_of) == NAMES
-    assert pages.group_of == (0, 0, 0)
-    assert [layer.shape for layer in pages.pages] == [(BLOCKS, description.pages.page_bytes)] * LAYERS
+    pages = on_host(caches.view(tensors, description, BLOCKS))
+    assert list(description.numbered.number_of) == NAMES
+    assert description.numbered.group_of == (0, 0, 0)
+    assert [layer.shape for layer in pages] == [(BLOCKS, description.pages.page_bytes)] * LAYERS
     tensors[NAMES[2]][5] = 1.0
-    assert pages.pages[2][5].view("uint16").tolist() == [0x3F80] * (description.pages.page_bytes // 2)
-    pages.pages[2][5] = 0
+    assert pages[2][5].view("uint16").tolist() == [0x3F80] * (description.pages.page_bytes // 2)
+    pages[2][5] = 0
     assert not any(tensor.any() for tensor in tensors.values())
 
 
@@ -112,9 +117,9 @@ def test_groups_share_pages_of_one_size(describe: Callable[[KVCacheConfig], Desc
     cache_config = hybrid_config()
     description = describe(cache_config)
     assert (description.layout.kv_groups, description.pages.layers, description.hybrid) == (3, LAYERS, True)
-    pages = caches.caches_of(caches.view(kv_tensors(cache_config), description, BLOCKS), description)
-    assert pages.group_of == (1, 2, 0)
-    assert len({layer.ctypes.data for layer in pages.pages}) == 1, "groups lie over the same memory"
+    pages = on_host(caches.view(kv_tensors(cache_config), description, BLOCKS))
+    assert description.numbered.group_of == (1, 2, 0)
+    assert len({layer.ctypes.data for layer in pages}) == 1, "groups lie over the same memory"
     assert describe(kv_cache_config(sliding_window())).hybrid
     assert not describe(kv_cache_config()).hybrid
     assert not describe(kv_cache_config(full_attention(sliding_window=WINDOW))).hybrid, "vLLM keeps all its blocks"
@@ -126,10 +131,10 @@ def test_padding_travels_with_its_page(describe: Callable[[KVCacheConfig], Descr
     description = describe(cache_config)
     assert description.pages.page_bytes == plain + 512
     tensors = registered(cache_config, "LBHNC")
-    pages = caches.caches_of(caches.view(tensors, description, BLOCKS), description)
+    pages = on_host(caches.view(tensors, description, BLOCKS))
     tensors[NAMES[1]][7] = 1.0
-    assert pages.pages[1][7][:plain].all()
-    assert not pages.pages[1][7][plain:].any()
+    assert pages[1][7][:plain].all()
+    assert not pages[1][7][plain:].any()
     with pytest.raises(Refused, match="overlap"):
         caches.view(registered(kv_cache_config(), "LBHNC"), description, BLOCKS)
 
@@ -139,7 +144,8 @@ def test_a_layer_that_shares_another_s_cache_has_no_pages(describe: Callable[[KV
     description = describe(kv_cache_config())
     tensors = kv_tensors()
     sharing = tensors | {"model.layers.7.self_attn.attn": tensors[NAMES[1]]}
-    assert list(caches.caches_of(caches.view(sharing, description, BLOCKS), description).layer_of) == NAMES
+    assert len(caches.view(sharing, description, BLOCKS)) == LAYERS
+    assert list(description.numbered.number_of) == NAMES
 
 
 def test_caches_of_another_shape_are_refused(describe: Callable[[KVCacheConfig], Description]) -> None:
@@ -162,7 +168,6 @@ def test_caches_of_another_shape_are_refused(describe: Callable[[KVCacheConfig],
 def test_memory_that_nothing_of_ours_copies_is_refused(describe: Callable[[KVCacheConfig], Description]) -> None:
     description = describe(kv_cache_config())
     elsewhere = [torch.zeros(BLOCKS, description.pages.page_bytes, dtype=torch.uint8, device="meta")] * LAYERS
-    assert caches.caches_of(elsewhere, description).pages == ()
     with pytest.raises(Refused, match="meta memory"):
         movers.mover_of(elsewhere, description.pages, None, shard=0, folder=Path("unused"))
 

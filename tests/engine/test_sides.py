@@ -13,9 +13,9 @@ pytest.importorskip("torch", reason="torch is not installed: no engine to test w
 from memory_daemon import Clock, MemoryAttachment, MemoryDaemon
 from torch_engine import BLOCK_TOKENS, LAYOUT, Request, Scheduled
 
-from pdx.engine.host_mover import BATCH_BYTES
+from pdx.engine.host_mover import BATCH_BYTES, HostMover
 from pdx.engine.link import Link
-from pdx.engine.vllm.caches import Caches
+from pdx.engine.vllm.caches import Layers
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
 from pdx.engine.vllm.worker_side import WorkerSide
@@ -240,8 +240,9 @@ def test_live_handoffs_are_renewed_once_a_second_and_idleness_is_told(
 
 def worker_of(daemon: MemoryDaemon, layout: PageLayout, clock: Clock, *, blocks: int = 9, rank: int = 0) -> WorkerSide:
     pages = tuple(np.full((blocks, layout.page_bytes), n + 1, dtype=np.uint8) for n in range(layout.layers))
-    caches = Caches(pages, {f"layer.{n}": n for n in range(layout.layers)}, (0,) * layout.layers)
-    return WorkerSide(Link(MemoryAttachment(daemon)), caches, layout, rank=rank, clock=clock)  # type: ignore[arg-type]
+    layers = Layers({f"layer.{n}": n for n in range(layout.layers)}, (0,) * layout.layers)
+    mover = HostMover(pages, layout, shard=layout.shard_of_rank(rank))
+    return WorkerSide(Link(MemoryAttachment(daemon)), layers, layout, mover, rank=rank, clock=clock)  # type: ignore[arg-type]
 
 
 def opened(daemon: MemoryDaemon, blocks: int) -> list[Place]:

@@ -106,7 +106,7 @@ def spoil_one_page(pair: Pair) -> None:
     assert worker is not None
     assert worker.arena is not None
     everything = bytes(worker.arena.memory)
-    pages = (page.tobytes() for page in pair.decode.engine.pages().pages[1])
+    pages = (page.tobytes() for page in pair.decode.engine.pages()[1])
     at = next(at for page in pages if any(page) and (at := everything.find(page)) >= 0)
     worker.arena.memory[at + 7] ^= 1
 

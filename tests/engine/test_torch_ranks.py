@@ -182,6 +182,6 @@ def spoil_one_page(pair: Pair, rank: int) -> None:
     worker = pair.decode.clients[1 + rank]
     assert worker is not None and worker.arena is not None
     everything = bytes(worker.arena.memory)
-    pages = (page.tobytes() for page in pair.decode.engine.pages(rank).pages[1])
+    pages = (page.tobytes() for page in pair.decode.engine.pages(rank)[1])
     at = next(at for page in pages if any(page) and (at := everything.find(page)) >= 0)
     worker.arena.memory[at + 7] ^= 1

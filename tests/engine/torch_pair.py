@@ -6,9 +6,10 @@ import random
 from dataclasses import dataclass
 
 from memory_daemon import Clock, MemoryAttachment, MemoryDaemon
-from torch_engine import BLOCK_TOKENS, LAYOUT, VOCABULARY, Model, Request, TorchEngine
+from torch_engine import BLOCK_TOKENS, LAYOUT, NUMBERED, VOCABULARY, Model, Request, TorchEngine
 
 from pdx.config import LOOKUP_S, Offload
+from pdx.engine.host_mover import HostMover
 from pdx.engine.link import Link
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.worker_side import WorkerSide
@@ -45,7 +46,8 @@ def side(
     scheduler = SchedulerSide(
         links[0], role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS, offload=offload, lookup_s=lookup_s, clock=clock
     )
-    engine.connect(scheduler, WorkerSide(links[1], engine.pages(), LAYOUT, clock=clock))
+    mover = HostMover(engine.pages(), LAYOUT)
+    engine.connect(scheduler, WorkerSide(links[1], NUMBERED, LAYOUT, mover, clock=clock))
     return Side(engine, *lines)
 
 

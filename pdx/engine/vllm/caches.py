@@ -11,11 +11,10 @@ Layers of different groups lie over the same memory; vLLM gives a block to one g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pdx.engine.copier import Pages
 from pdx.engine.vllm import compat, orders, weights
 from pdx.errors import Refused
 from pdx.keys import ContentFingerprint, LayoutFingerprint
@@ -42,6 +41,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """The model's layers, numbered in the order in which it computes them."""
+
+    number_of: Mapping[str, int]  # by vLLM's name
+    group_of: tuple[int, ...]  # the KV group of each
+
+
+@dataclass(frozen=True)
 class Description:
     """What both roles of an engine say of it, from configuration alone."""
 
@@ -53,14 +60,10 @@ class Description:
     # not be told which blocks of a load failed.
     hybrid: bool
 
-
-@dataclass(frozen=True)
-class Caches:
-    """The engine's pages by layer, in the order in which the model computes them."""
-
-    pages: tuple[Pages, ...]
-    layer_of: Mapping[str, int]
-    group_of: tuple[int, ...]  # by layer: whose block table names its pages
+    @property
+    def numbered(self) -> Layers:
+        number_of = {layer.name: number for number, layer in enumerate(self.layers)}
+        return Layers(number_of, tuple(layer.group for layer in self.layers))
 
 
 def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, chunk_tokens: int) -> Description:
@@ -120,13 +123,6 @@ def view(kv_caches: Mapping[str, torch.Tensor], description: Description, num_bl
         _pages_of(layer, kv_caches[layer.name], num_blocks, description.pages.page_bytes)
         for layer in description.layers
     )
-
-
-def caches_of(views: Iterable[torch.Tensor], description: Description) -> Caches:
-    """Which layer is which; their pages, if the processor copies them, as arrays over the same memory."""
-    layer_of = {layer.name: index for index, layer in enumerate(description.layers)}
-    pages = tuple(pages.numpy() for pages in views if pages.device.type == "cpu")
-    return Caches(pages, layer_of, tuple(layer.group for layer in description.layers))
 
 
 def _where(cache: torch.Tensor) -> _Where:

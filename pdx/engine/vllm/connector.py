@@ -88,7 +88,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
         link, pages = self._link("worker"), description.pages
         folder = self._settings.config.run_path / "kernels"
         mover = movers.mover_of(views, pages, link.client(), shard=pages.shard_of_rank(rank), folder=folder)
-        self._worker_side = WorkerSide(link, caches.caches_of(views, description), pages, rank=rank, mover=mover)
+        self._worker_side = WorkerSide(link, description.numbered, pages, mover, rank=rank)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

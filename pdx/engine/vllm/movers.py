@@ -32,8 +32,8 @@ def mover_of(
         raise Refused(f"KV cache in {' and '.join(sorted(kinds))} memory is not supported: only the CPU's and NVIDIA's")
     # Only where there is one: it needs NVIDIA's packages.
     from pdx.engine.device import CudaDevice
-    from pdx.engine.ways import ways_of
+    from pdx.engine.ways import rates_of
 
     device = CudaDevice(views, folder)
-    straight = ways_of(device, folder).loads_straight
+    straight = rates_of(device, folder).loads_straight
     return DeviceMover(cast(Device, device), layout, client, shard=shard, loads_straight=straight)

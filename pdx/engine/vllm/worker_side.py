@@ -16,12 +16,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from pdx.engine.host_mover import HostMover
 from pdx.engine.link import Link
 from pdx.engine.mover import Loading, Mover, Saving
 from pdx.engine.plan import LoadPlan
 from pdx.engine.vllm.budget import LoadBudget
-from pdx.engine.vllm.caches import Caches
+from pdx.engine.vllm.caches import Layers
 from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
 from pdx.errors import Refused
 from pdx.layout import PageLayout
@@ -36,20 +35,18 @@ class WorkerSide:
     def __init__(
         self,
         link: Link,
-        caches: Caches,
+        layers: Layers,
         layout: PageLayout,
+        mover: Mover,
         *,
         rank: int = 0,
-        mover: Mover | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`mover`: of caches that are not in host memory."""
+        """`mover`: of this rank's pages."""
         self._link = link
-        self._mover = mover if mover is not None else HostMover(caches.pages, layout, shard=layout.shard_of_rank(rank))
+        self._mover = mover
         self._writes = rank < layout.shards
-        self._layer_of = caches.layer_of
-        self._group_of = caches.group_of
-        self._layout = layout
+        self._layers = layers
         self._clock = clock
         self._loading: dict[str, Loading] = {}
         self._ended: dict[str, LoadResult] = {}
@@ -68,10 +65,10 @@ class WorkerSide:
         self._step = step
         self._saving = None
         if step.saves and self._mover.usable(step.incarnation):
-            self._saving = _saving(step, step.saves if self._writes else [], self._group_of, self._gaps)
+            self._saving = _saving(step, step.saves if self._writes else [], self._layers.group_of, self._gaps)
             self._gaps.difference_update(save.handoff_id for save in step.saves if save.last)
-        else:
-            self._gaps.update(save.handoff_id for save in step.saves)
+        else:  # one that ends here is not heard of again
+            self._gaps.update(save.handoff_id for save in step.saves if not save.last)
         for load in step.loads:
             self._take_load(load, step.incarnation)
         for request_id in step.finishing:
@@ -84,7 +81,7 @@ class WorkerSide:
 
     def save_layer(self, layer_name: str) -> None:
         """In the forward pass, after the attention of this layer: its KV of every request in the step is written."""
-        layer = self._layer_of.get(layer_name)
+        layer = self._layers.number_of.get(layer_name)
         if layer is not None and self._saving is not None:
             self._mover.save(self._saving, layer)
 
@@ -133,7 +130,7 @@ class WorkerSide:
 
     def _take_load(self, load: Load, incarnation: int) -> None:
         try:
-            plan = LoadPlan(load.places, load.tables, group_of=self._group_of, ahead=self._mover.copies_ahead)
+            plan = LoadPlan(load.places, load.tables, group_of=self._layers.group_of, ahead=self._mover.copies_ahead)
         except Refused as error:
             self._refuse_load(load, str(error))
             return
