@@ -1,51 +1,108 @@
-"""What a prefix that was computed before is worth: hits, questions about documents, and what saving costs for nothing.
+"""What a kept prefix is worth: hits, documents, a chat, restarts, and what saving costs where nothing is asked again.
 
-One engine with a pdxd against the same engine without, against one whose own cache holds everything, and, where it is
-installed, LMCache's multi-process mode. The full run takes about 40 minutes.
+One engine with a pdxd and its disk, against the same engine without, one whose own cache holds everything, and
+LMCache's multi-process mode at whichever of its transports is best here. The full run takes about 80 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from benchmarks.harness.arms import Scratch
+from benchmarks.harness.arms import Scratch, pdx_pair
 from benchmarks.harness.measure import pin_client
 from benchmarks.harness.report import Report, options
 from benchmarks.model import build
-from benchmarks.prefix import documents, hits, zero
-from benchmarks.prefix.engines import pdx, plain
+from benchmarks.prefix import chat, documents, hits, restart, shared, zero
+from benchmarks.prefix.engines import CachingArm, pdx, plain
+from benchmarks.prefix.lmcache import TRANSPORTS, lmcache
 
-PARTS = ("hits", "documents", "zero")
-ARENA = "1536MiB"
+ARENA, ARENA_GIB = "1536MiB", 1.5
 UNLIMITED_FLAGS = ("--kv-cache-memory-bytes", str(1280 << 20))
+OURS, PEER = "pdx", "LMCache"
+FILE_SYSTEM = Path(__file__).resolve().parents[2] / ".cache"  # for the disk tier: a temporary folder may be memory
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="pdx bench prefix", description=__doc__.partition("\n")[0])
     options(parser)
-    parser.add_argument("--only", choices=PARTS, help="one section (default: all)")
+    parser.add_argument("--only", choices=list(PARTS), help="one section (default: all)")
+    parser.add_argument("--no-lmcache", action="store_true", help="leave the peer out")
+    parser.add_argument("--transport", choices=list(TRANSPORTS), help="LMCache's (default: the fastest is found first)")
     chosen = parser.parse_args()
-    wanted = [chosen.only] if chosen.only else PARTS
     pin_client()
     report = Report("prefix")
-    with Scratch(chosen.model or build()) as scratch:
-        ours = pdx(scratch, "pdx", arena=ARENA)
-        if "hits" in wanted:
-            hits.measure([ours], 2 if chosen.quick else 9, report)
-        if "zero" in wanted:
-            controls = [plain(scratch, zero.BASE), plain(scratch, zero.CONTROL)]
-            zero.measure([controls[0], ours, controls[1]], 3 if chosen.quick else 20, report)
-        if "documents" in wanted:
-            small = next((arm for arm in scratch.arms if arm.name == documents.SMALL), None) or plain(
-                scratch, documents.SMALL
-            )
-            unlimited = plain(scratch, documents.UNLIMITED, UNLIMITED_FLAGS)
-            documents.measure([ours, unlimited, small], documents.QUICK if chosen.quick else documents.FULL, report)
-        for arm in scratch.arms:
-            report.arm(arm)
+    model = chosen.model or build()
+    for name in [chosen.only] if chosen.only else PARTS:
+        with Scratch(model) as scratch:
+            PARTS[name](scratch, report, chosen)
+            for arm in scratch.arms:
+                report.arm(arm)
     report.write(chosen.json)
     return 0 if report.all_hold else 1
+
+
+def _hits(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
+    disk = FILE_SYSTEM / "bench-disk"
+    fio_rate = hits.fio(FILE_SYSTEM)
+    arms: list[CachingArm] = [pdx(scratch, OURS, arena=ARENA, disk=disk), *_peers(scratch, report, chosen)]
+    taken = hits.measure(arms, 2 if chosen.quick else 9, report)
+    hits.judge(taken, report, ours=OURS, peers=[arm.name for arm in arms[1:]], fio_rate=fio_rate)
+
+
+def _documents(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
+    peers = _peers(scratch, report, chosen)
+    arms = [pdx(scratch, OURS, arena=ARENA), *peers, plain(scratch, documents.SMALL)]
+    arms.append(plain(scratch, documents.UNLIMITED, UNLIMITED_FLAGS))
+    cases = documents.QUICK if chosen.quick else documents.FULL
+    documents.measure(arms, cases, report, peers=[arm.name for arm in peers])
+
+
+def _shared(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
+    peers = _peers(scratch, report, chosen)
+    arms = [plain(scratch, zero.BASE), pdx(scratch, OURS, arena=ARENA), *peers]
+    shared.measure(arms, 2 if chosen.quick else 6, report)
+
+
+def _zero(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
+    arms = [plain(scratch, zero.BASE), pdx(scratch, OURS, arena=ARENA), *_peers(scratch, report, chosen)]
+    zero.measure([*arms, plain(scratch, zero.CONTROL)], 3 if chosen.quick else 24, report)
+
+
+def _chat(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
+    chat.measure([pdx_pair(scratch, name, daemons=daemons) for name, daemons in CHATS.items()], report)
+
+
+def _restart(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
+    restart.measure(scratch, report)
+
+
+def _peers(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> list[CachingArm]:
+    """LMCache's arm, or none if it is not wanted. Its transport is found once, by the time that a long hit takes."""
+    if chosen.no_lmcache:
+        return []
+    if chosen.transport is None:
+        with Scratch(scratch.model) as trial:
+            arms = [
+                lmcache(trial, name, transport=name, memory_gib=ARENA_GIB, block_tokens=hits.BLOCK_TOKENS)
+                for name in TRANSPORTS
+            ]
+            taken = hits.measure(arms, 2, report)
+        costs = {name: round(each.memory_s(hits.SIZES[-1]) * 1e3, 1) for name, each in taken.items()}
+        chosen.transport = min(costs, key=lambda name: costs[name])
+        report.figures["LMCache, a hit of 3,500 tokens by transport, ms"] = costs
+        report.progress(f"LMCache's best transport here is {chosen.transport}: {costs}")
+    name = f"{PEER} ({chosen.transport})"
+    return [lmcache(scratch, name, transport=chosen.transport, memory_gib=ARENA_GIB, block_tokens=hits.BLOCK_TOKENS)]
+
+
+CHATS = {"two hosts": ("a", "b"), "one host": ("a", "a")}
+Part = Callable[[Scratch, Report, argparse.Namespace], None]
+PARTS: dict[str, Part] = {
+    "hits": _hits, "documents": _documents, "shared": _shared, "zero": _zero, "chat": _chat, "restart": _restart,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,24 +1,31 @@
 """How long a hit takes: time to the first token when the engine's own cache has the prompt, and when a tier below has.
 
-In every round each arm computes a prompt, answers it from its own cache, forgets that cache, and answers it from below.
-The cost of a hit is the difference of the two, so that everything which they share, the step above all, is not in it.
+In every round each arm computes a prompt, answers it from its own cache, forgets that cache, and answers it from below;
+pdx once more from its disk, with nothing left in memory. The cost of a hit is the difference of two answers, so that
+everything which they share, the step above all, is not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from benchmarks.harness.measure import fit, median, memcpy_rate, prompt_of, table
+from benchmarks.harness.measure import Timing, fit, median, memcpy_rate, prompt_of, table
 from benchmarks.harness.report import Report
-from benchmarks.prefix.engines import CachingArm
+from benchmarks.prefix.engines import CachingArm, PdxArm
 from pdx.errors import PdxError
 
 SIZES = (512, 1024, 1792, 3500)
 BLOCK_TOKENS, TOKEN_BYTES = 128, 23_040  # of the demo model: 30 layers of 3 KV heads of 64, keys and values, bfloat16
-FIXED_MS, COPY_SHARE = 4.0, 0.7
+BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
+FIXED_MS, COPY_SHARE, DISK_FACTOR = 4.0, 0.7, 1.3
 ANSWER_TOKENS = 4
 WARM_SIZE = 640
+FIO_BYTES, FIO_DEPTH, FIO_S = 256 << 20, 4, 300
 
 
 @dataclass
@@ -27,14 +34,24 @@ class Hits:
 
     computed: dict[int, list[float]] = field(default_factory=dict)
     own: dict[int, list[float]] = field(default_factory=dict)
-    below: dict[int, list[float]] = field(default_factory=dict)
+    memory: dict[int, list[float]] = field(default_factory=dict)
+    disk: dict[int, list[float]] = field(default_factory=dict)
 
-    def cost_s(self, size: int) -> float:
-        pairs = zip(self.below[size], self.own[size], strict=True)
-        return median([below - own for below, own in pairs])
+    def memory_s(self, size: int) -> float:
+        """What a hit in memory costs more than one in the engine's own cache."""
+        return median([below - own for below, own in zip(self.memory[size], self.own[size], strict=True)])
+
+    def disk_s(self, size: int) -> float:
+        """What a hit on the disk costs more than one in memory."""
+        return median([below - above for below, above in zip(self.disk[size], self.memory[size], strict=True)])
 
 
-def measure(arms: Sequence[CachingArm], rounds: int, report: Report) -> None:
+def blocks_of(size: int) -> int:
+    """Full blocks that a hit may bring: the last token is always computed."""
+    return (size - 1) // BLOCK_TOKENS
+
+
+def measure(arms: Sequence[CachingArm], rounds: int, report: Report) -> dict[str, Hits]:
     taken = {arm.name: Hits() for arm in arms}
     for arm in arms:
         with arm.active():
@@ -45,48 +62,85 @@ def measure(arms: Sequence[CachingArm], rounds: int, report: Report) -> None:
             with arm.active():
                 for size in SIZES:
                     _one(arm, taken[arm.name], size, seed=number)
-    _judge(taken, report)
+    return taken
 
 
 def _one(arm: CachingArm, hits: Hits, size: int, *, seed: int) -> None:
-    """One prompt in its three ways. Raises PdxError where an answer differs or a hit was none."""
+    """One prompt in its ways. Raises PdxError where an answer differs or a hit was none."""
     prompt = prompt_of(size, seed)
     computed = arm.ask(prompt, ANSWER_TOKENS)
     own = arm.ask(prompt, ANSWER_TOKENS)
-    arm.forget()
-    before = arm.counters()
-    below = arm.ask(prompt, ANSWER_TOKENS)
-    after = arm.counters()
-    if not own.text == below.text:
-        raise PdxError(f"{arm.name}, {size} tokens: {own.text!r} from its own cache, {below.text!r} from below")
-    blocks = (size - 1) // BLOCK_TOKENS
-    found = after.get("lookup_hit_blocks", 0) - before.get("lookup_hit_blocks", 0)
-    if arm.tool is not None and found != blocks:
-        raise PdxError(f"{arm.name}, {size} tokens: {found} of {blocks} blocks were found below")
     hits.computed.setdefault(size, []).append(computed.first_token_s)
     hits.own.setdefault(size, []).append(own.first_token_s)
-    hits.below.setdefault(size, []).append(below.first_token_s)
+    memory = _from_below(arm, arm.forget, prompt, own)
+    hits.memory.setdefault(size, []).append(memory.first_token_s)
+    if isinstance(arm, PdxArm):
+        disk = _from_below(arm, arm.forget_memory, prompt, own)
+        hits.disk.setdefault(size, []).append(disk.first_token_s)
 
 
-def _judge(taken: dict[str, Hits], report: Report) -> None:
+def _from_below(arm: CachingArm, forget: Callable[[], None], prompt: list[int], own: Timing) -> Timing:
+    forget()
+    before = arm.counters()["lookup_hit_blocks"]
+    below = arm.ask(prompt, ANSWER_TOKENS)
+    found = arm.counters()["lookup_hit_blocks"] - before
+    if own.text != below.text:
+        raise PdxError(f"{arm.name}, {len(prompt)} tokens: {own.text!r} from its own cache, {below.text!r} from below")
+    if found < blocks_of(len(prompt)):
+        raise PdxError(f"{arm.name}, {len(prompt)} tokens: {found} of {blocks_of(len(prompt))} blocks were found below")
+    return below
+
+
+def judge(taken: dict[str, Hits], report: Report, *, ours: str, peers: Sequence[str], fio_rate: float | None) -> None:
+    """`fio_rate`: bytes per second of direct reads on the disk's file system."""
     memcpy = memcpy_rate()
     report.figures["memcpy_gb_per_s"] = round(memcpy / 1e9, 2)
+    report.figures["fio_gb_per_s"] = None if fio_rate is None else round(fio_rate / 1e9, 2)
     rows = []
     for name, hits in taken.items():
-        sizes_bytes = [size // BLOCK_TOKENS * BLOCK_TOKENS * TOKEN_BYTES for size in SIZES]
-        line = fit(sizes_bytes, [hits.cost_s(size) for size in SIZES])
+        sizes_bytes = [blocks_of(size) * BLOCK_BYTES for size in SIZES]
+        line = fit(sizes_bytes, [hits.memory_s(size) for size in SIZES])
         report.figures[f"hit cost, {name}"] = {"fixed_ms": line.fixed_ms, "gb_per_s": line.gb_per_s}
+        print(f"  {name}: a hit in memory costs {line}")
+        if hits.disk:
+            line = fit(sizes_bytes, [hits.disk_s(size) for size in SIZES])
+            report.figures[f"disk hit adds, {name}"] = {"fixed_ms": line.fixed_ms, "gb_per_s": line.gb_per_s}
+            print(f"  {name}: a hit on the disk adds {line}")
         for size, size_bytes in zip(SIZES, sizes_bytes, strict=True):
-            cost_ms, copy_ms = hits.cost_s(size) * 1e3, size_bytes / memcpy * 1e3
+            medians = (median(each[size]) * 1e3 for each in (hits.computed, hits.own, hits.memory))
+            disk = f"{median(hits.disk[size]) * 1e3:.1f}" if hits.disk else "-"
             rows.append([
-                name, size, *(f"{median(each[size]) * 1e3:.1f}" for each in (hits.computed, hits.own, hits.below)),
-                f"{cost_ms:.1f}", f"{copy_ms:.1f}",
+                name, size, *(f"{each:.1f}" for each in medians), disk,
+                f"{hits.memory_s(size) * 1e3:.1f}", f"{size_bytes / memcpy * 1e3:.1f}",
             ])  # fmt: skip
-            if name == "pdx":
-                allowed = FIXED_MS + copy_ms / COPY_SHARE
-                report.bar(f"hit of {size} tokens from memory, over the engine's own cache", round(cost_ms, 1),
-                           f"<= {allowed:.1f}", cost_ms <= allowed, unit="ms")  # fmt: skip
-        print(f"  {name}: a hit costs {line}")
     report.figures["hits"] = {name: vars(hits) for name, hits in taken.items()}
-    table("Time to the first token, medians in ms", ("arm", "tokens", "computed", "own cache", "from below",
-          "the hit costs", "ceiling: memcpy of it"), rows)  # fmt: skip
+    table("Time to the first token, medians in ms", ("arm", "tokens", "computed", "own cache", "memory", "disk",
+          "memory - own", "ceiling: memcpy of it"), rows)  # fmt: skip
+    for size in SIZES:
+        size_bytes = blocks_of(size) * BLOCK_BYTES
+        cost_ms = taken[ours].memory_s(size) * 1e3
+        allowed = FIXED_MS + size_bytes / (COPY_SHARE * memcpy) * 1e3
+        report.bar(f"hit of {size} tokens in memory, over the engine's own cache", round(cost_ms, 1),
+                   f"<= {allowed:.1f}", cost_ms <= allowed, unit="ms")  # fmt: skip
+        for peer in peers:
+            theirs_ms = taken[peer].memory_s(size) * 1e3
+            report.bar(f"hit of {size} tokens in memory, against {peer}", round(cost_ms, 1), f"< {theirs_ms:.1f}",
+                       cost_ms < theirs_ms, unit="ms")  # fmt: skip
+        if fio_rate is not None:
+            more_ms, allowed = taken[ours].disk_s(size) * 1e3, DISK_FACTOR * size_bytes / fio_rate * 1e3
+            report.bar(f"hit of {size} tokens on the disk, over memory", round(more_ms, 1), f"<= {allowed:.1f}",
+                       more_ms <= allowed, unit="ms")  # fmt: skip
+
+
+def fio(folder: Path) -> float | None:
+    """Bytes per second of direct reads of a block each, four under way, from a file of its own. None without fio."""
+    if shutil.which("fio") is None:
+        print("  fio is not installed: no bar for the disk (apt-get install fio)", flush=True)
+        return None
+    command = [
+        "fio", "--name=pdx", f"--filename={folder / 'fio'}", "--rw=read", f"--bs={BLOCK_BYTES}", "--direct=1",
+        "--ioengine=libaio", f"--iodepth={FIO_DEPTH}", f"--size={FIO_BYTES}", "--output-format=json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=FIO_S)
+    (folder / "fio").unlink()
+    return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"])

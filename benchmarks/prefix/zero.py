@@ -46,5 +46,9 @@ def _judge(what: str, samples: dict[str, list[float]], most: float, report: Repo
     report.bar(f"zero reuse, {what}: 95 % interval excludes {EXCLUDED}", f"{low:.4f} to {high:.4f}", f"< {EXCLUDED}",
                high < EXCLUDED)  # fmt: skip
     report.figures[f"zero reuse, {what}"] = {"samples_s": samples, "ratio": ratio, "control": median(control)}
+    for peer in samples.keys() - {BASE, CONTROL, OURS}:
+        theirs = median([own / plain for own, plain in zip(samples[peer], base, strict=True)])
+        report.figures[f"zero reuse, {what}, {peer} / plain"] = theirs
+        print(f"  {what}, {peer} / plain: {theirs:.4f}")
     shown = f"{median(control):.4f} ({control_low:.4f} to {control_high:.4f})"
     return [what, f"{median(base) * 1e3:.1f}", f"{ratio:.4f} ({low:.4f} to {high:.4f})", shown]
