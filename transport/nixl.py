@@ -7,8 +7,10 @@ and its thread spins on a core of its own. Hence the bindings are used directly,
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pdx.errors import ConfigError, PeerGone, UnknownTransport
@@ -21,6 +23,7 @@ SCHEME = "nixl"
 BACKEND = "UCX"
 # The progress thread sleeps on descriptors for so long at most; 0 would have it spin.
 PROGRESS_WAIT_US = 100_000
+RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 class NixlLane(OneSidedLane):
@@ -35,6 +38,7 @@ class NixlFabric:
     """See Fabric. One agent; its name is new in every life, so that no peer takes it for its predecessor."""
 
     def __init__(self) -> None:
+        leave_efa_out(os.environ)
         try:
             import nixl._bindings as bindings
         except ImportError as error:
@@ -131,3 +135,14 @@ class NixlFabric:
         with contextlib.suppress(*self._failure):  # what can't be released ends with the peer
             if transfer:
                 self._agent.releaseXferReq(transfer)
+
+
+def leave_efa_out(environ: MutableMapping[str, str], devices: Path = RDMA_DEVICES) -> None:
+    """Has UCX not load its module for EFA where there is no such device and nobody has chosen UCX's modules.
+
+    NIXL's wheel brings that module, but not libefa: the system's comes with the system's libnl, beside the wheel's own,
+    and a process with both dies by SIGSEGV when it exits, after all else (seen with NIXL 1.5.1 and rdma-core 44).
+    """
+    drivers = {(device / "device" / "driver").resolve().name for device in devices.glob("*")}
+    if "efa" not in drivers:
+        environ.setdefault("UCX_MODULES", "^efa")
