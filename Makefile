@@ -2,6 +2,8 @@
 # ARGS passes flags on: make test ARGS="-k wire -x", make demo ARGS="--help".
 
 PYTHON_IN_VENV := .venv/bin/python
+# Half of what tests do is waiting. A file stays in one process; the files with real engines share one.
+IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint prove soak simulate clean
 
@@ -15,7 +17,7 @@ demo: setup  ## Two engines, one conversation: watch KV stream from prefill to d
 	@$(PYTHON_IN_VENV) -m benchmarks.demo $(ARGS)
 
 test: setup  ## Run all tests
-	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
+	@$(PYTHON_IN_VENV) -m pytest $(IN_TWO) $(ARGS)
 
 lint: setup  ## Style, types and layers
 	@$(PYTHON_IN_VENV) -m ruff check .

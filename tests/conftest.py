@@ -22,6 +22,7 @@ LASTING = ("resource_tracker", "forkserver")
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
 
+REAL_ENGINES = Path(__file__).parent / "e2e"
 MARKS: dict[str, tuple[Callable[[], bool], str]] = {
     "vllm": (lambda: importlib.util.find_spec("vllm") is not None, "vLLM is not installed: pip install 'pdx-kv[cpu]'"),
     "gpu": (lambda: Path("/dev/nvidia0").exists(), "this machine has no NVIDIA GPU"),
@@ -34,6 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and not is_here():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: REAL_ENGINES not in item.path.parents)  # the longest first; else as they were
+    for item in items:
+        # To one process of several: a file, or all files with real engines, of which more at once would not fit.
+        group = REAL_ENGINES if REAL_ENGINES in item.path.parents else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group)))
 
 
 @pytest.fixture(autouse=True)
