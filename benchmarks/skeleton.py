@@ -116,7 +116,7 @@ def flip_every_page(rig: Rig, daemon: str, *, extent_bytes: int = EXTENT_BYTES) 
 @contextlib.contextmanager
 def intruder(rig: Rig, daemon: str) -> Iterator[Arena]:
     """The arena of a daemon, as any process of this user could map it."""
-    content = ContentFingerprint(model="-", weights="-", weight_epoch=0, dtype="-", block_tokens=1, hash_algorithm="-")
+    content = ContentFingerprint(model="-", weights="-", weight_epoch="", dtype="-", block_tokens=1, hash_algorithm="-")
     layout = LayoutFingerprint(engine="-", attention="-", layers=1, page_bytes=1, block_tokens=1, packing="-",
                                kv_groups=1, ranks=1)  # fmt: skip
     info = EngineInfo(engine_id="intruder", role="decode", model="-", content=content, layout=layout)

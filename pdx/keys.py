@@ -21,7 +21,7 @@ class ContentFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     model: str  # the engine's model name: for people; `weights` is what tells two models apart
     weights: str  # hex digest of the weight files' names, sizes and headers, and of config overrides
-    weight_epoch: int  # raised by a weight update or an in-place LoRA replacement
+    weight_epoch: str  # "": the weights of these files; else, after an update, a digest of the live ones
     dtype: str
     block_tokens: int
     hash_algorithm: str  # with its seed, e.g. "sha256_cbor/vllm-none-hash"

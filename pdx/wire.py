@@ -34,6 +34,7 @@ FRAME_BYTES_MAX = 8 << 20
 
 # What is added up: sums of such numbers stay far below what MessagePack can carry.
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+Epoch = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]  # as in keys.ContentFingerprint
 
 
 class Message(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -62,6 +63,11 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def models(self) -> list[str]:
         """The names under which requests may come."""
         return [self.model, *self.adapters]
+
+    def at(self, epoch: str) -> EngineInfo:
+        """The same engine with weights of this epoch."""
+        content = msgspec.structs.replace(self.content, weight_epoch=epoch)
+        return msgspec.structs.replace(self, content=content)
 
 
 class DaemonRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -200,6 +206,18 @@ class Renew(Message, tag="renew", frozen=True):
     handoff_ids: list[bytes]
     running: int = 0
     waiting: int = 0
+
+
+class WeightEpoch(Message, tag="weight_epoch", frozen=True):
+    """From the scheduler: its engine has other weights. All that it holds ends; what it asks next is of this epoch."""
+
+    epoch: Epoch
+
+
+class Reset(Message, tag="reset", frozen=True):
+    """From the scheduler: clear all blocks of this engine's kind, as they are named in this epoch."""
+
+    epoch: Epoch
 
 
 class SendOpened(Message, tag="send_opened", frozen=True):
@@ -373,7 +391,7 @@ class Answer(Message, tag="answer", frozen=True):
 
 ATTACH = Attach
 TO_ATTACH = Attached | AttachRefused
-ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | LetGo | Renew | Ask
+ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | LetGo | Renew | WeightEpoch | Reset | Ask
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
 PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
 NOTICE = Landed

@@ -167,11 +167,11 @@ class Directory:
 
     def _join(self, info: EngineInfo, ref: DaemonRef, now: float) -> None:
         known = self._engines.get(info.engine_id)
-        if known is None or known.info != info:
+        if known is None or known.info.at(info.content.weight_epoch) != info:
             self._engines[info.engine_id] = _Engine(info, ref, heard_at=now, poll_at=now)
             return
-        # The same engine, heard again: perhaps through a new incarnation of its daemon.
-        known.daemon, known.heard_at, known.pairable = ref, now, True
+        # The same engine, heard again: perhaps with other weights, or through a new incarnation of its daemon.
+        known.info, known.daemon, known.heard_at, known.pairable = info, ref, now, True
 
     def _orphan(self, daemon_id: str) -> None:
         for engine in self._engines.values():

@@ -13,7 +13,7 @@ from pdx.keys import ContentFingerprint
 
 SEED = "vllm-none-hash"
 CONTENT = ContentFingerprint(
-    model="m", weights="w", weight_epoch=0, dtype="bf16", block_tokens=16, hash_algorithm=f"sha256_cbor/{SEED}"
+    model="m", weights="w", weight_epoch="", dtype="bf16", block_tokens=16, hash_algorithm=f"sha256_cbor/{SEED}"
 )
 # Every length that CBOR's heads have, and both sides of where they change.
 TOKENS = [0, 1, 23, 24, 255, 256, 65_535, 65_536, chain.TOKEN_MAX]

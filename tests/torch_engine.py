@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from pdx.engine.copier import Pages
 from pdx.engine.vllm.caches import Layers
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Report
+from pdx.engine.vllm.watch import Watch
 from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.layout import PageLayout, blocks_for
 
@@ -55,6 +57,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     status: str = "waiting"  # waiting, loading, running, finished
+    scores: list[float] = field(default_factory=list)  # of each token of the answer: tells KV apart where tokens don't
     result: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +90,7 @@ class Scheduled:
 
     num_scheduled_tokens: dict[str, int]
     requests: dict[str, Request]
+    preempted_req_ids: set[str] | None = None
 
     @property
     def total_num_scheduled_tokens(self) -> int:
@@ -109,6 +113,11 @@ class Model:
         self.mix = torch.randn(LAYERS, WIDTH, 3 * WIDTH, dtype=torch.float64, generator=generator) / WIDTH**0.5
         self.out = torch.randn(LAYERS, WIDTH, WIDTH, dtype=torch.float64, generator=generator) / WIDTH**0.5
         self.embedding, self.mix, self.out = (each.to(device) for each in (self.embedding, self.mix, self.out))
+
+    def digest(self) -> str:
+        """Of the weights, whatever they are now."""
+        tensors = (self.embedding, self.mix, self.out)
+        return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)).hexdigest()[:32]
 
 
 class TorchEngine:
@@ -133,6 +142,9 @@ class TorchEngine:
         self.requests: dict[str, Request] = {}
         shape = (ranks, LAYERS, blocks, BLOCK_TOKENS, 2, WIDTH // self.shards)
         self.caches = torch.zeros(shape, dtype=torch.float64, device=model.embedding.device)
+        self.watches = [Watch() for _ in range(ranks)]
+        for watch in self.watches:
+            watch.begin(lambda: self.model.digest())
         self.scheduler: SchedulerSide | None = None
         self.workers: tuple[WorkerSide, ...] = ()
         self.forward_tokens = 0
@@ -140,6 +152,7 @@ class TorchEngine:
         self._free = list(range(blocks - 1, 0, -1))  # block 0 is the null block
         self._users = dict.fromkeys(range(blocks), 0)
         self._cached: dict[bytes, int] = {}
+        self._preempted: set[str] = set()  # since the last step
         self._invalid: set[int] = set()  # blocks of loads that some rank has not ended yet
         self._reported: Counter[str] = Counter()  # ranks that have ended a load
 
@@ -152,7 +165,14 @@ class TorchEngine:
 
     def connect(self, scheduler: SchedulerSide, *workers: WorkerSide) -> None:
         assert len(workers) == self.ranks
+        scheduler.bind(self)
         self.scheduler, self.workers = scheduler, workers
+
+    def update(self, model: Model) -> None:
+        """New weights in all ranks, between two steps. Whoever updates forgets the engine's own cache, or does not."""
+        self.model = model
+        for watch in self.watches:
+            watch.mark()
 
     def add(self, request: Request) -> Request:
         self.requests[request.request_id] = request
@@ -170,9 +190,17 @@ class TorchEngine:
         self._release(request)
         request.num_computed_tokens = 0
         request.status = "waiting"
+        self._preempted.add(request.request_id)
 
     def forget_prefixes(self) -> None:
         self._cached.clear()
+
+    def blocks_of(self, request_id: str) -> set[int]:
+        return set(self.requests[request_id].block_ids)
+
+    def forget(self, block_ids: Iterable[int] | None) -> None:
+        gone = set(range(len(self._users)) if block_ids is None else block_ids)
+        self._cached = {block_hash: block for block_hash, block in self._cached.items() if block not in gone}
 
     @property
     def unfinished(self) -> bool:
@@ -198,6 +226,7 @@ class TorchEngine:
             self._cache_blocks(request)
             if request.num_computed_tokens == len(request.tokens):
                 request.append(int(logits[request_id].argmax()))
+                request.scores.append(float(logits[request_id].max()))
                 if len(request.output) == request.max_tokens:
                     self._finish(request)
         self._hear([report for report in reports if report is not None])
@@ -219,14 +248,15 @@ class TorchEngine:
     def _schedule(self) -> Scheduled:
         budget, counts = self.tokens_a_step, {}
         for request in self.requests.values():
-            if request.status == "waiting":
+            if request.status == "waiting" and not self._preempted:  # vLLM admits nobody beside a preemption
                 self._admit(request)
             if request.status == "running" and budget:
                 counts[request.request_id] = min(budget, len(request.tokens) - request.num_computed_tokens)
                 budget -= counts[request.request_id]
                 self._grow(request, request.num_computed_tokens + counts[request.request_id])
                 self._cache_blocks(request, ahead=counts[request.request_id])
-        return Scheduled(counts, self.requests)
+        preempted, self._preempted = self._preempted, set()
+        return Scheduled(counts, self.requests, preempted)
 
     def _admit(self, request: Request) -> None:
         if request.block_ids:  # after a load

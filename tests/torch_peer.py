@@ -18,7 +18,7 @@ from pdx.wire import Attach, DaemonRef, EngineInfo, Role
 
 MoverOf = Callable[[TorchEngine, int, DaemonClient | None], Mover]  # for this rank
 CONTENT = ContentFingerprint(
-    model="torch", weights="seed 7", weight_epoch=0, dtype="f64", block_tokens=BLOCK_TOKENS, hash_algorithm="sha256"
+    model="torch", weights="seed 7", weight_epoch="", dtype="f64", block_tokens=BLOCK_TOKENS, hash_algorithm="sha256"
 )
 
 
@@ -50,7 +50,7 @@ class TorchPeer:
                 if mover_of is None
                 else mover_of(engine, rank, clients[1 + rank])
             )
-            workers.append(WorkerSide(link, NUMBERED, layout, mover, rank=rank))
+            workers.append(WorkerSide(link, NUMBERED, layout, mover, watch=engine.watches[rank], rank=rank))
         self._scheduler = SchedulerSide(
             self._links[0], role=role, layout=layout, block_tokens=BLOCK_TOKENS, ranks=ranks
         )

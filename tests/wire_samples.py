@@ -9,7 +9,12 @@ from pdx.layout import PageLayout, Place
 ID = bytes(range(16))
 SPACE = bytes(range(24))
 CONTENT = ContentFingerprint(
-    model="smol", weights="ab12", weight_epoch=3, dtype="bfloat16", block_tokens=128, hash_algorithm="sha256_cbor/none"
+    model="smol",
+    weights="ab12",
+    weight_epoch="ab" * 16,
+    dtype="bfloat16",
+    block_tokens=128,
+    hash_algorithm="sha256_cbor/none",
 )
 LAYOUT = LayoutFingerprint(
     engine="vllm 0.32.0", attention="CPU_ATTN/vec", layers=30, page_bytes=98304, block_tokens=128,
@@ -47,6 +52,8 @@ SAMPLES: list[wire.Message] = [
     wire.Keep(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID),
     wire.LetGo(handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, done_ns=6, spoilt=[2]),
     wire.Renew(handoff_ids=[ID], running=1, waiting=2),
+    wire.WeightEpoch(epoch="ab" * 16),
+    wire.Reset(epoch=""),
     wire.SendOpened(request_id="r", handoff_id=ID, places=[PLACE, None]),
     wire.SendEnded(request_id="r", handoff_id=ID, reason="budget"),
     wire.LoadOpened(request_id="r", handoff_id=ID, status="granted", places=[PLACE], reason=""),

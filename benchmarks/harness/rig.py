@@ -283,7 +283,8 @@ def post(url: str, body: dict[str, Any] | bytes, *, deadline_s: float) -> Reply:
     started = time.monotonic()
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        connection.request("POST", target.path, raw, {"Content-Type": "application/json"})
+        path = f"{target.path}?{target.query}" if target.query else target.path
+        connection.request("POST", path, raw, {"Content-Type": "application/json"})
         response = connection.getresponse()
         content = response.read()
         headers = {key.lower(): value for key, value in response.getheaders()}

@@ -140,7 +140,7 @@ class Episode:
 
 def _info(name: str, role: Role) -> EngineInfo:
     content = ContentFingerprint(
-        model=MODEL, weights="w", weight_epoch=0, dtype="bf16", block_tokens=BLOCK_TOKENS, hash_algorithm="sha"
+        model=MODEL, weights="w", weight_epoch="", dtype="bf16", block_tokens=BLOCK_TOKENS, hash_algorithm="sha"
     )
     layout = LayoutFingerprint(
         engine="sim", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=BLOCK_TOKENS,

@@ -5,6 +5,7 @@ Owned by the control thread. It decides nothing about a handoff's course; that i
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -24,9 +25,11 @@ from pdx.daemon.sessions import Engine
 from pdx.daemon.spaces import KnownSpaces
 from pdx.daemon.steering import Steering
 from pdx.daemon.tiering import Tiering
+from pdx.errors import Refused
 from pdx.handoff import actions as do
+from pdx.keys import space_of
 from pdx.transport.api import Arrived, Event, PeerLost, PutDone, PutFailed, WindowClosed
-from pdx.verbs import Result, Steer
+from pdx.verbs import Clear, Result, Steer
 from pdx.wire import (
     Cancel,
     Committed,
@@ -44,6 +47,8 @@ from pdx.wire import (
     SendEnded,
     Wait,
 )
+
+log = logging.getLogger("pdxd")
 
 
 class Mover:
@@ -105,15 +110,28 @@ class Mover:
         self._holds.renew(handoff_ids, now)
         self._sending.renewed(handoff_ids, now)
 
+    def weights_changed(self, engine: Engine, epoch: str, now: float) -> None:
+        """From now on the engine's blocks have other names. What it had begun with the weights of before ends."""
+        engine_id = engine.info.engine_id
+        self._desk.ports.counters["weight_changes"] += 1
+        self._end_handoffs(engine_id, "engine's weights have changed", now)
+        for hold in self._holds.of_engine(engine_id):
+            self._desk.store.revoke(hold.lease)  # it has let go, or its workers will with their next step
+        engine.info = engine.info.at(epoch)
+        self.spaces.met(engine)
+
+    def reset(self, engine: Engine, epoch: str, now: float) -> None:
+        """Clears the engine's blocks of this epoch, and so everybody's whose blocks can stand for them."""
+        info = engine.info.at(epoch)
+        self._desk.ports.counters["resets"] += 1
+        try:
+            self.steer(Clear(spaces=[space_of(info.content, info.layout)]), now)
+        except Refused as error:
+            log.warning("reset of engine %r: %s", info.engine_id, error)
+
     def engine_failing(self, engine_id: str, now: float) -> None:
         """One of the engine's processes is gone: its handoffs fail. Others may still write: holds stay."""
-        for record in list(self._sending.records.values()):
-            if record.engine.info.engine_id == engine_id:
-                self._sending.act(record, record.sender.fail("prefill engine died", tell_peer=True), now)
-        self._questions.forget(engine_id)
-        for incoming in list(self._receiving.records.values()):
-            if incoming.receiver.handle.decode_engine == engine_id:
-                self._receiving.act(incoming, incoming.receiver.fail("decode engine died", tell_peer=True), now)
+        self._end_handoffs(engine_id, "engine died", now)
 
     def engine_gone(self, engine_id: str, now: float) -> None:
         """No process of this engine maps the arena any more: everything it held is harmless."""
@@ -235,6 +253,15 @@ class Mover:
             ids = self._desk.ids(record.receiver.handle, lease_epoch=0)
             wait = Wait(**ids, ahead=self._waiting.index(record))
             self._desk.ports.to_peer(record.receiver.handle.prefill_daemon, wait)
+
+    def _end_handoffs(self, engine_id: str, why: str, now: float) -> None:
+        for record in list(self._sending.records.values()):
+            if record.engine.info.engine_id == engine_id:
+                self._sending.act(record, record.sender.fail(f"prefill {why}", tell_peer=True), now)
+        self._questions.forget(engine_id)
+        for incoming in list(self._receiving.records.values()):
+            if incoming.receiver.handle.decode_engine == engine_id:
+                self._receiving.act(incoming, incoming.receiver.fail(f"decode {why}", tell_peer=True), now)
 
     def _land_here(self, record: Outgoing, action: do.Put, now: float) -> bool:
         twin = self._receiving.records.get(record.key)

@@ -46,7 +46,9 @@ from pdx.wire import (
     OpenLoad,
     OpenSend,
     Renew,
+    Reset,
     SendEnded,
+    WeightEpoch,
     decoder_of,
     encode,
 )
@@ -204,6 +206,11 @@ class Service:
                 if engine is not None:
                     engine.running, engine.waiting = message.running, message.waiting
                 self._mover.renew(message.handoff_ids, now)
+            case WeightEpoch() if engine is not None and engine.scheduler is session:
+                self._mover.weights_changed(engine, message.epoch, now)
+                self._announcer.changed()
+            case Reset() if engine is not None and engine.scheduler is session:
+                self._mover.reset(engine, message.epoch, now)
             case OpenSend() if engine is not None and engine.complete:
                 self._mover.open_send(engine, message, now)
             case OpenLoad() if engine is not None and engine.complete:

@@ -100,11 +100,12 @@ class Sessions:
                 raise Refused(f"this daemon serves at most {ENGINES_MAX} engines")
             engine = Engine(hello.engine)
         if hello.kind == "worker":
-            if engine.workers and (engine.info, engine.pages) != (hello.engine, hello.pages):
+            told = hello.engine.at(engine.info.content.weight_epoch)  # only its scheduler knows of all ranks
+            if engine.workers and (engine.info, engine.pages) != (told, hello.pages):
                 raise Refused(f"the ranks of engine {name!r} differ in model or layout")
             session.rank, session.fence_offset = hello.rank, self._free_fence()
             engine.workers[hello.rank], engine.pages = session, hello.pages
-            engine.info = hello.engine  # only workers have seen the real caches
+            engine.info = told  # only workers have seen the real caches
         else:
             engine.scheduler, engine.router = session, hello.router
         session.engine_id = name

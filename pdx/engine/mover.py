@@ -58,6 +58,7 @@ class Loading:
     reason: str = ""  # why it ends before it is complete; once set, no more copies begin
     spoilt: list[int] = field(default_factory=list)  # which of its places held a wrong page
     in_flight: int = 0  # lots of pages under way
+    void: bool = False  # whatever came must not be used: it was computed with other weights
 
     def arrived(
         self, layer: int, positions: Sequence[int], faults: Sequence[tuple[int, Fault]], counts: Counter[str]

@@ -127,6 +127,11 @@ class LoadPlan:
         unverified = {table[n] for n, done in enumerate(self._done) if done < self._layers for table in self.tables}
         return unverified - {NO_BLOCK}
 
+    @property
+    def block_ids_of_all(self) -> set[int]:
+        """Every engine block that this load fills, or has filled."""
+        return {block_id for table in self.tables for block_id in table} - {NO_BLOCK}
+
     def _needed_from(self, position: int, layer: int) -> int:
         """The first layer, from `layer` on, that has a block for this position; the number of layers if none has."""
         while layer < self._layers and self.tables[self._group_of[layer]][position] == NO_BLOCK:

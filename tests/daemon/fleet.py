@@ -177,7 +177,7 @@ class BareEngine:
     ) -> None:  # fmt: skip
         self.pages = msgspec.structs.replace(PAGES, layers=PAGES.layers * ranks, shards=ranks)
         content = ContentFingerprint(
-            model=model, weights="w", weight_epoch=0, dtype="bf16", block_tokens=BLOCK_TOKENS, hash_algorithm=algorithm
+            model=model, weights="w", weight_epoch="", dtype="bf16", block_tokens=BLOCK_TOKENS, hash_algorithm=algorithm
         )
         fingerprint = LayoutFingerprint(
             engine="bare 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes,

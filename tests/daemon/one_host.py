@@ -108,7 +108,7 @@ class Host:
 
 def engine(name: str) -> Engine:
     content = ContentFingerprint(
-        model="m", weights="w", weight_epoch=0, dtype="bf16", block_tokens=16, hash_algorithm="sha"
+        model="m", weights="w", weight_epoch="", dtype="bf16", block_tokens=16, hash_algorithm="sha"
     )
     layout = LayoutFingerprint(
         engine="e", attention="a", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=16, packing="L",

@@ -108,7 +108,7 @@ def scene(tmp_path: Path) -> Iterator[tuple[Fleet, Daemon, BareEngine, HostilePe
 
 def fingerprints() -> tuple[bytes, str]:
     content = ContentFingerprint(
-        model="m", weights="w", weight_epoch=0, dtype="bf16", block_tokens=16, hash_algorithm="sha"
+        model="m", weights="w", weight_epoch="", dtype="bf16", block_tokens=16, hash_algorithm="sha"
     )
     layout = LayoutFingerprint(
         engine="bare 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=16,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.measure import prompt_of
 from benchmarks.harness.rig import START_S, Part, Reply, Rig, counter, post, rig_in, stats, unleased, wait_until
@@ -41,8 +42,10 @@ class Host:
     engine: Part
     tool: DaemonClient
 
-    def ask(self, prompt: list[int], max_tokens: int = 8) -> Reply:
-        reply = self.rig.complete(prompt, url=self.engine.url, max_tokens=max_tokens, deadline_s=DEADLINE_S, logprobs=5)
+    def ask(self, prompt: list[int], max_tokens: int = 8, **more: Any) -> Reply:
+        reply = self.rig.complete(
+            prompt, url=self.engine.url, max_tokens=max_tokens, deadline_s=DEADLINE_S, logprobs=5, **more
+        )
         assert reply.status == 200, reply.text
         return reply
 
@@ -53,9 +56,14 @@ class Host:
         assert cached_tokens(reply) == WHOLE * BLOCK_TOKENS
         return reply
 
-    def forget(self) -> None:
+    def forget(self, query: str = "") -> None:
         """The engine's own cache."""
-        assert post(f"{self.engine.url}/reset_prefix_cache", {}, deadline_s=DEADLINE_S).status == 200
+        assert post(f"{self.engine.url}/reset_prefix_cache{query}", {}, deadline_s=DEADLINE_S).status == 200
+
+    def reload(self, model: Path) -> None:
+        """The weights of this folder, in the engine as it runs."""
+        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
+        assert post(f"{self.engine.url}/collective_rpc", rpc, deadline_s=DEADLINE_S).status == 200
 
     def grown(self, before: dict[str, int], name: str) -> int:
         return counter(self.tool, name) - before.get(name, 0)
@@ -154,6 +162,56 @@ def test_lookup_says_what_the_next_request_gets(host: Host, path: str, said: dic
         assert found().blocks == 0
         ask()
         assert host.grown(before, "lookup_hit_blocks") == 0
+
+
+def test_new_weights_find_nothing_old_and_share_what_is_theirs(host: Host, tmp_path: Path) -> None:
+    """In vLLM's order, the reset before the weights; and then without a reset of ours. What a tenant's first request
+    computes is what these weights say: nobody has computed for it before."""
+    prompt = prompt_of(PROMPT_TOKENS, 5)
+    first = host.ask(prompt)
+    assert unleased(host.tool, deadline_s=DEADLINE_S)
+    before = host.counters()
+    host.forget("?reset_external=true")
+    wait_until(lambda: host.grown(before, "blocks_cleared") >= WHOLE, DEADLINE_S, "what was kept is cleared")
+    host.reload(perturbed(host.rig.model, tmp_path))
+    changed = host.ask(prompt)
+    assert host.grown(before, "lookup_hit_blocks") == 0
+    assert changed.logprobs != first.logprobs
+    assert_same(changed, host.ask(prompt, cache_salt="nobody's"))
+    assert unleased(host.tool, deadline_s=DEADLINE_S)
+    before = host.counters()
+    host.forget()
+    loaded = host.ask(prompt)
+    assert host.grown(before, "lookup_hit_blocks") == host.grown(before, "pages_verified") / LAYERS == WHOLE
+    assert_same(loaded, host.ask(prompt))  # by now its own cache has them
+
+    host.forget()
+    host.reload(host.rig.model)
+    before = host.counters()
+    back = host.ask(prompt)
+    assert (host.grown(before, "loads_ok"), host.grown(before, "loads_failed")) == (0, 1)
+    assert_same(back, first)
+    assert host.counters()["weight_changes"] == 2
+    host.forget()
+    assert_same(host.ask(prompt), first)
+    assert unleased(host.tool, deadline_s=DEADLINE_S)
+    host.forget()
+    before = host.counters()
+    host.ask(prompt)
+    assert host.grown(before, "lookup_hit_blocks") == WHOLE
+
+
+def perturbed(model: Path, folder: Path) -> Path:
+    """The same model with other keys."""
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).symlink_to(file.resolve())
+    weights = load_file(model / "model.safetensors")
+    for name, tensor in weights.items():
+        if "k_proj" in name:
+            tensor.mul_(0.75)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.mark.prove

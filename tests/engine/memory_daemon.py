@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from pdx.buffer.headers import Headers
+from pdx.engine.vllm.watch import Watch
 from pdx.errors import DaemonGone
 from pdx.handoff.handle import TransferHandle, mint, verify
 from pdx.layout import CONTROL_BYTES, PageLayout, Place, round_up
@@ -29,13 +30,16 @@ from pdx.wire import (
     OpenLoad,
     OpenSend,
     Renew,
+    Reset,
     SendEnded,
     SendOpened,
+    WeightEpoch,
     decoder_of,
     encode,
 )
 
 KEY = b"k" * 32
+HASH_BYTES = 32
 _decode_engine = decoder_of(ENGINE)
 _decode_daemon = decoder_of(TO_ENGINE)
 
@@ -66,7 +70,7 @@ class MemoryDaemon:
         self.clients: list[MemoryClient] = []
         self.received: list[Message] = []
         self.let_go: list[LetGo] = []
-        self.kept: dict[bytes, Place] = {}  # block hash -> whole block of a request without a handle
+        self.kept: dict[bytes, Place] = {}  # (epoch +) block hash -> whole block of a request without a handle
         self._offers: dict[bytes, dict[bytes, Place]] = {}
         self.load_status: str | None = None  # answer this instead of looking
         self._early: list[tuple[MemoryClient, OpenLoad]] = []  # questions that wait for their first page
@@ -138,6 +142,12 @@ class MemoryDaemon:
                     self.handoffs[message.handoff_id].let_go[message.side] = message
             case Renew():
                 pass
+            case WeightEpoch():
+                client.epoch = message.epoch
+            case Reset():
+                for blocks in (self.kept, *self._offers.values()):
+                    for key in [key for key in blocks if key[:-HASH_BYTES] == message.epoch.encode()]:
+                        del blocks[key]
 
     def _open_send(self, client: MemoryClient, message: OpenSend) -> None:
         handoff_id = verify(message.handle, KEY, now_unix_s=1e9).handoff_id
@@ -151,10 +161,10 @@ class MemoryDaemon:
 
     def _look_up(self, client: MemoryClient, message: LookUp) -> None:
         places = []
-        for block_hash in message.block_hashes:
-            if block_hash not in self.kept:
+        for key in self._keys(client, message.block_hashes):
+            if key not in self.kept:
                 break
-            places.append(self.kept[block_hash])
+            places.append(self.kept[key])
         client.deliver(
             LoadOpened(
                 request_id=message.request_id, handoff_id=message.handoff_id,
@@ -163,13 +173,18 @@ class MemoryDaemon:
         )  # fmt: skip
 
     def _keep(self, client: MemoryClient, message: Keep) -> None:
-        fresh = [block_hash for block_hash in message.block_hashes if block_hash not in self.kept]
+        keys = self._keys(client, message.block_hashes)
+        fresh = [key for key in keys if key not in self.kept]
         if self._used + len(fresh) > self._capacity:
             client.deliver(SendEnded(request_id=message.request_id, handoff_id=b"", reason="full"))
             return
-        offer = self._offers[message.handoff_id] = {block_hash: self._claim() for block_hash in fresh}
-        places = [offer.get(block_hash) for block_hash in message.block_hashes]
+        offer = self._offers[message.handoff_id] = {key: self._claim() for key in fresh}
+        places = [offer.get(key) for key in keys]
         client.deliver(SendOpened(request_id=message.request_id, handoff_id=message.handoff_id, places=places))
+
+    def _keys(self, client: MemoryClient, block_hashes: list[bytes]) -> list[bytes]:
+        """Engines of other weights have other names for the same tokens."""
+        return [client.epoch.encode() + block_hash for block_hash in block_hashes]
 
     def _claim(self) -> Place:
         unit, self._used, self._generation = self._used, self._used + 1, self._generation + 1
@@ -210,6 +225,7 @@ class MemoryClient:
         self._daemon = daemon
         self._inbox: deque[bytes] = deque()
         self.voices: list[MemoryVoice] = []
+        self.epoch = ""
         self.arena: Headers | None = daemon.arena
         self.attached = Attached(
             daemon=daemon.ref,
@@ -304,3 +320,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def steady() -> Watch:
+    """Over weights that never change."""
+    watch = Watch()
+    watch.begin(lambda: "weights")
+    return watch

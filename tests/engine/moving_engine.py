@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from memory_daemon import Clock, Handoff, MemoryAttachment, MemoryDaemon
+from memory_daemon import Clock, Handoff, MemoryAttachment, MemoryDaemon, steady
 from stream_model import ModelDevice
 from xxhash import xxh3_64_intdigest
 
@@ -129,7 +129,7 @@ class MovingEngine:
         )  # fmt: skip
         layers = Layers({f"layer.{n}": n for n in range(layout.layers)}, (0,) * layout.layers)
         self.clock = Clock()
-        self.worker = WorkerSide(link, layers, layout, self.mover, clock=self.clock)
+        self.worker = WorkerSide(link, layers, layout, self.mover, watch=steady(), clock=self.clock)
         self.number = 0
         self.free = list(range(1, BLOCKS))
         self.dirty: set[int] = set()  # given back: somebody else's from the next step on

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed: no engine to test with")
 
-from memory_daemon import Clock, MemoryAttachment, MemoryDaemon
+from memory_daemon import Clock, MemoryAttachment, MemoryDaemon, steady
 from torch_engine import BLOCK_TOKENS, LAYOUT, Request, Scheduled
 
 from pdx.engine.host_mover import BATCH_BYTES, HostMover
@@ -18,6 +18,7 @@ from pdx.engine.link import Link
 from pdx.engine.vllm.caches import Layers
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
+from pdx.engine.vllm.watch import Watch
 from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.layout import PageLayout, Place
 from pdx.wire import Filled, LetGo, LoadEnded, LoadOpened, OpenLoad, OpenSend, Renew, SendEnded, SendOpened
@@ -238,11 +239,20 @@ def test_live_handoffs_are_renewed_once_a_second_and_idleness_is_told(
 # --- worker -----------------------------------------------------------------------------------------------------
 
 
-def worker_of(daemon: MemoryDaemon, layout: PageLayout, clock: Clock, *, blocks: int = 9, rank: int = 0) -> WorkerSide:
+def worker_of(
+    daemon: MemoryDaemon,
+    layout: PageLayout,
+    clock: Clock,
+    *,
+    blocks: int = 9,
+    rank: int = 0,
+    watch: Watch | None = None,
+) -> WorkerSide:
     pages = tuple(np.full((blocks, layout.page_bytes), n + 1, dtype=np.uint8) for n in range(layout.layers))
     layers = Layers({f"layer.{n}": n for n in range(layout.layers)}, (0,) * layout.layers)
     mover = HostMover(pages, layout, shard=layout.shard_of_rank(rank))
-    return WorkerSide(Link(MemoryAttachment(daemon)), layers, layout, mover, rank=rank, clock=clock)  # type: ignore[arg-type]
+    link = Link(MemoryAttachment(daemon))  # type: ignore[arg-type]
+    return WorkerSide(link, layers, layout, mover, watch=watch or steady(), rank=rank, clock=clock)
 
 
 def opened(daemon: MemoryDaemon, blocks: int) -> list[Place]:

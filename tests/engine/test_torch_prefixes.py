@@ -243,7 +243,7 @@ def test_after_a_reset_nothing_old_is_loaded(daemon: MemoryDaemon, engine: Side)
     ask(engine, "a", text)
     engine.engine.forget_prefixes()
     assert engine.engine.scheduler is not None
-    assert not engine.engine.scheduler.refuse_reset()
+    assert engine.engine.scheduler.reset()
     count, request = computed(engine, "b", text)
     assert (count, request.output) == (24, alone(text))
 

@@ -17,6 +17,7 @@ from daemon.fleet import Fleet, fleet_in, until
 from daemon_pair import PROMPTS, Pair, alone, play, prompts
 from device_pair import device_mover_of
 from torch_engine import BLOCK_TOKENS, LAYERS
+from torch_peer import TorchPeer
 
 from pdx.layout import blocks_for
 from pdx.wire import Budgets
@@ -145,6 +146,39 @@ def test_no_rank_waits_for_pages_that_are_of_no_use_any_more(pair_of: MakePair) 
     assert pair.received[0].status != "loading"
     pair.settle()
     assert pair.received[0].output == alone(TEXT)
+
+
+def test_new_weights_of_one_rank_end_the_whole_load_and_part_the_pair(pair: Pair) -> None:
+    """Of the other rank's shard nothing has changed, and what it has loaded is right: the request gets nothing."""
+    states = {peer: ["start"] for peer in (pair.prefill, pair.decode)}
+    for peer, state in states.items():
+        peer.engine.watches[1].begin(lambda state=state: state[0])  # type: ignore[misc]
+
+    def update(peer: TorchPeer) -> None:
+        states[peer][0] = "later"
+        peer.engine.watches[1].mark()
+
+    pair.decode.engine.stalled = {0, 1}
+    handed_over(pair)
+    while pair.received[0].status != "loading":
+        pair.step()
+    update(pair.decode)
+    pair.decode.engine.stalled = set()
+    pair.settle()
+    assert pair.received[0].output == alone(TEXT)
+    assert pair.decode.engine.forward_tokens == len(TEXT) + 4
+    for daemon in pair.fleet.daemons:
+        daemon.wait_unleased()
+    assert loads(pair)[:2] == (0, 1)
+    handed_over(pair)
+    pair.settle()
+    assert loads(pair)[:2] == (0, 1), "prefill's are others now"
+    update(pair.prefill)
+    pair.step()
+    pair.decode.engine.forget_prefixes()
+    handed_over(pair)
+    pair.settle()
+    assert loads(pair)[:2] == (1, 1), "the same on both sides"
 
 
 def test_an_abort_ends_in_all_ranks(pair: Pair) -> None:

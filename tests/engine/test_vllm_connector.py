@@ -181,6 +181,38 @@ def test_a_dead_daemon_means_recompute(prefill: Engine, decode: Engine) -> None:
     assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
 
 
+def test_new_weights_find_nothing_in_vllm_s_own_cache_and_are_told(prefill: Engine) -> None:
+    """Nobody has reset it: blocks of before are of no use to whoever comes, those of who is there neither."""
+    long = prefill.add("long", tokens_of(150), {}, max_tokens=40)
+    for _ in range(5):
+        prefill.step()
+    old = set(prefill.scheduler.kv_cache_manager.get_block_ids("long")[0])
+    prefill.weights = "0e" * 16
+    prefill.worker.watch.mark()
+    prefill.step()
+    assert prefill.scheduler.connector._scheduler_side._epoch.name == "0e" * 16  # type: ignore[union-attr]
+    prefill.add("new", tokens_of(150), {}, max_tokens=2)
+    prefill.step()
+    assert not old & set(prefill.scheduler.kv_cache_manager.get_block_ids("new")[0])
+    prefill.run()
+    assert long.status == RequestStatus.FINISHED_LENGTH_CAPPED
+    prefill.add("again", list(long.all_token_ids)[:190], {}, max_tokens=2)
+    assert prefill.step().num_scheduled_tokens == {"again": 190 - 4 * BLOCK_TOKENS}, "behind what the new one computed"
+    prefill.run()
+
+
+def test_vllm_s_reset_reaches_the_daemon(prefill: Engine) -> None:
+    prefill.add("a", tokens_of(70), {})
+    prefill.run()
+    assert prefill.scheduler.reset_prefix_cache(reset_connector=True)
+    prefill.add("p", tokens_of(70), sending())
+    assert [step.total_num_scheduled_tokens for step in prefill.run()] == [0, 64, 6, 0], (
+        "the weights are looked at first"
+    )
+    assert the_daemon().kept == {}
+    assert the_daemon().handoffs[(1).to_bytes(16, "big")].let_go["send"].ok
+
+
 def test_stats_reach_prometheus(prefill: Engine, model_dir: Path) -> None:
     prefill.add("p", tokens_of(20), sending())
     scheduled = prefill.step()

@@ -47,7 +47,7 @@ def side(
         links[0], role=role, layout=LAYOUT, block_tokens=BLOCK_TOKENS, offload=offload, lookup_s=lookup_s, clock=clock
     )
     mover = HostMover(engine.pages(), LAYOUT)
-    engine.connect(scheduler, WorkerSide(links[1], NUMBERED, LAYOUT, mover, clock=clock))
+    engine.connect(scheduler, WorkerSide(links[1], NUMBERED, LAYOUT, mover, watch=engine.watches[0], clock=clock))
     return Side(engine, *lines)
 
 

@@ -37,12 +37,13 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from pdx.engine.vllm import compat
+from pdx.engine.vllm import compat, plugin
 from pdx.engine.vllm.metadata import StepMetadata
 
 LAYERS, HEADS, HEAD_SIZE, BLOCK_TOKENS, BLOCKS = 3, 2, 32, 32, 40
 WINDOW = 65  # of the hybrid's first two layers; the window of a token may begin with the last one of a block
 HASHING = "sha256_cbor"
+plugin.register()
 NAMES = [f"model.layers.{n}.self_attn.attn" for n in range(LAYERS)]
 
 
@@ -136,6 +137,8 @@ class Engine:
         self.worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, cache_config)
         self.tensors = kv_tensors(cache_config)
         self.worker.register_kv_caches(self.tensors)
+        self.weights = "weights"
+        self.worker.watch.begin(lambda: self.weights)
         self.scheduler = Scheduler(
             config, cache_config, StructuredOutputManager(config), BLOCK_TOKENS, hash_block_size=BLOCK_TOKENS,
             log_stats=True,

@@ -25,7 +25,7 @@ KEY = b"k" * 32
 MODEL = "smol"
 DEADLINE_S = 10.0
 CONTENT = ContentFingerprint(
-    model=MODEL, weights="ab12", weight_epoch=0, dtype="bfloat16", block_tokens=16, hash_algorithm="sha256_cbor"
+    model=MODEL, weights="ab12", weight_epoch="", dtype="bfloat16", block_tokens=16, hash_algorithm="sha256_cbor"
 )
 LAYOUT = LayoutFingerprint(
     engine="vllm 0.32.0", attention="CPU_ATTN/vec", layers=2, page_bytes=4096, block_tokens=16, packing="LBHNC",

@@ -6,6 +6,7 @@ from engine_fakes import daemon_ref, engine_info
 
 from pdx.router import directory as limits
 from pdx.router.directory import Directory
+from pdx.router.policy import fit
 from pdx.wire import Announce, EngineInfo, EngineLoad
 
 P0, D0 = engine_info("p0", "prefill"), engine_info("d0", "decode")
@@ -151,3 +152,22 @@ def test_announced_load() -> None:
     directory.on_announce(announce(P0, loads=loads, reservations_waiting=2), 1.0)
     assert directory.snapshot()[0].waiting == 3
     assert directory.reservations_waiting() == 2
+
+
+def test_new_weights_part_a_pair_at_once_and_leave_both_routable() -> None:
+    """Neither has to answer /health anew for it: a pool whose weights are updated would be empty meanwhile."""
+    directory = joined(P0, D0)
+    assert paired(directory)
+    directory.on_announce(announce(P0, D0.at("ab" * 16)), 1.0)
+    assert ids(directory) == pairable(directory) == ["d0", "p0"]
+    assert not paired(directory)
+    directory.on_announce(announce(P0.at("cd" * 16), D0.at("ab" * 16)), 2.0)
+    assert not paired(directory), "both have been updated, to different weights"
+    directory.on_announce(announce(P0.at("ab" * 16), D0.at("ab" * 16)), 3.0)
+    assert paired(directory)
+    assert ids(directory) == ["d0", "p0"]
+
+
+def paired(directory: Directory) -> bool:
+    candidates = {candidate.engine_id: candidate for candidate in directory.snapshot()}
+    return fit(candidates["p0"], candidates["d0"], P0.model)

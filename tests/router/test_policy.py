@@ -59,7 +59,7 @@ PREFILL = candidate("p0", "prefill")
         (candidate("d0", "decode", layout=msgspec.structs.replace(LAYOUT, packing="other")), False),
         (candidate("d0", "decode", layout=msgspec.structs.replace(LAYOUT, ranks=2)), False),
         (candidate("d0", "decode", content=msgspec.structs.replace(CONTENT, weights="cd34")), False),
-        (candidate("d0", "decode", content=msgspec.structs.replace(CONTENT, weight_epoch=1)), False),
+        (candidate("d0", "decode", content=msgspec.structs.replace(CONTENT, weight_epoch="new")), False),
         (candidate("d0", "decode", pairable=False), False),
         (PREFILL, False),
     ],

@@ -1,11 +1,12 @@
 """Every private import of vLLM and every branch on its version. A new vLLM means reading, then changing, this file
-(and `pdx.chain`, which repeats its block hashes).
+(and `pdx.chain`, which repeats its block hashes, and `workers`, which wraps methods of its workers).
 
 Everything is imported inside the function that needs it: loading this module costs nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pdx.errors import Refused
@@ -13,6 +14,7 @@ from pdx.errors import Refused
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 SUPPORTED = (0, 32)
@@ -134,3 +136,19 @@ def recompute_failed_loads(vllm_config: VllmConfig) -> None:
     """
     assert vllm_config.kv_transfer_config is not None
     vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+
+
+class OwnCache:
+    """vLLM's blocks and its prefix cache, as `tainted` asks for them. Owned by the scheduler's thread."""
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        self._manager = manager
+
+    def blocks_of(self, request_id: str) -> set[int]:
+        tables = self._manager.get_block_ids(request_id)
+        return {block_id for table in tables for block_id in table if block_id}  # block 0 stands for none
+
+    def forget(self, block_ids: Iterable[int] | None) -> None:
+        """Those in use stay with their requests; only no other will find them."""
+        pool = self._manager.block_pool
+        pool.evict_blocks(set(range(pool.num_gpu_blocks) if block_ids is None else block_ids))

@@ -18,11 +18,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from pdx.client import Attachment
 from pdx.engine.link import Link
-from pdx.engine.vllm import caches, compat, movers, settings
+from pdx.engine.vllm import caches, compat, movers, settings, workers
 from pdx.engine.vllm.adapters import Adapters
 from pdx.engine.vllm.metadata import ReportMetadata, StepMetadata
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Report
+from pdx.engine.vllm.watch import Watch
 from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.wire import Attach, EngineInfo
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -46,6 +47,9 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         compat.check_version()
         compat.recompute_failed_loads(vllm_config)
+        if role is KVConnectorRole.WORKER:
+            workers.check_watched()
+        self.watch = Watch()  # over this process's weights: `plugin` gives it the worker's model
         self._settings = settings.read(vllm_config)
         self._description = caches.describe(
             vllm_config, kv_cache_config, chunk_tokens=self._settings.config.chunk_tokens
@@ -88,7 +92,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
         link, pages = self._link("worker"), description.pages
         folder = self._settings.config.run_path / "kernels"
         mover = movers.mover_of(views, pages, link.client(), shard=pages.shard_of_rank(rank), folder=folder)
-        self._worker_side = WorkerSide(link, description.numbered, pages, mover, rank=rank)
+        self._worker_side = WorkerSide(link, description.numbered, pages, mover, watch=self.watch, rank=rank)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -160,8 +164,11 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
         return False, {"pdx": result} if result else None
 
     def reset_cache(self) -> bool:
-        """Not possible yet: what other engines of this host computed would go with it."""
-        return self._scheduler.refuse_reset()
+        return self._scheduler.reset()
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._scheduler.bind(compat.OwnCache(kv_cache_manager))
 
     # --- both -------------------------------------------------------------------------------------------------
 

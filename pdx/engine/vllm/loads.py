@@ -182,6 +182,14 @@ class Loads:
         else:
             self._end(load, ok=False, reason="request ended")
 
+    def end_all(self, reason: str) -> None:
+        """What is not loading yet never will; what is, stops."""
+        for load in list(self._loads.values()):
+            if load.loading:
+                self._dropping.append(load.request_id)
+            else:
+                self._end(load, ok=False, reason=reason)
+
     def reported(self, report: Report) -> None:
         """A rank, or several, touch these loads' blocks and slots no more."""
         for request_id, reported in report.loads.items():

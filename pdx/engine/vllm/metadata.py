@@ -18,7 +18,7 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass(frozen=True)
 class ReportMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler, after steps in which a load ended. vLLM joins what its ranks say."""
+    """Worker to scheduler, after steps in which a load ended or weights were looked at. vLLM joins what ranks say."""
 
     report: Report
 

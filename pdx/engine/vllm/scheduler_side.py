@@ -1,6 +1,9 @@
 """The connector's half in vLLM's scheduler process: talks to the daemon about requests, plans each step for the worker.
 
 Only dispatches between vLLM's hooks, the daemon's messages, and the two tables of requests (`sends`, `loads`).
+
+When the weights change, and at a reset, all that is under way ends: it belongs to the weights of before. The daemon is
+told the new epoch ahead of whatever is asked of it next. While the epoch is not known, requests that come wait for it.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ from pdx.config import LOOKUP_S, Offload
 from pdx.engine.link import Link
 from pdx.engine.vllm import prompts
 from pdx.engine.vllm.adapters import Adapters
+from pdx.engine.vllm.epoch import Epoch
 from pdx.engine.vllm.loads import Loads, log
 from pdx.engine.vllm.prompts import Prompt
 from pdx.engine.vllm.sends import Sends
 from pdx.engine.vllm.steps import Report, Step
+from pdx.engine.vllm.tainted import OwnCache, Tainted
 from pdx.errors import HandleError, Refused
 from pdx.layout import PageLayout
-from pdx.wire import LoadEnded, LoadOpened, Message, Renew, Role, SendEnded, SendOpened
+from pdx.wire import LoadEnded, LoadOpened, Message, Renew, Reset, Role, SendEnded, SendOpened, WeightEpoch
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
 # pdxd answers in some 0.2 ms. Waiting so long saves an idle engine one turn (1.5 ms), a busy one a decode step (40 ms).
 WAIT_A_STEP_S = 0.002
 RENEW_S = 1.0  # against leases of 30 s
+# Workers look in their next step, for as long as they read their weights: some 50 ms a GB on a CPU, 1 ms on a device.
+EPOCH_WAIT_S = 30.0
 
 
 class SchedulerSide:
@@ -71,6 +78,16 @@ class SchedulerSide:
         self._waiting: set[str] = set()  # requests that have not been scheduled yet, for the router
         self._unasked: set[str] = set()  # requests whose first answer is still worth a wait
         self._running_told = 0
+        self._epoch = Epoch(ranks)
+        self._told = ""  # the epoch as this incarnation of the daemon knows it
+        self._resets: dict[str, None] = {}  # epochs whose blocks it has yet to clear
+        self._held: dict[str, tuple[Request, float]] = {}  # requests that wait for the epoch, and until when
+        self._unfinished: set[str] = set()
+        self._tainted = Tainted()
+
+    def bind(self, own: OwnCache) -> None:
+        """The engine's own cache, which vLLM makes after its connector."""
+        self._tainted.bind(own)
 
     # --- requests come and go ---------------------------------------------------------------------------------
 
@@ -78,6 +95,134 @@ class SchedulerSide:
         """Asks the daemon at once, so that its answer is there when the scheduler first looks at the request."""
         self._hear()
         self._waiting.add(request.request_id)
+        self._unfinished.add(request.request_id)
+        if self._epoch.name is None:
+            self._held[request.request_id] = request, self._clock() + EPOCH_WAIT_S
+        elif self._epoch.name == self._told:
+            self._open(request)
+
+    def matched_tokens(self, request_id: str, local_tokens: int) -> tuple[int | None, bool]:
+        """vLLM's question before each admission: (None, False) ask again, (0, False) compute, (n, True) load n."""
+        if not self._heard_this_turn:  # of all that wait, one listens: it costs some 7 us
+            self._heard_this_turn = True
+            self._hear()
+        if request_id in self._held:
+            if self._clock() < self._held[request_id][1]:
+                return None, False
+            del self._held[request_id]
+        if self._undecided(request_id):
+            if request_id in self._unasked:
+                self._wait_for_answer(request_id)
+            if self._undecided(request_id):
+                return None, False
+        tokens = self._loads.promised(request_id, local_tokens)
+        return tokens, tokens > 0
+
+    def allocated(self, request_id: str, tables: Sequence[list[int]], external_tokens: int) -> None:
+        """`tables`: the request's block ids, by KV group."""
+        if self._tainted.admitted(request_id):
+            self._sends.drop(request_id, "it shares blocks that were computed with other weights")
+        self._loads.allocated(request_id, tables, external_tokens)
+
+    def finished(self, request_id: str) -> dict[str, Any] | None:
+        """The request ended in any way. Returns what its reply's kv_transfer_params may say."""
+        self._hear()
+        self._waiting.discard(request_id)
+        self._unasked.discard(request_id)
+        self._unfinished.discard(request_id)
+        self._held.pop(request_id, None)
+        self._tainted.finished(request_id)
+        self._loads.finished(request_id)
+        return self._sends.finished(request_id)
+
+    # --- steps ------------------------------------------------------------------------------------------------
+
+    def step(self, scheduled: SchedulerOutput) -> Step:
+        """What the worker does in the step that vLLM has just scheduled."""
+        self._hear()
+        self._heard_this_turn = False
+        self._step += 1
+        self._wait_left_s = WAIT_A_STEP_S
+        self._waiting.difference_update(scheduled.num_scheduled_tokens)
+        self._tainted.stepped(scheduled.preempted_req_ids or ())
+        for request in self._sends.adapted if self._adapters.digests else ():
+            if self._salt(request) is None:
+                self._sends.drop(request.request_id, "its adapter's files have changed")
+        if self._hybrid:
+            self._offer_now(scheduled)
+        saves = self._sends.saves(self._step, scheduled)
+        if not self._hybrid:
+            self._sends.offer(scheduled)
+        work = self._loads.take_work()
+        self._renew(running=len(scheduled.num_scheduled_tokens))
+        return Step(
+            number=self._step,
+            incarnation=self._incarnation,
+            tokens=scheduled.total_num_scheduled_tokens,
+            saves=saves,
+            loads=work.starting,
+            finishing=work.finishing,
+            dropping=work.dropping,
+            epoch=self._epoch.states,
+            asked=self._epoch.asked,
+        )
+
+    def reported(self, report: Report) -> None:
+        self._loads.reported(report)
+        if not report.seen:
+            return
+        before = self._epoch.name
+        self._epoch.reported(report.seen)
+        now = self._epoch.name
+        if now is None:
+            return
+        if before is not None and now != before:
+            self._part("the weights have changed")
+        self._tell()
+        if now == self._told:
+            for request, _ in self._held.values():
+                self._open(request)
+        self._held.clear()
+
+    def reset(self) -> bool:
+        """Nothing that was computed before is loaded or found again, here or in the daemon: it clears all blocks of
+        this engine's kind. Always possible: a daemon that is away clears them when it comes back, before all else."""
+        self._hear()
+        if self._epoch.name is not None:
+            self._resets[self._epoch.name] = None
+        self._epoch.ask()
+        self._part("the cache was reset")
+        self._tell()
+        return True
+
+    def take_counts(self) -> dict[str, int]:
+        forgotten, self._sends.blocks_forgotten = self._sends.blocks_forgotten, 0
+        return {"blocks_forgotten": forgotten} if forgotten else {}
+
+    def close(self) -> None:
+        self._link.close()
+
+    # --- the epoch --------------------------------------------------------------------------------------------
+
+    def _part(self, reason: str) -> None:
+        """From all that is under way, and from what requests that are here have computed."""
+        log.warning("%s: KV of before is neither loaded nor kept any more", reason)
+        self._sends.end_all(reason)
+        self._loads.end_all(reason)
+        self._tainted.begin(self._unfinished)
+
+    def _tell(self) -> None:
+        """Before any other message: what the daemon is asked for is of the epoch that it knows."""
+        while self._resets and self._link.send(Reset(epoch=next(iter(self._resets)))):
+            del self._resets[next(iter(self._resets))]
+        name = self._epoch.name
+        if name is not None and name != self._told and not self._resets and self._link.send(WeightEpoch(epoch=name)):
+            self._told = name
+
+    # --- the daemon -------------------------------------------------------------------------------------------
+
+    def _open(self, request: Request) -> None:
+        """Asks for all that this request may send, load or keep."""
         sends = self._role != "decode" and prompts.asks_for(request, prompts.SEND_FLAG)
         loads = self._role != "prefill" and prompts.asks_for(request, prompts.LOAD_FLAG)
         salt = self._salt(request)
@@ -98,79 +243,6 @@ class SchedulerSide:
             self._sends.follow(request, salt=salt, first=first, answer=self._offload == "all")
         if handed or own:
             self._unasked.add(request.request_id)
-
-    def matched_tokens(self, request_id: str, local_tokens: int) -> tuple[int | None, bool]:
-        """vLLM's question before each admission: (None, False) ask again, (0, False) compute, (n, True) load n."""
-        if not self._heard_this_turn:  # of all that wait, one listens: it costs some 7 us
-            self._heard_this_turn = True
-            self._hear()
-        if self._undecided(request_id):
-            if request_id in self._unasked:
-                self._wait_for_answer(request_id)
-            if self._undecided(request_id):
-                return None, False
-        tokens = self._loads.promised(request_id, local_tokens)
-        return tokens, tokens > 0
-
-    def allocated(self, request_id: str, tables: Sequence[list[int]], external_tokens: int) -> None:
-        """`tables`: the request's block ids, by KV group."""
-        self._loads.allocated(request_id, tables, external_tokens)
-
-    def finished(self, request_id: str) -> dict[str, Any] | None:
-        """The request ended in any way. Returns what its reply's kv_transfer_params may say."""
-        self._hear()
-        self._waiting.discard(request_id)
-        self._unasked.discard(request_id)
-        self._loads.finished(request_id)
-        return self._sends.finished(request_id)
-
-    # --- steps ------------------------------------------------------------------------------------------------
-
-    def step(self, scheduled: SchedulerOutput) -> Step:
-        """What the worker does in the step that vLLM has just scheduled."""
-        self._hear()
-        self._heard_this_turn = False
-        self._step += 1
-        self._wait_left_s = WAIT_A_STEP_S
-        self._waiting.difference_update(scheduled.num_scheduled_tokens)
-        for request in self._sends.adapted if self._adapters.digests else ():
-            if self._salt(request) is None:
-                self._sends.drop(request.request_id, "its adapter's files have changed")
-        if self._hybrid:
-            self._offer_now(scheduled)
-        saves = self._sends.saves(self._step, scheduled)
-        if not self._hybrid:
-            self._sends.offer(scheduled)
-        work = self._loads.take_work()
-        self._renew(running=len(scheduled.num_scheduled_tokens))
-        return Step(
-            number=self._step,
-            incarnation=self._incarnation,
-            tokens=scheduled.total_num_scheduled_tokens,
-            saves=saves,
-            loads=work.starting,
-            finishing=work.finishing,
-            dropping=work.dropping,
-        )
-
-    def reported(self, report: Report) -> None:
-        self._loads.reported(report)
-
-    def take_counts(self) -> dict[str, int]:
-        forgotten, self._sends.blocks_forgotten = self._sends.blocks_forgotten, 0
-        return {"blocks_forgotten": forgotten} if forgotten else {}
-
-    def refuse_reset(self) -> bool:
-        """After a reset, blocks computed before mean something else, perhaps: neither loads nor keeps any more."""
-        log.warning("pdx keeps what it has, but this engine looks up and keeps no more: restart it to begin anew")
-        self._offload = "off"
-        self._sends.unfollow()
-        return False
-
-    def close(self) -> None:
-        self._link.close()
-
-    # --- the daemon -------------------------------------------------------------------------------------------
 
     def _salt(self, request: Request) -> bytes | None:
         """Of its adapter. None: what the request computes has no name, and it is served as if there were no pdxd."""
@@ -207,9 +279,10 @@ class SchedulerSide:
     def _hear(self, timeout_s: float = 0.0) -> None:
         incarnation = self._link.incarnation
         if incarnation != self._incarnation:
-            self._incarnation = incarnation
+            self._incarnation, self._told = incarnation, ""
             self._sends.lost()
             self._loads.lost()
+        self._tell()
         for message in self._link.take(timeout_s):
             self._heard(message)
 

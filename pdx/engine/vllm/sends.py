@@ -107,9 +107,11 @@ class Sends:
         tokens = float("inf") if answer else request.num_prompt_tokens
         self._followed[request.request_id] = _Followed(request, salt, first, tokens)
 
-    def unfollow(self) -> None:
-        """Offers no more blocks of any request."""
+    def end_all(self, reason: str) -> None:
+        """Saves no more of any request that is here, and offers none."""
         self._followed.clear()
+        for send in list(self._sends.values()):
+            self._end(send, reason)
 
     @property
     def adapted(self) -> Iterable[Request]:

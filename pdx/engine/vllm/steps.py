@@ -6,6 +6,7 @@ vLLM carries them between its processes (see `metadata`). Nothing here needs vLL
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pdx.layout import Place
 
@@ -42,6 +43,9 @@ class Step:
     loads: list[Load] = field(default_factory=list)
     finishing: list[str] = field(default_factory=list)  # requests whose load takes what has landed, then ends
     dropping: list[str] = field(default_factory=list)  # requests whose load ends now, as far as it got
+    # By rank, the state of its weights that all this was planned for; "" if left out. None: not known, nothing moves.
+    epoch: dict[int, str] | None = field(default_factory=dict)
+    asked: int = 0  # how often the scheduler has asked so far: a worker that sees a new number looks at its weights
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,23 @@ class LoadResult:
         )
 
 
+class Seen(NamedTuple):
+    """What a rank has found when it looked at its weights."""
+
+    asked: int  # as it stood in the step: see `Step`
+    state: str  # see `watch`
+
+
 @dataclass(frozen=True)
 class Report:
-    """Worker to scheduler: the loads that ended in this step."""
+    """Worker to scheduler: the loads that ended in this step, and by rank what those have found that looked."""
 
     step: int
     loads: dict[str, LoadResult] = field(default_factory=dict)
+    seen: dict[int, Seen] = field(default_factory=dict)
 
     def joined(self, other: Report) -> Report:
         """What two ranks say of one step."""
         loads = self.loads | other.loads
         loads |= {name: self.loads[name].joined(other.loads[name]) for name in self.loads.keys() & other.loads.keys()}
-        return Report(max(self.step, other.step), loads)
+        return Report(max(self.step, other.step), loads, self.seen | other.seen)

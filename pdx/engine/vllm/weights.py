@@ -27,7 +27,7 @@ def content_of(vllm_config: VllmConfig, block_tokens: int) -> ContentFingerprint
     return ContentFingerprint(
         model=str(model.served_model_name or model.model),
         weights=_weights_digest(vllm_config),
-        weight_epoch=0,
+        weight_epoch="",
         dtype=compat.dtype_name(model.dtype),
         block_tokens=block_tokens,
         hash_algorithm=f"{algorithm}/{compat.hash_seed(algorithm)}",

@@ -4,7 +4,8 @@ Theory of operation. A step is `begin`, any number of `save_layer` (one per laye
 `end`. A *mover* copies: when `end` returns vLLM may reuse the blocks that were saved. Loads follow the watermarks; each
 ends exactly once, in a report, when none of its copies is under way. When the last copy of a step is done its number is
 published as the fence. Places count only with the daemon incarnation they came from: with another one, nothing is
-touched.
+touched. The same holds for a step that was planned for weights in another state (see `watch`): nothing is saved, no
+load begins, and what loads have brought of the old state is void.
 
 Of several ranks each moves its own shard of every page, and each says LET_GO. KV that is the same on all ranks has one
 shard: the first rank writes it, all read it.
@@ -21,11 +22,13 @@ from pdx.engine.mover import Loading, Mover, Saving
 from pdx.engine.plan import LoadPlan
 from pdx.engine.vllm.budget import LoadBudget
 from pdx.engine.vllm.caches import Layers
-from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
+from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Seen, Step
+from pdx.engine.vllm.watch import Watch
 from pdx.errors import Refused
 from pdx.layout import PageLayout
 from pdx.wire import FilledEntry, LetGo
 
+OTHER_WEIGHTS = "the weights have changed"
 FILLED_BLOCKS_MAX = 2000  # of one message: a frame of 64 KiB has room for as many, each of another request
 
 
@@ -39,18 +42,22 @@ class WorkerSide:
         layout: PageLayout,
         mover: Mover,
         *,
+        watch: Watch,
         rank: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`mover`: of this rank's pages."""
+        """`mover`: of this rank's pages; `watch`: over its weights."""
         self._link = link
         self._mover = mover
+        self._watch = watch
+        self._rank = rank
         self._writes = rank < layout.shards
         self._layers = layers
         self._clock = clock
         self._loading: dict[str, Loading] = {}
         self._ended: dict[str, LoadResult] = {}
         self._invalid: set[int] = set()
+        self._seen: Seen | None = None  # not told yet
         self._counts: Counter[str] = Counter()
         self._step: Step | None = None
         self._saving: Saving | None = None
@@ -60,17 +67,25 @@ class WorkerSide:
     # --- one step ---------------------------------------------------------------------------------------------
 
     def begin(self, step: Step) -> None:
-        """Before the forward pass: takes over the step's work."""
+        """Before the forward pass: takes over the step's work. Looks at the weights first if they may have changed."""
+        self._look(step)
+        current = step.epoch is not None and step.epoch.get(self._rank, "") == self._watch.state
         self._mover.begin(self._link.client(), step.number, loads=bool(step.loads))
         self._step = step
         self._saving = None
         if step.saves and self._mover.usable(step.incarnation):
-            self._saving = _saving(step, step.saves if self._writes else [], self._layers.group_of, self._gaps)
+            if not current:
+                self._gaps.update(save.handoff_id for save in step.saves)
+            written = step.saves if self._writes and current else []
+            self._saving = _saving(step, written, self._layers.group_of, self._gaps)
             self._gaps.difference_update(save.handoff_id for save in step.saves if save.last)
         else:  # one that ends here is not heard of again
             self._gaps.update(save.handoff_id for save in step.saves if not save.last)
         for load in step.loads:
-            self._take_load(load, step.incarnation)
+            if current:
+                self._take_load(load, step.incarnation)
+            else:
+                self._refuse_load(load, OTHER_WEIGHTS)
         for request_id in step.finishing:
             if request_id in self._loading:
                 self._loading[request_id].finishing = True
@@ -107,10 +122,11 @@ class WorkerSide:
     # --- what vLLM collects after each step -------------------------------------------------------------------
 
     def take_ended(self) -> Report | None:
-        """Loads that ended since the last call, each reported once."""
-        if not self._ended or self._step is None:
+        """Loads that ended since the last call, each reported once; and what was seen of the weights."""
+        if self._step is None or not (self._ended or self._seen):
             return None
-        report, self._ended = Report(self._step.number, self._ended), {}
+        seen = {self._rank: self._seen} if self._seen else {}
+        report, self._ended, self._seen = Report(self._step.number, self._ended, seen), {}, None
         return report
 
     def take_invalid(self) -> set[int]:
@@ -125,6 +141,17 @@ class WorkerSide:
     def close(self) -> None:
         self._mover.close()
         self._link.close()
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def _look(self, step: Step) -> None:
+        before = self._watch.state
+        seen = self._watch.look(step.asked)
+        if seen is not None:
+            self._seen = seen
+        if self._watch.state != before:
+            for loading in self._loading.values():
+                loading.reason, loading.void = OTHER_WEIGHTS, True
 
     # --- loading ----------------------------------------------------------------------------------------------
 
@@ -156,11 +183,11 @@ class WorkerSide:
 
     def _end_load(self, request_id: str, loading: Loading) -> None:
         del self._loading[request_id]
-        plan = loading.plan
-        self._invalid |= plan.unverified_block_ids
+        plan, ok = loading.plan, loading.plan.complete and not loading.void
+        self._invalid |= plan.block_ids_of_all if loading.void else plan.unverified_block_ids
         now_ns = time.monotonic_ns()
-        self._ended[request_id] = LoadResult(plan.complete, plan.pages_done, now_ns, loading.reason, loading.spoilt)
-        self._counts["loads_ok" if plan.complete else "loads_failed"] += 1
+        self._ended[request_id] = LoadResult(ok, plan.pages_done, now_ns, loading.reason, loading.spoilt)
+        self._counts["loads_ok" if ok else "loads_failed"] += 1
 
     def _refuse_load(self, load: Load, reason: str) -> None:
         self._invalid.update(*load.tables)
