@@ -24,7 +24,7 @@ lint: setup  ## Style, types and layers
 	@$(PYTHON_IN_VENV) -m mypy
 	@PYTHONPATH=. .venv/bin/lint-imports
 
-prove: setup  ## Measure every claim on this machine (2.5 hours; ARGS=--quick, ARGS=handoff)
+prove: setup  ## Measure every claim on this machine (4 hours; ARGS=--quick, ARGS=handoff)
 	@$(PYTHON_IN_VENV) -m pytest -m prove
 	@$(PYTHON_IN_VENV) -m benchmarks.prove $(ARGS)
 

@@ -1,4 +1,4 @@
-"""`make prove`: every claim of pdx, measured on this machine, one script after the other. Two hours and a half in all.
+"""`make prove`: every claim of pdx, measured on this machine, one script after the other. Four hours in all.
 
 Each writes its own JSON into benchmarks/history/ and can be run alone; timings want a machine that does nothing else.
 """
@@ -16,7 +16,7 @@ from benchmarks.model import build
 
 # Name -> flags of the full run. The cheap ones first: what fails there makes the rest a waste of time.
 SCRIPTS: dict[str, tuple[str, ...]] = {
-    "skeleton": (), "layouts": (), "identity": (), "handoff": (), "ttft_itl": (), "links": (), "tax": (),
+    "skeleton": (), "layouts": (), "identity": (), "handoff": (), "ttft_itl": (), "links": (), "tax": (), "prefix": (),
     "interference": (), "simulate": ("--handoffs", "1000000"), "chaos": ("--requests", "2000", "--faults", "200"),
 }  # fmt: skip
 WITHOUT_MODEL = ("simulate", "layouts")

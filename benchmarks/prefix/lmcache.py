@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -37,7 +38,7 @@ TRANSPORTS = {
     "server": ("lmcache_driven", ("--no-l1-use-lazy",)),
 }
 START_S, INSTALL_S = 120.0, 300.0
-WRITTEN, READ = "lmcache_mp_l1_write_chunks_total", "lmcache_mp_l1_read_chunks_total"
+READ = "lmcache_mp_l1_read_chunks_total"
 
 
 class LmcacheArm(CachingArm):
@@ -47,14 +48,13 @@ class LmcacheArm(CachingArm):
 
     def counters(self) -> dict[str, int]:
         with urllib.request.urlopen(self.metrics_url, timeout=10) as reply:
-            lines = reply.read().decode().splitlines()
-        found: dict[str, int] = {}
-        for line in lines:
-            name, _, value = line.rpartition(" ")
-            if line and not line.startswith("#"):
-                bare = name.partition("{")[0]
-                found[bare] = found.get(bare, 0) + int(float(value))
-        return {**found, "lookup_hit_blocks": found.get(READ, 0)}
+            return {"lookup_hit_blocks": counted(reply.read().decode(), READ)}
+
+
+def counted(metrics: str, name: str) -> int:
+    """The sum of a counter over all its labels, from Prometheus' text."""
+    found = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", metrics, re.MULTILINE)
+    return int(sum(float(value) for value in found))
 
 
 def installed() -> Path:
