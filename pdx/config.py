@@ -15,7 +15,7 @@ import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -29,6 +29,7 @@ SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
 Offload = Literal["off", "prompts", "all"]
+Eviction = Literal["lru", "s3fifo"]
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -52,6 +53,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lookup_s: float = LOOKUP_S  # an engine whose look-up takes longer computes
     disk: str = ""  # folder of the disk tier, on a file system of this host; empty: none
     disk_cap: str = "10GiB"  # bytes that it may take there, never more
+    eviction: Eviction = "lru"  # what leaves the arena first
     poison: bool = False  # fill freed slots with 0xDB; for tests
     budgets: Budgets = Budgets()
 
@@ -107,6 +109,7 @@ FLAGS = {
     "tenant_share": "largest part of the arena that one cache_salt may take (default 1)",
     "disk": "folder in which blocks survive the daemon (default: none)",
     "disk_cap": "bytes that they may take there (default 10GiB)",
+    "eviction": "what leaves the arena first: lru, or s3fifo, which long prompts that come once can't wash out",
     "digest_mode": "true: blake3 of every page on both sides of a handoff",
     "poison": "true: overwrite freed slots (for tests)",
 }
@@ -233,10 +236,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _checked(values: dict[str, Any], *, source: str) -> dict[str, Any]:
-    known = [field.name for field in msgspec.structs.fields(Config)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+    types = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    for key, value in values.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(types)}"
             raise ConfigError(f"{source}: unknown key {key!r}{hint}")
+        if get_origin(types[key]) is Literal and value not in get_args(types[key]):
+            raise ConfigError(f"{source}: {key} is one of {', '.join(get_args(types[key]))}, not {value!r}")
     return values

@@ -89,6 +89,7 @@ class Daemon:
             "pin_share",
             "disk",
             "disk_cap",
+            "eviction",
         ]
         arguments = [
             f"--{f.replace('_', '-')}={getattr(self.config, f)!s}" for f in flags if getattr(self.config, f) != ""

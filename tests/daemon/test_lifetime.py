@@ -99,6 +99,7 @@ def test_no_daemon_and_none_to_be_started(settings: Config) -> None:
         (["--arena", "900TiB"], "does not fit"),
         (["--arena", "lots"], "arena: 'lots' is not a size; write e.g. 512MiB"),
         (["--host", "10.1.2.3"], "PDX_KEY_FILE"),
+        (["--eviction", "mru"], "command line: eviction is one of lru, s3fifo, not 'mru'"),
         (["--run-dir", "/"], "run directory / is open to others"),
     ],
 )
