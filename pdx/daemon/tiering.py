@@ -207,7 +207,7 @@ class Tiering:
     # --- down ---
 
     def _committed(self, slots: Sequence[Slot]) -> None:
-        # The end of a chain first: what is written last counts as used last, and heads must outlive their tails.
+        # The end of a chain first: what the tier gets last counts as used last there, and heads must outlive tails.
         for slot in reversed(slots):
             keys = [key for key in slot.keys if key is not None and key not in self._promotions]
             self._spill.committed(reversed(keys))
@@ -222,7 +222,7 @@ class Tiering:
                 continue
             slot, position = spot
             place = slot.places[position]
-            lease = store.lease([place], OWNER, now=0.0, ttl_s=float("inf"))
+            lease = store.lease_to_copy([place], OWNER, now=0.0, ttl_s=float("inf"))
             pages, meta = pages_of(store.arena, place, slot.layout), meta_of(store.arena, place, slot.layout)
             try:
                 ticket = self._tier.submit(Write(key, pages, meta))
