@@ -68,6 +68,8 @@ class Store:
         self.quotas = Quotas() if quotas is None else quotas
         self._tenant_of = tenant_of
         self.evicted_blocks = 0
+        self.evicted_ahead_blocks = 0  # of these, before a claim asked for their room
+        self.on_evict: Callable[[Slot], None] = lambda slot: None  # told of a slot that lookups still find
         self.on_commit: Callable[[Sequence[Slot]], None] = lambda slots: None  # told of slots that are whole now
         self._poison = poison
         self._generation = 0
@@ -191,6 +193,14 @@ class Store:
                     self._drop(slot)
         return found
 
+    def evict(self, slots: Iterable[Slot]) -> None:
+        """Makes room before a claim asks for it. Slots that are not idle stay."""
+        before = self.evicted_blocks
+        for slot in slots:
+            if slot.idle:
+                self._evict(slot)
+        self.evicted_ahead_blocks += self.evicted_blocks - before
+
     def abandon(self, claim: Claim) -> None:
         """The fresh blocks will never be whole. Their slots are free when the last hold ends. Raises like commit."""
         self._check_all(claim.fresh_slots, "abandon")
@@ -249,7 +259,9 @@ class Store:
                 for pages, pool in extents.pools.items()
             },
             "indexed_blocks": len(self.index),
+            "free_share": round(extents.free_share, 4),
             "evicted_blocks": self.evicted_blocks,
+            "evicted_ahead_blocks": self.evicted_ahead_blocks,
         }
 
     def check_integrity(self) -> None:
@@ -312,6 +324,7 @@ class Store:
         return True
 
     def _evict(self, slot: Slot) -> None:
+        self.on_evict(slot)
         slot.run.extent.idle_units -= slot.blocks
         self.policy.evicted(slot)
         self.evicted_blocks += slot.indexed

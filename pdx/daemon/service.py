@@ -15,6 +15,7 @@ from pathlib import Path
 import zmq
 
 from pdx.buffer.store import Store
+from pdx.buffer.water import Waterline
 from pdx.config import Config
 from pdx.curve import lock
 from pdx.daemon.announcer import Announcer
@@ -26,6 +27,7 @@ from pdx.daemon.sessions import Engine, Session, Sessions
 from pdx.daemon.trace import Tracer
 from pdx.daemon.verbs import answer
 from pdx.errors import Refused, WireError
+from pdx.tiers.spill import WriteMode
 from pdx.tiers.tier import Tier
 from pdx.transport.api import Lane
 from pdx.wire import (
@@ -327,6 +329,8 @@ class Service:
             lease_s=self._config.lease_s,
             digest_mode=self._config.digest_mode,
             tier=self._tier,
+            write_mode=WriteMode(self._config.disk_write),
+            waterline=Waterline(low=self._config.low_water_share, high=self._config.high_water),
             pin_share=self._config.pin_share,
         )
 

@@ -28,6 +28,9 @@ from pdx.verbs import TierCleared
 from pdx.wire import LoadEnded
 
 OWNER = Owner("wire", "tier")
+# Blocks that have left the arena are looked for below a few at a time, and not while a claim waits for its answer.
+COUNTED_PER_TICK = 256
+UNCOUNTED_MAX = 1 << 16
 
 log = logging.getLogger("pdxd")
 
@@ -59,7 +62,10 @@ class Tiering:
         self._promotions: dict[Key, _Promotion] = {}
         self._queue: deque[_Promotion] = deque()  # not submitted yet
         self._reads: dict[int, _Promotion] = {}  # by ticket
+        self._left: deque[Key] = deque(maxlen=UNCOUNTED_MAX)  # evicted, and perhaps nowhere else
+        self._lost = 0
         desk.store.on_commit = self._committed
+        desk.store.on_evict = self._evicted
 
     def promote(
         self, namespace: bytes, pages: PageLayout, hashes: Sequence[bytes], *, load: bytes, engine_id: str, now: float
@@ -115,7 +121,11 @@ class Tiering:
 
     def stats(self) -> dict[str, Any]:
         """Numbers for people and metrics; values are plain data."""
-        return {**asdict(self._tier.stats()), "waiting_writes": len(self._spill), "dropped_writes": self._spill.dropped}
+        spill = self._spill
+        return {
+            **asdict(self._tier.stats()), "write_mode": spill.mode.value, "waiting_writes": len(spill),
+            "dropped_writes": spill.dropped, "written_back_blocks": spill.written_back, "lost_blocks": self._lost,
+        }  # fmt: skip
 
     def _sweeper(self) -> Sweeper:
         if not isinstance(self._tier, Sweeper):
@@ -128,6 +138,28 @@ class Tiering:
             if promotion.asked_by.pop(load, None) is not None and not promotion.asked_by and promotion in self._queue:
                 self._queue.remove(promotion)
                 self._end(promotion, ok=False, reason="nobody waits for it")
+
+    def send_down(self, slots: Sequence[Slot]) -> list[Slot]:
+        """Of these, which are to be evicted next, those that may go: the tier has their blocks, or refuses them.
+
+        What is only in the others is written before all else. A sick tier holds up nobody.
+        """
+        if self._tier.stats().state != "well":
+            return list(slots)
+        index, spill = self._desk.store.index, self._spill
+        may_go, pressed = [], []
+        for slot in slots:
+            keys = index.keys_of(slot)
+            if any(map(spill.is_coming, keys)):
+                continue
+            found = zip(keys, self._tier.contains(keys), strict=True)
+            missing = [key for key, is_there in found if not (is_there or spill.is_refused(key))]
+            pressed += missing
+            if not missing:
+                may_go.append(slot)
+        spill.pressed(pressed)
+        self._submit_writes()
+        return may_go
 
     def forget(self, keys: Sequence[Key]) -> None:
         """Their bytes were wrong in the arena: what was written from there may be too."""
@@ -143,6 +175,8 @@ class Tiering:
             if isinstance(event, StateChanged):
                 log.warning("disk tier is %s: %s", event.state, event.reason)
                 self._desk.ports.counters[f"disk_{event.state}"] += 1
+                if event.state == "well":
+                    self._spill.well()
                 if event.state == "off":
                     for promotion in list(self._reads.values()):
                         self._tell(promotion, event.reason)
@@ -152,6 +186,7 @@ class Tiering:
                 self._read(event)
         self._submit_reads()
         self._submit_writes()
+        self._count_lost()
 
     # --- up ---
 
@@ -229,7 +264,7 @@ class Tiering:
             except ValueError as error:  # no tier could keep it
                 log.warning("a block is not written: %s", error)
                 store.release(lease)
-                self._spill.gone(key)
+                self._spill.refused(key)
                 continue
             if ticket is None:
                 store.release(lease)
@@ -246,6 +281,16 @@ class Tiering:
             self._tier.remove(key)
         self._desk.store.release(self._writes.pop(end.ticket))
         self._desk.ports.counters["blocks_written" if ok else "writes_failed"] += 1
+
+    def _evicted(self, slot: Slot) -> None:
+        keys = self._desk.store.index.keys_of(slot)
+        for key in keys:
+            self._spill.gone(key)
+        self._left.extend(keys)
+
+    def _count_lost(self) -> None:
+        left = [self._left.popleft() for _ in range(min(COUNTED_PER_TICK, len(self._left)))]
+        self._lost += self._tier.contains(left).count(False)
 
 
 def _counted(swept: Swept) -> TierCleared:

@@ -34,7 +34,7 @@ def fill(host: Host, places: list[Place | None], seed: int = 0) -> None:
 
 
 def pattern(number: int, layer: int) -> bytes:
-    return bytes([number * 16 + layer + 1]) * PAGES.page_bytes
+    return bytes([(number * 16 + layer + 1) % 256]) * PAGES.page_bytes
 
 
 def bytes_at(host: Host, place: Place, layer: int) -> bytes:
