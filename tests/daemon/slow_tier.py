@@ -17,6 +17,7 @@ class SlowTier(MemoryTier):
         self.takes = True
         self.refuses = False
         self.state = "well"
+        self.refused: set[bytes] = set()  # hashes
 
     def submit(self, request: Request) -> int | None:
         return super().submit(request) if self.takes or isinstance(request, Read) else None
@@ -41,6 +42,7 @@ class SlowTier(MemoryTier):
 
     def _end(self, ticket: int, request: Write) -> None:
         if self.refuses:
+            self.refused.add(request.key[1])
             self._say("failed", Failed(ticket, "full"))
         else:
             self._write(ticket, request)
