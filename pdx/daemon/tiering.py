@@ -103,8 +103,7 @@ class Tiering:
     @property
     def changes(self) -> int:
         """Grows with all that may make `leading` say something else."""
-        stats = self._tier.stats()
-        return stats.changes + (stats.state == "off")
+        return self._tier.stats().changes
 
     def survey(self, which: Selection) -> TierCleared:
         """What `clear` would take now. Raises Refused if this tier can't tell what it has."""
@@ -177,7 +176,7 @@ class Tiering:
                 self._desk.ports.counters[f"disk_{event.state}"] += 1
                 if event.state == "well":
                     self._spill.well()
-                if event.state == "off":
+                if event.state in ("hung", "off"):
                     for promotion in list(self._reads.values()):
                         self._tell(promotion, event.reason)
             elif event.ticket in self._writes:

@@ -37,8 +37,9 @@ class Spill:
 
     def committed(self, keys: Iterable[Key]) -> None:
         """These blocks are whole and found in memory from now on."""
-        if self.mode is WriteMode.THROUGH:
-            for key in keys:
+        for key in keys:
+            self._refused.discard(key)
+            if self.mode is WriteMode.THROUGH:
                 self._add(key)
 
     def pressed(self, keys: Iterable[Key]) -> None:
@@ -60,7 +61,7 @@ class Spill:
     def refused(self, key: Key) -> None:
         """The tier does not take this block."""
         self._forget(key)
-        self._refused.add(key)
+        self._note_refusal(key)
 
     def well(self) -> None:
         """The tier takes again what it did not."""
@@ -88,7 +89,7 @@ class Spill:
         self.written_back += is_written and key in self._pressed
         self._pressed.discard(key)
         if not is_written:
-            self._refused.add(key)
+            self._note_refusal(key)
         return key, is_written
 
     def is_coming(self, key: Key) -> bool:
@@ -112,6 +113,11 @@ class Spill:
         self._waiting[key] = None
         if len(self._waiting) > self._backlog_max:
             self._drop()
+
+    def _note_refusal(self, key: Key) -> None:
+        if len(self._refused) >= self._backlog_max:
+            self._refused.clear()  # each is asked once more: cheaper than to know all that left memory meanwhile
+        self._refused.add(key)
 
     def _drop(self) -> None:
         """The oldest wish; but while those in front are pressed, the last."""

@@ -84,5 +84,7 @@ def test_a_refusal_holds_until_the_block_comes_anew_or_the_tier_is_well_again() 
     assert all(map(spill.is_refused, (first, second, third)))
     spill.gone(first)
     assert [spill.is_refused(key) for key in (first, second, third)] == [False, True, True]
+    spill.committed([third])
+    assert not spill.is_refused(third)
     spill.well()
     assert not spill.is_refused(second)
