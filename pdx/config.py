@@ -55,6 +55,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk: str = ""  # folder of the disk tier, on a file system of this host; empty: none
     disk_cap: str = "10GiB"  # bytes that it may take there, never more
     disk_write: DiskWrite = "through"  # blocks are written when they are whole, or when they are about to be evicted
+    disk_flush_s: float = 5.0  # a daemon that is told to stop goes on writing for so long
     eviction: Eviction = "lru"  # what leaves the arena first
     low_water: float | None = None  # of the arena: with less free, room is made ahead of claims; see low_water_share
     high_water: float = 0.1  # of the arena: until so much is free
@@ -77,6 +78,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"low_water is at least 0 and at most high_water, which is below 1; not {self.low_water_share} and "
                 f"{self.high_water}"
             )
+        if not self.disk_flush_s >= 0:
+            raise ConfigError(f"disk_flush_s must be at least 0, not {self.disk_flush_s}")
         if self.disk and self.disk_write == "back" and not self.low_water_share:
             raise ConfigError("disk_write back writes when there is less room than low_water: that can't be 0")
         if self.chunk_tokens < 1:
@@ -128,6 +131,7 @@ FLAGS = {
     "disk": "folder in which blocks survive the daemon (default: none)",
     "disk_cap": "bytes that they may take there (default 10GiB)",
     "disk_write": "through: each block when it is whole (default); back: when it is about to leave the arena",
+    "disk_flush_s": "seconds in which a stopping daemon writes what has yet to be written (default 5)",
     "eviction": "what leaves the arena first: lru, or s3fifo, which long prompts that come once can't wash out",
     "low_water": "with less of the arena free, room is made before it is asked for (default: 0.05 with back, else 0)",
     "high_water": "until so much of it is free (default 0.1)",

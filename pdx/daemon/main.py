@@ -103,6 +103,8 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             log.info("serving: arena %d MiB, control %s, lane %s", settings.arena_bytes >> 20, service.me.control,
                      lane.endpoint)  # fmt: skip
             service.run()
+            service.leave()
+            service.flush()
         finally:
             service.close()
             (run_dir / INFO_NAME).unlink(missing_ok=True)

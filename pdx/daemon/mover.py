@@ -196,6 +196,10 @@ class Mover:
         self._low_water.tick()
         self._serve_waiting(now)
 
+    def flush_step(self) -> int:
+        """A turn of a daemon that stops: how many blocks have yet to go down."""
+        return self._tiering.flush_step() if self._tiering is not None else 0
+
     # --- for the service and the verbs ---
 
     @property

@@ -160,6 +160,16 @@ class Tiering:
         self._submit_writes()
         return may_go
 
+    def flush_step(self) -> int:
+        """A turn of a daemon that stops: how many blocks wait or are being written; 0 when all is below that can be.
+
+        With write-back that is all that is ready, what would be evicted last first.
+        """
+        if not len(self._spill) and self._spill.mode is WriteMode.BACK and self._tier.stats().state == "well":
+            self._spill.pressed(self._only_here())
+        self.tick()
+        return len(self._spill)
+
     def forget(self, keys: Sequence[Key]) -> None:
         """Their bytes were wrong in the arena: what was written from there may be too."""
         for key in keys:
@@ -280,6 +290,20 @@ class Tiering:
             self._tier.remove(key)
         self._desk.store.release(self._writes.pop(end.ticket))
         self._desk.ports.counters["blocks_written" if ok else "writes_failed"] += 1
+
+    def _only_here(self) -> list[Key]:
+        """What the tier has not and would take, the most valuable first; no more than it can hold."""
+        store, spill, room = self._desk.store, self._spill, self._tier.stats().cap_bytes
+        in_use = [slot for slot in store.slots.values() if slot.indexed and not slot.unused]
+        found: list[Key] = []
+        for slot in [*in_use, *reversed(list(store.policy.victims()))]:
+            room -= slot.size_bytes
+            if room < 0:
+                break
+            keys = store.index.keys_of(slot)
+            there = self._tier.contains(keys)
+            found += [key for key, is_there in zip(keys, there, strict=True) if not (is_there or spill.is_refused(key))]
+        return found
 
     def _evicted(self, slot: Slot) -> None:
         keys = self._desk.store.index.keys_of(slot)

@@ -90,6 +90,7 @@ class Daemon:
             "disk",
             "disk_cap",
             "disk_write",
+            "disk_flush_s",
             "eviction",
             "low_water",
             "high_water",

@@ -43,3 +43,20 @@ def test_what_has_left_the_arena_is_hit_from_the_disk(fleet: Fleet, tmp_path: Pa
         assert engine.look_up(prompt_of(64, seed=seed).hashes) == 4
     until(lambda: daemon.stats()["disk"]["loaded"] > 0, "they came from the disk")
     daemon.wait_unleased()
+
+
+@pytest.mark.parametrize(("disk_flush_s", "hits"), [("5", 4), ("0", 0)])
+def test_a_clean_stop_keeps_what_only_the_arena_had(fleet: Fleet, tmp_path: Path, disk_flush_s: str, hits: int) -> None:
+    """With an engine attached, which is told before: it does not wait for the disk."""
+    settings = {"disk": str(tmp_path / "disk"), "disk_cap": "64MiB", "disk_write": "back", "disk_flush_s": disk_flush_s}
+    daemon = fleet.daemon(**settings)
+    hashes = prompt_of(64).hashes
+    engine = fleet.engine(daemon, "E")
+    engine.keep(hashes)
+    until(lambda: daemon.stats()["store"]["indexed_blocks"] == len(hashes), "they are kept")
+    assert daemon.stats()["disk"]["written"] == 0
+    daemon.process.terminate()
+    assert daemon.process.wait(20) == 0
+    successor = fleet.daemon(**settings)
+    assert fleet.engine(successor, "E").look_up(hashes) == hits
+    successor.wait_unleased()
