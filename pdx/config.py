@@ -15,7 +15,7 @@ import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -29,6 +29,8 @@ SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
 Offload = Literal["off", "prompts", "all"]
+DiskWrite = Literal["through", "back"]
+Eviction = Literal["lru", "s3fifo"]
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -52,6 +54,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lookup_s: float = LOOKUP_S  # an engine whose look-up takes longer computes
     disk: str = ""  # folder of the disk tier, on a file system of this host; empty: none
     disk_cap: str = "10GiB"  # bytes that it may take there, never more
+    disk_write: DiskWrite = "through"  # blocks are written when they are whole, or when they are about to be evicted
+    disk_flush_s: float = 5.0  # a daemon that is told to stop goes on writing for so long
+    eviction: Eviction = "lru"  # what leaves the arena first
+    low_water: float | None = None  # of the arena: with less free, room is made ahead of claims; see low_water_share
+    high_water: float = 0.1  # of the arena: until so much is free
     poison: bool = False  # fill freed slots with 0xDB; for tests
     budgets: Budgets = Budgets()
 
@@ -66,6 +73,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"tenant_share must be above 0 and at most 1, not {self.tenant_share}")
         if not 0.0 <= self.pin_share <= 1.0:
             raise ConfigError(f"pin_share must be between 0 and 1, not {self.pin_share}")
+        if not 0.0 <= self.low_water_share <= self.high_water < 1.0:
+            raise ConfigError(
+                f"low_water is at least 0 and at most high_water, which is below 1; not {self.low_water_share} and "
+                f"{self.high_water}"
+            )
+        if not self.disk_flush_s >= 0:
+            raise ConfigError(f"disk_flush_s must be at least 0, not {self.disk_flush_s}")
+        if self.disk and self.disk_write == "back" and not self.low_water_share:
+            raise ConfigError("disk_write back writes when there is less room than low_water: that can't be 0")
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be positive, not {self.chunk_tokens}")
 
@@ -78,6 +94,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.extent:
             return parse_size(self.extent, key="extent")
         return min(64 << 20, self.arena_bytes // 8)
+
+    @property
+    def low_water_share(self) -> float:
+        """Room that is made early is cache that is not kept: only what must be written before it goes is worth that."""
+        if self.low_water is not None:
+            return self.low_water
+        return 0.05 if self.disk and self.disk_write == "back" else 0.0
 
     @property
     def tenant_bytes(self) -> int | None:
@@ -107,6 +130,11 @@ FLAGS = {
     "tenant_share": "largest part of the arena that one cache_salt may take (default 1)",
     "disk": "folder in which blocks survive the daemon (default: none)",
     "disk_cap": "bytes that they may take there (default 10GiB)",
+    "disk_write": "through: each block when it is whole (default); back: when it is about to leave the arena",
+    "disk_flush_s": "seconds in which a stopping daemon writes what has yet to be written (default 5)",
+    "eviction": "what leaves the arena first: lru, or s3fifo, which long prompts that come once can't wash out",
+    "low_water": "with less of the arena free, room is made before it is asked for (default: 0.05 with back, else 0)",
+    "high_water": "until so much of it is free (default 0.1)",
     "digest_mode": "true: blake3 of every page on both sides of a handoff",
     "poison": "true: overwrite freed slots (for tests)",
 }
@@ -233,10 +261,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _checked(values: dict[str, Any], *, source: str) -> dict[str, Any]:
-    known = [field.name for field in msgspec.structs.fields(Config)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+    types = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    for key, value in values.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(types)}"
             raise ConfigError(f"{source}: unknown key {key!r}{hint}")
+        if get_origin(types[key]) is Literal and value not in get_args(types[key]):
+            raise ConfigError(f"{source}: {key} is one of {', '.join(get_args(types[key]))}, not {value!r}")
     return values

@@ -59,6 +59,7 @@ def _check_units(extents: Extents, slots: Mapping[int, Slot]) -> None:
 
 def _check_holds(slots: Mapping[int, Slot], leases: Mapping[int, Lease]) -> None:
     holds = Counter(slot for lease in leases.values() for slot in lease.slots)
+    copies = Counter(slot for lease in leases.values() if not lease.is_use for slot in lease.slots)
     for lease in leases.values():
         _require(lease.state is not LeaseState.ENDED, f"{lease} is still listed")
         _require(len(set(lease.slots)) == len(lease.slots), f"{lease} holds a slot twice")
@@ -66,6 +67,7 @@ def _check_holds(slots: Mapping[int, Slot], leases: Mapping[int, Lease]) -> None
         _require(slots.get(slot.run.offset) is slot, f"{slot} is held, but free")
     for slot in slots.values():
         _require(slot.holds == holds[slot], f"{slot} is in {holds[slot]} leases")
+        _require(slot.copies == copies[slot], f"{slot} is in {copies[slot]} leases to copy it")
 
 
 def _check_states(slots: Mapping[int, Slot], policy: Policy) -> None:
@@ -74,8 +76,8 @@ def _check_states(slots: Mapping[int, Slot], policy: Policy) -> None:
         _require(slot.state is not SlotState.FREE, f"{slot} is still listed")
         _require(slot.state is SlotState.READY or slot.holds > 0, f"{slot} has no lease")
         _require(slot.indexed > 0 or slot.holds > 0, f"{slot} is of no use to anybody")
-    idle = {slot for slot in slots.values() if slot.idle}
-    _require(set(policy.victims()) == idle and len(policy) == len(idle), "the policy's slots are not the idle ones")
+    unused = {slot for slot in slots.values() if slot.unused and slot.indexed}
+    _require(set(policy.victims()) == unused and len(policy) == len(unused), "the policy has not what nobody uses")
 
 
 def _check_index(slots: Mapping[int, Slot], index: Index) -> None:

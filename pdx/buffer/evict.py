@@ -1,7 +1,8 @@
 """Which cached things go first when room is needed. A policy orders idle items; whoever owns them does the rest.
 
 Items are slots in the arena and names in a disk tier: anything hashable. A policy sees an item from the moment it
-becomes idle until it is used again or leaves, and never any other. Nothing here reads a clock or draws a number.
+becomes idle until it is used again or leaves, and never any other. Being copied to a tier is no use: the item stays
+where it is in the order, and its owner passes over it meanwhile. Nothing here reads a clock or draws a number.
 """
 
 from __future__ import annotations

@@ -51,6 +51,16 @@ class Extents:
         pool = self.pools.get(layout)
         return (pool.free_units if pool else 0) + len(self.untaken) * self._units(layout)
 
+    @property
+    def free_share(self) -> float:
+        """What is free of the arena, each taken extent counted in the units of its layout."""
+        free = len(self.untaken) + sum(pool.free_units / pool.units for pool in self.pools.values())
+        return free / self.total if self.total else 1.0
+
+    def share(self, run: Run) -> float:
+        """What giving this run back adds to `free_share`."""
+        return run.blocks / self.pools[run.layout].units / self.total
+
     def reachable(self, layout: PageLayout) -> int:
         """What `free` would say if all idle units were given back: those of other layouts count by whole extents."""
         units = self.free(layout)

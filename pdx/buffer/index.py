@@ -43,6 +43,11 @@ class Index:
         slot.indexed -= 1
         return key
 
+    def keys_of(self, slot: Slot) -> list[BlockKey]:
+        """Those that lead to this slot, in its order."""
+        get = self._entries.get
+        return [key for key in slot.keys if key is not None and (entry := get(key)) is not None and entry[0] is slot]
+
     def find(self, namespace: bytes, block_hashes: Sequence[bytes]) -> list[tuple[Slot, int] | None]:
         """For each hash its slot and position, or None."""
         get = self._entries.get

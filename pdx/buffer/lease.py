@@ -46,6 +46,7 @@ class Lease:
     owner: Owner
     slots: tuple[Slot, ...]
     expires_at: float
+    is_use: bool = True  # False: its holder only copies the blocks elsewhere
     state: LeaseState = LeaseState.LIVE
 
     def renew(self, expires_at: float) -> bool:

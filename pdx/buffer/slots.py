@@ -45,6 +45,7 @@ class Slot:
     tenant: bytes = b""  # whose quota it is charged to
     state: SlotState = SlotState.FREE
     holds: int = 0  # leases that have not ended
+    copies: int = 0  # those of them that only copy its blocks elsewhere
     indexed: int = 0  # how many of `keys` lead here
     places: tuple[Place, ...] = field(init=False)
 
@@ -73,6 +74,11 @@ class Slot:
     def idle(self) -> bool:
         """Nobody's but the index's: may be evicted."""
         return self.state is SlotState.READY and not self.holds
+
+    @property
+    def unused(self) -> bool:
+        """Idle, or only being copied: nobody has a use for it now."""
+        return self.state is SlotState.READY and self.holds == self.copies
 
     def allows(self, event: SlotEvent) -> bool:
         drains_under_holders = event == "drain" and self.holds

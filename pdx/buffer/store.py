@@ -68,6 +68,8 @@ class Store:
         self.quotas = Quotas() if quotas is None else quotas
         self._tenant_of = tenant_of
         self.evicted_blocks = 0
+        self.evicted_ahead_blocks = 0  # of these, before a claim asked for their room
+        self.on_evict: Callable[[Slot], None] = lambda slot: None  # told of a slot that lookups still find
         self.on_commit: Callable[[Sequence[Slot]], None] = lambda slots: None  # told of slots that are whole now
         self._poison = poison
         self._generation = 0
@@ -137,6 +139,18 @@ class Store:
         self._hold(slots)
         return self._grant(owner, slots, now + ttl_s)
 
+    def lease_to_copy(self, places: Sequence[Place], owner: Owner, *, now: float, ttl_s: float) -> Lease:
+        """A lease for who copies ready blocks elsewhere: no use of them, so that what goes first stays what goes first.
+
+        Raises IllegalTransition, changing nothing, if one of the slots is not ready.
+        """
+        slots = self._slots_at(places)
+        for slot in slots:
+            if slot.state is not SlotState.READY:
+                raise IllegalTransition(f"copy of {slot}")
+        self._hold(slots, is_use=False)
+        return self._grant(owner, slots, now + ttl_s, is_use=False)
+
     def commit(self, claim: Claim) -> None:
         """The fresh blocks are whole: lookups find those that nobody else committed first.
 
@@ -172,10 +186,20 @@ class Store:
         for slot, position in found.blocks:
             self.index.forget(slot, position)
         for slot in _distinct(found.blocks):
-            if slot.idle and not slot.indexed:
-                self._leave_idle(slot)
-                self._drop(slot)
+            if slot.unused and not slot.indexed:
+                self.policy.removed(slot)
+                if slot.idle:
+                    slot.run.extent.idle_units -= slot.blocks
+                    self._drop(slot)
         return found
+
+    def evict(self, slots: Iterable[Slot]) -> None:
+        """Makes room before a claim asks for it. Slots that are not idle stay."""
+        before = self.evicted_blocks
+        for slot in slots:
+            if slot.idle:
+                self._evict(slot)
+        self.evicted_ahead_blocks += self.evicted_blocks - before
 
     def abandon(self, claim: Claim) -> None:
         """The fresh blocks will never be whole. Their slots are free when the last hold ends. Raises like commit."""
@@ -235,7 +259,9 @@ class Store:
                 for pages, pool in extents.pools.items()
             },
             "indexed_blocks": len(self.index),
+            "free_share": round(extents.free_share, 4),
             "evicted_blocks": self.evicted_blocks,
+            "evicted_ahead_blocks": self.evicted_ahead_blocks,
         }
 
     def check_integrity(self) -> None:
@@ -275,7 +301,8 @@ class Store:
         own = [slot for slot in self.policy.victims() if slot.tenant == tenant] if short_bytes else []
         if sum(slot.size_bytes for slot in own) < short_bytes:
             raise Refused(f"this tenant's leases take its quota of {self.quotas.limit_bytes(tenant)} bytes")
-        if extents.reachable(pages) < blocks:
+        own = [slot for slot in own if slot.idle]  # who copies the others is done with them soon
+        if sum(slot.size_bytes for slot in own) < short_bytes or extents.reachable(pages) < blocks:
             return False
         for slot in own:
             if self.quotas.excess_bytes(tenant, wanted_bytes):
@@ -288,7 +315,7 @@ class Store:
             if extents.free(pages) >= blocks:
                 break
             if not victim.idle:
-                continue  # gone already, with its extent
+                continue  # being copied, or gone already, with its extent
             if victim.layout == pages:
                 self._evict(victim)
             elif is_clearable(victim.run.extent):
@@ -297,6 +324,7 @@ class Store:
         return True
 
     def _evict(self, slot: Slot) -> None:
+        self.on_evict(slot)
         slot.run.extent.idle_units -= slot.blocks
         self.policy.evicted(slot)
         self.evicted_blocks += slot.indexed
@@ -346,39 +374,39 @@ class Store:
             if not slot.allows(event):
                 raise IllegalTransition(f"{event} of {slot}")
 
-    def _grant(self, owner: Owner, slots: tuple[Slot, ...], expires_at: float) -> Lease:
+    def _grant(self, owner: Owner, slots: tuple[Slot, ...], expires_at: float, *, is_use: bool = True) -> Lease:
         """A lease over slots that are held for it already."""
         self._lease_id += 1
-        lease = Lease(self._lease_id, owner, slots, expires_at)
+        lease = Lease(self._lease_id, owner, slots, expires_at, is_use)
         self.leases[lease.lease_id] = lease
         return lease
 
     def _end(self, lease: Lease) -> None:
         del self.leases[lease.lease_id]
-        self._unhold(lease.slots)
+        self._unhold(lease.slots, is_use=lease.is_use)
 
-    def _hold(self, slots: Sequence[Slot]) -> None:
+    def _hold(self, slots: Sequence[Slot], *, is_use: bool = True) -> None:
         for slot in slots:
             if slot.idle:
-                self._leave_idle(slot)
+                slot.run.extent.idle_units -= slot.blocks
+            if is_use and slot.unused:
+                self.policy.removed(slot)
             slot.holds += 1
+            slot.copies += not is_use
 
-    def _unhold(self, slots: Sequence[Slot]) -> None:
-        now_idle = []
+    def _unhold(self, slots: Sequence[Slot], *, is_use: bool = True) -> None:
+        now_unused = []
         for slot in slots:
             slot.holds -= 1
-            if slot.holds:
-                continue
+            slot.copies -= not is_use
             if slot.state is SlotState.READY and slot.indexed:
-                slot.run.extent.idle_units += slot.blocks
-                now_idle.append(slot)
-            else:
+                if is_use and slot.unused:
+                    now_unused.append(slot)
+                if slot.idle:
+                    slot.run.extent.idle_units += slot.blocks
+            elif not slot.holds:
                 self._drop(slot)
-        self.policy.touched(now_idle)
-
-    def _leave_idle(self, slot: Slot) -> None:
-        slot.run.extent.idle_units -= slot.blocks
-        self.policy.removed(slot)
+        self.policy.touched(now_unused)
 
     def _drop(self, slot: Slot) -> None:
         """Frees a slot that nobody holds, from whatever state its last holder left it in."""

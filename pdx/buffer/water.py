@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# A round's work is done on the daemon's control thread, whose answers wait meanwhile: some 0.5 ms.
+BATCH = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Waterline:
-    """Marks of free units, as shares of all. Between them nothing happens, so that no single claim sets it off again.
+    """Marks of what is free, as shares of the arena. Between them nothing begins, so that no single claim sets it off.
 
-    `batch` bounds one round: its evictions run on the daemon's control thread.
+    A low mark of 0 turns it off. `batch` bounds one round, in blocks.
     """
 
     low: float = 0.05
     high: float = 0.10
-    batch: int = 256
+    batch: int = BATCH
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(f"0 <= low <= high <= 1 does not hold for {self.low} and {self.high}")
         if self.batch < 1:
-            raise ValueError(f"a batch has at least one unit, not {self.batch}")
+            raise ValueError(f"a batch has at least one block, not {self.batch}")
 
-    def to_free(self, *, free: int, total: int, refilling: bool) -> int:
-        """Units to free now. `refilling` is whether the last answer was not 0: then it goes on up to the high mark."""
+    def missing(self, free: float, *, refilling: bool) -> float:
+        """The share to free now. `refilling`: the last answer was not 0, so that it goes on up to the high mark."""
         mark = self.high if refilling else self.low
-        if free >= mark * total:
-            return 0
-        return max(1, min(self.batch, round(self.high * total) - free))
+        return self.high - free if free < mark and self.low else 0.0
+
+
+NEVER = Waterline(low=0.0)

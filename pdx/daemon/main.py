@@ -71,6 +71,7 @@ def _serve(settings: config.Config, lock_fd: int | None) -> int:
 def _run_locked(settings: config.Config, run_dir: Path) -> None:
     # Imported here so that --help stays light.
     from pdx.buffer.arena import Arena
+    from pdx.buffer.policies import POLICIES
     from pdx.buffer.quota import Quotas
     from pdx.buffer.store import Store
     from pdx.daemon.service import Service
@@ -90,6 +91,7 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             extent_bytes=settings.extent_bytes,
             handoff_share=settings.handoff_share,
             poison=settings.poison,
+            policy=POLICIES[settings.eviction](),
             quotas=Quotas(default_bytes=settings.tenant_bytes),
             tenant_of=lambda namespace: split_namespace(namespace)[1],
         )
@@ -101,6 +103,8 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             log.info("serving: arena %d MiB, control %s, lane %s", settings.arena_bytes >> 20, service.me.control,
                      lane.endpoint)  # fmt: skip
             service.run()
+            service.leave()
+            service.flush()
         finally:
             service.close()
             (run_dir / INFO_NAME).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from msgspec import to_builtins
 from pdx.buffer.lease import Lease
 from pdx.buffer.store import Store
 from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.lowwater import LowWater
 from pdx.daemon.pins import Pins
 from pdx.daemon.ports import Desk, Ports
 from pdx.daemon.prefixes import Prefixes
@@ -60,6 +61,7 @@ class Mover:
         self._receiving = ReceivingHalves(self._desk, self._holds)
         self._questions = Questions(self._desk, self._holds, self._receiving)
         self._tiering = Tiering(self._desk, ports.tier, mode=ports.write_mode) if ports.tier else None
+        self._low_water = LowWater(store, ports.waterline, self._tiering)
         self._prefixes = Prefixes(self._desk, self._holds, self._tiering)
         self.spaces = KnownSpaces()
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
@@ -209,7 +211,12 @@ class Mover:
         self._end_passed(now)
         if self._tiering is not None:
             self._tiering.tick()
+        self._low_water.tick()
         self._serve_waiting(now)
+
+    def flush_step(self) -> int:
+        """A turn of a daemon that stops: how many blocks have yet to go down."""
+        return self._tiering.flush_step() if self._tiering is not None else 0
 
     # --- for the service and the verbs ---
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pdx.buffer.lease import Lease, LeaseState
 from pdx.buffer.store import Store
+from pdx.buffer.water import NEVER, Waterline
 from pdx.daemon.sessions import Engine
 from pdx.daemon.trace import Tracer
 from pdx.errors import HandleError
@@ -44,6 +45,7 @@ class Ports:
     digest_mode: bool
     tier: Tier | None = None  # below the arena
     write_mode: WriteMode = WriteMode.THROUGH
+    waterline: Waterline = NEVER
     pin_share: float = 0.25  # of the arena
     wall_clock: Callable[[], float] = time.time
     trace_clock_ns: Callable[[], int] = time.monotonic_ns

@@ -6,6 +6,7 @@ It only receives, decodes and dispatches. What a message means is the mover's bu
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 import time
@@ -15,10 +16,12 @@ from pathlib import Path
 import zmq
 
 from pdx.buffer.store import Store
+from pdx.buffer.water import Waterline
 from pdx.config import Config
 from pdx.curve import lock
 from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
+from pdx.daemon.flush import flush
 from pdx.daemon.mover import Mover
 from pdx.daemon.peers import SEND_QUEUE_MAX, Peers
 from pdx.daemon.ports import Ports
@@ -26,6 +29,7 @@ from pdx.daemon.sessions import Engine, Session, Sessions
 from pdx.daemon.trace import Tracer
 from pdx.daemon.verbs import answer
 from pdx.errors import Refused, WireError
+from pdx.tiers.spill import WriteMode
 from pdx.tiers.tier import Tier
 from pdx.transport.api import Lane
 from pdx.wire import (
@@ -59,6 +63,8 @@ HALF_ATTACHED = "not all workers of the engine are attached here"
 HELLOS_MAX = 64  # connections that have not spoken yet; each holds a descriptor
 BURST = 256  # messages taken from one socket before the others get their turn
 IPC_NAME = "pdxd.ipc"
+
+log = logging.getLogger("pdxd")
 
 _decode_engine = decoder_of(ENGINE)
 _decode_peer = decoder_of(PEER)
@@ -101,26 +107,45 @@ class Service:
         self._poller.register(self._door.listener, zmq.POLLIN)
         self._mover = Mover(store, self._ports(key))
         self._alone_since = time.monotonic()
-        self._stopping = False
+        self._stops = 0
+        self._has_left = False
 
     def stop(self) -> None:
-        """Ends `run` soon. Safe from a signal handler."""
-        self._stopping = True
+        """Ends `run` soon, and `flush` if it is called then. Safe from a signal handler."""
+        self._stops += 1
 
     def run(self) -> None:
-        while not self._stopping:
+        while not self._stops:
             pending = self._mover.fences_pending or self._to_self
             self._step(0.0 if self._to_self else FENCE_TICK_S if pending else TICK_S)
             if self._lingered_out():
                 return
 
-    def close(self) -> None:
-        """Says goodbye to routers and closes every socket. The caller closes lanes and arena."""
+    def leave(self) -> None:
+        """Says goodbye to routers and engines, which serve without this daemon from now on. Idempotent."""
+        if self._has_left:
+            return
+        self._has_left = True
         self._announcer.close()
         self._peers.close()
         self._door.close()
         for connection in [*self._hellos.values(), *(s.connection for s in self._sessions.by_identity.values())]:
             connection.close()
+
+    def flush(self) -> None:
+        """After `leave`: writes what only the arena has, for `disk_flush_s` at most or until `stop` is called again."""
+        stops = self._stops
+        if self._tier is not None and self._config.disk_flush_s:
+            left = flush(
+                self._mover.flush_step, self._tier.fileno(), deadline_s=self._config.disk_flush_s,
+                hurried=lambda: self._stops > stops,
+            )  # fmt: skip
+            if left:
+                log.warning("%d blocks of the arena were not written in %g s", left, self._config.disk_flush_s)
+
+    def close(self) -> None:
+        """Leaves, and closes every socket. The caller closes lanes and arena."""
+        self.leave()
         self._clients.close(0)
         self._peer_socket.close(0)
         self._context.term()
@@ -334,6 +359,8 @@ class Service:
             lease_s=self._config.lease_s,
             digest_mode=self._config.digest_mode,
             tier=self._tier,
+            write_mode=WriteMode(self._config.disk_write),
+            waterline=Waterline(low=self._config.low_water_share, high=self._config.high_water),
             pin_share=self._config.pin_share,
         )
 

@@ -28,6 +28,9 @@ from pdx.verbs import TierCleared
 from pdx.wire import LoadEnded
 
 OWNER = Owner("wire", "tier")
+# Blocks that have left the arena are looked for below a few at a time, and not while a claim waits for its answer.
+COUNTED_PER_TICK = 256
+UNCOUNTED_MAX = 1 << 16
 
 log = logging.getLogger("pdxd")
 
@@ -59,7 +62,10 @@ class Tiering:
         self._promotions: dict[Key, _Promotion] = {}
         self._queue: deque[_Promotion] = deque()  # not submitted yet
         self._reads: dict[int, _Promotion] = {}  # by ticket
+        self._left: deque[Key] = deque(maxlen=UNCOUNTED_MAX)  # evicted, and perhaps nowhere else
+        self._lost = 0
         desk.store.on_commit = self._committed
+        desk.store.on_evict = self._evicted
 
     def promote(
         self, namespace: bytes, pages: PageLayout, hashes: Sequence[bytes], *, load: bytes, engine_id: str, now: float
@@ -97,8 +103,7 @@ class Tiering:
     @property
     def changes(self) -> int:
         """Grows with all that may make `leading` say something else."""
-        stats = self._tier.stats()
-        return stats.changes + (stats.state == "off")
+        return self._tier.stats().changes
 
     def survey(self, which: Selection) -> TierCleared:
         """What `clear` would take now. Raises Refused if this tier can't tell what it has."""
@@ -115,7 +120,11 @@ class Tiering:
 
     def stats(self) -> dict[str, Any]:
         """Numbers for people and metrics; values are plain data."""
-        return {**asdict(self._tier.stats()), "waiting_writes": len(self._spill), "dropped_writes": self._spill.dropped}
+        spill = self._spill
+        return {
+            **asdict(self._tier.stats()), "write_mode": spill.mode.value, "waiting_writes": len(spill),
+            "dropped_writes": spill.dropped, "written_back_blocks": spill.written_back, "lost_blocks": self._lost,
+        }  # fmt: skip
 
     def _sweeper(self) -> Sweeper:
         if not isinstance(self._tier, Sweeper):
@@ -128,6 +137,38 @@ class Tiering:
             if promotion.asked_by.pop(load, None) is not None and not promotion.asked_by and promotion in self._queue:
                 self._queue.remove(promotion)
                 self._end(promotion, ok=False, reason="nobody waits for it")
+
+    def send_down(self, slots: Sequence[Slot]) -> list[Slot]:
+        """Of these, which are to be evicted next, those that may go: the tier has their blocks, or refuses them.
+
+        What is only in the others is written before all else. A sick tier holds up nobody.
+        """
+        if self._tier.stats().state != "well":
+            return list(slots)
+        index, spill = self._desk.store.index, self._spill
+        may_go, pressed = [], []
+        for slot in slots:
+            keys = index.keys_of(slot)
+            if any(map(spill.is_coming, keys)):
+                continue
+            found = zip(keys, self._tier.contains(keys), strict=True)
+            missing = [key for key, is_there in found if not (is_there or spill.is_refused(key))]
+            pressed += missing
+            if not missing:
+                may_go.append(slot)
+        spill.pressed(pressed)
+        self._submit_writes()
+        return may_go
+
+    def flush_step(self) -> int:
+        """A turn of a daemon that stops: how many blocks wait or are being written; 0 when all is below that can be.
+
+        With write-back that is all that is ready, what would be evicted last first.
+        """
+        if not len(self._spill) and self._spill.mode is WriteMode.BACK and self._tier.stats().state == "well":
+            self._spill.pressed(self._only_here())
+        self.tick()
+        return len(self._spill)
 
     def forget(self, keys: Sequence[Key]) -> None:
         """Their bytes were wrong in the arena: what was written from there may be too."""
@@ -143,7 +184,9 @@ class Tiering:
             if isinstance(event, StateChanged):
                 log.warning("disk tier is %s: %s", event.state, event.reason)
                 self._desk.ports.counters[f"disk_{event.state}"] += 1
-                if event.state == "off":
+                if event.state == "well":
+                    self._spill.well()
+                if event.state in ("hung", "off"):
                     for promotion in list(self._reads.values()):
                         self._tell(promotion, event.reason)
             elif event.ticket in self._writes:
@@ -152,6 +195,7 @@ class Tiering:
                 self._read(event)
         self._submit_reads()
         self._submit_writes()
+        self._count_lost()
 
     # --- up ---
 
@@ -207,7 +251,7 @@ class Tiering:
     # --- down ---
 
     def _committed(self, slots: Sequence[Slot]) -> None:
-        # The end of a chain first: what is written last counts as used last, and heads must outlive their tails.
+        # The end of a chain first: what the tier gets last counts as used last there, and heads must outlive tails.
         for slot in reversed(slots):
             keys = [key for key in slot.keys if key is not None and key not in self._promotions]
             self._spill.committed(reversed(keys))
@@ -222,14 +266,14 @@ class Tiering:
                 continue
             slot, position = spot
             place = slot.places[position]
-            lease = store.lease([place], OWNER, now=0.0, ttl_s=float("inf"))
+            lease = store.lease_to_copy([place], OWNER, now=0.0, ttl_s=float("inf"))
             pages, meta = pages_of(store.arena, place, slot.layout), meta_of(store.arena, place, slot.layout)
             try:
                 ticket = self._tier.submit(Write(key, pages, meta))
             except ValueError as error:  # no tier could keep it
                 log.warning("a block is not written: %s", error)
                 store.release(lease)
-                self._spill.gone(key)
+                self._spill.refused(key)
                 continue
             if ticket is None:
                 store.release(lease)
@@ -246,6 +290,30 @@ class Tiering:
             self._tier.remove(key)
         self._desk.store.release(self._writes.pop(end.ticket))
         self._desk.ports.counters["blocks_written" if ok else "writes_failed"] += 1
+
+    def _only_here(self) -> list[Key]:
+        """What the tier has not and would take, the most valuable first; no more than it can hold."""
+        store, spill, room = self._desk.store, self._spill, self._tier.stats().cap_bytes
+        in_use = [slot for slot in store.slots.values() if slot.indexed and not slot.unused]
+        found: list[Key] = []
+        for slot in [*in_use, *reversed(list(store.policy.victims()))]:
+            room -= slot.size_bytes
+            if room < 0:
+                break
+            keys = store.index.keys_of(slot)
+            there = self._tier.contains(keys)
+            found += [key for key, is_there in zip(keys, there, strict=True) if not (is_there or spill.is_refused(key))]
+        return found
+
+    def _evicted(self, slot: Slot) -> None:
+        keys = self._desk.store.index.keys_of(slot)
+        for key in keys:
+            self._spill.gone(key)
+        self._left.extend(keys)
+
+    def _count_lost(self) -> None:
+        left = [self._left.popleft() for _ in range(min(COUNTED_PER_TICK, len(self._left)))]
+        self._lost += self._tier.contains(left).count(False)
 
 
 def _counted(swept: Swept) -> TierCleared:

@@ -55,8 +55,11 @@ class Inbox(Generic[J]):
 class Crew(Generic[J]):
     """`work` is called with each job, first in, first out, by one of `threads` threads, and must not raise."""
 
-    def __init__(self, name: str, *, threads: int, work: Callable[[J], None]) -> None:
+    def __init__(
+        self, name: str, *, threads: int, work: Callable[[J], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._work = work
+        self._clock = clock
         self._queue: deque[J] = deque()
         self._busy: dict[int, tuple[J, float]] = {}  # by thread: what it does, since when
         self._wake = threading.Condition()
@@ -89,7 +92,7 @@ class Crew(Generic[J]):
             return withdrawn
 
     def oldest_started_at(self) -> float | None:
-        """On the monotonic clock, of the jobs under way."""
+        """On the crew's clock, of the jobs under way."""
         with self._wake:
             return min((started_at for _, started_at in self._busy.values()), default=None)
 
@@ -118,5 +121,5 @@ class Crew(Generic[J]):
                 if not self._queue:
                     return
                 job = self._queue.popleft()
-                self._busy[number] = (job, time.monotonic())
+                self._busy[number] = (job, self._clock())
             self._work(job)

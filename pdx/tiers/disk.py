@@ -2,7 +2,8 @@
 
 A write carries the names that must be deleted before it, so that the cap holds at every moment. A block that can't be
 read back exactly is a miss and is deleted. A sick disk is paused or switched off rather than waited for (`health`); one
-that hangs is noticed by the next call of any method, so let no more than seconds pass without one.
+that hangs is noticed by the next call of any method, so let no more than seconds pass without one. It is well again,
+with all that it kept, when every call has come back and a small file of ours was written, read and deleted in time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from pdx.tiers.tier import (
     Write,
     Written,
 )
-from pdx.tiers.work import Job, Work, bytes_of
+from pdx.tiers.work import Job, Probe, Work, bytes_of
 
 # Two requests of 2 MiB keep a fast disk busy; more threads hide the time of opening, hashing and renaming.
 READERS = 4
@@ -48,6 +49,8 @@ OPEN_READS_MAX = 64
 OPEN_WRITES_MAX = 64
 STALL_S = 30.0  # a call to the kernel that takes this long will not come back in time for anybody
 _CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
+# Of a disk that hung. Within the blocks that are charged for the folders; if it stays behind, the next life deletes it.
+PROBE_NAME = "0" * sealed.NAME_LENGTH
 # A file's name, inode and block map: 300 bytes when all is well, one block of the file system when it is scattered.
 NAME_BYTES = ALIGN_BYTES
 
@@ -84,12 +87,15 @@ class DiskTier:
         self._events: list[Event] = []
         self._tickets = count(1)
         self._counts = dict.fromkeys(("loaded", "missed", "written", "failed", "refused", "bad_blocks", "io_errors"), 0)
+        self._state_changes = 0
+        self._probe: Job | None = None  # under way, since:
+        self._probe_began_at = 0.0
         self._is_closed = False
         self._adopt(files.scan())
         self._inbox: Inbox[Job] = Inbox()
         self._work = Work(files, sealer, done=self._inbox.add)
-        self._reads = Crew("pdx-disk-read", threads=readers, work=self._work.run)
-        self._writes = Crew("pdx-disk-write", threads=writers, work=self._work.run)
+        self._reads = Crew("pdx-disk-read", threads=readers, work=self._work.run, clock=clock)
+        self._writes = Crew("pdx-disk-write", threads=writers, work=self._work.run, clock=clock)
 
     @classmethod
     def open(
@@ -137,7 +143,7 @@ class DiskTier:
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         self._look_after_health()
-        if self.health.state is State.OFF:
+        if not self.health.finds:
             return [False] * len(keys)
         return [self.ledger.finds(sealed.name_of(key)) for key in keys]
 
@@ -162,7 +168,8 @@ class DiskTier:
             state=self.health.state, blocks=len(self.ledger),
             used_bytes=self.ledger.used_bytes + FOLDER_BYTES, cap_bytes=self.ledger.cap_bytes + FOLDER_BYTES,
             open_reads=self._open_reads, open_writes=len(self._open) - self._open_reads,
-            evicted=self.ledger.evicted, changes=self.ledger.changes, unaligned=self.files.unaligned, **self._counts,
+            evicted=self.ledger.evicted, changes=self.ledger.changes + self._state_changes,
+            unaligned=self.files.unaligned, **self._counts,
         )  # fmt: skip
 
     def close(self, *, drain_s: float) -> None:
@@ -213,7 +220,7 @@ class DiskTier:
         return None
 
     def _begin_read(self, job: Job) -> End | None:
-        if self.health.state is State.OFF or not self.ledger.finds(job.name):
+        if not self.health.finds or not self.ledger.finds(job.name):
             return Missed(job.ticket, "unknown")
         self.ledger.begin_read(job.name)
         self._open[job.ticket] = job
@@ -226,7 +233,7 @@ class DiskTier:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        if self._is_closed or self.health.state is State.OFF:
+        if self._is_closed or not self.health.finds:
             self._undeleted.append(name)
         else:
             self._writes.add(Job(name, 0, None))
@@ -259,6 +266,9 @@ class DiskTier:
                 end = self._settle_write(job)
             case Read():
                 end = self._settle_read(job)
+            case Probe():
+                self._settle_probe(job)
+                return
             case None:
                 self._settle_deletion(job)
                 return
@@ -311,6 +321,9 @@ class DiskTier:
                 self._open_reads -= 1
                 if self.ledger.end_read(job.name):
                     self._delete(job.name)
+            case Probe():
+                self._probe = None
+                return
             case None:
                 self._delete(job.name)
                 return
@@ -332,16 +345,34 @@ class DiskTier:
         now = self._clock()
         if self.health.tick(now):
             self._changed("asked again after a pause", 0)
-            undeleted, self._undeleted = self._undeleted, []
-            for name in undeleted:
-                self._delete(name)
-        for crew in (self._reads, self._writes):
-            started_at = crew.oldest_started_at()
-            if started_at is not None and time.monotonic() - started_at > self._stall_s and self.health.hangs():
-                self._changed(f"a call has not come back for {self._stall_s:g} s", 0)
-                self._withdraw_all("the disk hangs")
+            self._delete_again()
+        if self._is_stuck(now) and self.health.hangs(now=now):
+            self._changed(f"a call has not come back for {self._stall_s:g} s", 0)
+            self._withdraw_all("the disk hangs")
+        if self._probe is None and not self._is_closed and self.health.wants_probe(now=now):
+            self._probe, self._probe_began_at = Job(PROBE_NAME, 0, Probe()), now
+            self._writes.add(self._probe)
+
+    def _is_stuck(self, now: float) -> bool:
+        started = (crew.oldest_started_at() for crew in (self._reads, self._writes))
+        return any(started_at is not None and now - started_at > self._stall_s for started_at in started)
+
+    def _settle_probe(self, job: Job) -> None:
+        self._probe = None
+        now = self._clock()
+        if job.error is not None:
+            log.warning("the disk tier (%r) is asked again later: %s", self.files, _sentence(job.error))
+        elif now - self._probe_began_at <= self._stall_s and not self._is_stuck(now) and self.health.answered():
+            self._changed("it answers again", 0)
+            self._delete_again()
+
+    def _delete_again(self) -> None:
+        undeleted, self._undeleted = self._undeleted, []
+        for name in undeleted:
+            self._delete(name)
 
     def _changed(self, reason: str, error_number: int) -> None:
+        self._state_changes += 1
         state = self.health.state
         level = logging.INFO if state is State.WELL else logging.ERROR
         log.log(level, "the disk tier (%r) is %s: %s", self.files, state, reason)

@@ -1,7 +1,8 @@
 """Whether a medium can be trusted with work. Events in, states out; knows no files, and `now` is an argument.
 
-A medium that can't take writes (full, read-only) still serves reads, and is asked again after a pause. One that can't
-be read, or hangs, is switched off for good: an engine that waits for a sick disk is slower than one without a disk.
+A medium that can't take writes (full, read-only) still serves reads, and is asked again after a pause. One that hangs
+serves nobody, for an engine that waits for it is slower than one without a disk; but now and then it is asked whether
+it answers. One that can't be read is switched off for good: what is rotten does not heal.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from typing import Literal
 from pdx.errors import IllegalTransition
 
 PAUSE_S = 30.0  # others may free room meanwhile; a write per pause is all that a full disk costs
+PROBE_S = 60.0  # one small file a minute: nothing to a server that reboots, soon enough for who waits for its cache
 READ_ERRORS_MAX = 8  # in a row: one bad sector costs one block, a dying disk must not cost a read each
 
-HealthEvent = Literal["write_error", "pause_over", "read_errors", "hang"]
+HealthEvent = Literal["write_error", "pause_over", "read_errors", "hang", "answer"]
 
 
 class State(StrEnum):
     WELL = "well"
     PAUSED = "paused"
+    HUNG = "hung"
     OFF = "off"
 
 
@@ -29,22 +32,31 @@ MOVES: dict[tuple[State, HealthEvent], State] = {
     (State.PAUSED, "pause_over"): State.WELL,
     (State.WELL, "read_errors"): State.OFF,
     (State.PAUSED, "read_errors"): State.OFF,
-    (State.WELL, "hang"): State.OFF,
-    (State.PAUSED, "hang"): State.OFF,
+    (State.WELL, "hang"): State.HUNG,
+    (State.PAUSED, "hang"): State.HUNG,
+    (State.HUNG, "answer"): State.WELL,
+    (State.HUNG, "read_errors"): State.OFF,
 }
 
 
 class Health:
     """Every method that may change the state says whether it did."""
 
-    def __init__(self, *, pause_s: float = PAUSE_S) -> None:
+    def __init__(self, *, pause_s: float = PAUSE_S, probe_s: float = PROBE_S) -> None:
         self.state = State.WELL
         self._pause_s = pause_s
+        self._probe_s = probe_s
         self._paused_until = 0.0
+        self._probed_at = 0.0
         self._read_errors = 0
 
+    @property
+    def finds(self) -> bool:
+        """Whether what it keeps can be asked for."""
+        return self.state in (State.WELL, State.PAUSED)
+
     def wrote(self, *, ok: bool, now: float) -> bool:
-        if ok or self.state is State.OFF:
+        if ok or not self.finds:
             return False
         was_well = self.state is State.WELL
         self.on("write_error")
@@ -58,10 +70,26 @@ class Health:
         self.on("read_errors")
         return True
 
-    def hangs(self) -> bool:
-        if self.state is State.OFF:
+    def hangs(self, *, now: float) -> bool:
+        if not self.finds:
             return False
         self.on("hang")
+        self._probed_at = now
+        return True
+
+    def wants_probe(self, *, now: float) -> bool:
+        """Whether a medium that hung is to be asked now. Says so once in `probe_s`."""
+        if self.state is not State.HUNG or now - self._probed_at < self._probe_s:
+            return False
+        self._probed_at = now
+        return True
+
+    def answered(self) -> bool:
+        """A medium that hung has done, in time, what it was asked for."""
+        if self.state is not State.HUNG:
+            return False
+        self.on("answer")
+        self._read_errors = 0
         return True
 
     def tick(self, now: float) -> bool:

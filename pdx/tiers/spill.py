@@ -2,7 +2,7 @@
 
 Write-through writes a block when it is committed: it survives the daemon, and eviction never waits. Write-back writes
 it when its slot is about to be evicted: what nobody asks for twice may never touch the disk, but a claim that is in a
-hurry evicts blocks that are nowhere else. Either way writing is a favour: past its bound the oldest wish is dropped.
+hurry evicts blocks that are nowhere else. Either way writing is a favour: past its bound a wish is dropped.
 """
 
 from __future__ import annotations
@@ -27,27 +27,45 @@ class Spill:
     def __init__(self, mode: WriteMode, *, backlog_max: int = BACKLOG_MAX) -> None:
         self.mode = mode
         self.dropped = 0
+        self.written_back = 0  # because they were pressed
         self._backlog_max = backlog_max
         self._waiting: OrderedDict[Key, None] = OrderedDict()
         self._open: dict[int, Key] = {}
         self._writing: set[Key] = set()
+        self._pressed: set[Key] = set()  # of those that wait or are being written
+        self._refused: set[Key] = set()
 
     def committed(self, keys: Iterable[Key]) -> None:
         """These blocks are whole and found in memory from now on."""
-        if self.mode is WriteMode.THROUGH:
-            for key in keys:
+        for key in keys:
+            self._refused.discard(key)
+            if self.mode is WriteMode.THROUGH:
                 self._add(key)
 
     def pressed(self, keys: Iterable[Key]) -> None:
         """These will be evicted next and are not in the tier: they go first, in this order."""
         for key in reversed(list(keys)):
-            self._add(key)
-            if key in self._waiting:
-                self._waiting.move_to_end(key, last=False)
+            if key in self._writing:
+                continue
+            self._waiting[key] = None
+            self._waiting.move_to_end(key, last=False)
+            self._pressed.add(key)
+        while len(self._waiting) > self._backlog_max:
+            self._drop()
 
     def gone(self, key: Key) -> None:
         """The block has left memory: there is nothing to write any more."""
-        self._waiting.pop(key, None)
+        self._forget(key)
+        self._refused.discard(key)
+
+    def refused(self, key: Key) -> None:
+        """The tier does not take this block."""
+        self._forget(key)
+        self._note_refusal(key)
+
+    def well(self) -> None:
+        """The tier takes again what it did not."""
+        self._refused.clear()
 
     def wanted(self) -> list[Key]:
         """What to write, the most urgent first."""
@@ -67,7 +85,20 @@ class Spill:
         """The block whose slot is free of this write now, and whether the tier has it."""
         key = self._open.pop(end.ticket)
         self._writing.remove(key)
-        return key, isinstance(end, Written)
+        is_written = isinstance(end, Written)
+        self.written_back += is_written and key in self._pressed
+        self._pressed.discard(key)
+        if not is_written:
+            self._note_refusal(key)
+        return key, is_written
+
+    def is_coming(self, key: Key) -> bool:
+        """It waits or is being written."""
+        return key in self._waiting or key in self._writing
+
+    def is_refused(self, key: Key) -> bool:
+        """The tier did not take it, since it came into memory or the tier was sick: waiting for it is of no use."""
+        return key in self._refused
 
     def __len__(self) -> int:
         """Blocks that wait or are being written."""
@@ -77,9 +108,24 @@ class Spill:
         return f"<Spill {self.mode}: {len(self._waiting)} waiting, {len(self._open)} open, {self.dropped} dropped>"
 
     def _add(self, key: Key) -> None:
-        if key in self._waiting or key in self._writing:
+        if self.is_coming(key):
             return
         self._waiting[key] = None
         if len(self._waiting) > self._backlog_max:
-            self._waiting.popitem(last=False)
-            self.dropped += 1
+            self._drop()
+
+    def _note_refusal(self, key: Key) -> None:
+        if len(self._refused) >= self._backlog_max:
+            self._refused.clear()  # each is asked once more: cheaper than to know all that left memory meanwhile
+        self._refused.add(key)
+
+    def _drop(self) -> None:
+        """The oldest wish; but while those in front are pressed, the last."""
+        key, _ = self._waiting.popitem(last=next(iter(self._waiting)) in self._pressed)
+        self._pressed.discard(key)
+        self.dropped += 1
+
+    def _forget(self, key: Key) -> None:
+        if key in self._waiting:
+            del self._waiting[key]
+            self._pressed.discard(key)

@@ -78,7 +78,7 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class StateChanged(msgspec.Struct, frozen=True):
-    """The tier's health: "well", "paused" (reads only) or "off" (finds nothing any more)."""
+    """The tier's health: "well", "paused" (reads only), "hung" (finds nothing now) or "off" (nothing any more)."""
 
     state: str
     reason: str

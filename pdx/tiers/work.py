@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,13 +20,17 @@ from pdx.tiers.tier import Read, Request, Write
 log = logging.getLogger(__name__)
 
 
+class Probe:
+    """Asks whether the medium answers: writes a small file, reads it and deletes it."""
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """One thing for a thread to do. The thread fills in the second half; nobody else looks until it is back."""
 
     name: str
-    ticket: int  # 0 for a deletion, which nobody waits for
-    request: Request | None
+    ticket: int  # 0 for what nobody waits for: deletions and probes
+    request: Request | Probe | None
     victims: tuple[str, ...] = ()
 
     deleted: list[str] = field(default_factory=list)
@@ -52,6 +57,8 @@ class Work:
                     self._write(job, job.request)
                 case Read():
                     self._read(job, job.request)
+                case Probe():
+                    self._ask(job)
                 case None:
                     self._remove(job, job.name)
                 case _:
@@ -80,6 +87,20 @@ class Work:
         job.meta = self._sealer.unseal(bytes(head[:head_bytes]), request.key, request.pages)
         if any(padding):
             raise BadBlock("its padding is not empty")
+
+    def _ask(self, job: Job) -> None:
+        head, _ = self._scratch(())
+        block = head[:ALIGN_BYTES]
+        block[:] = os.urandom(ALIGN_BYTES)
+        written = bytes(block)
+        try:
+            self._files.write(job.name, [block])
+            block[:] = bytes(ALIGN_BYTES)
+            self._files.read(job.name, head=block, rest=[])
+        finally:
+            self._files.remove(job.name)
+        if block != written:
+            raise BadBlock("it gives back other bytes than were written")
 
     def _remove(self, job: Job, name: str) -> None:
         self._files.remove(name)

@@ -355,5 +355,7 @@ def test_stats_and_repr(store: Store) -> None:
         "leases": {"live": 1, "quarantined": 0},
         "units": {"2 x 1000 B / 4": {"total": 15, "free": 5, "idle": 6}},
         "indexed_blocks": 6,
+        "free_share": round((3 + 5 / 15) / 4, 4),
         "evicted_blocks": 0,
+        "evicted_ahead_blocks": 0,
     }

@@ -183,6 +183,17 @@ class StoreMachine(RuleBasedStateMachine):
         if read:
             self.remember(read.lease, read.places)
 
+    @rule(layout=LAYOUT, chain=CHAIN, blocks=BLOCKS)
+    def copy(self, layout: PageLayout, chain: int, blocks: int) -> None:
+        """It holds as any lease does, and what goes first stays what goes first."""
+        namespace, hashes = chain_of(layout, chain, blocks)
+        spots = [spot for spot in self.store.index.find(namespace, hashes) if spot]
+        places = tuple(slot.places[position] for slot, position in spots)
+        before = list(self.store.policy.victims())
+        lease = self.store.lease_to_copy(places, OWNERS[1], now=self.now, ttl_s=TTL_S)
+        assert list(self.store.policy.victims()) == before
+        self.remember(lease, places)
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def end_one(self, data: st.DataObject) -> None:
@@ -227,11 +238,14 @@ class StoreMachine(RuleBasedStateMachine):
         )
 
     def end(self, lease: Lease) -> None:
+        before = list(self.store.policy.victims())
         if lease.state is LeaseState.LIVE:
             self.store.release(lease)
         else:
             self.store.quiesce(lease)
         self.store.release(lease)
+        if not lease.is_use:
+            assert list(self.store.policy.victims()) == before
         del self.held[lease.lease_id]
 
     def snapshot(self) -> object:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import settings
 from test_store_machine import StoreMachine
 
-from pdx.buffer.s3fifo import S3Fifo
+from pdx.buffer.policies import POLICIES
 
 
 class S3StoreMachine(StoreMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.store.policy = S3Fifo(lambda slot: slot.keys)
+        self.store.policy = POLICIES["s3fifo"]()
 
 
 TestS3Store = S3StoreMachine.TestCase

@@ -89,9 +89,14 @@ class Daemon:
             "pin_share",
             "disk",
             "disk_cap",
+            "disk_write",
+            "disk_flush_s",
+            "eviction",
+            "low_water",
+            "high_water",
         ]
         arguments = [
-            f"--{f.replace('_', '-')}={getattr(self.config, f)!s}" for f in flags if getattr(self.config, f) != ""
+            f"--{f.replace('_', '-')}={value!s}" for f in flags if (value := getattr(self.config, f)) not in ("", None)
         ]
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log = (run_dir / "log").open("wb")

@@ -7,7 +7,10 @@ from collections import Counter
 from typing import Any
 
 from pdx.buffer.headers import Headers
+from pdx.buffer.policies import POLICIES
 from pdx.buffer.store import Store
+from pdx.buffer.water import NEVER, Waterline
+from pdx.config import Eviction
 from pdx.daemon.mover import Mover
 from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Engine
@@ -15,6 +18,7 @@ from pdx.daemon.trace import Tracer
 from pdx.handoff.handle import TransferHandle, mint
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.layout import PageLayout
+from pdx.tiers.spill import WriteMode
 from pdx.tiers.tier import Tier
 from pdx.wire import (
     Budgets,
@@ -40,9 +44,14 @@ HERE = DaemonRef(daemon_id="here", incarnation=1, control="", lanes=[])
 class Host:
     """A daemon without its loop: `tick` delivers what it sent itself, as the loop's next turn does."""
 
-    def __init__(self, extents: int = 2, tier: Tier | None = None) -> None:
+    def __init__(
+        self, extents: int = 2, tier: Tier | None = None, *, policy: Eviction = "lru",
+        write_mode: WriteMode = WriteMode.THROUGH, waterline: Waterline = NEVER,
+    ) -> None:  # fmt: skip
         memory = memoryview(bytearray(4096 + extents * (64 << 10)))
-        self.store = Store(Headers(memory), extent_bytes=64 << 10, handoff_share=0.9, poison=True)  # type: ignore[arg-type]
+        self.store = Store(
+            Headers(memory), extent_bytes=64 << 10, handoff_share=0.9, poison=True, policy=POLICIES[policy]()  # type: ignore[arg-type]
+        )  # fmt: skip
         self.now = 0.0
         self.heard: dict[str, list[Message]] = {"P": [], "D": []}
         self.counters: Counter[str] = Counter()
@@ -54,6 +63,7 @@ class Host:
                 to_peer=lambda ref, message: self._to_self.append(message),  # type: ignore[arg-type]
                 to_routers=lambda message: None, engine=engine, fence_passed=lambda name, step: True, lanes={},
                 tracer=Tracer(), counters=self.counters, lease_s=30.0, digest_mode=False, tier=tier,
+                write_mode=write_mode, waterline=waterline,
             ),
         )  # fmt: skip
 

@@ -99,6 +99,10 @@ def test_no_daemon_and_none_to_be_started(settings: Config) -> None:
         (["--arena", "900TiB"], "does not fit"),
         (["--arena", "lots"], "arena: 'lots' is not a size; write e.g. 512MiB"),
         (["--host", "10.1.2.3"], "PDX_KEY_FILE"),
+        (["--disk-write", "sideways"], "command line: disk_write is one of through, back, not 'sideways'"),
+        (["--low-water", "0.2"], "low_water is at least 0 and at most high_water, which is below 1; not 0.2 and 0.1"),
+        (["--disk", "d", "--disk-write", "back", "--low-water", "0"], "less room than low_water: that can't be 0"),
+        (["--eviction", "mru"], "command line: eviction is one of lru, s3fifo, not 'mru'"),
         (["--run-dir", "/"], "run directory / is open to others"),
     ],
 )

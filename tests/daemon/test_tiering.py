@@ -34,7 +34,7 @@ def fill(host: Host, places: list[Place | None], seed: int = 0) -> None:
 
 
 def pattern(number: int, layer: int) -> bytes:
-    return bytes([number * 16 + layer + 1]) * PAGES.page_bytes
+    return bytes([(number * 16 + layer + 1) % 256]) * PAGES.page_bytes
 
 
 def bytes_at(host: Host, place: Place, layer: int) -> bytes:
@@ -161,7 +161,8 @@ def test_nobody_waits_so_nothing_is_read(tier: MemoryTier) -> None:
     busy.close(drain_s=0.0)
 
 
-def test_a_disk_that_goes_off_is_told_once_and_asked_no_more(tier: MemoryTier) -> None:
+@pytest.mark.parametrize("state", ["hung", "off"])
+def test_a_disk_that_hangs_or_goes_off_is_told_once_and_asked_no_more(tier: MemoryTier, state: str) -> None:
     class Hanging(MemoryTier):
         """Takes reads and says nothing of them."""
 
@@ -176,7 +177,7 @@ def test_a_disk_that_goes_off_is_told_once_and_asked_no_more(tier: MemoryTier) -
     hanging.contains = tier.contains  # type: ignore[method-assign]
     host = Host(tier=hanging)
     look_up(host)
-    hanging.said = [StateChanged("off", "it hangs")]
+    hanging.said = [StateChanged(state, "it hangs")]
     hanging.contains = lambda keys: [False] * len(keys)  # type: ignore[method-assign]
     host.tick()
     assert isinstance(heard(host), LoadEnded)

@@ -38,6 +38,29 @@ def test_reads_that_fail_one_after_the_other_switch_it_off_for_good() -> None:
     assert health.read(ok=False)
     assert not health.read(ok=False)
     assert not health.wrote(ok=False, now=0.0)
-    assert not health.hangs()
+    assert not health.hangs(now=0.0)
+    assert not health.wants_probe(now=1e9)
+    assert not health.answered()
     assert not health.tick(1e9)
     assert health.state is State.OFF
+
+
+@pytest.mark.parametrize("state", [State.WELL, State.PAUSED])
+def test_what_hung_is_asked_now_and_then_and_is_well_when_it_answers(state: State) -> None:
+    health = Health(probe_s=60)
+    health.state = state
+    assert health.hangs(now=100.0)
+    assert not health.finds
+    assert not health.hangs(now=101.0)
+    assert not health.wrote(ok=False, now=101.0)
+    assert [health.wants_probe(now=now) for now in (159.9, 160.0, 219.9, 220.0)] == [False, True, False, True]
+    assert health.answered()
+    assert (health.state, health.finds, health.wants_probe(now=1e9)) == (State.WELL, True, False)
+
+
+def test_what_comes_back_rotten_from_a_hang_is_off() -> None:
+    health = Health()
+    health.hangs(now=0.0)
+    assert [health.read(ok=False) for _ in range(READ_ERRORS_MAX)][-1]
+    assert health.state is State.OFF
+    assert not health.answered()

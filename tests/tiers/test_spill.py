@@ -42,3 +42,49 @@ def test_the_backlog_is_bounded_and_the_oldest_wish_is_dropped() -> None:
     spill.gone((b"n", b"unknown"))
     assert spill.wanted() == keys(b"c")
     assert repr(spill) == "<Spill through: 1 waiting, 0 open, 1 dropped>"
+
+
+def test_what_is_pressed_is_not_dropped_for_what_is_not() -> None:
+    spill = Spill(WriteMode.THROUGH, backlog_max=2)
+    spill.committed(keys(b"a", b"b"))
+    spill.pressed(keys(b"c"))
+    assert (spill.wanted(), spill.dropped) == (keys(b"c", b"a"), 1)
+    spill.committed(keys(b"d"))
+    assert (spill.wanted(), spill.dropped) == (keys(b"c", b"a"), 2)
+    spill.pressed(keys(b"e", b"f"))
+    assert spill.wanted() == keys(b"e", b"f")
+
+
+def test_only_what_was_pressed_counts_as_written_back() -> None:
+    spill = Spill(WriteMode.THROUGH)
+    spill.committed(keys(b"a", b"b", b"c", b"d"))
+    spill.pressed(keys(b"b", b"c", b"d"))
+    spill.gone((b"n", b"c"))
+    spill.committed(keys(b"c"))
+    for ticket, key in enumerate(keys(b"a", b"b", b"c", b"d")):
+        spill.submitted(key, ticket)
+    for end in (Written(0, 0.1), Written(1, 0.1), Written(2, 0.1), Failed(3, "full", 28)):
+        spill.on(end)
+    assert spill.written_back == 1
+
+
+def test_a_refusal_holds_until_the_block_comes_anew_or_the_tier_is_well_again() -> None:
+    spill = Spill(WriteMode.BACK)
+    first, second, third = keys(b"a", b"b", b"c")
+    for ticket, key in enumerate((first, second)):
+        spill.pressed([key])
+        assert spill.is_coming(key)
+        spill.submitted(key, ticket)
+        assert spill.is_coming(key)
+        spill.on(Failed(ticket, "full", 28))
+        assert not spill.is_coming(key)
+    spill.pressed([third])
+    spill.refused(third)
+    assert spill.wanted() == []
+    assert all(map(spill.is_refused, (first, second, third)))
+    spill.gone(first)
+    assert [spill.is_refused(key) for key in (first, second, third)] == [False, True, True]
+    spill.committed([third])
+    assert not spill.is_refused(third)
+    spill.well()
+    assert not spill.is_refused(second)
