@@ -19,7 +19,7 @@ from benchmarks.harness.report import Report
 from benchmarks.prefix.engines import CachingArm, PdxArm
 from pdx.errors import PdxError
 
-SIZES = (512, 1024, 1792, 3500)
+SIZES = (512, 1024, 1792, 3500)  # tokens that a hit can bring; the prompt has one more, which is always computed
 BLOCK_TOKENS, TOKEN_BYTES = 128, 23_040  # of the demo model: 30 layers of 3 KV heads of 64, keys and values, bfloat16
 BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 FIXED_MS, COPY_SHARE, DISK_FACTOR = 4.0, 0.7, 1.3
@@ -47,8 +47,8 @@ class Hits:
 
 
 def blocks_of(size: int) -> int:
-    """Full blocks that a hit may bring: the last token is always computed."""
-    return (size - 1) // BLOCK_TOKENS
+    """Full blocks that a hit of this size brings, from the engine's own cache as from below."""
+    return size // BLOCK_TOKENS
 
 
 def measure(arms: Sequence[CachingArm], rounds: int, report: Report) -> dict[str, Hits]:
@@ -67,7 +67,7 @@ def measure(arms: Sequence[CachingArm], rounds: int, report: Report) -> dict[str
 
 def _one(arm: CachingArm, hits: Hits, size: int, *, seed: int) -> None:
     """One prompt in its ways. Raises PdxError where an answer differs or a hit was none."""
-    prompt = prompt_of(size, seed)
+    prompt = prompt_of(size + 1, seed)
     computed = arm.ask(prompt, ANSWER_TOKENS)
     own = arm.ask(prompt, ANSWER_TOKENS)
     hits.computed.setdefault(size, []).append(computed.first_token_s)
@@ -86,8 +86,9 @@ def _from_below(arm: CachingArm, forget: Callable[[], None], prompt: list[int], 
     found = arm.counters()["lookup_hit_blocks"] - before
     if own.text != below.text:
         raise PdxError(f"{arm.name}, {len(prompt)} tokens: {own.text!r} from its own cache, {below.text!r} from below")
-    if found < blocks_of(len(prompt)):
-        raise PdxError(f"{arm.name}, {len(prompt)} tokens: {found} of {blocks_of(len(prompt))} blocks were found below")
+    blocks = blocks_of(len(prompt) - 1)
+    if found < blocks:
+        raise PdxError(f"{arm.name}, {len(prompt)} tokens: {found} of {blocks} blocks were found below")
     return below
 
 

@@ -30,8 +30,8 @@ def test_a_hit_costs_what_it_takes_longer_than_the_engine_s_own_cache_in_the_sam
     assert hits.disk_s(512) == 0.25
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), [(128, 0), (129, 1), (512, 3), (3500, 27)])
-def test_the_last_token_is_always_computed(tokens: int, blocks: int) -> None:
+@pytest.mark.parametrize(("tokens", "blocks"), [(127, 0), (128, 1), (512, 4), (3500, 27)])
+def test_a_hit_brings_full_blocks(tokens: int, blocks: int) -> None:
     assert blocks_of(tokens) == blocks
 
 
