@@ -49,6 +49,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tenant_share: float = 1.0  # of the arena: what one cache_salt may take; those without one are a tenant together
     digest_mode: bool = False  # blake3 of every page on both sides of a handoff; for proofs
     offload: Offload = "all"  # blocks of requests outside handoffs that engines keep in the arena, and look up
+    return_answers: bool = True  # kept blocks of answers go to the host whose prefill engine had the prompt
     lookup_s: float = LOOKUP_S  # an engine whose look-up takes longer computes
     disk: str = ""  # folder of the disk tier, on a file system of this host; empty: none
     disk_cap: str = "10GiB"  # bytes that it may take there, never more
@@ -107,6 +108,7 @@ FLAGS = {
     "tenant_share": "largest part of the arena that one cache_salt may take (default 1)",
     "disk": "folder in which blocks survive the daemon (default: none)",
     "disk_cap": "bytes that they may take there (default 10GiB)",
+    "return_answers": "false: kept answers stay here, and none are taken from other hosts (default true)",
     "digest_mode": "true: blake3 of every page on both sides of a handoff",
     "poison": "true: overwrite freed slots (for tests)",
 }

@@ -175,6 +175,14 @@ class Keep(Message, tag="keep", frozen=True):
     handoff_id: bytes  # chosen by the engine
     block_hashes: list[bytes]
     tenant: Tenant = b""
+    # The handoff by which the request came: these blocks follow those that its OpenLoad named and was kept of it since.
+    origin: bytes = b""
+
+
+class Finished(Message, tag="finished", frozen=True):
+    """The request that came by this handoff is over: it names no more blocks to keep."""
+
+    handoff_id: bytes
 
 
 class LetGo(Message, tag="let_go", frozen=True):
@@ -255,6 +263,7 @@ class Reserve(PeerMessage, tag="reserve", frozen=True):
     block_hashes: list[bytes]
     tail_hash: bytes
     tenant: Tenant = b""
+    spare: bool = False  # no request waits for it: granted at once or refused, and cache when it has landed
 
 
 class Grant(PeerMessage, tag="grant", frozen=True):
@@ -373,7 +382,7 @@ class Answer(Message, tag="answer", frozen=True):
 
 ATTACH = Attach
 TO_ATTACH = Attached | AttachRefused
-ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | LetGo | Renew | Ask
+ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | Finished | LetGo | Renew | Ask
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
 PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
 NOTICE = Landed
