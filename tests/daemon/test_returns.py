@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,12 +129,13 @@ def test_a_long_answer_goes_back_by_the_chunk_and_its_rest_when_it_is_over(chat:
 def test_the_word_that_it_is_over_may_overtake_the_last_lot(chat: Chat) -> None:
     """The worker lets go of its blocks on a connection of its own."""
     chat.ask(32)
+    chat.answer(BLOCK_TOKENS)
     chain = chat.name(BLOCK_TOKENS)
-    lot = chat.decode.open_keep(chain.hashes[2:], origin=chat.origin)
+    lot = chat.decode.open_keep(chain.hashes[3:], origin=chat.origin)
     chat.finish()
     assert chat.decode.daemon.counter("returns_evicted") == 0, "nothing is handed back that is not kept yet"
     chat.decode.let_go(lot.handoff_id, "send")
-    chat.returned(3)
+    chat.returned(4)
     ended(chat.decode.daemon, "returns_settled")
 
 
@@ -208,43 +210,61 @@ def test_a_full_peer_refuses_at_once_and_keeps_nobody_waiting(chat: Chat) -> Non
     chat.prefill.let_go(opened.handoff_id, "send", ok=False)
 
 
-def test_a_return_is_refused_while_a_handoff_waits_for_room(chat: Chat) -> None:
-    """Even if there would be room for it: whoever waits is served first."""
-    chat.ask(32)
-    handles = [chat.fleet.handle(chat.prefill, chat.prefill) for _ in range(2)]
-    opened = chat.prefill.open_send(prompt_of(BLOCK_TOKENS * 100, seed=3), handles[0])
-    chat.prefill.ask_send(prompt_of(BLOCK_TOKENS * 100, seed=4), handles[1])
-    until(lambda: chat.prefill.daemon.stats()["reservations_waiting"] == 1, "the second waits")
-    chat.answer(BLOCK_TOKENS)
-    chat.finish()
-    ended(chat.decode.daemon, "returns_failed")
-    chat.prefill.let_go(opened.handoff_id, "send", ok=False)
-    second = chat.prefill.expect(SendOpened)
-    chat.prefill.let_go(second.handoff_id, "send", ok=False)
-
-
-def test_a_return_under_way_gives_way_to_a_handoff_that_waits(fleet: Fleet) -> None:
-    """Its sender has been granted the room, and puts nothing."""
+@pytest.fixture
+def scene(fleet: Fleet) -> Iterator[tuple[BareEngine, HostilePeer, Callable[..., str]]]:
+    """An engine, and a peer by hand with its way to offer blocks that nobody waits for: returns the answer's kind."""
     daemon = fleet.daemon()
-    engine, peer = fleet.engine(daemon, "E"), HostilePeer(fleet, daemon)
-    handoff_id = bytes(range(16))
-    ids = {"handoff_id": handoff_id, "attempt": 1, "lease_epoch": 0, "incarnation": peer.ref.incarnation}
-    handle = handle_between(fleet, peer.ref, daemon.ref, handoff_id)
-    peer.say(encode(reserve_of(handle, ids, BLOCK_TOKENS * 80, 3, spare=True)))
-    assert peer.answer(handoff_id)["type"] == "grant"
-    inside = handle_between(fleet, daemon.ref, daemon.ref, bytes(16))
-    engine.ask_send(prompt_of(BLOCK_TOKENS * 140), inside)
+    peer = HostilePeer(fleet, daemon)
+    names = itertools.count(1)
+
+    def offer(blocks: int) -> str:
+        handoff_id = next(names).to_bytes(16, "big")
+        ids = {"handoff_id": handoff_id, "attempt": 1, "lease_epoch": 0, "incarnation": peer.ref.incarnation}
+        handle = handle_between(fleet, peer.ref, daemon.ref, handoff_id)
+        peer.say(encode(reserve_of(handle, ids, BLOCK_TOKENS * blocks, handoff_id[-1], spare=True)))
+        return str(peer.answer(handoff_id)["type"])
+
+    yield fleet.engine(daemon, "E"), peer, offer
+    peer.close()
+
+
+Scene = tuple[BareEngine, HostilePeer, Callable[..., str]]
+
+
+def test_one_that_does_not_fit_now_is_refused_and_harms_no_other(scene: Scene) -> None:
+    engine, _, offer = scene
+    assert [offer(80), offer(140)] == ["grant", "refuse"]
+    assert engine.daemon.stats()["store"]["slots"]["filling"] > 0, "the first goes on"
+
+
+def test_none_is_granted_while_a_handoff_waits_for_room(fleet: Fleet, scene: Scene) -> None:
+    """Even if there would be room for it: whoever waits is served first."""
+    engine, _, offer = scene
+    opened = engine.open_send(prompt_of(BLOCK_TOKENS * 100, seed=3), fleet.handle(engine, engine))
+    engine.ask_send(prompt_of(BLOCK_TOKENS * 100, seed=4), fleet.handle(engine, engine))
+    until(lambda: engine.daemon.stats()["reservations_waiting"] == 1, "the second waits")
+    assert offer(1) == "refuse"
+    engine.let_go(opened.handoff_id, "send", ok=False)
+    engine.let_go(engine.expect(SendOpened).handoff_id, "send", ok=False)
+
+
+def test_one_under_way_gives_way_to_a_handoff_that_waits(fleet: Fleet, scene: Scene) -> None:
+    """Its sender has been granted the room, and puts nothing."""
+    engine, _, offer = scene
+    assert offer(80) == "grant"
+    engine.ask_send(prompt_of(BLOCK_TOKENS * 140), fleet.handle(engine, engine))
     opened = engine.expect(SendOpened, deadline_s=0.9)  # the spare one's own budget is a second
     engine.let_go(opened.handoff_id, "send", ok=False)
-    peer.close()
 
 
 def test_what_has_been_evicted_in_between_is_not_sent(chat: Chat) -> None:
     chat.ask(32)
     chat.answer(BLOCK_TOKENS)
+    chain = Prompt(chat.tokens).hashes
     for seed in range(3, 6):
         chat.decode.keep(prompt_of(BLOCK_TOKENS * 80, seed).hashes)
-    until(lambda: chat.decode.look_up(Prompt(chat.tokens).hashes) == 0, "the chain is gone")
+        chat.decode.look_up(chain[:2])
+    until(lambda: chat.decode.look_up(chain) == 2, "of the chain, only what is asked for is there")
     chat.finish()
     ended(chat.decode.daemon, "returns_evicted")
     assert chat.decode.daemon.counter("pages_put") == 0
