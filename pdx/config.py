@@ -51,6 +51,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tenant_share: float = 1.0  # of the arena: what one cache_salt may take; those without one are a tenant together
     digest_mode: bool = False  # blake3 of every page on both sides of a handoff; for proofs
     offload: Offload = "all"  # blocks of requests outside handoffs that engines keep in the arena, and look up
+    return_answers: bool = True  # kept blocks of answers go to the host whose prefill engine had the prompt
     lookup_s: float = LOOKUP_S  # an engine whose look-up takes longer computes
     disk: str = ""  # folder of the disk tier, on a file system of this host; empty: none
     disk_cap: str = "10GiB"  # bytes that it may take there, never more
@@ -135,6 +136,7 @@ FLAGS = {
     "eviction": "what leaves the arena first: lru, or s3fifo, which long prompts that come once can't wash out",
     "low_water": "with less of the arena free, room is made before it is asked for (default: 0.05 with back, else 0)",
     "high_water": "until so much of it is free (default 0.1)",
+    "return_answers": "false: kept answers stay here, and none are taken from other hosts (default true)",
     "digest_mode": "true: blake3 of every page on both sides of a handoff",
     "poison": "true: overwrite freed slots (for tests)",
 }

@@ -181,6 +181,14 @@ class Keep(Message, tag="keep", frozen=True):
     handoff_id: bytes  # chosen by the engine
     block_hashes: list[bytes]
     tenant: Tenant = b""
+    # The handoff by which the request came: these blocks follow those that its OpenLoad named and was kept of it since.
+    origin: bytes = b""
+
+
+class Finished(Message, tag="finished", frozen=True):
+    """The request that came by this handoff is over: it names no more blocks to keep."""
+
+    handoff_id: bytes
 
 
 class LetGo(Message, tag="let_go", frozen=True):
@@ -273,6 +281,7 @@ class Reserve(PeerMessage, tag="reserve", frozen=True):
     block_hashes: list[bytes]
     tail_hash: bytes
     tenant: Tenant = b""
+    spare: bool = False  # no request waits for it: granted at once or refused, and cache when it has landed
 
 
 class Grant(PeerMessage, tag="grant", frozen=True):
@@ -391,7 +400,7 @@ class Answer(Message, tag="answer", frozen=True):
 
 ATTACH = Attach
 TO_ATTACH = Attached | AttachRefused
-ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | LetGo | Renew | WeightEpoch | Reset | Ask
+ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | Finished | LetGo | Renew | WeightEpoch | Reset | Ask
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
 PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
 NOTICE = Landed

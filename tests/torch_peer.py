@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch_engine import BLOCK_TOKENS, LAYERS, NUMBERED, Request, TorchEngine, layout_of
 
 from pdx.client import Attachment, DaemonClient
-from pdx.config import Config
+from pdx.config import Config, Offload
 from pdx.engine.host_mover import HostMover
 from pdx.engine.link import Link
 from pdx.engine.mover import Mover
@@ -26,7 +26,14 @@ class TorchPeer:
     """Attached when constructed; attaches again by itself when its daemon died. One thread only."""
 
     def __init__(
-        self, engine: TorchEngine, config: Config, name: str, role: Role, *, mover_of: MoverOf | None = None
+        self,
+        engine: TorchEngine,
+        config: Config,
+        name: str,
+        role: Role,
+        *,
+        mover_of: MoverOf | None = None,
+        offload: Offload = "off",
     ) -> None:
         """`mover_of`: for an engine whose pages are not in host memory."""
         self.engine = engine
@@ -52,7 +59,7 @@ class TorchPeer:
             )
             workers.append(WorkerSide(link, NUMBERED, layout, mover, watch=engine.watches[rank], rank=rank))
         self._scheduler = SchedulerSide(
-            self._links[0], role=role, layout=layout, block_tokens=BLOCK_TOKENS, ranks=ranks
+            self._links[0], role=role, layout=layout, block_tokens=BLOCK_TOKENS, ranks=ranks, offload=offload
         )
         self._workers = workers
         engine.connect(self._scheduler, *workers)

@@ -49,7 +49,8 @@ SAMPLES: list[wire.Message] = [
         tenant=ID,
     ),
     wire.LookUp(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID),
-    wire.Keep(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID),
+    wire.Keep(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID, origin=ID),
+    wire.Finished(handoff_id=ID),
     wire.LetGo(handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, done_ns=6, spoilt=[2]),
     wire.Renew(handoff_ids=[ID], running=1, waiting=2),
     wire.WeightEpoch(epoch="ab" * 16),
@@ -60,7 +61,7 @@ SAMPLES: list[wire.Message] = [
     wire.LoadEnded(handoff_id=ID, reason="peer died"),
     wire.Reserve(
         **PEER, handle="h", namespace=ID, layout_id="00ff", pages=PAGES, block_hashes=[b"a" * 32], tail_hash=b"t" * 32,
-        tenant=ID,
+        tenant=ID, spare=True,
     ),
     wire.Grant(**PEER, has=[0], wanted=[1], places=[PLACE], window=1 << 60),
     wire.Wait(**PEER, ahead=3),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import xxhash
 
@@ -16,8 +17,9 @@ from pdx.buffer.headers import Headers
 from pdx.buffer.lease import Lease, LeaseState, Owner
 from pdx.buffer.store import Store
 from pdx.daemon.mover import Mover
-from pdx.daemon.ports import Ports
+from pdx.daemon.ports import HandoffKey, Ports
 from pdx.daemon.receiving import Incoming, ReceivingHalves
+from pdx.daemon.sending import SendingHalves
 from pdx.daemon.sessions import Engine, Sessions
 from pdx.handoff.handle import peek
 from pdx.layout import PageLayout, Place
@@ -110,6 +112,24 @@ class _BelievingHalves(ReceivingHalves):
             super().message(record, message, now)
 
 
+class UnheldReturns(Mover):
+    """Hands blocks back out of slots that it does not hold: they are cache anyway."""
+
+    def __init__(self, store: Store, ports: Ports) -> None:
+        super().__init__(store, ports)
+        self._sending.__class__ = _CarelessHalves
+
+
+class _CarelessHalves(SendingHalves):
+    def hand_back(self, *about: Any) -> HandoffKey:
+        key = super().hand_back(*about)
+        record = self.records.get(key)
+        if record is not None and record.wire is not None:
+            self._desk.end_lease(record.wire)
+            record.wire = None
+        return key
+
+
 def believe_let_go(ask: FencePassed) -> FencePassed:
     """A LET_GO counts at once: nobody waits for the step that it names."""
     return lambda engine_id, step: True
@@ -141,4 +161,5 @@ BREAKS: dict[str, Parts] = {
     "budgets": replace(PRODUCTION, mover=NoBudgets),
     "fence": replace(PRODUCTION, fence_passed=believe_let_go),
     "window": replace(PRODUCTION, region=EverOpen),
+    "hold": replace(PRODUCTION, mover=UnheldReturns),
 }

@@ -49,6 +49,8 @@ class Clients:
 
     def finished(self, client: Client, outcome: str) -> None:
         self.world.counts[f"requests {outcome}"] += 1
+        if outcome == "answered":
+            self._talk.answered(client.tokens, answer_of(client.tokens, client.wanted))
         journey = client.conductor.journey if client.conductor is not None else None  # None: turned away at once
         if journey is not None and journey.handoff_id:
             self.handoffs += 1
@@ -69,7 +71,7 @@ class Client:
         self._done = False
         chance = world.chance
         self.tokens = clients._talk.next_prompt()
-        self.wanted = chance.choice([1, 2, 3, 5])
+        self.wanted = chance.choice([1, 2, 3, 5, 9])
         self.stream = chance.random() < 0.5
         extra: dict[str, Any] = {"presence_penalty": 0.5} if chance.random() < 0.35 else {}  # can't be seeded
         way: Literal["auto", "after"] = "after" if chance.random() < 0.2 else "auto"

@@ -15,13 +15,15 @@ import msgspec
 from benchmarks.simulate.host import Host
 from benchmarks.simulate.lives import Engine
 from benchmarks.simulate.prompts import PAGES, answer_of, body_of, chunk_of, prompt_of
-from benchmarks.simulate.work import Call, Work
+from benchmarks.simulate.work import Call, Work, lot_of
 from benchmarks.simulate.worker import Load, Save, SimulatedWorker, Step
 from benchmarks.simulate.world import World
 from pdx.handoff.handle import peek
 from pdx.layout import Place
 from pdx.wire import (
     EngineInfo,
+    Finished,
+    Keep,
     LetGo,
     LoadEnded,
     LoadOpened,
@@ -144,7 +146,7 @@ class SimulatedEngine(Engine):
         work.places = work.unsaved = None
         message = LetGo(
             handoff_id=work.handoff_id,
-            side="send" if isinstance(work.question, OpenSend) else "load",
+            side=work.side,
             fence=work.last_step,
             ok=ok,
             reason=reason,
@@ -188,7 +190,7 @@ class SimulatedEngine(Engine):
 
     def _send_ended(self, message: SendEnded) -> None:
         works = self._works.values()
-        work = next((w for w in works if w.handoff_id == message.handoff_id and isinstance(w.question, OpenSend)), None)
+        work = next((w for w in works if w.handoff_id == message.handoff_id and w.side == "send"), None)
         if not message.handoff_id:
             work = self._works.get(message.request_id)
         if work is None or (work.places is None and work.phase != "asking"):
@@ -332,6 +334,8 @@ class SimulatedEngine(Engine):
 
     def _compute(self, work: Work) -> Save | None:
         """The blocks of this step; what they leave behind for a handoff."""
+        if isinstance(work.question, Keep):
+            return self._save_lot(work, work.question)
         blocks = prompt_of(work.tokens).blocks
         if work.computed >= blocks:
             work.phase = "saying"
@@ -349,6 +353,16 @@ class SimulatedEngine(Engine):
             return None
         work.handed_over = "" if work.unsaved else work.handoff_id.hex()
         return Save(work.handoff_id, work.prompt.names, due, places, last=not work.unsaved)
+
+    def _save_lot(self, work: Work, question: Keep) -> Save | None:
+        """All of it at once; whether the daemon first hears of that, or that nothing will follow, is chance."""
+        due, work.unsaved = work.unsaved, []
+        if not due or work.places is None:
+            return None
+        if self.world.chance.random() < 0.5:
+            self._say(Finished(handoff_id=question.origin))
+        places = [place for block in due if (place := work.places[block]) is not None]
+        return Save(work.handoff_id, question.block_hashes, due, places, last=True)
 
     def _step_ended(self, step: int, ended: list[Load]) -> None:
         """At the very moment of the fence: what the worker touches no more. The scheduler hears of it later."""
@@ -371,6 +385,9 @@ class SimulatedEngine(Engine):
             if self._works.get(work.request_id) is not work or work.phase == "loading":
                 continue
             progressed = True
+            if isinstance(work.question, Keep) and work.places is None:  # saved, or never to be
+                del self._works[work.request_id]
+                self._say(Finished(handoff_id=work.question.origin))
             if work.said:
                 self._say_tokens(work)
         if progressed:
@@ -392,6 +409,15 @@ class SimulatedEngine(Engine):
         if work.aborted:
             del self._works[work.request_id]
 
+    def _keep_answer(self, work: Work, said: Sequence[int]) -> None:
+        lot = lot_of(work, said, lot_id=self.world.chance.randbytes(16), deadline=self.world.now + ANSWER_MARGIN_S)
+        if lot is None or lot.question is None:
+            self._say(Finished(handoff_id=work.handoff_id))
+        elif self.tie is not None:
+            self._works[lot.request_id] = lot
+            self._say(lot.question)
+            self._go_on()
+
     def _say_tokens(self, work: Work) -> None:
         """The first token at once for those who stream; the last ends the request."""
         said = answer_of(work.tokens, work.wanted)
@@ -403,6 +429,8 @@ class SimulatedEngine(Engine):
         del self._works[work.request_id]
         if work.places is not None:
             self._let_go(work, ok=False, reason="request ended before its KV was saved")
+        if isinstance(work.question, OpenLoad):
+            self._keep_answer(work, said)
         if streaming:
             work.call.reply("end", chunk_of(work.request_id, said[1:], last=True))
         elif work.stream:

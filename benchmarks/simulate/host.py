@@ -18,6 +18,7 @@ from pdx.buffer.slots import Slot, SlotState
 from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Session
 from pdx.daemon.trace import Tracer
+from pdx.handoff.handle import HANDOFF_ID_BYTES
 from pdx.layout import CONTROL_BYTES, Place
 from pdx.wire import (
     ENGINE,
@@ -27,6 +28,8 @@ from pdx.wire import (
     CancelHandoff,
     DaemonRef,
     Filled,
+    Finished,
+    Keep,
     LetGo,
     LoadOpened,
     Message,
@@ -198,7 +201,11 @@ class Host(Process):
                 mover.open_send(engine, message, now)
             case OpenLoad() if engine is not None and engine.complete:
                 mover.open_load(engine, message, now)
-            case OpenSend():
+            case Keep() if engine is not None and engine.complete:
+                mover.keep(engine, message, now)
+            case Finished():
+                mover.finished(session.engine_id, message)
+            case OpenSend() | Keep():
                 ended = SendEnded(request_id=message.request_id, handoff_id=b"", reason="not attached")
                 self._to_engine(session.engine_id, ended)
             case OpenLoad():
@@ -276,6 +283,7 @@ class Host(Process):
             counters=self.counters,
             lease_s=self._lease_s,
             digest_mode=False,
+            new_id=lambda: world.chance.randbytes(HANDOFF_ID_BYTES),
             wall_clock=lambda: world.now,
             trace_clock_ns=lambda: 0,
         )

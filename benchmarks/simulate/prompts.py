@@ -111,5 +111,11 @@ class Talk:
             self._beginnings[chance.randrange(len(self._beginnings))] = tokens[: 4 * BLOCK_TOKENS]
         return tokens + (1, 2, 3)[: chance.randint(0, 3)]  # a common tail, behind whatever came before it
 
+    def answered(self, tokens: Sequence[int], said: Sequence[int]) -> None:
+        """Some chats go on from what was said."""
+        if self._chance.random() < 0.3:
+            chat = (*tokens, *said)[: 6 * BLOCK_TOKENS]
+            self._beginnings[self._chance.randrange(len(self._beginnings))] = chat
+
     def _new(self, count: int) -> tuple[int, ...]:
         return tuple(self._chance.choices(range(1, 256), k=count))

@@ -21,6 +21,7 @@ from pdx.daemon.ports import Desk, Ports
 from pdx.daemon.prefixes import Prefixes
 from pdx.daemon.questions import Questions
 from pdx.daemon.receiving import Incoming, ReceivingHalves
+from pdx.daemon.returning import Returns
 from pdx.daemon.sending import Outgoing, SendingHalves
 from pdx.daemon.sessions import Engine
 from pdx.daemon.spaces import KnownSpaces
@@ -35,6 +36,7 @@ from pdx.wire import (
     Cancel,
     Committed,
     Filled,
+    Finished,
     Grant,
     Keep,
     LetGo,
@@ -67,6 +69,7 @@ class Mover:
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
         self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins, self.spaces)
         self._sending = SendingHalves(self._desk, self._holds, self._land_here)
+        self._returns = Returns(self._desk, self._sending)
         self._waiting: deque[Outgoing | Incoming] = deque()
 
     # --- from engines ---
@@ -81,13 +84,20 @@ class Mover:
         self._sending.filled(engine_id, message, now)
 
     def open_load(self, engine: Engine, message: OpenLoad, now: float) -> None:
-        self._questions.ask(engine, message, now)
+        handle = self._questions.ask(engine, message, now)
+        if handle is not None:
+            self._returns.came(engine, message, handle, now)
 
     def look_up(self, engine: Engine, message: LookUp, now: float) -> None:
         self._prefixes.look_up(engine, message, now, room=not self._waiting)
 
     def keep(self, engine: Engine, message: Keep, now: float) -> None:
-        self._prefixes.keep(engine, message, now, room=not self._waiting)
+        kept = self._prefixes.keep(engine, message, now, room=not self._waiting)
+        if message.origin:
+            self._returns.named(engine, message, now, kept=kept)
+
+    def finished(self, engine_id: str, message: Finished) -> None:
+        self._returns.finished(engine_id, message.handoff_id)
 
     def let_go(self, engine_id: str, message: LetGo, now: float, *, rank: int | None = None) -> None:
         """The engine is done with a handoff's slots once its fence has passed. Only the holder can say so.
@@ -175,6 +185,7 @@ class Mover:
 
     def peer_lost(self, control: str, now: float) -> None:
         """The connection to a peer daemon broke: its handoffs with us are over."""
+        self._returns.peer_lost(control)
         for record in list(self._sending.records.values()):
             if record.sender.handle.decode_daemon.control == control:
                 self._sending.act(record, record.sender.fail("decode daemon is gone", tell_peer=False), now)
@@ -213,6 +224,7 @@ class Mover:
             self._tiering.tick()
         self._low_water.tick()
         self._serve_waiting(now)
+        self._returns.tick(now, room=not self._waiting)
 
     def flush_step(self) -> int:
         """A turn of a daemon that stops: how many blocks have yet to go down."""
@@ -254,6 +266,10 @@ class Mover:
         record = self._receiving.reserve(message, twin, now)
         if record is None:
             return
+        if message.spare:
+            if self._waiting or not self._receiving.claim(record, now):
+                self._receiving.act(record, record.receiver.refuse("no room to spare"), now)
+            return
         self._waiting.append(record)
         self._serve_waiting(now)
         if record in self._waiting:
@@ -263,7 +279,7 @@ class Mover:
 
     def _end_handoffs(self, engine_id: str, why: str, now: float) -> None:
         for record in list(self._sending.records.values()):
-            if record.engine.info.engine_id == engine_id:
+            if record.of(engine_id):
                 self._sending.act(record, record.sender.fail(f"prefill {why}", tell_peer=True), now)
         self._questions.forget(engine_id)
         for incoming in list(self._receiving.records.values()):
@@ -286,8 +302,11 @@ class Mover:
             else:
                 over = record.key not in self._receiving.records or self._receiving.claim(record, now)
             if not over:
-                return
+                break
             self._waiting.popleft()
+        if self._waiting:
+            self._sending.give_way(now)
+            self._receiving.give_way(now)
 
     def _end_passed(self, now: float) -> None:
         for hold, message in self._holds.passed():
@@ -306,7 +325,8 @@ class Mover:
             counters["blocks_spoilt"] += len(forgotten)
             if self._tiering is not None:
                 self._tiering.forget(forgotten)
-        self._prefixes.ended(hold, message)
+        kept = self._prefixes.ended(hold, message)
+        self._returns.lot_ended(hold.handoff_id, kept=kept)
         self._desk.end_lease(hold.lease)
         if hold.key is None:
             return

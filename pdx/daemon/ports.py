@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pdx.buffer.water import NEVER, Waterline
 from pdx.daemon.sessions import Engine
 from pdx.daemon.trace import Tracer
 from pdx.errors import HandleError
-from pdx.handoff.handle import SeenHandles, TransferHandle, verify
+from pdx.handoff.handle import HANDOFF_ID_BYTES, SeenHandles, TransferHandle, verify
 from pdx.keys import space_of
 from pdx.tiers.spill import WriteMode
 from pdx.tiers.tier import Tier
@@ -47,6 +48,8 @@ class Ports:
     write_mode: WriteMode = WriteMode.THROUGH
     waterline: Waterline = NEVER
     pin_share: float = 0.25  # of the arena
+    return_answers: bool = True  # to the daemons whose prompts they answer, and from those that answer ours
+    new_id: Callable[[], bytes] = lambda: secrets.token_bytes(HANDOFF_ID_BYTES)
     wall_clock: Callable[[], float] = time.time
     trace_clock_ns: Callable[[], int] = time.monotonic_ns
 

@@ -98,8 +98,8 @@ class Prefixes:
         if self._tiering is not None:
             self._tiering.withdrawn(load)
 
-    def keep(self, engine: Engine, message: Keep, now: float, *, room: bool) -> None:
-        """`room`: nobody more important waits for some."""
+    def keep(self, engine: Engine, message: Keep, now: float, *, room: bool) -> bool:
+        """Whether they are. `room`: nobody more important waits for some."""
         assert engine.pages is not None
         ports, engine_id = self._desk.ports, engine.info.engine_id
         claim, reason = None, "the arena is full"
@@ -116,26 +116,28 @@ class Prefixes:
         if claim is None:
             ports.counters["keeps_refused"] += 1
             ports.to_engine(engine_id, SendEnded(request_id=message.request_id, handoff_id=b"", reason=reason))
-            return
+            return False
         ranks = engine.info.layout.ranks
         self._holds.add(Hold(message.handoff_id, "send", engine_id, claim.lease, claim=claim, ranks=ranks))
         places = [place if block in claim.fresh else None for block, place in enumerate(claim.places)]
         opened = SendOpened(request_id=message.request_id, handoff_id=message.handoff_id, places=places)
         ports.to_engine(engine_id, opened)
+        return True
 
-    def ended(self, hold: Hold, message: LetGo) -> None:
-        """The engine touches these slots no more; its lease is about to end."""
+    def ended(self, hold: Hold, message: LetGo) -> bool:
+        """The engine touches these slots no more; its lease is about to end. Whether they are kept."""
         if hold.side == "load":
             self.withdrawn(hold.handoff_id)
-            return
+            return False
         claim = hold.claim
         if claim is None:
-            return
-        if message.ok and hold.lease.state is LeaseState.LIVE and self._whole(claim):
-            self._desk.store.commit(claim)
-            self._desk.ports.counters["blocks_kept"] += len(claim.fresh)
-        else:
+            return False
+        if not message.ok or hold.lease.state is not LeaseState.LIVE or not self._whole(claim):
             self._desk.store.abandon(claim)
+            return False
+        self._desk.store.commit(claim)
+        self._desk.ports.counters["blocks_kept"] += len(claim.fresh)
+        return True
 
     def _whole(self, claim: Claim) -> bool:
         """Whether every page of it is filled. Who waited for one that never comes would wait for all of its time."""

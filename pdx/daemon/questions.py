@@ -59,8 +59,11 @@ class Questions:
         self._first_asked: dict[bytes, float] = {}
         self._early: dict[HandoffKey, Question] = {}
 
-    def ask(self, engine: Engine, message: OpenLoad, now: float) -> None:
-        """Answers at once; after a "wait" an early question is answered again, any other asks again."""
+    def ask(self, engine: Engine, message: OpenLoad, now: float) -> TransferHandle | None:
+        """Answers at once; after a "wait" an early question is answered again, any other asks again.
+
+        Returns the handle if it is good.
+        """
         try:
             handle = self._desk.verified(message.handle, daemon="decode_daemon")
             if handle.decode_engine != engine.info.engine_id:
@@ -68,17 +71,18 @@ class Questions:
         except HandleError as error:
             self._desk.ports.counters["handles_refused"] += 1
             self._answer(engine, message, b"", "absent", reason=f"handle refused: {error}")
-            return
+            return None
         asked_at = self._first_asked.setdefault(handle.handoff_id, now)
         question = Question(engine, message, handle, asked_at)
         question = self._early.pop(question.key, question)
         why = self._undecided(question, now)
         if not why:
             self._decide(question, now)
-            return
+            return handle
         if message.early and len(self._early) < EARLY_MAX:
             self._early[question.key] = question
         self._answer(engine, message, handle.handoff_id, "wait", reason=why)
+        return handle
 
     def withdrawn(self, engine_id: str, message: LetGo, now: float) -> None:
         """The engine no longer waits for the answer to an early question: its handoff is of use to nobody."""

@@ -85,6 +85,7 @@ class ReceivingHalves:
             lease_epoch=self._epochs,
             incarnation=ports.me.incarnation,
             now=now,
+            spare=message.spare,
         )
         record = Incoming((handle.handoff_id, handle.attempt), receiver, message, paired)
         self.records[record.key] = record
@@ -123,6 +124,11 @@ class ReceivingHalves:
         record.own_claim, record.wire = claim, claim.lease
         self._grant(record, claim, window=self._open_window(record, claim), now=now)
         return True
+
+    def give_way(self, now: float) -> None:
+        """A handoff waits for room: what no request waits for ends, its slots are free when its window is closed."""
+        for record in [r for r in self.records.values() if r.reserve.spare]:
+            self.act(record, record.receiver.fail("a handoff waits for room", tell_peer=True), now)
 
     def message(self, record: Incoming, message: PeerMessage, now: float) -> None:
         match message:
@@ -222,10 +228,12 @@ class ReceivingHalves:
 
     def _forget(self, record: Incoming, reason: str) -> None:
         self._desk.trace(record.key, "receive_ended", reason=reason)
-        self._desk.ports.counters["receives_failed" if reason else "receives_settled"] += 1
+        spare, counters = record.reserve.spare, self._desk.ports.counters
+        counters[f"{'spares' if spare else 'receives'}_{'failed' if reason else 'settled'}"] += 1
         self.records.pop(record.key, None)
         self._desk.bury(record.key, reason)
-        self._desk.tell_routers(record.key, reason)
+        if not spare:
+            self._desk.tell_routers(record.key, reason)
         if record.wire is not None:
             self._desk.end_lease(record.wire)
 
@@ -233,6 +241,8 @@ class ReceivingHalves:
 
     def _mismatch(self, message: Reserve, decode_engine: str) -> str:
         engine = self._desk.ports.engine(decode_engine)
+        if message.spare and not self._desk.ports.return_answers:
+            return "no answers are taken back here"
         if engine is None or engine.pages is None:
             return f"engine {decode_engine!r} is not attached here"
         if message.namespace != namespace_of(engine.info.content):

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from pdx.buffer.claim import Claim
+from pdx.buffer.claim import Claim, ReadClaim
 from pdx.buffer.lease import Lease, Owner
 from pdx.daemon.holds import Hold, Holds
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sessions import Engine
 from pdx.errors import HandleError, PdxError, Refused, UnknownTransport
 from pdx.handoff import actions as do
+from pdx.handoff.handle import TransferHandle, mint
 from pdx.handoff.sender import Sender
 from pdx.handoff.states import Sending
 from pdx.keys import layout_id, namespace_of
@@ -42,14 +43,17 @@ class Outgoing:
 
     key: HandoffKey
     sender: Sender
-    request: OpenSend
-    engine: Engine
     pages: PageLayout
+    engine: Engine | None = None  # None: what goes out is in the store already, and no request waits for it
+    request: OpenSend | None = None  # the engine's
     claim: Claim | None = None
     wire: Lease | None = None  # holds the slots while puts may read them
     channel: int = -1
     window: int = 0
     targets: dict[int, Place] = field(default_factory=dict)  # block -> place in the receiver's arena
+
+    def of(self, engine_id: str) -> bool:
+        return self.engine is not None and self.engine.info.engine_id == engine_id
 
 
 class SendingHalves:
@@ -90,19 +94,21 @@ class SendingHalves:
             incarnation=ports.me.incarnation,
             now=now,
         )
-        record = Outgoing(key, sender, message, engine, engine.pages)
+        record = Outgoing(key, sender, engine.pages, engine, message)
         self.records[key] = self._by_handoff[handle.handoff_id] = record
         self._desk.trace(key, "open_send", blocks=sender.blocks, prompt_tokens=message.prompt_tokens)
         return record
 
     def claim(self, record: Outgoing, now: float) -> bool:
         """Tries to claim the whole prompt. True if this half need not wait (any more): claimed, or over."""
-        message, store = record.request, self._desk.store
-        engine_id = record.engine.info.engine_id
+        message, engine, store = record.request, record.engine, self._desk.store
+        assert message is not None
+        assert engine is not None
+        engine_id = engine.info.engine_id
         try:
             claim = store.claim(
                 Owner("session", engine_id),
-                namespace_for(record.engine, message.tenant),
+                namespace_for(engine, message.tenant),
                 record.pages,
                 message.block_hashes,
                 tail=bool(message.tail_hash),
@@ -117,14 +123,14 @@ class SendingHalves:
         handoff_id = record.key[0]
         record.claim = claim
         record.wire = store.lease(claim, Owner("wire", handoff_id.hex()), now=now, ttl_s=float("inf"))
-        ranks = record.engine.info.layout.ranks
+        ranks = engine.info.layout.ranks
         self._holds.add(Hold(handoff_id, "send", engine_id, claim.lease, record.key, ranks=ranks))
         self._desk.trace(record.key, "claimed", fresh=len(claim.fresh))
         reserve = Reserve(
             **self._desk.ids(record.sender.handle, lease_epoch=0),
             handle=message.handle,
-            namespace=namespace_of(record.engine.info.content),
-            layout_id=layout_id(record.engine.info.layout),
+            namespace=namespace_of(engine.info.content),
+            layout_id=layout_id(engine.info.layout),
             pages=record.pages,
             block_hashes=message.block_hashes,
             tail_hash=message.tail_hash,
@@ -133,10 +139,45 @@ class SendingHalves:
         self.act(record, record.sender.claimed(claim.places, claim.fresh, reserve, now=now), now)
         return True
 
+    def hand_back(
+        self, handle: TransferHandle, engine: Engine, tenant: bytes, chain: list[bytes], found: ReadClaim, now: float
+    ) -> HandoffKey:
+        """A half of this daemon's own, for blocks of the store that `found` holds: they go to a peer as cache.
+
+        `handle` is not minted yet; `engine` has computed the blocks, and may be gone.
+        """
+        assert engine.pages is not None
+        ports, key = self._desk.ports, (handle.handoff_id, handle.attempt)
+        sender = Sender(
+            handle, request_id="", blocks=len(chain), layers=engine.pages.layers, incarnation=ports.me.incarnation,
+            now=now,
+        )  # fmt: skip
+        claim = Claim(found.lease, found.places, frozenset(), False, ())
+        record = self.records[key] = Outgoing(key, sender, engine.pages, claim=claim, wire=found.lease)
+        self._desk.trace(key, "hand_back", blocks=len(chain))
+        reserve = Reserve(
+            **self._desk.ids(handle, lease_epoch=0),
+            handle=mint(handle, ports.cluster_key),
+            namespace=namespace_of(engine.info.content),
+            layout_id=layout_id(engine.info.layout),
+            pages=engine.pages,
+            block_hashes=chain,
+            tail_hash=b"",
+            tenant=tenant,
+            spare=True,
+        )
+        self.act(record, sender.held(reserve, now=now), now)
+        return key
+
+    def give_way(self, now: float) -> None:
+        """A handoff waits for room: what no request waits for ends, and holds no slots any more."""
+        for record in [r for r in self.records.values() if r.engine is None]:
+            self.act(record, record.sender.fail("a handoff waits for room", tell_peer=True), now)
+
     def filled(self, engine_id: str, message: Filled, now: float) -> None:
         for entry in message.entries:
             record = self._by_handoff.get(entry.handoff_id)
-            if record is None or record.engine.info.engine_id != engine_id:
+            if record is None or not record.of(engine_id):
                 self._desk.ports.counters["stale_filled"] += 1
                 continue
             self._desk.ports.tracer.note(
@@ -161,8 +202,7 @@ class SendingHalves:
     def waiting_for_room(self, handoff_id: bytes, engine_id: str) -> Outgoing | None:
         """This engine's half if it has no claim yet."""
         record = self._by_handoff.get(handoff_id)
-        mine = record is not None and record.claim is None and record.engine.info.engine_id == engine_id
-        return record if mine else None
+        return record if record is not None and record.claim is None and record.of(engine_id) else None
 
     # --- from the receiving daemon and the lanes ---
 
@@ -217,6 +257,7 @@ class SendingHalves:
             case do.ToPeer(message):
                 ports.to_peer(handle.decode_daemon, message)
             case do.ToEngine(message):
+                assert record.engine is not None
                 ports.to_engine(record.engine.info.engine_id, message)
             case do.Put():
                 self._put(record, action, now)
@@ -255,7 +296,8 @@ class SendingHalves:
                 copies=self._copies(record, action),
                 notice=self._notice(record, action),
                 queue=record.key[0],
-                urgency=float(action.layer % record.pages.shard_layers),  # shards side by side
+                # Shards side by side, and what nobody waits for behind all that somebody does.
+                urgency=float(action.layer % record.pages.shard_layers) if record.engine is not None else -1.0,
             )
         except (PdxError, ValueError) as error:  # the peer's endpoint or places are impossible
             self.act(record, record.sender.put_ended(ok=False, reason=str(error), now=now), now)
@@ -322,13 +364,18 @@ class SendingHalves:
         self._desk.ports.to_peer(record.sender.handle.decode_daemon, Commit(**ids, pages=pages, checksum=checksum))
 
     def _forget(self, record: Outgoing, reason: str) -> None:
+        counters = self._desk.ports.counters
         self._desk.trace(record.key, "send_ended", reason=reason)
-        self._desk.ports.counters["sends_failed" if reason else "sends_settled"] += 1
         self.records.pop(record.key, None)
         if self._by_handoff.get(record.key[0]) is record:
             del self._by_handoff[record.key[0]]
         self._desk.bury(record.key, reason)
-        self._desk.tell_routers(record.key, reason)
+        if record.engine is not None:
+            counters["sends_failed" if reason else "sends_settled"] += 1
+            self._desk.tell_routers(record.key, reason)
+        else:
+            counters["returns_failed" if reason else "returns_settled"] += 1
+            counters["blocks_returned"] += 0 if reason else len(record.sender.wanted)
         if record.wire is not None:
             self._desk.end_lease(record.wire)
 

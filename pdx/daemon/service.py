@@ -42,6 +42,7 @@ from pdx.wire import (
     CancelHandoff,
     DaemonRef,
     Filled,
+    Finished,
     Keep,
     LetGo,
     LoadOpened,
@@ -244,6 +245,8 @@ class Service:
                 self._mover.look_up(engine, message, now)
             case Keep() if engine is not None and engine.complete:
                 self._mover.keep(engine, message, now)
+            case Finished():
+                self._mover.finished(session.engine_id, message)
             case OpenSend() | Keep() if engine is not None:
                 self._counters["messages_before_attach"] += 1
                 ended = SendEnded(request_id=message.request_id, handoff_id=b"", reason=HALF_ATTACHED)
@@ -362,6 +365,7 @@ class Service:
             write_mode=WriteMode(self._config.disk_write),
             waterline=Waterline(low=self._config.low_water_share, high=self._config.high_water),
             pin_share=self._config.pin_share,
+            return_answers=self._config.return_answers,
         )
 
     def _to_engine(self, engine_id: str, message: Message) -> None:

@@ -38,7 +38,9 @@ class Receiver:
         lease_epoch: int,
         incarnation: int,
         now: float,
+        spare: bool = False,
     ) -> None:
+        """`spare`: no engine will come for it."""
         self.handle = handle
         self.state = Receiving.WAITING
         self.reason = ""
@@ -53,7 +55,7 @@ class Receiver:
         self._commit: Commit | None = None
         self._checking = False
         self._window_open = False
-        self._engine = "absent"  # -> "loading" -> "gone"
+        self._engine = "gone" if spare else "absent"  # -> "loading" -> "gone"
         self._started_at = now
         self._progress_at = now
 

@@ -49,7 +49,7 @@ class Sender:
         self._whole = (1 << layers) - 1
         self._wanted: frozenset[int] = frozenset()
         self._published = False
-        self._engine_holds = True
+        self._has_engine = self._engine_holds = True
         self._puts_open = 0
         self._puts_made = 0
         self._started_at = now
@@ -72,6 +72,15 @@ class Sender:
             places=[place if block in fresh else None for block, place in enumerate(places)],
         )
         return [ToEngine(opened), ToPeer(reserve), *self._publish_if_whole()]
+
+    def held(self, reserve: PeerMessage, *, now: float) -> list[Action]:
+        """Instead of `claimed`, for blocks that are all in the store already: there is no engine to tell or await."""
+        self.state = after(SENDING, self.state, "claimed")
+        self._filled = [self._whole] * self.blocks
+        self._published = True
+        self._has_engine = self._engine_holds = False
+        self._progress_at = now
+        return [ToPeer(reserve)]
 
     def filled(self, layer: int, blocks: Iterable[int], *, now: float) -> list[Action]:
         """The engine has copied this layer of these blocks into their slots."""
@@ -151,7 +160,7 @@ class Sender:
         was_claiming = self.state is Sending.CLAIMING
         self.state = after(SENDING, self.state, "fail")
         ended = SendEnded(request_id=self.request_id, handoff_id=self.handle.handoff_id, reason=reason)
-        actions: list[Action] = [ToEngine(ended)]
+        actions: list[Action] = [ToEngine(ended)] if self._has_engine else []
         if was_claiming:
             return [*actions, Ended(reason)]
         if tell_peer:

@@ -34,6 +34,7 @@ from pdx.wire import (
     EngineInfo,
     Filled,
     FilledEntry,
+    Finished,
     Keep,
     LetGo,
     LoadEnded,
@@ -87,6 +88,8 @@ class Daemon:
             "handoff_share",
             "extent",
             "pin_share",
+            "tenant_share",
+            "return_answers",
             "disk",
             "disk_cap",
             "disk_write",
@@ -195,6 +198,7 @@ class BareEngine:
             daemon.config, Attach(kind="scheduler", engine=info, router=router), start=False
         )
         self.workers = [self.attach_worker(rank) for rank in range(ranks)]
+        self.tenant = b""  # of the requests that come by handoffs
         self._inbox: list[Message] = []
 
     @property
@@ -226,7 +230,7 @@ class BareEngine:
         self.scheduler.send(
             OpenSend(
                 request_id="r", handle=handle, block_hashes=prompt.hashes, prompt_tokens=len(prompt.tokens),
-                tail_hash=prompt.tail,
+                tail_hash=prompt.tail, tenant=self.tenant,
             )
         )  # fmt: skip
 
@@ -283,7 +287,7 @@ class BareEngine:
             self.scheduler.send(
                 OpenLoad(
                     request_id="r", handle=handle, block_hashes=prompt.hashes, prompt_tokens=len(prompt.tokens),
-                    tail_hash=prompt.tail,
+                    tail_hash=prompt.tail, tenant=self.tenant,
                 )
             )  # fmt: skip
             answer = self.expect(LoadOpened)
@@ -323,23 +327,35 @@ class BareEngine:
         self.let_go(loaded.handoff_id, "load", pages=wanted)
         return len(loaded.places)
 
-    def keep(self, hashes: list[bytes], tenant: bytes = b"") -> None:
-        """These blocks, computed in one step by a request without a handle."""
-        self.scheduler.send(Keep(request_id="k", handoff_id=os.urandom(16), block_hashes=hashes, tenant=tenant))
+    def keep(self, hashes: list[bytes], tenant: bytes = b"", origin: bytes = b"") -> None:
+        """These blocks, computed in one step by a request without a handle, or that came by the handoff `origin`."""
+        self.let_go(self.open_keep(hashes, tenant, origin).handoff_id, "send")
+
+    def open_keep(self, hashes: list[bytes], tenant: bytes = b"", origin: bytes = b"") -> SendOpened:
+        """The same up to its end."""
+        lot = os.urandom(16)
+        self.scheduler.send(Keep(request_id="k", handoff_id=lot, block_hashes=hashes, tenant=tenant, origin=origin))
         opened = self.expect(SendOpened)
         self.step += 1
         for place, name in zip(opened.places, hashes, strict=True):
-            for layer in range(PAGES.layers if place is not None else 0):
+            for layer in range(self.pages.layers if place is not None else 0):
                 self.write_page(place, page_bytes_of(name, layer), layer)
-        self.worker.publish_fence(self.step)
-        self.let_go(opened.handoff_id, "send")
+        self.publish_fences()
+        return opened
+
+    def finish(self, handoff_id: bytes) -> None:
+        """The request that came by this handoff is over."""
+        self.scheduler.send(Finished(handoff_id=handoff_id))
 
     def look_up(self, hashes: list[bytes], tenant: bytes = b"") -> int:
         """How many blocks a request would get now."""
-        self.scheduler.send(LookUp(request_id="l", handoff_id=os.urandom(16), block_hashes=hashes, tenant=tenant))
-        answer = self.expect(LoadOpened)
+        answer = self.open_look_up(hashes, tenant)
         self.let_go(answer.handoff_id, "load")
         return len(answer.places)
+
+    def open_look_up(self, hashes: list[bytes], tenant: bytes = b"") -> LoadOpened:
+        self.scheduler.send(LookUp(request_id="l", handoff_id=os.urandom(16), block_hashes=hashes, tenant=tenant))
+        return self.expect(LoadOpened)
 
     def expect_failed_send(self) -> SendEnded:
         ended = self.expect(SendEnded)

@@ -36,7 +36,9 @@ from pdx.wire import (
     Fail,
     Filled,
     FilledEntry,
+    Finished,
     Grant,
+    Keep,
     Landed,
     LetGo,
     Message,
@@ -125,12 +127,12 @@ def handle_between(fleet: Fleet, prefill: DaemonRef, decode: DaemonRef, handoff_
     return mint(handle, fleet.key_file.read_bytes())
 
 
-def reserve_of(handle: str, ids: dict[str, Any], tokens: int, seed: int) -> Reserve:
+def reserve_of(handle: str, ids: dict[str, Any], tokens: int, seed: int, *, spare: bool = False) -> Reserve:
     namespace, layout = fingerprints()
     prompt = prompt_of(tokens, seed)
     return Reserve(
         **ids, handle=handle, namespace=namespace, layout_id=layout, pages=PAGES, block_hashes=prompt.hashes,
-        tail_hash=prompt.tail,
+        tail_hash=prompt.tail, spare=spare,
     )  # fmt: skip
 
 
@@ -235,6 +237,7 @@ def test_nothing_that_is_said_to_it_ends_a_daemon(
         peer_says = [
             *peer_messages(out_ids, in_ids, names, len(places) * PAGES.layers),
             reserve_of(incoming, in_ids, tokens, number),
+            reserve_of(incoming, in_ids, tokens, number, spare=True),
             reserve_of(inside, own_ids, tokens, 0),
         ]
         entry = FilledEntry(handoff_id=chance.choice([out_id, in_id]), blocks=blocks)
@@ -247,6 +250,8 @@ def test_nothing_that_is_said_to_it_ends_a_daemon(
                 Filled(step=1, step_started_ns=1, layer=layer, filled_ns=1, entries=[entry])
                 for layer in range(PAGES.layers)
             ),
+            Keep(request_id="k", handoff_id=out_id, block_hashes=prompt.hashes, origin=in_id),
+            Finished(handoff_id=in_id),
             LetGo(handoff_id=out_id, side="send", fence=0, ok=True),
             LetGo(handoff_id=in_id, side="load", fence=0, ok=False),
             Renew(handoff_ids=[out_id, in_id], running=1, waiting=1),

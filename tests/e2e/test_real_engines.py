@@ -169,6 +169,26 @@ def test_greedy_text_is_that_of_the_engine_alone(system: System) -> None:
     assert [reply.text for reply in through_pair] == [reply.text for reply in alone]
 
 
+def test_the_next_turn_finds_the_answer_where_its_prompt_is_computed(system: System) -> None:
+    """The answer fills a block: decode's host hands it back, and prefill loads it instead of computing it."""
+    before, returned = Counter(stats(system.source)["counters"]), counter(system.target, "blocks_returned")
+    first = tokens_of(BLOCK_TOKENS - 28, seed=77)
+    reply = system.rig.complete(
+        first, max_tokens=40, deadline_s=DEADLINE_S, ignore_eos=True, logprobs=1, return_tokens_as_token_ids=True
+    )
+    assert_through_the_pair(reply)
+    said = [int(token.removeprefix("token_id:")) for token in reply.logprobs["tokens"]]
+    wait_until(lambda: counter(system.target, "blocks_returned") == returned + 1, DEADLINE_S, "the answer is back")
+    second = [*first, *said, *tokens_of(30, seed=78)]
+    through_pair = system.complete(second)
+    assert_through_the_pair(through_pair)
+    assert system.free()
+    grown = Counter(stats(system.source)["counters"]) - before
+    assert (grown["lookup_hit_blocks"], grown["loads_ok"], grown["loads_failed"]) == (1, 1, 0)
+    assert grown["pages_verified"] == LAYERS
+    assert through_pair.text == system.complete(second, url=system.decode.url).text
+
+
 def test_a_client_that_leaves_in_mid_prompt_frees_everything(system: System) -> None:
     before = counter(system.source, "pages_put")
     target = urlsplit(system.rig.url)

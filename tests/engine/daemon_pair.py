@@ -11,6 +11,7 @@ from daemon.fleet import Daemon, Fleet
 from torch_engine import VOCABULARY, Model, Request, TorchEngine
 from torch_peer import MoverOf, TorchPeer
 
+from pdx.config import Offload
 from pdx.handoff.handle import TransferHandle, mint
 from pdx.wire import Budgets
 
@@ -34,17 +35,18 @@ class Pair:
         budgets: Budgets = BUDGETS,
         model: Model = MODEL,
         mover_of: MoverOf | None = None,
+        offload: Offload = "off",
     ) -> None:
         self.fleet = fleet
         self.budgets = budgets
         self.daemons = {"prefill": source, "decode": target}
         engines = [TorchEngine(model, blocks=512, ranks=ranks, alike=alike) for _ in range(2)]
-        self.prefill = TorchPeer(engines[0], source.config, "P", "prefill", mover_of=mover_of)
-        self.decode = TorchPeer(engines[1], target.config, "D", "decode", mover_of=mover_of)
+        self.prefill = TorchPeer(engines[0], source.config, "P", "prefill", mover_of=mover_of, offload=offload)
+        self.decode = TorchPeer(engines[1], target.config, "D", "decode", mover_of=mover_of, offload=offload)
         self.sent: dict[int, Request] = {}
         self.received: dict[int, Request] = {}
 
-    def ask(self, number: int, tokens: list[int]) -> Callable[[], None]:
+    def ask(self, number: int, tokens: list[int], *, answer_tokens: int = 5) -> Callable[[], None]:
         """Gives the prompt to prefill; what is returned gives it to decode, as the router does at once or later.
 
         Beside prefill two of three are asked for early; behind it every other one goes on from its first token.
@@ -68,7 +70,7 @@ class Pair:
                     f"d{number}", [*tokens, *sent.output], text, max_tokens=4, covered=len(tokens)
                 )
             else:
-                self.received[number] = self.decode.load(f"d{number}", tokens, text)
+                self.received[number] = self.decode.load(f"d{number}", tokens, text, max_tokens=answer_tokens)
 
         return answer
 

@@ -216,6 +216,37 @@ def test_cancel_is_answered_once_drained() -> None:
     assert kinds(sender.put_ended(ok=True, reason="", now=0.1)) == ["Drained", "Ended"]
 
 
+def make_returning() -> Sender:
+    sender = Sender(HANDLE, request_id="", blocks=3, layers=LAYERS, incarnation=1, now=0.0)
+    assert kinds(sender.held(RESERVE, now=0.0)) == ["Reserve"], "there is no engine to be told"
+    return sender
+
+
+def test_without_an_engine_all_goes_out_with_the_grant_and_committed_is_the_end() -> None:
+    sender = make_returning()
+    assert sender.granted(has=[0], wanted=[1, 2], lease_epoch=4, now=0.1) == [do.Put(0, (1, 2)), do.Put(1, (1, 2))]
+    assert sender.put_ended(ok=True, reason="", now=0.2) == []
+    assert sender.put_ended(ok=True, reason="", now=0.2) == [do.SendCommit(pages=4)]
+    assert sender.committed() == [do.Ended("")]
+
+
+def test_without_an_engine_a_receiver_that_has_all_is_asked_for_its_word() -> None:
+    sender = make_returning()
+    assert sender.granted(has=[0, 1, 2], wanted=[], lease_epoch=4, now=0.1) == [do.SendCommit(pages=0)]
+    assert sender.committed() == [do.Ended("")]
+
+
+def test_without_an_engine_a_failure_takes_nothing_back_and_tells_nobody_here() -> None:
+    """The blocks are cache, whatever becomes of their copies."""
+    sender = make_returning()
+    assert kinds(sender.fail("refused by decode: full", tell_peer=False)) == ["StopPuts", "Drained", "Ended"]
+    sender = make_returning()
+    sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.1)
+    assert kinds(sender.fail("lane lost", tell_peer=True)) == ["Fail", "StopPuts"]
+    sender.put_ended(ok=False, reason="", now=0.2)
+    assert kinds(sender.put_ended(ok=True, reason="", now=0.2)) == ["Drained", "Ended"]
+
+
 # --- receiver -------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +366,16 @@ def test_nobody_claims_the_landed_pages() -> None:
     assert receiver.tick(now=3.9) == []
     assert receiver.tick(now=4.1) == [do.Ended("")]
     assert not receiver.engine_opened()
+
+
+def test_what_nobody_waits_for_ends_when_it_has_landed_and_its_window_is_closed() -> None:
+    receiver = Receiver(HANDLE, blocks=3, layers=LAYERS, lease_epoch=4, incarnation=2, now=0.0, spare=True)
+    receiver.claimed((0, 1, 2), GRANT, windowed=True, now=0.0)
+    assert not receiver.engine_opened(), "no engine has a right to it"
+    land_all(receiver)
+    receiver.commit(COMMIT)
+    assert kinds(receiver.checked(ok=True, now=1.0)) == ["Publish", "Committed", "CloseWindow"]
+    assert receiver.window_closed() == [do.Ended("")]
 
 
 def test_fail_after_landed_changes_nothing() -> None:

@@ -20,6 +20,7 @@ CAUGHT_AS = {
     "budgets": {"late", "leaked"},
     "fence": {"unsafe"},
     "window": {"unsafe"},
+    "hold": {"unsafe"},
 }
 
 

@@ -43,6 +43,8 @@ def test_the_worlds_are_not_too_kind() -> None:
         assert counts[f"handoffs of requests answered, {way}"], way
     for what in ("daemons: sends_failed", "daemons: receives_settled", "loads cut short", "loads whole"):
         assert counts[what], what
+    for what in ("returns_settled", "returns_failed", "returns_evicted", "spares_settled", "spares_failed"):
+        assert counts[f"daemons: {what}"], what
     assert len([what for what in counts if what.startswith("faults: ")]) >= 10
 
 

@@ -35,6 +35,7 @@ class Prompt:
     block_hashes: list[bytes]
     tail_hash: bytes = b""
     early: bool = False
+    origin: bytes = b""  # of an offer: the handoff by which its request came
     first: int = 0  # block of the request with which `block_hashes` begins
     tenant: bytes = b""
     salt: bytes = b""  # of its adapter, which is in `block_hashes` and `tail_hash`
@@ -45,7 +46,13 @@ class Prompt:
 
 
 def blocks_of(
-    request: Request, *, salt: bytes, block_tokens: int, first: int = 0, tokens: int | None = None
+    request: Request,
+    *,
+    salt: bytes,
+    block_tokens: int,
+    first: int = 0,
+    tokens: int | None = None,
+    origin: bytes = b"",
 ) -> Prompt | None:
     """The full blocks of a request, from block `first` on and of its first `tokens` tokens (None: those of its prompt).
 
@@ -58,7 +65,8 @@ def blocks_of(
         return None
     end = (first + len(hashes)) * block_tokens
     tenant, budgets = tenant_of(request.cache_salt or ""), Budgets(total_s=LOAD_S)
-    return Prompt("", secrets.token_bytes(ID_BYTES), budgets, end, hashes, first=first, tenant=tenant, salt=salt)
+    handoff_id = secrets.token_bytes(ID_BYTES)
+    return Prompt("", handoff_id, budgets, end, hashes, origin=origin, first=first, tenant=tenant, salt=salt)
 
 
 def asks_for(request: Request, flag: str) -> bool:

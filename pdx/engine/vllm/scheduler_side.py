@@ -239,8 +239,8 @@ class SchedulerSide:
         if handed and sends:
             self._sends.open(request, handed, now)
         elif keeps:
-            first = len(handed.block_hashes) if handed else 0
-            self._sends.follow(request, salt=salt, first=first, answer=self._offload == "all")
+            first, origin = (len(handed.block_hashes), handed.handoff_id) if handed else (0, b"")
+            self._sends.follow(request, salt=salt, first=first, answer=self._offload == "all", origin=origin)
         if handed or own:
             self._unasked.add(request.request_id)
 

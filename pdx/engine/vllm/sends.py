@@ -26,7 +26,7 @@ from pdx.engine.vllm.prompts import Prompt, blocks_of
 from pdx.engine.vllm.steps import Save
 from pdx.errors import Refused
 from pdx.layout import PageLayout
-from pdx.wire import Keep, LetGo, OpenSend, SendEnded, SendOpened
+from pdx.wire import Finished, Keep, LetGo, OpenSend, SendEnded, SendOpened
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -59,6 +59,7 @@ class _Followed:
     salt: bytes
     next: int  # its first block that was not offered
     tokens: float  # of which to offer blocks
+    origin: bytes  # the handoff by which it came; empty: none
 
 
 class Sends:
@@ -92,6 +93,7 @@ class Sends:
                 handoff_id=prompt.handoff_id,
                 block_hashes=prompt.block_hashes,
                 tenant=prompt.tenant,
+                origin=prompt.origin,
             )
         if not self._link.send(message):
             return False
@@ -99,13 +101,14 @@ class Sends:
         self._sends[request.request_id] = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
         return True
 
-    def follow(self, request: Request, *, salt: bytes, first: int, answer: bool) -> None:
+    def follow(self, request: Request, *, salt: bytes, first: int, answer: bool, origin: bytes = b"") -> None:
         """Offers the blocks of this request as they become whole, from block `first` on; with or without its answer's.
 
-        Not before it runs: what waits in a queue must not take room for what it will have some day.
+        Not before it runs: what waits in a queue must not take room for what it will have some day. Of a request that
+        came by a handoff (`origin`) those before `first` are the ones that its OPEN_LOAD names.
         """
         tokens = float("inf") if answer else request.num_prompt_tokens
-        self._followed[request.request_id] = _Followed(request, salt, first, tokens)
+        self._followed[request.request_id] = _Followed(request, salt, first, tokens, origin)
 
     def end_all(self, reason: str) -> None:
         """Saves no more of any request that is here, and offers none."""
@@ -213,8 +216,9 @@ class Sends:
             if offered < (followed.next + 1) * self._block_tokens:
                 continue
             lot = blocks_of(
-                request, salt=followed.salt, block_tokens=self._block_tokens, first=followed.next, tokens=offered
-            )
+                request, salt=followed.salt, block_tokens=self._block_tokens, first=followed.next, tokens=offered,
+                origin=followed.origin,
+            )  # fmt: skip
             if lot is not None and self.open(request, lot, 0.0):
                 followed.next += lot.blocks
                 asked.add(request_id)
@@ -227,18 +231,21 @@ class Sends:
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """The request is over. Returns what its reply may tell."""
+        followed = self._followed.get(request_id)
         self.drop(request_id, "request ended before its KV was saved")
+        if followed is not None and followed.origin:
+            self._link.send(Finished(handoff_id=followed.origin))
         return self._results.pop(request_id, None)
 
     def lost(self) -> None:
         """The daemon is gone and with it every claim. Of the next one's slots no step so far has touched any.
 
-        What is followed is offered to the next daemon from its first block on.
+        What is followed is offered to the next daemon from its first block on; of handoffs that one knows nothing.
         """
         self._sends.clear()
         self._step = 0
         for followed in self._followed.values():
-            followed.next = 0
+            followed.next, followed.origin = 0, b""
 
     @property
     def live(self) -> Iterable[bytes]:

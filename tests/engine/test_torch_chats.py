@@ -1,0 +1,64 @@
+"""Chats of torch engines over two real pdxd processes: prefill computes what is new, nothing that decode has said."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed: no engine to test with")
+
+from daemon.fleet import fleet_in, until
+from daemon_pair import Pair, alone
+from device_pair import device_mover_of
+from torch_engine import BLOCK_TOKENS, LAYERS, VOCABULARY
+
+TURNS = 8
+
+
+@pytest.fixture(params=["split", "alike", "device", "one rank"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    mover_of = device_mover_of if request.param == "device" else None
+    ranks = 2 if request.param in ("split", "alike") else 1
+    with fleet_in(tmp_path) as fleet:
+        pair = Pair(
+            fleet, fleet.daemon(), fleet.daemon(), ranks=ranks, alike=request.param == "alike", mover_of=mover_of,
+            offload="all",
+        )  # fmt: skip
+        try:
+            yield pair
+        finally:
+            pair.close()
+        for daemon in fleet.daemons:
+            daemon.wait_unleased()
+
+
+def test_every_turn_computes_only_what_is_new(pair: Pair) -> None:
+    """Of an answer, every block that was whole a step before its end: see test_torch_prefixes."""
+    generator = random.Random(5)
+    engine, decode = pair.prefill.engine, pair.daemons["decode"]
+    chat: list[int] = []
+    kept = returned = 0
+    for turn in range(TURNS):
+        chat += [generator.randrange(VOCABULARY) for _ in range(generator.randrange(3, 20))]
+        prompt = list(chat)
+        before, put = engine.forward_tokens, decode.counter("pages_put")
+        answer = pair.ask(2 * turn, prompt, answer_tokens=generator.randrange(2, 24))
+        while engine.unfinished:
+            pair.step()
+        assert engine.forward_tokens - before == len(prompt) - kept
+        answer()
+        pair.settle()
+        chat = list(pair.received[2 * turn].tokens)
+        assert chat[len(prompt) :][:5] == alone(prompt)[: len(chat) - len(prompt)]
+        prompt_blocks, kept_blocks = len(prompt) // BLOCK_TOKENS, (len(chat) - 2) // BLOCK_TOKENS
+        kept = max(prompt_blocks, kept_blocks) * BLOCK_TOKENS
+        if kept_blocks > prompt_blocks:
+            returned += kept_blocks - prompt_blocks
+            until(lambda: decode.counter("blocks_returned") == returned, "the answer is back")  # noqa: B023
+        pages = max(kept_blocks - prompt_blocks, 0) * LAYERS * engine.shards
+        assert decode.counter("pages_put") - put == pages
+        engine.forget_prefixes()  # or its own cache would hide what came back
+    assert returned > 2 * TURNS
