@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def main() -> int:
     report = Report("prefix")
     model = chosen.model or build()
     for name in [chosen.only] if chosen.only else PARTS:
-        with Scratch(model) as scratch:
+        with tempfile.TemporaryDirectory(prefix="bench-disk-", dir=FILE_SYSTEM) as disk, Scratch(model) as scratch:
+            chosen.disk = Path(disk)
             PARTS[name](scratch, report, chosen)
             for arm in scratch.arms:
                 report.arm(arm)
@@ -45,11 +47,11 @@ def main() -> int:
 
 
 def _hits(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
-    disk = FILE_SYSTEM / "bench-disk"
     fio_rate = hits.fio(FILE_SYSTEM)
-    arms: list[CachingArm] = [pdx(scratch, OURS, arena=ARENA, disk=disk), *_peers(scratch, report, chosen)]
-    taken = hits.measure(arms, 2 if chosen.quick else 9, report)
-    hits.judge(taken, report, ours=OURS, peers=[arm.name for arm in arms[1:]], fio_rate=fio_rate)
+    peers = _peers(scratch, report, chosen)
+    ours = pdx(scratch, OURS, arena=ARENA, disk=chosen.disk)
+    taken = hits.measure([ours, *peers], 2 if chosen.quick else 9, report)
+    hits.judge(taken, report, ours=OURS, peers=[arm.name for arm in peers], fio_rate=fio_rate)
 
 
 def _documents(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
@@ -76,7 +78,7 @@ def _chat(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
 
 
 def _restart(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
-    restart.measure(scratch, report)
+    restart.measure(scratch, chosen.disk, report)
 
 
 def _peers(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> list[CachingArm]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from benchmarks.harness.arms import BUDGETS, DECODE_CPUS, PREFILL_CPUS, Scratch
 from benchmarks.harness.measure import completion, prompt_of, table
@@ -24,9 +25,8 @@ SHARE = 0.9
 ENGINES = {"E0": PREFILL_CPUS, "E1": DECODE_CPUS}
 
 
-def measure(scratch: Scratch, report: Report) -> None:
+def measure(scratch: Scratch, disk: Path, report: Report) -> None:
     rig = scratch.rig("restart")
-    disk = scratch.folder / "restart-disk"
     settings = {"arena": "512MiB", "linger_s": "600", "disk": str(disk), "disk_cap": "4GiB"}
     rig.start_router(*BUDGETS)
     daemon = rig.start_daemon("a", **settings)
