@@ -14,6 +14,7 @@ from msgspec import to_builtins
 
 from pdx.buffer.lease import Lease
 from pdx.buffer.store import Store
+from pdx.daemon.costs import Costs
 from pdx.daemon.holds import Hold, Holds
 from pdx.daemon.pins import Pins
 from pdx.daemon.ports import Desk, Ports
@@ -60,7 +61,8 @@ class Mover:
         self._receiving = ReceivingHalves(self._desk, self._holds)
         self._questions = Questions(self._desk, self._holds, self._receiving)
         self._tiering = Tiering(self._desk, ports.tier, mode=ports.write_mode) if ports.tier else None
-        self._prefixes = Prefixes(self._desk, self._holds, self._tiering)
+        self._costs = Costs(ports.counters, self._tiering)
+        self._prefixes = Prefixes(self._desk, self._holds, self._tiering, self._costs)
         self.spaces = KnownSpaces()
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
         self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins, self.spaces)
@@ -140,6 +142,7 @@ class Mover:
             self._holds.remove(hold)
             gone = LetGo(handoff_id=hold.handoff_id, side=hold.side, fence=0, ok=False, reason="engine died")
             self._end_hold(hold, gone, now)
+        self._costs.forget(engine_id)
 
     # --- from other daemons and the router ---
 
@@ -208,7 +211,7 @@ class Mover:
             self._ask_to_let_go(hold)
         self._end_passed(now)
         if self._tiering is not None:
-            self._tiering.tick()
+            self._tiering.tick(now)
         self._serve_waiting(now)
 
     # --- for the service and the verbs ---
@@ -222,13 +225,14 @@ class Mover:
         return self._steering.steer(what, now, room=not self._waiting)
 
     def kept(self, now: float) -> dict[str, Any]:
-        """Pins and the tier below, for people and metrics."""
+        """Pins, the tier below, and what loading costs, for people and metrics."""
         pins = {
             "used_bytes": self._pins.used_bytes,
             "budget_bytes": self._pins.budget_bytes,
             "pins": [to_builtins(pin) for pin in self._pins.describe(now)],
         }
-        return {"pinned": pins, "disk": self._tiering.stats() if self._tiering is not None else None}
+        disk = self._tiering.stats() if self._tiering is not None else None
+        return {"pinned": pins, "disk": disk, "costs": self._costs.stats()}
 
     @property
     def reservations_waiting(self) -> int:
@@ -299,7 +303,7 @@ class Mover:
             counters["blocks_spoilt"] += len(forgotten)
             if self._tiering is not None:
                 self._tiering.forget(forgotten)
-        self._prefixes.ended(hold, message)
+        self._prefixes.ended(hold, message, now)
         self._desk.end_lease(hold.lease)
         if hold.key is None:
             return
