@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -9,12 +10,15 @@ from one_host import HASHES, PAGES, Host, engine
 from test_prefixes import MINE, OTHER, heard, leases, let_go
 from test_tiering import crowd_out, keep_filled
 
-from pdx.layout import Place
+from pdx.buffer.lease import Lease, Owner
+from pdx.daemon.costs import Costs
+from pdx.daemon.holds import Hold
+from pdx.layout import PageLayout, Place
 from pdx.tiers.cost import TRIED_EVERY
 from pdx.tiers.memory import MemoryTier
 from pdx.tiers.tier import Event
 from pdx.verbs import Lookup
-from pdx.wire import LoadOpened, LookUp
+from pdx.wire import LetGo, LoadOpened, LookUp
 
 BLOCK_TOKENS = engine("P").info.layout.block_tokens
 FAST = 3 * BLOCK_TOKENS / 0.5  # tokens a second: three blocks in half a second
@@ -79,9 +83,7 @@ def load_from_arena(host: Host, *, seconds: float, tokens_per_s: float = 0.0, bl
     let_go(host, side="load", pages=blocks * PAGES.layers, seconds=seconds)
 
 
-def test_a_fast_engine_skips_a_slow_disk_until_a_load_that_was_tried_is_quick(
-    slow_disk: Host, tier: Stalling
-) -> None:
+def test_a_fast_engine_skips_a_slow_disk_until_a_load_that_was_tried_is_quick(slow_disk: Host, tier: Stalling) -> None:
     host = slow_disk
     for _ in range(TRIED_EVERY - 1):
         assert look_up(host, FAST) == []
@@ -199,6 +201,16 @@ def test_a_load_that_waited_for_the_disk_says_nothing_of_the_arena(host: Host) -
     let_go(host, side="load", pages=6, seconds=9.0)
     assert len(look_up(host, FAST)) == 3
     assert skipped(host) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("shards", "pages"), [(2, 2), (1, 4)])
+def test_ranks_that_copy_beside_each_other_are_as_fast_as_one_of_all(shards: int, pages: int) -> None:
+    """A block of two layers in half a second: each of two ranks its own half, or each the whole."""
+    layout = PageLayout(layers=2, page_bytes=64, chunk_blocks=2, shards=shards)
+    costs = Costs(Counter(), None)
+    hold = Hold(MINE, "load", "P", Lease(1, Owner("session", "P"), (), 0.0), ranks=2)
+    costs.ended(hold, LetGo(handoff_id=MINE, side="load", fence=1, ok=True, pages=pages, seconds=0.5), layout, 0.0)
+    assert costs.stats()["arena_bytes_per_s"] == {"P": 2 * layout.block_bytes}
 
 
 def test_the_verb_tells_what_is_there_whatever_it_costs(slow_disk: Host) -> None:

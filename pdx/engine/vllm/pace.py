@@ -1,9 +1,9 @@
 """How fast an engine computes prompts, from when its steps were planned and when they were over. `now` is given.
 
 A step may be planned while the one before it runs (async scheduling), so a step's time begins when that one is over.
-Decoding in the same step counts as time: it is what a prompt meets here. Steps with less than a block of prompts, such
-as the tail behind a hit, say more of a step than of computing: they are left out. What a first step takes longer, to
-warm up, makes loads look better than they are, and is forgotten by half-lives.
+Decoding in the same step counts as time: it is what a prompt meets here. Steps with no more than a block of prompts,
+such as the tail behind a hit, say more of a step than of computing: they are left out. What a first step takes longer,
+to warm up, makes loads look better than they are, and is forgotten by half-lives.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Pace:
         """The worker has done this step, and so all before it. Steps that were not planned here are ignored."""
         while self._planned and self._planned[0].number <= number:
             step = self._planned.popleft()
+            if step.number < number:  # when it was over nobody knows
+                continue
             seconds = self._busy.ended(began_at=step.at, now=now)
-            if step.number == number and step.prompt_tokens >= self._block_tokens:
+            if step.prompt_tokens > self._block_tokens:
                 self._rate.measured(step.prompt_tokens, seconds=seconds, now=now)
 
     @property
