@@ -34,6 +34,8 @@ FRAME_BYTES_MAX = 8 << 20
 
 # What is added up: sums of such numbers stay far below what MessagePack can carry.
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+# A measurement. Bounded so that it is a number: no NaN, no infinity.
+Measured = Annotated[float, msgspec.Meta(ge=0, lt=1e18)]
 Epoch = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]  # as in keys.ContentFingerprint
 
 
@@ -172,6 +174,7 @@ class LookUp(Message, tag="look_up", frozen=True):
     handoff_id: bytes  # chosen by the engine: names this load as a handoff's id names its own
     block_hashes: list[bytes]
     tenant: Tenant = b""
+    tokens_per_s: Measured = 0.0  # at which this engine computes prompts; 0: not known yet
 
 
 class Keep(Message, tag="keep", frozen=True):
@@ -205,6 +208,7 @@ class LetGo(Message, tag="let_go", frozen=True):
     reason: str = ""
     pages: Count = 0  # pages copied and verified
     done_ns: int = 0
+    seconds: Measured = 0.0  # load: which its pages took to come out of the arena, other loads' not counted
     spoilt: list[int] = []  # load: which of the places told held a page with a wrong checksum or digest
 
 

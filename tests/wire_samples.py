@@ -48,10 +48,12 @@ SAMPLES: list[wire.Message] = [
         request_id="r", handle="h", block_hashes=[b"a" * 32], prompt_tokens=200, tail_hash=b"t" * 32, early=True,
         tenant=ID,
     ),
-    wire.LookUp(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID),
+    wire.LookUp(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID, tokens_per_s=812.5),
     wire.Keep(request_id="r", handoff_id=ID, block_hashes=[b"a" * 32], tenant=ID, origin=ID),
     wire.Finished(handoff_id=ID),
-    wire.LetGo(handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, done_ns=6, spoilt=[2]),
+    wire.LetGo(
+        handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, done_ns=6, seconds=0.25, spoilt=[2]
+    ),
     wire.Renew(handoff_ids=[ID], running=1, waiting=2),
     wire.WeightEpoch(epoch="ab" * 16),
     wire.Reset(epoch=""),

@@ -25,6 +25,7 @@ class Hold:
     places: Sequence[Place] = ()  # of a load: as the engine was told
     claim: Claim | None = None  # of blocks to keep
     ranks: int = 1  # of the engine: so many workers touch the slots
+    from_arena: bool = False  # a load of what was there when it was asked for: its time is the engine's own
     words: dict[int, LetGo] = field(default_factory=dict)  # by rank: of those that have said that they do no more
     asked_at: float | None = None  # once its right is gone: when the engine was last asked to let go
 

@@ -14,6 +14,7 @@ from msgspec import to_builtins
 
 from pdx.buffer.lease import Lease
 from pdx.buffer.store import Store
+from pdx.daemon.costs import Costs
 from pdx.daemon.holds import Hold, Holds
 from pdx.daemon.lowwater import LowWater
 from pdx.daemon.pins import Pins
@@ -64,7 +65,8 @@ class Mover:
         self._questions = Questions(self._desk, self._holds, self._receiving)
         self._tiering = Tiering(self._desk, ports.tier, mode=ports.write_mode) if ports.tier else None
         self._low_water = LowWater(store, ports.waterline, self._tiering)
-        self._prefixes = Prefixes(self._desk, self._holds, self._tiering)
+        self._costs = Costs(ports.counters, self._tiering)
+        self._prefixes = Prefixes(self._desk, self._holds, self._tiering, self._costs)
         self.spaces = KnownSpaces()
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
         self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins, self.spaces)
@@ -152,6 +154,7 @@ class Mover:
             self._holds.remove(hold)
             gone = LetGo(handoff_id=hold.handoff_id, side=hold.side, fence=0, ok=False, reason="engine died")
             self._end_hold(hold, gone, now)
+        self._costs.forget(engine_id)
 
     # --- from other daemons and the router ---
 
@@ -221,14 +224,14 @@ class Mover:
             self._ask_to_let_go(hold)
         self._end_passed(now)
         if self._tiering is not None:
-            self._tiering.tick()
+            self._tiering.tick(now)
         self._low_water.tick()
         self._serve_waiting(now)
         self._returns.tick(now, room=not self._waiting)
 
-    def flush_step(self) -> int:
+    def flush_step(self, now: float) -> int:
         """A turn of a daemon that stops: how many blocks have yet to go down."""
-        return self._tiering.flush_step() if self._tiering is not None else 0
+        return self._tiering.flush_step(now) if self._tiering is not None else 0
 
     # --- for the service and the verbs ---
 
@@ -241,13 +244,14 @@ class Mover:
         return self._steering.steer(what, now, room=not self._waiting)
 
     def kept(self, now: float) -> dict[str, Any]:
-        """Pins and the tier below, for people and metrics."""
+        """Pins, the tier below, and what loading costs, for people and metrics."""
         pins = {
             "used_bytes": self._pins.used_bytes,
             "budget_bytes": self._pins.budget_bytes,
             "pins": [to_builtins(pin) for pin in self._pins.describe(now)],
         }
-        return {"pinned": pins, "disk": self._tiering.stats() if self._tiering is not None else None}
+        disk = self._tiering.stats() if self._tiering is not None else None
+        return {"pinned": pins, "disk": disk, "costs": self._costs.stats()}
 
     @property
     def reservations_waiting(self) -> int:
@@ -325,7 +329,7 @@ class Mover:
             counters["blocks_spoilt"] += len(forgotten)
             if self._tiering is not None:
                 self._tiering.forget(forgotten)
-        kept = self._prefixes.ended(hold, message)
+        kept = self._prefixes.ended(hold, message, now)
         self._returns.lot_ended(hold.handoff_id, kept=kept)
         self._desk.end_lease(hold.lease)
         if hold.key is None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, LeaseState, Owner
+from pdx.daemon.costs import Costs
 from pdx.daemon.holds import Hold, Holds
 from pdx.daemon.ports import Desk, namespace_for
 from pdx.daemon.sessions import Engine
@@ -24,9 +25,10 @@ from pdx.wire import Keep, LetGo, LoadOpened, LookUp, SendEnded, SendOpened
 class Prefixes:
     """Owned by the control thread."""
 
-    def __init__(self, desk: Desk, holds: Holds, tiering: Tiering | None) -> None:
+    def __init__(self, desk: Desk, holds: Holds, tiering: Tiering | None, costs: Costs) -> None:
         self._desk = desk
         self._holds = holds
+        self._costs = costs
         self._tiering = tiering
 
     def look_up(self, engine: Engine, message: LookUp, now: float, *, room: bool) -> None:
@@ -35,13 +37,17 @@ class Prefixes:
         places: Sequence[Place] = ()
         if not self._holds.get(load, "load"):
             assert engine.pages is not None
+            namespace = namespace_for(engine, message.tenant)
+            here = len(self._desk.store.index.leading(namespace, message.block_hashes))
+            wanted = self._costs.worthwhile(engine, message, arena_blocks=here, room=room)
             leased = self.lease_leading(
-                Owner("session", engine_id), namespace_for(engine, message.tenant), engine.pages, message.block_hashes,
+                Owner("session", engine_id), namespace, engine.pages, wanted,
                 load=load, engine_id=engine_id, now=now, ttl_s=ports.lease_s, room=room,
             )  # fmt: skip
             if leased is not None:
                 lease, places = leased
-                self._holds.add(Hold(load, "load", engine_id, lease, places=places))
+                ranks, from_arena = engine.info.layout.ranks, len(places) <= here
+                self._holds.add(Hold(load, "load", engine_id, lease, places=places, ranks=ranks, from_arena=from_arena))
         ports.counters["lookups"] += 1
         ports.counters["lookup_blocks"] += len(message.block_hashes)
         ports.counters["lookup_hit_blocks"] += len(places)
@@ -124,10 +130,12 @@ class Prefixes:
         ports.to_engine(engine_id, opened)
         return True
 
-    def ended(self, hold: Hold, message: LetGo) -> bool:
+    def ended(self, hold: Hold, message: LetGo, now: float) -> bool:
         """The engine touches these slots no more; its lease is about to end. Whether they are kept."""
         if hold.side == "load":
             self.withdrawn(hold.handoff_id)
+            if hold.from_arena:
+                self._costs.ended(hold, message, hold.lease.slots[0].layout, now)
             return False
         claim = hold.claim
         if claim is None:

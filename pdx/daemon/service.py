@@ -138,8 +138,8 @@ class Service:
         stops = self._stops
         if self._tier is not None and self._config.disk_flush_s:
             left = flush(
-                self._mover.flush_step, self._tier.fileno(), deadline_s=self._config.disk_flush_s,
-                hurried=lambda: self._stops > stops,
+                lambda: self._mover.flush_step(time.monotonic()), self._tier.fileno(),
+                deadline_s=self._config.disk_flush_s, hurried=lambda: self._stops > stops,
             )  # fmt: skip
             if left:
                 log.warning("%d blocks of the arena were not written in %g s", left, self._config.disk_flush_s)

@@ -20,6 +20,7 @@ from pdx.buffer.slots import Slot
 from pdx.daemon.ports import Desk
 from pdx.errors import BadBlock, Refused
 from pdx.layout import PageLayout, Place
+from pdx.tiers.cost import Busy, CostModel
 from pdx.tiers.pages import meta_of, pages_of, restore
 from pdx.tiers.spill import Spill, WriteMode
 from pdx.tiers.sweep import Sweeper, Swept
@@ -43,6 +44,7 @@ class _Promotion:
     claim: Claim
     pages: PageLayout
     asked_by: dict[bytes, str] = field(default_factory=dict)  # load -> engine id: those who wait for it
+    began_at: float = 0.0  # once the tier has it
 
     @property
     def place(self) -> Place:
@@ -64,6 +66,8 @@ class Tiering:
         self._reads: dict[int, _Promotion] = {}  # by ticket
         self._left: deque[Key] = deque(maxlen=UNCOUNTED_MAX)  # evicted, and perhaps nowhere else
         self._lost = 0
+        self._busy = Busy()  # with reads
+        self.reads = CostModel()  # what they cost
         desk.store.on_commit = self._committed
         desk.store.on_evict = self._evicted
 
@@ -91,7 +95,7 @@ class Tiering:
                 break
             promotion.asked_by[load] = engine_id
             places.append(promotion.place)
-        self._submit_reads()
+        self._submit_reads(now)
         self._desk.ports.counters["blocks_promoted"] += len(places) - len(ready)
         return places, ready
 
@@ -99,6 +103,16 @@ class Tiering:
         """How many of the first of these blocks the tier has. A disk that hangs has nothing, on its way or not."""
         found = self._tier.contains([(namespace, block_hash) for block_hash in hashes])
         return found.index(False) if False in found else len(found)
+
+    def to_read(self, namespace: bytes, hashes: Sequence[bytes]) -> int:
+        """How many of these blocks are neither in the arena nor on their way up."""
+        spots = zip(hashes, self._desk.store.index.find(namespace, hashes), strict=True)
+        return sum(spot is None and (namespace, block_hash) not in self._promotions for block_hash, spot in spots)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Of blocks on their way up."""
+        return sum(promotion.pages.block_bytes for promotion in self._promotions.values())
 
     @property
     def changes(self) -> int:
@@ -160,14 +174,14 @@ class Tiering:
         self._submit_writes()
         return may_go
 
-    def flush_step(self) -> int:
+    def flush_step(self, now: float) -> int:
         """A turn of a daemon that stops: how many blocks wait or are being written; 0 when all is below that can be.
 
         With write-back that is all that is ready, what would be evicted last first.
         """
         if not len(self._spill) and self._spill.mode is WriteMode.BACK and self._tier.stats().state == "well":
             self._spill.pressed(self._only_here())
-        self.tick()
+        self.tick(now)
         return len(self._spill)
 
     def forget(self, keys: Sequence[Key]) -> None:
@@ -178,7 +192,7 @@ class Tiering:
             if key in self._spill.writing:
                 self._spoilt.add(key)
 
-    def tick(self) -> None:
+    def tick(self, now: float) -> None:
         """Takes what the tier has to say, and gives it more to do."""
         for event in self._tier.take_events():
             if isinstance(event, StateChanged):
@@ -192,8 +206,8 @@ class Tiering:
             elif event.ticket in self._writes:
                 self._written(event)
             else:
-                self._read(event)
-        self._submit_reads()
+                self._read(event, now)
+        self._submit_reads(now)
         self._submit_writes()
         self._count_lost()
 
@@ -208,7 +222,7 @@ class Tiering:
         except Refused:
             return None
 
-    def _submit_reads(self) -> None:
+    def _submit_reads(self, now: float) -> None:
         arena = self._desk.store.arena
         while self._queue:
             promotion = self._queue[0]
@@ -216,14 +230,17 @@ class Tiering:
             if ticket is None:
                 return
             self._queue.popleft()
+            promotion.began_at = now
             self._reads[ticket] = promotion
 
-    def _read(self, end: End) -> None:
+    def _read(self, end: End, now: float) -> None:
         promotion = self._reads.pop(end.ticket)
+        seconds = self._busy.ended(began_at=promotion.began_at, now=now)
         if not isinstance(end, Loaded):
             self._end(promotion, ok=False, reason=getattr(end, "reason", "not there"))
             return
         try:
+            self.reads.loaded(promotion.pages.block_bytes, seconds=seconds, now=now)
             restore(self._desk.store.arena, promotion.place, promotion.pages, end.meta)
         except BadBlock as error:
             self._tier.remove(promotion.key)

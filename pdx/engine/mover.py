@@ -59,6 +59,7 @@ class Loading:
     spoilt: list[int] = field(default_factory=list)  # which of its places held a wrong page
     in_flight: int = 0  # lots of pages under way
     void: bool = False  # whatever came must not be used: it was computed with other weights
+    began_at: float | None = None  # when it had its first turn
 
     def arrived(
         self, layer: int, positions: Sequence[int], faults: Sequence[tuple[int, Fault]], counts: Counter[str]

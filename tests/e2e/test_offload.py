@@ -101,6 +101,8 @@ def test_a_prompt_that_left_the_engines_cache_is_loaded(host: Host) -> None:
     assert host.grown(before, "pages_verified") == WHOLE * LAYERS
     assert (host.grown(before, "loads_ok"), host.grown(before, "loads_failed")) == (1, 0)
     assert unleased(host.tool, deadline_s=DEADLINE_S)
+    costs = stats(host.tool)["costs"]
+    assert costs["tokens_per_s"]["E0"] > 0 and costs["arena_bytes_per_s"]["E0"] > 0, "both sides are measured"
 
 
 def test_what_was_generated_is_kept(host: Host) -> None:

@@ -269,3 +269,42 @@ def test_the_salt_of_a_request_is_told_as_a_name_only(daemon: MemoryDaemon, engi
     told = {m.request_id: m.tenant for m in daemon.received if isinstance(m, Keep | LookUp)}
     assert told == {"a": tenant_of("secret"), "b": b""}
     assert b"secret" not in told["a"]
+
+
+def test_a_look_up_tells_how_fast_prompts_are_computed(
+    daemon: MemoryDaemon, engine: Side, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seconds a step of ten tokens, whatever decoding and idling do between, and tails behind hits."""
+    forward = engine.engine._forward
+
+    def slow(counts: dict[str, int]) -> object:
+        clock.now += 2.0
+        return forward(counts)
+
+    monkeypatch.setattr(engine.engine, "_forward", slow)
+    ask(engine, "a", prompt(20, 20))
+    clock.now += 1000.0
+    ask(engine, "b", prompt(20, 20))
+    ask(engine, "c", prompt(21, 20))
+    told = [m.tokens_per_s for m in daemon.received if isinstance(m, LookUp)]
+    assert told == [0.0, pytest.approx(5.0), pytest.approx(5.0)]
+
+
+def test_the_end_of_a_load_tells_how_long_its_pages_took(
+    daemon: MemoryDaemon, engine: Side, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three layers, one a step, a quarter of a second each; not what it waited for its first turn."""
+    text = prompt(22, 24)
+    ask(engine, "a", text)
+    engine.engine.forget_prefixes()
+    (worker,) = engine.engine.workers
+    move = worker._mover.load
+
+    def slow(*about: object) -> bool:
+        clock.now += 0.25
+        return move(*about)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker._mover, "load", slow)
+    ask(engine, "b", text)
+    ended = [m for m in daemon.let_go if m.side == "load"][-1]
+    assert (ended.ok, ended.seconds) == (True, LAYERS * 0.25)

@@ -17,7 +17,8 @@ class LoadBudget:
     def __init__(self, *, forward_s: float | None, clock: Callable[[], float]) -> None:
         """`forward_s`: how long this step's forward pass took; None: it had none."""
         self._clock = clock
-        self._until = clock() + (IDLE_S if forward_s is None else min(FORWARD_SHARE * forward_s, IDLE_S))
+        self.began_at = clock()
+        self._until = self.began_at + (IDLE_S if forward_s is None else min(FORWARD_SHARE * forward_s, IDLE_S))
         self.spent = False
 
     def batch_done(self) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pdx.engine.link import Link
 from pdx.engine.plan import fits, promised_tokens
+from pdx.engine.vllm.pace import Pace
 from pdx.engine.vllm.prompts import Prompt
 from pdx.engine.vllm.sends import ANSWER_MARGIN_S, GRANT_S_MAX
 from pdx.engine.vllm.steps import Load, LoadResult, Report
@@ -71,10 +72,12 @@ class Loads:
         layout: PageLayout,
         block_tokens: int,
         lookup_s: float,
+        pace: Pace,
         ranks: int = 1,
         hybrid: bool = False,
     ) -> None:
         self._link = link
+        self._pace = pace
         self._ranks = ranks
         self._layout = layout
         self._block_tokens = block_tokens
@@ -212,6 +215,7 @@ class Loads:
                 reason=result.reason,
                 pages=result.pages,
                 done_ns=result.done_ns,
+                seconds=result.seconds,
                 spoilt=[load.first + position for position in result.spoilt],
             )
 
@@ -245,6 +249,7 @@ class Loads:
                     handoff_id=prompt.handoff_id,
                     block_hashes=prompt.block_hashes,
                     tenant=prompt.tenant,
+                    tokens_per_s=self._pace.tokens_per_s,
                 )
             )
         return self._link.send(
@@ -279,6 +284,7 @@ class Loads:
         reason: str,
         pages: int = 0,
         done_ns: int = 0,
+        seconds: float = 0.0,
         spoilt: Sequence[int] = (),
     ) -> None:
         self._link.send(
@@ -290,6 +296,7 @@ class Loads:
                 reason=reason,
                 pages=pages,
                 done_ns=done_ns,
+                seconds=seconds,
                 spoilt=list(spoilt),
             )
         )

@@ -18,7 +18,10 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass(frozen=True)
 class ReportMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler, after steps in which a load ended or weights were looked at. vLLM joins what ranks say."""
+    """Worker to scheduler, after timed steps, and those in which a load ended or weights were looked at.
+
+    vLLM joins what ranks say.
+    """
 
     report: Report
 

@@ -18,6 +18,7 @@ from pdx.engine.vllm import prompts
 from pdx.engine.vllm.adapters import Adapters
 from pdx.engine.vllm.epoch import Epoch
 from pdx.engine.vllm.loads import Loads, log
+from pdx.engine.vllm.pace import Pace
 from pdx.engine.vllm.prompts import Prompt
 from pdx.engine.vllm.sends import Sends
 from pdx.engine.vllm.steps import Report, Step
@@ -68,9 +69,11 @@ class SchedulerSide:
         self._clock = clock
         self._incarnation = link.incarnation
         self._sends = Sends(link, layout=layout, block_tokens=block_tokens)
+        self._pace = Pace(block_tokens=block_tokens)
         self._loads = Loads(
-            link, layout=layout, block_tokens=block_tokens, lookup_s=lookup_s, ranks=ranks, hybrid=hybrid
-        )
+            link, layout=layout, block_tokens=block_tokens, lookup_s=lookup_s, pace=self._pace, ranks=ranks,
+            hybrid=hybrid,
+        )  # fmt: skip
         self._step = 0
         self._wait_left_s = WAIT_A_STEP_S
         self._heard_this_turn = False
@@ -82,7 +85,7 @@ class SchedulerSide:
         self._told = ""  # the epoch as this incarnation of the daemon knows it
         self._resets: dict[str, None] = {}  # epochs whose blocks it has yet to clear
         self._held: dict[str, tuple[Request, float]] = {}  # requests that wait for the epoch, and until when
-        self._unfinished: set[str] = set()
+        self._unfinished: dict[str, Request] = {}
         self._tainted = Tainted()
 
     def bind(self, own: OwnCache) -> None:
@@ -95,7 +98,7 @@ class SchedulerSide:
         """Asks the daemon at once, so that its answer is there when the scheduler first looks at the request."""
         self._hear()
         self._waiting.add(request.request_id)
-        self._unfinished.add(request.request_id)
+        self._unfinished[request.request_id] = request
         if self._epoch.name is None:
             self._held[request.request_id] = request, self._clock() + EPOCH_WAIT_S
         elif self._epoch.name == self._told:
@@ -129,7 +132,7 @@ class SchedulerSide:
         self._hear()
         self._waiting.discard(request_id)
         self._unasked.discard(request_id)
-        self._unfinished.discard(request_id)
+        self._unfinished.pop(request_id, None)
         self._held.pop(request_id, None)
         self._tainted.finished(request_id)
         self._loads.finished(request_id)
@@ -155,6 +158,9 @@ class SchedulerSide:
             self._sends.offer(scheduled)
         work = self._loads.take_work()
         self._renew(running=len(scheduled.num_scheduled_tokens))
+        timed = scheduled.total_num_scheduled_tokens > 0
+        if timed:
+            self._pace.planned(self._step, prompt_tokens=self._prompt_tokens(scheduled), now=self._clock())
         return Step(
             number=self._step,
             incarnation=self._incarnation,
@@ -165,9 +171,11 @@ class SchedulerSide:
             dropping=work.dropping,
             epoch=self._epoch.states,
             asked=self._epoch.asked,
+            timed=timed,
         )
 
     def reported(self, report: Report) -> None:
+        self._pace.over(report.step, now=self._clock())
         self._loads.reported(report)
         if not report.seen:
             return
@@ -296,6 +304,15 @@ class SchedulerSide:
                 self._loads.opened(message, self._clock())
             case LoadEnded():
                 self._loads.ended(message)
+
+    def _prompt_tokens(self, scheduled: SchedulerOutput) -> int:
+        """Of the tokens of this step, those that are prompts'."""
+        tokens = 0
+        for request_id, count in scheduled.num_scheduled_tokens.items():
+            request = self._unfinished.get(request_id)
+            if request is not None:
+                tokens += max(0, min(count, request.num_prompt_tokens - request.num_computed_tokens))
+        return tokens
 
     def _undecided(self, request_id: str) -> bool:
         now = self._clock()

@@ -46,6 +46,7 @@ class Step:
     # By rank, the state of its weights that all this was planned for; "" if left out. None: not known, nothing moves.
     epoch: dict[int, str] | None = field(default_factory=dict)
     asked: int = 0  # how often the scheduler has asked so far: a worker that sees a new number looks at its weights
+    timed: bool = False  # the scheduler wants to hear when this step is over, whatever ends in it
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class LoadResult:
     reason: str = ""
     spoilt: list[int] = field(default_factory=list)  # which of the load's places held a wrong page
     ranks: int = 1  # whose results these are
+    seconds: float = 0.0  # from its first page to its last, those in which it waited for other loads not counted
 
     def joined(self, other: LoadResult) -> LoadResult:
         """The result of more ranks: as good as the worst of them, as late as the last."""
@@ -66,6 +68,7 @@ class LoadResult:
             reason=self.reason or other.reason,
             spoilt=sorted({*self.spoilt, *other.spoilt}),
             ranks=self.ranks + other.ranks,
+            seconds=max(self.seconds, other.seconds),
         )
 
 
@@ -78,7 +81,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Worker to scheduler: the loads that ended in this step, and by rank what those have found that looked."""
+    """Worker to scheduler: this step is over, the loads that ended in it, and by rank what those found that looked."""
 
     step: int
     loads: dict[str, LoadResult] = field(default_factory=dict)

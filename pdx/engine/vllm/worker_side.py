@@ -26,6 +26,7 @@ from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Seen, Step
 from pdx.engine.vllm.watch import Watch
 from pdx.errors import Refused
 from pdx.layout import PageLayout
+from pdx.tiers.cost import Busy
 from pdx.wire import FilledEntry, LetGo
 
 OTHER_WEIGHTS = "the weights have changed"
@@ -55,9 +56,11 @@ class WorkerSide:
         self._layers = layers
         self._clock = clock
         self._loading: dict[str, Loading] = {}
+        self._busy = Busy()  # with loads
         self._ended: dict[str, LoadResult] = {}
         self._invalid: set[int] = set()
         self._seen: Seen | None = None  # not told yet
+        self._timed = False  # this step's end is to be told
         self._counts: Counter[str] = Counter()
         self._step: Step | None = None
         self._saving: Saving | None = None
@@ -71,7 +74,7 @@ class WorkerSide:
         self._look(step)
         current = step.epoch is not None and step.epoch.get(self._rank, "") == self._watch.state
         self._mover.begin(self._link.client(), step.number, loads=bool(step.loads))
-        self._step = step
+        self._step, self._timed = step, step.timed
         self._saving = None
         if step.saves and self._mover.usable(step.incarnation):
             if not current:
@@ -122,11 +125,15 @@ class WorkerSide:
     # --- what vLLM collects after each step -------------------------------------------------------------------
 
     def take_ended(self) -> Report | None:
-        """Loads that ended since the last call, each reported once; and what was seen of the weights."""
-        if self._step is None or not (self._ended or self._seen):
+        """Loads that ended since the last call, each reported once; and what was seen of the weights.
+
+        None if there is nothing to tell, and nobody waits for the end of this step.
+        """
+        if self._step is None or not (self._ended or self._seen or self._timed):
             return None
         seen = {self._rank: self._seen} if self._seen else {}
         report, self._ended, self._seen = Report(self._step.number, self._ended, seen), {}, None
+        self._timed = False
         return report
 
     def take_invalid(self) -> set[int]:
@@ -170,6 +177,8 @@ class WorkerSide:
         """Scatters pages until the budget is spent, and says why this load cannot go on if it can't."""
         if loading.reason or loading.plan.complete:
             return
+        if loading.began_at is None:
+            loading.began_at = budget.began_at
         if not self._mover.usable(loading.incarnation):
             loading.reason = "pdxd is gone"
             return
@@ -186,7 +195,12 @@ class WorkerSide:
         plan, ok = loading.plan, loading.plan.complete and not loading.void
         self._invalid |= plan.block_ids_of_all if loading.void else plan.unverified_block_ids
         now_ns = time.monotonic_ns()
-        self._ended[request_id] = LoadResult(ok, plan.pages_done, now_ns, loading.reason, loading.spoilt)
+        seconds = 0.0
+        if loading.began_at is not None:
+            seconds = self._busy.ended(began_at=loading.began_at, now=self._clock())
+        self._ended[request_id] = LoadResult(
+            ok, plan.pages_done, now_ns, loading.reason, loading.spoilt, seconds=seconds
+        )
         self._counts["loads_ok" if ok else "loads_failed"] += 1
 
     def _refuse_load(self, load: Load, reason: str) -> None:
