@@ -2,8 +2,8 @@
 # ARGS passes flags on: make test ARGS="-k wire -x", make demo ARGS="--help".
 
 PYTHON_IN_VENV := .venv/bin/python
-# Half of what tests do is waiting. A file stays in one process; the files with real engines share one.
-IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+# Half of what tests do is waiting. Which process gets what: tests/conftest.py.
+IN_TWO := -n 2 --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint prove soak simulate clean
 

@@ -315,7 +315,7 @@ def _start_daemon(run_dir: Path, config: Config, lock: IO[str]) -> None:
     with (run_dir / LOG_NAME).open("ab") as log_file:
         try:
             subprocess.run(
-                [sys.executable, "-I", "-S", "-c", _DETACH, *command],
+                [sys.executable, "-I", "-S", "-c", _DETACH, _cores(), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
@@ -329,7 +329,20 @@ def _start_daemon(run_dir: Path, config: Config, lock: IO[str]) -> None:
 
 
 # Forks, so that the daemon is adopted by init and an engine has no zombie to reap; leaves the terminal's session.
-_DETACH = "import os, sys; os.fork() and os._exit(0); os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+_DETACH = (
+    "import os, sys; os.fork() and os._exit(0); os.setsid(); "
+    "os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+def _cores() -> str:
+    """Those of our parent, beside ours. vLLM pins its CPU workers, which spin while they wait: a daemon on the same
+    core alone would hardly ever run. (Seen for minutes, for the kernel's fairness is to sessions that do not yield.)"""
+    mine = os.sched_getaffinity(0)
+    try:
+        return ",".join(map(str, sorted(mine | os.sched_getaffinity(os.getppid()))))
+    except ProcessLookupError:  # it has ended
+        return ",".join(map(str, sorted(mine)))
 
 
 def _daemon_environment() -> dict[str, str]:

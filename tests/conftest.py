@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -36,10 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
     items.sort(key=lambda item: REAL_ENGINES not in item.path.parents)  # the longest first; else as they were
-    for item in items:
-        # To one process of several: a file, or all files with real engines, of which more at once would not fit.
-        group = REAL_ENGINES if REAL_ENGINES in item.path.parents else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Files stay whole, and one process of several has all real engines: more of them at once would not fit."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return REAL_ENGINES.name if f"/{REAL_ENGINES.name}/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

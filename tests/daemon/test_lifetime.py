@@ -82,6 +82,23 @@ with DaemonClient.attach(settings, Attach(kind="tool")) as client:
     assert len({out for out, _ in outputs}) == 1, outputs
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: nothing to be pinned to")
+def test_a_daemon_that_a_pinned_worker_starts_is_not_pinned(settings: Config) -> None:
+    """vLLM pins its CPU workers, which spin; beside one of them a daemon would starve."""
+    code = """
+import os, sys
+from pdx.client import DaemonClient
+from pdx.config import load
+from pdx.wire import Attach
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+settings = load({"run_dir": sys.argv[1], "arena": "4MiB", "linger_s": "1"}, environ={})
+DaemonClient.attach(settings, Attach(kind="tool")).close()
+"""
+    subprocess.run([sys.executable, "-c", code, str(settings.run_path)], check=True, timeout=DEADLINE_S)
+    (daemon,) = daemons_in(settings)
+    assert os.sched_getaffinity(daemon.pid) == os.sched_getaffinity(0)
+
+
 def test_a_daemon_that_cannot_start_says_why_to_its_client(settings: Config, tmp_path: Path) -> None:
     huge = load({"run_dir": str(tmp_path / "run"), "arena": "900TiB"}, environ={})
     with pytest.raises(ConfigError, match=r"could not start: an arena of .* does not fit"):
