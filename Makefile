@@ -1,9 +1,7 @@
 # Every target sets up what it needs first (scripts/setup: a few minutes the first time, nothing after that).
-# ARGS passes flags on: make test ARGS="-k wire -x", make demo ARGS="--help".
+# ARGS passes flags on: make test ARGS="-k wire -x", make test ARGS="-n 2" (in two processes), make demo ARGS="--help".
 
 PYTHON_IN_VENV := .venv/bin/python
-# Half of what tests do is waiting. Which process gets what: tests/conftest.py.
-IN_TWO := -n 2 --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint prove soak simulate clean
 
@@ -17,7 +15,7 @@ demo: setup  ## Two engines, one conversation: watch KV stream from prefill to d
 	@$(PYTHON_IN_VENV) -m benchmarks.demo $(ARGS)
 
 test: setup  ## Run all tests
-	@$(PYTHON_IN_VENV) -m pytest $(IN_TWO) $(ARGS)
+	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
 
 lint: setup  ## Style, types and layers
 	@$(PYTHON_IN_VENV) -m ruff check .

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.model import build
+from benchmarks.model import build, dtype_flags
 from pdx import config, timeline
 from pdx.client import DaemonClient
 from pdx.launch import processes
@@ -194,7 +194,7 @@ class Demo:
     def _start(self, fleet: Path) -> subprocess.Popen[bytes]:
         command = [
             *(sys.executable, "-m", "pdx.cli", "up", str(self._model), "--hosts", "2", "--port", "0"),
-            *("--arena", "512MiB", "--publish", str(fleet), *ENGINE_FLAGS),
+            *("--arena", "512MiB", "--publish", str(fleet), *ENGINE_FLAGS, *dtype_flags()),
         ]
         return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
 

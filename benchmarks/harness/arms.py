@@ -25,6 +25,7 @@ from benchmarks.harness.measure import completion, prompt_of, stream
 from benchmarks.harness.part import Part
 from benchmarks.harness.relay import Relay
 from benchmarks.harness.rig import START_S, Rig, get, tail, wait_until
+from benchmarks.model import dtype_flags
 from pdx.client import DaemonClient
 from pdx.errors import PdxError
 from pdx.launch.ports import free_ports
@@ -253,7 +254,7 @@ def start_plain(
     port = free_ports(1)[0]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(rig.model)),
-        *("--host", host, "--port", str(port), *ENGINE_FLAGS, *flags),
+        *("--host", host, "--port", str(port), *ENGINE_FLAGS, *dtype_flags(), *flags),
     ]
     surroundings = {"VLLM_CPU_OMP_THREADS_BIND": cpus, "VLLM_HOST_IP": host, **(environment or {})}
     part = rig.start_program(name, command, environment=surroundings, cpus=cpus, prefix=prefix)

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.harness.part import Part
+from benchmarks.model import dtype_flags
 from pdx import config
 from pdx.client import DaemonClient
 from pdx.launch import engine as engines
@@ -162,7 +163,7 @@ class Rig:
             },
             flags=(
                 *("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16"),
-                *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *flags),
+                *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *dtype_flags(), *flags),
             ),
         )
         command = _altered(engines.command(spec), url=behind, module=connector)

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from benchmarks.harness.measure import Timing, fit, median, memcpy_rate, prompt_of, table
 from benchmarks.harness.report import Report
+from benchmarks.model import element_bytes
 from benchmarks.prefix.engines import CachingArm, PdxArm
 from pdx.errors import PdxError
 
 SIZES = (512, 1024, 1792, 3500)  # tokens that a hit can bring; the prompt has one more, which is always computed
-BLOCK_TOKENS, TOKEN_BYTES = 128, 23_040  # of the demo model: 30 layers of 3 KV heads of 64, keys and values, bfloat16
-BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
+BLOCK_TOKENS = 128
+BLOCK_BYTES = BLOCK_TOKENS * 30 * 3 * 64 * 2 * element_bytes()  # of the demo model: layers, KV heads, keys and values
 FIXED_MS, COPY_SHARE, DISK_FACTOR = 4.0, 0.7, 1.3
 ANSWER_TOKENS = 4
 WARM_SIZE = 640
