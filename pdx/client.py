@@ -7,6 +7,7 @@ cache in between.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -336,13 +337,12 @@ _DETACH = (
 
 
 def _cores() -> str:
-    """Those of our parent, beside ours. vLLM pins its CPU workers, which spin while they wait: a daemon on the same
-    core alone would hardly ever run. (Seen for minutes, for the kernel's fairness is to sessions that do not yield.)"""
-    mine = os.sched_getaffinity(0)
-    try:
-        return ",".join(map(str, sorted(mine | os.sched_getaffinity(os.getppid()))))
-    except ProcessLookupError:  # it has ended
-        return ",".join(map(str, sorted(mine)))
+    """Those of our parent, beside ours. vLLM pins its CPU workers, which compute and spin: a daemon that had only the
+    core of one of them was seen to wait for minutes with something to do."""
+    cores = os.sched_getaffinity(0)
+    with contextlib.suppress(ProcessLookupError):  # our parent has ended
+        cores |= os.sched_getaffinity(os.getppid())
+    return ",".join(map(str, sorted(cores)))
 
 
 def _daemon_environment() -> dict[str, str]:

@@ -126,15 +126,8 @@ class SendingHalves:
         ranks = engine.info.layout.ranks
         self._holds.add(Hold(handoff_id, "send", engine_id, claim.lease, record.key, ranks=ranks))
         self._desk.trace(record.key, "claimed", fresh=len(claim.fresh))
-        reserve = Reserve(
-            **self._desk.ids(record.sender.handle, lease_epoch=0),
-            handle=message.handle,
-            namespace=namespace_of(engine.info.content),
-            layout_id=layout_id(engine.info.layout),
-            pages=record.pages,
-            block_hashes=message.block_hashes,
-            tail_hash=message.tail_hash,
-            tenant=message.tenant,
+        reserve = self._reserve(
+            record, engine, message.handle, message.block_hashes, tail_hash=message.tail_hash, tenant=message.tenant
         )
         self.act(record, record.sender.claimed(claim.places, claim.fresh, reserve, now=now), now)
         return True
@@ -155,17 +148,7 @@ class SendingHalves:
         claim = Claim(found.lease, found.places, frozenset(), False, ())
         record = self.records[key] = Outgoing(key, sender, engine.pages, claim=claim, wire=found.lease)
         self._desk.trace(key, "hand_back", blocks=len(chain))
-        reserve = Reserve(
-            **self._desk.ids(handle, lease_epoch=0),
-            handle=mint(handle, ports.cluster_key),
-            namespace=namespace_of(engine.info.content),
-            layout_id=layout_id(engine.info.layout),
-            pages=engine.pages,
-            block_hashes=chain,
-            tail_hash=b"",
-            tenant=tenant,
-            spare=True,
-        )
+        reserve = self._reserve(record, engine, mint(handle, ports.cluster_key), chain, tenant=tenant, spare=True)
         self.act(record, sender.held(reserve, now=now), now)
         return key
 
@@ -246,6 +229,30 @@ class SendingHalves:
             self.act(record, record.sender.fail(f"lane lost: {reason}", tell_peer=True), now)
 
     # --- carrying out actions ---
+
+    def _reserve(
+        self,
+        record: Outgoing,
+        engine: Engine,
+        handle: str,
+        block_hashes: list[bytes],
+        *,
+        tail_hash: bytes = b"",
+        tenant: bytes,
+        spare: bool = False,
+    ) -> Reserve:
+        """`engine`: whose blocks these are. `handle`: as text."""
+        return Reserve(
+            **self._desk.ids(record.sender.handle, lease_epoch=0),
+            handle=handle,
+            namespace=namespace_of(engine.info.content),
+            layout_id=layout_id(engine.info.layout),
+            pages=record.pages,
+            block_hashes=block_hashes,
+            tail_hash=tail_hash,
+            tenant=tenant,
+            spare=spare,
+        )
 
     def act(self, record: Outgoing, actions: Sequence[do.Action], now: float) -> None:
         for action in actions:

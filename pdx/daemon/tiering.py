@@ -165,8 +165,7 @@ class Tiering:
             keys = index.keys_of(slot)
             if any(map(spill.is_coming, keys)):
                 continue
-            found = zip(keys, self._tier.contains(keys), strict=True)
-            missing = [key for key, is_there in found if not (is_there or spill.is_refused(key))]
+            missing = self._missing_below(keys)
             pressed += missing
             if not missing:
                 may_go.append(slot)
@@ -310,17 +309,20 @@ class Tiering:
 
     def _only_here(self) -> list[Key]:
         """What the tier has not and would take, the most valuable first; no more than it can hold."""
-        store, spill, room = self._desk.store, self._spill, self._tier.stats().cap_bytes
+        store, room = self._desk.store, self._tier.stats().cap_bytes
         in_use = [slot for slot in store.slots.values() if slot.indexed and not slot.unused]
         found: list[Key] = []
         for slot in [*in_use, *reversed(list(store.policy.victims()))]:
             room -= slot.size_bytes
             if room < 0:
                 break
-            keys = store.index.keys_of(slot)
-            there = self._tier.contains(keys)
-            found += [key for key, is_there in zip(keys, there, strict=True) if not (is_there or spill.is_refused(key))]
+            found += self._missing_below(store.index.keys_of(slot))
         return found
+
+    def _missing_below(self, keys: Sequence[Key]) -> list[Key]:
+        """What the tier has not, and has not refused."""
+        found = zip(keys, self._tier.contains(keys), strict=True)
+        return [key for key, is_there in found if not (is_there or self._spill.is_refused(key))]
 
     def _evicted(self, slot: Slot) -> None:
         keys = self._desk.store.index.keys_of(slot)

@@ -2,7 +2,7 @@
 
 In a CPU's memory bytes are hashed where they lie. On a device they are reduced there, to two sums a chunk: only these
 come to the host. A CPU engine packs linear layers' weights where nothing can read them; what they were is noted when
-they are packed (see `compat`).
+they are packed (see `workers`).
 """
 
 from __future__ import annotations

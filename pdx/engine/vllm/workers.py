@@ -1,8 +1,7 @@
 """Where vLLM's workers take new weights: their methods are wrapped, so that a change is noticed before the next step.
 
-Only workers of engines with our connector are touched, and
-only in their own process. What is run in a worker from outside, as a function, and writes weights there, goes unnoticed
-until the next reset.
+Only workers of engines with our connector are touched, and only in their own process. What is run in a worker from
+outside, as a function, and writes weights there, goes unnoticed until the next reset.
 """
 
 from __future__ import annotations
