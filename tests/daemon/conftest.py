@@ -1,16 +1,33 @@
-"""A tier for one Mover on one host."""
+"""Daemons that end without a lease, and a tier for one Mover on one host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from daemon.fleet import Fleet, fleet_in
 
 from pdx.tiers.memory import MemoryTier
 
 
 @pytest.fixture
-def tier() -> Iterator[MemoryTier]:
-    tier = MemoryTier(cap_bytes=1 << 20)
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    """Whoever of it is left in the end has no lease."""
+    with fleet_in(tmp_path) as fleet:
+        yield fleet
+        for daemon in fleet.daemons:
+            if daemon.process.poll() is None:
+                daemon.wait_unleased()
+
+
+@pytest.fixture
+def kind_of_tier() -> type[MemoryTier]:
+    return MemoryTier
+
+
+@pytest.fixture
+def tier(kind_of_tier: type[MemoryTier]) -> Iterator[MemoryTier]:
+    tier = kind_of_tier(cap_bytes=1 << 20)
     yield tier
     tier.close(drain_s=0.0)

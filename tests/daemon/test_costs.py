@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 from one_host import HASHES, PAGES, Host, engine
@@ -35,10 +34,8 @@ class Stalling(MemoryTier):
 
 
 @pytest.fixture
-def tier() -> Iterator[Stalling]:
-    tier = Stalling(cap_bytes=1 << 20)
-    yield tier
-    tier.close(drain_s=0.0)
+def kind_of_tier() -> type[Stalling]:
+    return Stalling
 
 
 @pytest.fixture

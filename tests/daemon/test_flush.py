@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from one_host import PAGES, Host
 from slow_tier import SlowTier
@@ -18,10 +16,8 @@ CHAINS = [[b"%d/%d" % (number, n) for n in range(2)] for number in range(4)]
 
 
 @pytest.fixture
-def tier() -> Iterator[SlowTier]:
-    tier = SlowTier(cap_bytes=1 << 20)
-    yield tier
-    tier.close(drain_s=0.0)
+def kind_of_tier() -> type[SlowTier]:
+    return SlowTier
 
 
 @pytest.fixture

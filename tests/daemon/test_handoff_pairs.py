@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,10 @@ DAEMON_OF_OTHERS = DaemonRef(daemon_id="x", incarnation=1, control="tcp://127.0.
 
 
 @pytest.fixture(params=["tcp", "same daemon"])
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Fleet, BareEngine, BareEngine]]:
-    with fleet_in(tmp_path) as fleet:
-        first = fleet.daemon()
-        second = fleet.daemon() if request.param == "tcp" else first
-        yield fleet, fleet.engine(first, "P"), fleet.engine(second, "D")
-        for daemon in fleet.daemons:
-            if daemon.process.poll() is None:
-                daemon.wait_unleased()
+def pair(request: pytest.FixtureRequest, fleet: Fleet) -> tuple[Fleet, BareEngine, BareEngine]:
+    first = fleet.daemon()
+    second = fleet.daemon() if request.param == "tcp" else first
+    return fleet, fleet.engine(first, "P"), fleet.engine(second, "D")
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32, 100])

@@ -5,25 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
-from daemon.fleet import BLOCK_TOKENS, PAGES, BareEngine, Daemon, Fleet, Prompt, fleet_in, prompt_of, until
+from daemon.fleet import BLOCK_TOKENS, PAGES, BareEngine, Daemon, Fleet, Prompt, prompt_of, until
 from daemon.test_hostile import HostilePeer, handle_between, reserve_of
 
 from pdx.keys import tenant_of
 from pdx.wire import SendOpened, encode
 
 AT_ONCE_S = 5.0  # half of what a handoff may wait for room
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with fleet_in(tmp_path) as fleet:
-        yield fleet
-        for daemon in fleet.daemons:
-            if daemon.process.poll() is None:
-                daemon.wait_unleased()
 
 
 @pytest.fixture

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-from daemon.fleet import BareEngine, Fleet, fleet_in, prompt_of, until
+from daemon.fleet import BareEngine, Fleet, prompt_of, until
 from one_host import HASHES, Host
 from one_host import engine as engine_of
 from test_prefixes import keep, let_go, look_up
@@ -20,15 +16,6 @@ from pdx.wire import Attach, Keep, LetGo, LoadOpened, LookUp, Reset, SendEnded, 
 
 NEW = "cd" * 16
 PROMPT = prompt_of(64)
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with fleet_in(tmp_path) as fleet:
-        yield fleet
-        for daemon in fleet.daemons:
-            if daemon.process.poll() is None:
-                daemon.wait_unleased()
 
 
 def kept(engine: BareEngine, called: bytes = b"k" * 16) -> None:

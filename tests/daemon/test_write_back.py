@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 
 import pytest
 from one_host import PAGES, Host, engine
@@ -25,10 +24,8 @@ FIRST = [b"first 0", b"first 1"]
 
 
 @pytest.fixture
-def tier() -> Iterator[SlowTier]:
-    tier = SlowTier(cap_bytes=1 << 20)
-    yield tier
-    tier.close(drain_s=0.0)
+def kind_of_tier() -> type[SlowTier]:
+    return SlowTier
 
 
 @pytest.fixture(params=POLICIES)
