@@ -8,13 +8,11 @@ installed, stands beside it. Every block that is read is compared with what was 
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import random
 import shutil
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
@@ -22,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.harness.fio import read_rate
 from benchmarks.harness.report import Report
 from pdx.buffer.evict import Lru
 from pdx.tiers.conformance import User
@@ -51,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(Path(folder), blocks)
         for depth in depths:
             measure(report, bench, depth, rounds)
-        report.figures["fio_read_gb_s"] = fio_rate(Path(folder), blocks, depth=max(depths))
+        fio = read_rate(
+            Path(folder) / "bare", block_bytes=BLOCK_BYTES, total_bytes=blocks * BLOCK_BYTES, depth=max(depths),
+            order="randread",
+        )  # fmt: skip
+        report.figures["fio_read_gb_s"] = None if fio is None else round(fio / GB, 3)
     report.write(given.json)
     return 0 if report.all_hold else 1
 
@@ -176,18 +179,6 @@ def key_of(number: int) -> Key:
 
 def pages(block: memoryview) -> list[memoryview]:
     return [block[start : start + PAGE_BYTES] for start in range(0, BLOCK_BYTES, PAGE_BYTES)]
-
-
-def fio_rate(folder: Path, blocks: int, *, depth: int) -> float | None:
-    """None where fio is not installed."""
-    if shutil.which("fio") is None:
-        return None
-    command = [
-        "fio", "--name=pdx", f"--filename={folder / 'bare'}", "--rw=randread", f"--bs={BLOCK_BYTES}", "--direct=1",
-        "--ioengine=libaio", f"--iodepth={depth}", f"--size={blocks * BLOCK_BYTES}", "--output-format=json",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    return round(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"] / GB, 3)
 
 
 if __name__ == "__main__":

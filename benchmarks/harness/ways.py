@@ -10,6 +10,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from benchmarks.harness.arms import Arm, PdxPair
 from benchmarks.harness.late import after_prefill
@@ -23,6 +24,15 @@ ANSWER_TOKENS = 10
 DEADLINE_S = 120.0
 ATTEMPTS, SEEDS_APART = 5, 100_000
 WARM_SEED = -2
+
+
+class Active(Protocol):
+    """An arm, or a way on one: it runs only while it is active."""
+
+    def active(self) -> contextlib.AbstractContextManager[object]: ...
+
+
+Turn = TypeVar("Turn", bound=Active)
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ def asked(url: str, arm: Arm, prompt: list[int], who: str) -> Timing:
     return timing
 
 
-def interleaved(ways: Sequence[Way], rounds: int) -> Iterator[tuple[int, Way]]:
+def interleaved(ways: Sequence[Turn], rounds: int) -> Iterator[tuple[int, Turn]]:
     """Every round has all ways, each round begins with the next one. The way is active while it is yielded."""
     for number in range(rounds):
         start = number % len(ways)

@@ -7,12 +7,11 @@ host, nothing crosses at all.
 
 from __future__ import annotations
 
-import re
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.arms import PdxPair
+from benchmarks.harness.counters import scraped
 from benchmarks.harness.measure import completion, prompt_of, stream, table
 from benchmarks.harness.report import Report
 from benchmarks.harness.rig import stats, unleased
@@ -23,7 +22,6 @@ from pdx.errors import PdxError
 TURNS, FIRST_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 8, 700, 260, 200
 ANSWER_S = 120.0
 FACTOR = 1.1
-COMPUTED = re.compile(r'^vllm:prompt_tokens_by_source_total\{.*source="local_compute".*\} (\S+)$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,6 @@ def _put(tool: DaemonClient) -> int:
     return int(stats(tool)["counters"].get("bytes_put", 0))
 
 
-def _computed(pair: PdxPair) -> float:
+def _computed(pair: PdxPair) -> int:
     """Prompt tokens that the prefill engine has computed so far."""
-    with urllib.request.urlopen(f"{pair.prefill.url}/metrics", timeout=10) as reply:
-        found = COMPUTED.search(reply.read().decode())
-    return float(found.group(1)) if found else 0.0
+    return scraped(f"{pair.prefill.url}/metrics", "vllm:prompt_tokens_by_source_total", 'source="local_compute"')

@@ -7,12 +7,12 @@ one or eight clients, with short and long answers. The ceiling is an engine whos
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from benchmarks.harness.measure import Timing, percentile, prompt_of, table
+from benchmarks.harness.measure import percentile, prompt_of, table
 from benchmarks.harness.report import Report
 from benchmarks.prefix.engines import CachingArm
 
@@ -64,29 +64,13 @@ def measure(arms: Sequence[CachingArm], cases: Sequence[Case], report: Report, *
 
 def _ask(arm: CachingArm, case: Case, numbers: Iterator[int]) -> Outcome:
     """`case.clients` clients ask one question after the other, documents in turn."""
-    questions = iter([
+    questions = [
         prompt_of(DOCUMENT_TOKENS, number % DOCUMENTS) + prompt_of(QUESTION_TOKENS, next(numbers))
         for number in range(case.questions)
-    ])  # fmt: skip
-    timings: list[Timing] = []
-    lock = threading.Lock()
-
-    def client() -> None:
-        while True:
-            with lock:
-                question = next(questions, None)
-            if question is None:
-                return
-            timings.append(arm.ask(question, case.answer_tokens))
-
-    threads = [threading.Thread(target=client) for _ in range(case.clients)]
+    ]
     began = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if len(timings) != case.questions:
-        raise RuntimeError(f"{arm.name}: {len(timings)} of {case.questions} questions were answered")
+    with ThreadPoolExecutor(case.clients) as clients:
+        timings = list(clients.map(lambda question: arm.ask(question, case.answer_tokens), questions))
     seconds = time.monotonic() - began
     return Outcome(case.questions / seconds, percentile([timing.first_token_s for timing in timings], 95))
 

@@ -7,15 +7,14 @@ everything which they share, the step above all, is not in it.
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.harness.fio import read_rate
 from benchmarks.harness.measure import Timing, fit, median, memcpy_rate, prompt_of, table
 from benchmarks.harness.report import Report
+from benchmarks.harness.ways import interleaved
 from benchmarks.model import element_bytes
 from benchmarks.prefix.engines import CachingArm, PdxArm
 from pdx.errors import PdxError
@@ -26,7 +25,7 @@ BLOCK_BYTES = BLOCK_TOKENS * 30 * 3 * 64 * 2 * element_bytes()  # of the demo mo
 FIXED_MS, COPY_SHARE, DISK_FACTOR = 4.0, 0.7, 1.3
 ANSWER_TOKENS = 4
 WARM_SIZE = 640
-FIO_BYTES, FIO_DEPTH, FIO_S = 256 << 20, 4, 300
+FIO_BYTES, FIO_DEPTH = 256 << 20, 4
 
 
 @dataclass
@@ -57,12 +56,10 @@ def measure(arms: Sequence[CachingArm], rounds: int, report: Report) -> dict[str
     for arm in arms:
         with arm.active():
             _one(arm, Hits(), WARM_SIZE, seed=-1)
-    for number in range(rounds):
-        for arm in arms if number % 2 == 0 else list(reversed(arms)):
-            report.progress(f"hits, round {number + 1} of {rounds}: {arm.name}")
-            with arm.active():
-                for size in SIZES:
-                    _one(arm, taken[arm.name], size, seed=number)
+    for number, arm in interleaved(arms, rounds):
+        report.progress(f"hits, round {number + 1} of {rounds}: {arm.name}")
+        for size in SIZES:
+            _one(arm, taken[arm.name], size, seed=number)
     return taken
 
 
@@ -135,14 +132,10 @@ def judge(taken: dict[str, Hits], report: Report, *, ours: str, peers: Sequence[
 
 
 def fio(folder: Path) -> float | None:
-    """Bytes per second of direct reads of a block each, four under way, from a file of its own. None without fio."""
-    if shutil.which("fio") is None:
+    """Bytes per second of direct reads, four under way, from a file of its own. None without fio."""
+    file = folder / "fio"
+    rate = read_rate(file, block_bytes=BLOCK_BYTES, total_bytes=FIO_BYTES, depth=FIO_DEPTH, order="read")
+    if rate is None:
         print("  fio is not installed: no bar for the disk (apt-get install fio)", flush=True)
-        return None
-    command = [
-        "fio", "--name=pdx", f"--filename={folder / 'fio'}", "--rw=read", f"--bs={BLOCK_BYTES}", "--direct=1",
-        "--ioengine=libaio", f"--iodepth={FIO_DEPTH}", f"--size={FIO_BYTES}", "--output-format=json",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=FIO_S)
-    (folder / "fio").unlink()
-    return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"])
+    file.unlink(missing_ok=True)
+    return rate

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.arms import DECODE_CPUS, PREFILL_CPUS, Scratch, serving, start_plain, wait_engines
+from benchmarks.harness.counters import scraped
 from benchmarks.harness.rig import get, wait_until
 from benchmarks.prefix.engines import ENVIRONMENT, CachingArm
 from pdx.errors import PdxError
@@ -47,14 +46,7 @@ class LmcacheArm(CachingArm):
     metrics_url: str
 
     def counters(self) -> dict[str, int]:
-        with urllib.request.urlopen(self.metrics_url, timeout=10) as reply:
-            return {"lookup_hit_blocks": counted(reply.read().decode(), READ)}
-
-
-def counted(metrics: str, name: str) -> int:
-    """The sum of a counter over all its labels, from Prometheus' text."""
-    found = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", metrics, re.MULTILINE)
-    return int(sum(float(value) for value in found))
+        return {"lookup_hit_blocks": scraped(self.metrics_url, READ)}
 
 
 def installed() -> Path:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from benchmarks.harness.arms import BUDGETS, DECODE_CPUS, PREFILL_CPUS, Scratch
@@ -85,25 +88,12 @@ def _struck(rig: Rig, numbers: Iterator[int], strike: Callable[[], None]) -> int
 
 
 def _questions(rig: Rig, numbers: Iterator[int], count: int) -> list[Reply]:
-    waiting = [next(numbers) for _ in range(count)]
-    replies: list[Reply] = []
-    lock = threading.Lock()
-
-    def client() -> None:
-        while True:
-            with lock:
-                if not waiting:
-                    return
-                number = waiting.pop()
-            document = prompt_of(DOCUMENT_TOKENS, number % DOCUMENTS)
-            replies.append(_ask(rig, document + prompt_of(QUESTION_TOKENS, number)))
-
-    threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return replies
+    prompts = [
+        prompt_of(DOCUMENT_TOKENS, number % DOCUMENTS) + prompt_of(QUESTION_TOKENS, number)
+        for number in islice(numbers, count)
+    ]
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        return list(clients.map(partial(_ask, rig), prompts))
 
 
 def _ask(rig: Rig, prompt: list[int]) -> Reply:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from benchmarks.harness.measure import median, prompt_of, table
 from benchmarks.harness.report import Report
+from benchmarks.harness.ways import interleaved
 from benchmarks.prefix.engines import CachingArm
 
 SYSTEM_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 1024, 200, 16
@@ -22,15 +23,13 @@ def measure(arms: Sequence[CachingArm], rounds: int, report: Report) -> None:
     system = prompt_of(SYSTEM_TOKENS, 555)
     warm: dict[str, list[float]] = {arm.name: [] for arm in arms}
     forgotten: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for number in range(rounds):
-        for arm in arms if number % 2 == 0 else list(reversed(arms)):
-            report.progress(f"shared system prompt, round {number + 1} of {rounds}: {arm.name}")
-            with arm.active():
-                questions = [prompt_of(QUESTION_TOKENS, 1000 * number + each) for each in range(QUESTIONS + 1)]
-                arm.ask(system + questions[0], ANSWER_TOKENS)
-                warm[arm.name] += [arm.ask(system + each, ANSWER_TOKENS).first_token_s for each in questions[1:]]
-                arm.forget()
-                forgotten[arm.name].append(arm.ask([*system, *questions[0][::-1]], ANSWER_TOKENS).first_token_s)
+    for number, arm in interleaved(arms, rounds):
+        report.progress(f"shared system prompt, round {number + 1} of {rounds}: {arm.name}")
+        questions = [prompt_of(QUESTION_TOKENS, 1000 * number + each) for each in range(QUESTIONS + 1)]
+        arm.ask(system + questions[0], ANSWER_TOKENS)
+        warm[arm.name] += [arm.ask(system + each, ANSWER_TOKENS).first_token_s for each in questions[1:]]
+        arm.forget()
+        forgotten[arm.name].append(arm.ask([*system, *questions[0][::-1]], ANSWER_TOKENS).first_token_s)
     base, ours = median(warm[BASE]), median(warm[OURS])
     report.bar("shared system prompt, in the engine's own cache: first token, pdx / plain", round(ours / base, 3),
                f"<= {LOST_MAX}", ours / base <= LOST_MAX)  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.harness.measure import bootstrap_interval, median, prompt_of, table
 from benchmarks.harness.report import Report
+from benchmarks.harness.ways import interleaved
 from benchmarks.prefix.engines import CachingArm
 
 PROMPT_TOKENS, ANSWER_TOKENS = 1024, 48
@@ -15,18 +16,16 @@ FIRST_SEED = 10_000
 
 
 def measure(arms: Sequence[CachingArm], rounds: int, report: Report) -> None:
-    """Ratios within a round; rounds go through the arms there and back."""
+    """Ratios within a round."""
     first: dict[str, list[float]] = {arm.name: [] for arm in arms}
     gaps: dict[str, list[float]] = {arm.name: [] for arm in arms}
     whole: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for number in range(rounds):
-        for arm in arms if number % 2 == 0 else list(reversed(arms)):
-            report.progress(f"zero reuse, round {number + 1} of {rounds}: {arm.name}")
-            with arm.active():
-                timing = arm.ask(prompt_of(PROMPT_TOKENS, FIRST_SEED + number), ANSWER_TOKENS)
-            first[arm.name].append(timing.first_token_s)
-            gaps[arm.name].append(median(timing.gaps_s))
-            whole[arm.name].append((timing.ended_ns - timing.sent_ns) / 1e9)
+    for number, arm in interleaved(arms, rounds):
+        report.progress(f"zero reuse, round {number + 1} of {rounds}: {arm.name}")
+        timing = arm.ask(prompt_of(PROMPT_TOKENS, FIRST_SEED + number), ANSWER_TOKENS)
+        first[arm.name].append(timing.first_token_s)
+        gaps[arm.name].append(median(timing.gaps_s))
+        whole[arm.name].append((timing.ended_ns - timing.sent_ns) / 1e9)
     rows = []
     for what, samples, most in (
         ("first token", first, FIRST_TOKEN_MAX), ("whole request", whole, FIRST_TOKEN_MAX), ("ITL", gaps, ITL_MAX),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.harness.counters import counted
 from benchmarks.prefix.chat import ANSWER_TOKENS, BLOCK_BYTES, Turn
 from benchmarks.prefix.hits import Hits, blocks_of
-from benchmarks.prefix.lmcache import counted
 
 METRICS = """\
 # HELP lmcache_mp_l1_read_chunks_total chunks
@@ -22,6 +22,7 @@ def test_a_counter_is_the_sum_over_its_labels_and_over_nothing_else() -> None:
     assert counted(METRICS, "lmcache_mp_l1_read_chunks_total") == 7
     assert counted(METRICS, "other_total") == 9
     assert counted(METRICS, "lmcache_mp_l1_write_chunks_total") == 0
+    assert counted(METRICS, "lmcache_mp_l1_read_chunks_total", 'model="b"') == 2
 
 
 def test_a_hit_costs_what_it_takes_longer_than_the_engine_s_own_cache_in_the_same_round() -> None:
