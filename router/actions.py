@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from pdx.router.admission import TurnedAwayWhy
 from pdx.router.policy import Candidate, Pair, Snapshot
 from pdx.router.seed import Seed
 
@@ -11,12 +12,21 @@ from pdx.router.seed import Seed
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True):
-    """The start, with all that chance and time have to say about it."""
+    """The start, with all that chance and time have to say about it; comes again when it is a waiting one's turn."""
 
     snapshot: Snapshot
+    behind: frozenset[str] = frozenset()  # needs for which others wait already
+    retry_after_s: int = 1  # if nobody can serve now: when somebody may
     turn: int  # of this router, counting requests
     handoff_id: bytes  # 16 random bytes
     now_unix_s: float
+
+
+class TurnedAway(msgspec.Struct, frozen=True, kw_only=True):
+    """Whoever waits in the line waits in vain."""
+
+    why: TurnedAwayWhy
+    retry_after_s: int
 
 
 class PrefillAnswered(msgspec.Struct, frozen=True):
@@ -42,12 +52,14 @@ class DecodeAnswered(msgspec.Struct, frozen=True):
     status: int
     body: bytes
     streaming: bool = False
+    snapshot: Snapshot | None = None  # who is there now, should it have to be repeated
 
 
 class DecodeFailed(msgspec.Struct, frozen=True):
     """Decode's call broke or could not connect."""
 
     reason: str
+    snapshot: Snapshot | None = None  # who is there now
 
 
 class StreamFinished(msgspec.Struct, frozen=True):
@@ -64,6 +76,7 @@ class ClientGone(msgspec.Struct, frozen=True):
 
 Event = (
     Begin
+    | TurnedAway
     | PrefillAnswered
     | PrefillFailed
     | HandoffBroke
@@ -76,6 +89,12 @@ Event = (
 
 
 # --- actions --------------------------------------------------------------------------------------------------
+
+
+class LineUp(msgspec.Struct, frozen=True):
+    """Wait until an engine may have room; then Begin comes again, or TurnedAway."""
+
+    need: str
 
 
 class CallPrefill(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,4 +158,6 @@ class CloseStream(msgspec.Struct, frozen=True):
     body: bytes = b""
 
 
-Action = CallPrefill | CallDecode | DropPrefill | ShowCached | EndHandoff | Answer | Write | PassOn | CloseStream
+Action = (
+    LineUp | CallPrefill | CallDecode | DropPrefill | ShowCached | EndHandoff | Answer | Write | PassOn | CloseStream
+)

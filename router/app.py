@@ -11,6 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,11 +19,14 @@ from aiohttp import web
 
 from pdx.handoff.handle import HANDOFF_ID_BYTES
 from pdx.router.actions import Begin
-from pdx.router.conductor import Conductor, Outside
+from pdx.router.admission import Wish
+from pdx.router.conductor import Conductor
 from pdx.router.journey import Journey, Request, Settings
+from pdx.router.outside import Outside
 from pdx.router.policy import Snapshot, choose_pair, serving
-from pdx.router.replies import error_body
+from pdx.router.replies import REFUSALS, error_body
 from pdx.router.servable import CHAT, COMPLETIONS, without_private
+from pdx.router.wishes import wish_of
 
 BODY_BYTES_MAX = 32 << 20  # a million token ids as JSON are 8 MiB; images travel as base64 in chat messages
 BODY_S = 60.0  # 32 MiB at 5 Mbit/s
@@ -62,39 +66,51 @@ class Front:
 
     def snapshot(self) -> Snapshot:
         """The routable engines with this router's own load counted in."""
-        flight, line = self._outside.in_flight, self._outside.in_line
-        return tuple(
-            msgspec.structs.replace(seen, in_flight=flight[seen.engine_id], in_line=line[seen.engine_id])
-            for seen in self._outside.directory.snapshot()
-        )
+        return self._outside.snapshot()
 
     # --- generation -------------------------------------------------------------------------------------------
 
     async def _serve(self, client: web.Request) -> web.StreamResponse:
         if client.path in FORBIDDEN_PATHS:
             return self._refuse(403, "adapters are loaded at the engines themselves")
+        if self._outside.gate.queue.draining:
+            return self._refuse(*REFUSALS["draining"])
         self._outside.metrics.in_flight.inc()
+        self._outside.under_way += 1
         try:
             raw = await self._read(client)
             body = self._read_body(client, raw)
             model = self._model_of(body)
             request = self._public_request(client, body, raw, model)
+            wish = self._wish(client, body, raw)
         except _Refused as refused:
             return self._refuse(refused.status, str(refused))
         else:
             headers = {name: client.headers[name] for name in PASSED_HEADERS if name in client.headers}
             headers.setdefault("Content-Type", "application/json")
             headers["X-Request-Id"] = _request_id(client)
-            journey = Journey(request, self._settings)
-            conductor = Conductor(journey, self._outside, client, model=model, headers=headers)
-            return await conductor.play(self._begin(), timeout_s=self._request_timeout_s)
+            self._outside.retry_budget.on_request()
+            journey = Journey(request, self._settings, self._outside.retry_budget)
+            conductor = Conductor(
+                journey,
+                self._outside,
+                client,
+                model=model,
+                headers=headers,
+                begins=partial(self._begin, model),
+                wish=wish,
+            )
+            return await conductor.play(timeout_s=self._request_timeout_s)
         finally:
             self._outside.metrics.in_flight.dec()
+            self._outside.under_way -= 1
 
-    def _begin(self) -> Begin:
+    def _begin(self, model: str) -> Begin:
         self._turn += 1
         return Begin(
             snapshot=self.snapshot(),
+            behind=self._outside.gate.queue.needs,
+            retry_after_s=self._outside.retry_after_s(model),
             turn=self._turn,
             handoff_id=secrets.token_bytes(HANDOFF_ID_BYTES),
             now_unix_s=time.time(),
@@ -142,6 +158,12 @@ class Front:
             raw = msgspec.json.encode(public)
         return Request(path=client.path, model=model, body=public, raw=raw)
 
+    def _wish(self, client: web.Request, body: dict[str, Any], raw: bytes) -> Wish:
+        try:
+            return wish_of(client.headers, body, size_bytes=len(raw))
+        except ValueError as error:
+            raise _Refused(400, str(error)) from error
+
     def _refuse(self, status: int, message: str) -> web.Response:
         self._outside.metrics.requests.labels(model="", code=str(status)).inc()
         return _error(status, message)
@@ -154,7 +176,10 @@ class Front:
     async def _readyz(self, client: web.Request) -> web.StreamResponse:
         """200 when some model can be served; with ?engines=N, when in addition N engines are routable."""
         snapshot, directory = self.snapshot(), self._outside.directory
-        reasons = [f"waiting for /health of {engine_id}" for engine_id in directory.joining()]
+        reasons = [
+            *self._outside.reasons(),
+            *(f"waiting for /health of {engine_id}" for engine_id in directory.joining()),
+        ]
         models = {}
         for model in directory.models():
             alone = bool(serving(snapshot, model, "decode"))
@@ -171,7 +196,8 @@ class Front:
             return _error(400, "?engines= takes a number")
         if len(snapshot) < int(wanted):
             reasons.append(f"{len(snapshot)} of {int(wanted)} engines are routable")
-        ready = any(state["serves"] for state in models.values()) and len(snapshot) >= int(wanted)
+        serves = any(state["serves"] for state in models.values())
+        ready = serves and len(snapshot) >= int(wanted) and not self._outside.gate.queue.draining
         engines = [
             {"engine_id": c.engine_id, "role": c.info.role, "model": c.info.model, "in_flight": c.in_flight}
             for c in sorted(snapshot, key=lambda candidate: candidate.engine_id)

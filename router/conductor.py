@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter as Tally
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from pdx.router.actions import (
@@ -30,20 +30,22 @@ from pdx.router.actions import (
     EndHandoff,
     Event,
     HandoffBroke,
+    LineUp,
     PassOn,
     PrefillAnswered,
     PrefillFailed,
     ShowCached,
     StreamFinished,
+    TurnedAway,
     Write,
 )
-from pdx.router.directory import Directory
+from pdx.router.admission import Wish
+from pdx.router.gate import Place
 from pdx.router.journey import Journey
-from pdx.router.metrics import Metrics
-from pdx.router.pending import Pending
-from pdx.router.policy import Candidate, Side
-from pdx.router.registry import Registry
-from pdx.router.upstream import Reply, Upstream, UpstreamError
+from pdx.router.outside import Outside
+from pdx.router.policy import Candidate, Pair, Side
+from pdx.router.standing import Ticket
+from pdx.router.upstream import Reply, UpstreamError
 from pdx.router.usage import EventStream
 
 # Writing the last bytes to a client that no longer reads must end too.
@@ -54,38 +56,31 @@ RANK_HEADER = "X-data-parallel-rank"
 SIDES: tuple[Side, Side] = ("prefill", "decode")  # prefill is heard first: it knows what decode's stream is to show
 
 
-class Outside:
-    """What all conductors of a router share. Owned by the event loop's thread."""
-
-    def __init__(
-        self, *, directory: Directory, registry: Registry, upstream: Upstream, metrics: Metrics, pending: Pending
-    ) -> None:
-        self.directory = directory
-        self.registry = registry
-        self.upstream = upstream
-        self.metrics = metrics
-        self.pending = pending
-        self.in_flight: Tally[str] = Tally()  # engine id -> calls under way
-        self.in_line: Tally[str] = Tally()  # engine id -> those of them from which nothing has come yet
-
-    def in_flight_at(self, engine: Candidate) -> AbstractContextManager[None]:
-        return _counted(self.in_flight, engine.engine_id)
-
-    def in_line_at(self, engine: Candidate) -> AbstractContextManager[None]:
-        return _counted(self.in_line, engine.engine_id)
-
-
 class Conductor:
     """Serves one POST of `client` as `journey` says."""
 
     def __init__(
-        self, journey: Journey, outside: Outside, client: web.Request, *, model: str, headers: dict[str, str]
+        self,
+        journey: Journey,
+        outside: Outside,
+        client: web.Request,
+        *,
+        model: str,
+        headers: dict[str, str],
+        begins: Callable[[], Begin],
+        wish: Wish,
     ) -> None:
         self._journey = journey
         self._outside = outside
         self._client = client
         self._model = model
         self._headers = headers  # for the engines
+        self._begins = begins
+        self._wish = wish
+        self._place: Place | None = None  # in the line
+        self._handoff: tuple[Pair, Ticket, asyncio.Future[str]] | None = None
+        self._watching = ExitStack()
+        self._streaming: tuple[Candidate, Ticket] | None = None
         self._started_at = time.monotonic()
         self._calls: dict[Side, asyncio.Task[Event]] = {}
         self._decode_call = AsyncExitStack()  # decode's connection, open as long as its stream
@@ -94,12 +89,12 @@ class Conductor:
         self._content_type = "application/json"
         self._response: web.StreamResponse | None = None
 
-    async def play(self, begin: Begin, *, timeout_s: float) -> web.StreamResponse:
+    async def play(self, *, timeout_s: float) -> web.StreamResponse:
         """The finished response. Cancelled (the client left), it drops upstream calls and ends the handoff."""
         try:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._run(begin)
+                    await self._run(self._begins())
             except TimeoutError:
                 await self._drop_all()
                 if self._journey.state == "ended":
@@ -111,24 +106,35 @@ class Conductor:
             if self._client.transport is not None:
                 self._client.transport.abort()
         finally:
+            self._leave_line(went=False)
             await self._drop_all()
             if self._journey.state not in ("choosing", "ended"):
                 for action in self._journey.on(ClientGone()):
                     if isinstance(action, EndHandoff):
                         self._end_handoff(action)
+            self._judge_stream(None)
+            self._judge_handoff()
             self._count()
         return self._response or web.Response(status=CLIENT_GONE_CODE)
 
     async def _run(self, first: Event) -> None:
         event: Event | None = first
         while event is not None:
-            for action in self._journey.on(event):
+            actions = self._journey.on(event)
+            if self._journey.state != "queued":
+                self._leave_line(went=self._journey.state != "ended")
+            for action in actions:
                 await self._perform(action)
             event = await self._next_event()
 
     async def _perform(self, action: Action) -> None:
         match action:
+            case LineUp():
+                self._place = self._outside.gate.line_up(action.need, self._wish, self._place)
             case CallPrefill():
+                pair = self._watch_handoff()
+                # Decode's place is taken now: else all requests in prefill's line would choose the same free engine.
+                self._decode_call.enter_context(self._outside.in_flight_at(pair.decode))
                 self._start("prefill", action.engine, self._prefill(action))
             case CallDecode():
                 await self._drop("decode")
@@ -148,7 +154,8 @@ class Conductor:
                 await self._write(action.body)
             case PassOn():
                 await self._write(action.body)
-                self._calls["decode"] = asyncio.create_task(self._pump())
+                self._calls["decode"] = pump = asyncio.create_task(self._pump())
+                pump.add_done_callback(lambda task: self._judge_stream(_went_well(task)))
             case CloseStream():
                 assert self._response is not None
                 if action.body:
@@ -162,12 +169,23 @@ class Conductor:
         counts.enter_context(self._outside.in_line_at(engine))
         if side == "prefill":
             counts.enter_context(self._outside.in_flight_at(engine))
+        ticket = self._outside.standing.call_began(engine.engine_id)
         self._calls[side] = task = asyncio.create_task(call)
+
+        def over(task: asyncio.Task[Event]) -> None:
+            if _streams(task):
+                self._streaming = (engine, ticket)  # judged at the stream's end
+            else:
+                self._judge(engine, ticket, _went_well(task))
+            counts.close()
+
         # Not within the coroutine: of a task that is cancelled before it has begun, nothing runs.
-        task.add_done_callback(lambda _: counts.close())
+        task.add_done_callback(over)
 
     async def _next_event(self) -> Event | None:
-        """What the calls under way say next; None when there are none."""
+        """What the line, or else the calls under way, say next; None when there are none."""
+        if self._place is not None:
+            return await self._turn(self._place)
         if not self._calls:
             return None
         await asyncio.wait(self._calls.values(), return_when=asyncio.FIRST_COMPLETED)
@@ -191,15 +209,16 @@ class Conductor:
 
     async def _prefill(self, action: CallPrefill) -> Event:
         """Prefill's answer, or the daemons' word that it is of no use any more, whichever comes first."""
-        with self._outside.pending.watch(self._journey.handoff_id) as failure:
-            call = asyncio.create_task(self._call_prefill(action))
-            either: set[asyncio.Future[Any]] = {call, failure}
-            try:
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                return call.result() if call.done() else HandoffBroke(failure.result())
-            finally:
-                call.cancel()
-                await asyncio.wait({call})
+        assert self._handoff is not None
+        _, _, failure = self._handoff
+        call = asyncio.create_task(self._call_prefill(action))
+        either: set[asyncio.Future[Any]] = {call, failure}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return call.result() if call.done() else HandoffBroke(failure.result())
+        finally:
+            call.cancel()
+            await asyncio.wait({call})
 
     async def _call_prefill(self, action: CallPrefill) -> Event:
         try:
@@ -220,13 +239,15 @@ class Conductor:
                 self._content_type = reply.content_type
                 self._chunks = reply.chunks()
                 first = await self._next_events()
-                return DecodeAnswered(200, first, streaming=True) if first else DecodeFailed("empty_stream")
+                if first:
+                    return DecodeAnswered(200, first, streaming=True)
+                return DecodeFailed("empty_stream", self._outside.snapshot())
             body = await reply.read()
         except UpstreamError as error:
             self._note(action.engine, error)
-            return DecodeFailed(str(error))
+            return DecodeFailed(str(error), self._outside.snapshot())
         self._content_type = reply.content_type
-        return DecodeAnswered(reply.status, body)
+        return DecodeAnswered(reply.status, body, snapshot=self._outside.snapshot() if reply.status >= 500 else None)
 
     async def _pump(self) -> Event:
         assert self._response is not None
@@ -250,6 +271,50 @@ class Conductor:
         if engine.info.data_parallel_rank is not None:  # its server would choose another: the handoff is for this one
             headers = {**headers, RANK_HEADER: str(engine.info.data_parallel_rank)}
         return await stack.enter_async_context(self._outside.upstream.call(url, body, headers))
+
+    # --- the line, and who is to blame ------------------------------------------------------------------------
+
+    async def _turn(self, place: Place) -> Event:
+        why = await place.turn()
+        if why is None:
+            return msgspec.structs.replace(self._begins(), behind=frozenset())
+        return TurnedAway(why=why, retry_after_s=self._outside.gate.retry_after_s())
+
+    def _leave_line(self, *, went: bool) -> None:
+        place, self._place = self._place, None
+        if place is not None:
+            self._outside.metrics.queued_s.observe(time.monotonic() - place.since)
+            self._outside.gate.done(place, went=went)
+
+    def _judge(self, engine: Candidate, ticket: Ticket, ok: bool | None) -> None:
+        self._outside.standing.call_ended(engine.engine_id, ticket, ok=ok, now=time.monotonic())
+
+    def _judge_stream(self, ok: bool | None) -> None:
+        streaming, self._streaming = self._streaming, None
+        if streaming is not None:
+            self._judge(*streaming, ok)
+
+    def _watch_handoff(self) -> Pair:
+        journey = self._journey
+        assert journey.prefill is not None
+        assert journey.decode is not None
+        pair = Pair(journey.prefill, journey.decode)
+        failure = self._watching.enter_context(self._outside.pending.watch(journey.handoff_id))
+        self._handoff = (pair, self._outside.standing.handoff_began(pair), failure)
+        return pair
+
+    def _judge_handoff(self) -> None:
+        """Tells how the data plane did. A handoff that was given up for other reasons says nothing about it."""
+        if self._handoff is None:
+            return
+        pair, ticket, failure = self._handoff
+        ok = None
+        if self._journey.outcome == "ok":
+            ok = not failure.done()
+        elif self._journey.outcome in ("handoff_failed", "not_sent"):
+            ok = False
+        self._outside.standing.handoff_ended(pair, ticket, ok=ok, now=time.monotonic())
+        self._watching.close()
 
     # --- the client -------------------------------------------------------------------------------------------
 
@@ -306,14 +371,28 @@ class Conductor:
             metrics.handoffs.labels(outcome=journey.outcome).inc()
         if journey.reason:
             metrics.alone.labels(reason=journey.reason).inc()
+        metrics.repeats.inc(journey.repeats)
+        metrics.held_back.inc(journey.held_back)
 
 
-@contextmanager
-def _counted(tally: Tally[str], engine_id: str) -> Iterator[None]:
-    tally[engine_id] += 1
-    try:
-        yield
-    finally:
-        tally[engine_id] -= 1
-        if not tally[engine_id]:
-            del tally[engine_id]
+def _went_well(task: asyncio.Task[Event]) -> bool | None:
+    """Whether the engine did what engines are for; None if it was not waited for, or is not the one to blame."""
+    if task.cancelled() or task.exception() is not None:
+        return None
+    match task.result():
+        case PrefillAnswered() | DecodeAnswered() as answered:
+            return answered.status < 500
+        case StreamFinished():
+            return True
+        case PrefillFailed() | DecodeFailed():
+            return False
+        case _:
+            return None
+
+
+def _streams(task: asyncio.Task[Event]) -> bool:
+    """Whether it has ended with the beginning of a stream."""
+    if task.cancelled() or task.exception() is not None:
+        return False
+    event = task.result()
+    return isinstance(event, DecodeAnswered) and event.streaming

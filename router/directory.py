@@ -148,6 +148,10 @@ class Directory:
         """Every model that some announced engine serves, ready or not."""
         return sorted({model for engine in self._engines.values() for model in engine.info.models})
 
+    def engines(self) -> list[str]:
+        """All that have been announced, ready or not."""
+        return list(self._engines)
+
     def joining(self) -> list[str]:
         """Engines that have been announced and have not answered /health yet."""
         return sorted(engine_id for engine_id, engine in self._engines.items() if not engine.ready)

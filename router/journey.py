@@ -5,7 +5,8 @@
         │                    │  └── prefilled ──► decoding ──── first_byte ──┘   (also: answer, reject, break,
         │                    └───── fall_back ──► alone ─────── first_byte ──┘    leave, each to ended)
         ├── both ──► both ── prefilled ► decoding, fall_back ► alone, first_byte ► overtaking ► streaming
-        └── alone ──────────────────────────────► alone ─ retry ─► retrying (alone, another engine)
+        ├── alone ──────────────────────────────► alone ─ retry ─► retrying (alone, another engine, and another …)
+        └── line_up ─► queued, from where it goes on as from choosing
 
 Three ways through a pair. *Seeded*: prefill's first token is streamed at once, decode continues from it. *Paired*: both
 engines are asked at once, the answer is decode's. *After*: decode is asked when prefill has answered, and makes every
@@ -13,8 +14,9 @@ token itself; what was to be seeded ends here if the token's text can't be shown
 
 Its rules: an error that the client caused (4xx) reaches the client as the engine put it. An error of prefill costs
 the handoff, never the request: the chosen decode engine computes the prompt itself. An error of decode before its
-first byte is repeated once on another engine, after a seed with prompt and seed. Once the client has bytes that nobody
-can continue, the stream ends with an error event. Whoever leaves early cancels the handoff at both daemons.
+first byte is repeated on other engines, `retries` times and as long as the router's budget lasts, after a seed with
+prompt and seed. Once the client has bytes that nobody can continue, the stream ends with an error event. Whoever
+leaves early cancels the handoff at both daemons. Who finds every fitting engine full lines up (`admission`).
 
 A journey belongs to the task that serves its client's connection.
 """
@@ -42,16 +44,19 @@ from pdx.router.actions import (
     EndHandoff,
     Event,
     HandoffBroke,
+    LineUp,
     PassOn,
     PrefillAnswered,
     PrefillFailed,
     ShowCached,
     StreamFinished,
+    TurnedAway,
     Write,
 )
-from pdx.router.policy import NO_LIMIT, Candidate, Pair, PolicyName, alike, choose_alone, choose_pair, same_server
+from pdx.router.policy import NO_LIMIT, Candidate, Pair, PolicyName, Snapshot, choose_alone, choose_pair, unfit
 from pdx.router.prefill_reply import PrefillReply
-from pdx.router.replies import as_event, error_body
+from pdx.router.replies import REFUSALS, as_event, error_body
+from pdx.router.retries import RetryBudget
 from pdx.router.seed import Seed, own_answer
 from pdx.router.seedable import unseedable_reason
 from pdx.router.servable import alone_reason, decode_body, early_body, output_limit, prefill_body, seeded_body
@@ -62,7 +67,6 @@ from pdx.wire import Budgets
 Way = Literal["seeded", "paired", "after", "alone"]
 JourneyName = Literal["auto", "seeded", "paired", "after"]
 
-RETRY_AFTER_S = 1  # engines join within seconds of their /health answering, and a line moves within seconds
 WORDS_MAX = 500  # of an engine's refusal, in an error event
 
 
@@ -75,6 +79,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     budgets: Budgets = Budgets()
     prefill_timeout_s: float = 120.0
     max_waiting: int = 32  # requests in line at one engine; 0 is no limit
+    max_in_flight_prefill: int = 0  # of this router's calls at one engine of this role; 0 is no limit
+    max_in_flight_decode: int = 0  # the same, also for engines of both roles
+    retries: int = 2  # of one request, on other engines
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,10 +97,11 @@ class Journey:
     """One request. `on(event)` returns what to do next, in order; an event the table forbids changes nothing.
 
     `way`, `outcome`, `reason` and `unseeded` are for headers and metrics: how the answer is made, what became of the
-    handoff, why an engine answers alone, and why decode makes the first token.
+    handoff, why an engine answers alone, and why decode makes the first token; `repeats` and `held_back`: how often it
+    was repeated, and whether the router's budget has kept it from being so. Without `budget` a journey has its own.
     """
 
-    def __init__(self, request: Request, settings: Settings) -> None:
+    def __init__(self, request: Request, settings: Settings, budget: RetryBudget | None = None) -> None:
         self.state: State = "choosing"
         self.way: Way = "alone"
         self.reason = ""
@@ -102,8 +110,12 @@ class Journey:
         self.prefill: Candidate | None = None
         self.decode: Candidate | None = None
         self.handoff_id = b""
+        self.repeats = 0
+        self.held_back = False
         self._request = request
         self._settings = settings
+        self._budget = budget or RetryBudget()
+        self._tried: list[Candidate] = []  # decode engines that have failed
         self._begin: Begin | None = None
         self._pair: Pair | None = None  # while its handoff may still be under way
         self._handle = ""
@@ -135,6 +147,8 @@ class Journey:
         match event:
             case Begin():
                 return self._choose(event)
+            case TurnedAway():
+                return self._turned_away(event)
             case PrefillAnswered():
                 return self._on_prefill(event)
             case PrefillFailed():
@@ -144,7 +158,7 @@ class Journey:
             case DecodeAnswered():
                 return self._on_decode(event)
             case DecodeFailed():
-                return self._on_decode_failure(event.reason)
+                return self._on_decode_failure(event)
             case StreamFinished():
                 self._move("finish")
                 return [*self._finished(), CloseStream()]
@@ -160,23 +174,33 @@ class Journey:
     # --- choosing ---------------------------------------------------------------------------------------------
 
     def _choose(self, begin: Begin) -> list[Action]:
-        body, path = self._request.body, self._request.path
-        reason = alone_reason(path, body)
+        reason = alone_reason(self._request.path, self._request.body)
+        need = f"{'alone' if reason else 'pair'} {self._request.model}"
+        if need in begin.behind:
+            return self._line_up(need)
+        roomy = msgspec.structs.replace(begin, snapshot=tuple(filter(self._has_room, begin.snapshot)))
         line_max = self._settings.max_waiting or NO_LIMIT
-        pair = None if reason else self._choose_pair(begin, line_max)
+        pair = None if reason else self._choose_pair(roomy, line_max)
         if pair is not None:
             return self._set_out(pair, begin)
         if not reason and self._choose_pair(begin, NO_LIMIT) is not None:
-            return self._turn_away(429, "no_room", "the line before every pair of engines is full; ask again later")
-        decode = self._choose_alone(begin, line_max)
+            return self._line_up(need)
+        decode = self._choose_alone(roomy, line_max)
         if decode is None and self._choose_alone(begin, NO_LIMIT) is not None:
-            return self._turn_away(429, "no_room", "every decode engine has a full line; ask again later")
+            return self._line_up(need)
         if decode is None:
-            return self._turn_away(503, "no_decode", f"no decode engine is ready for model {self._request.model!r}")
+            self.reason = "no_decode"
+            message = f"no decode engine is ready for model {self._request.model!r}"
+            return self._turn_away(503, message, begin.retry_after_s)
         self._move("alone")
         self._begin = begin
         self.reason = reason or "no_pair"
         return [self._call_alone(decode)]
+
+    def _has_room(self, engine: Candidate) -> bool:
+        settings = self._settings
+        limit = settings.max_in_flight_prefill if engine.info.role == "prefill" else settings.max_in_flight_decode
+        return not limit or engine.in_flight < limit
 
     def _choose_pair(self, begin: Begin, line_max: int) -> Pair | None:
         policy = self._settings.policy
@@ -192,10 +216,17 @@ class Journey:
             exclude=exclude,
         )
 
-    def _turn_away(self, status: int, reason: str, message: str) -> list[Action]:
+    def _line_up(self, need: str) -> list[Action]:
+        self._move("line_up")
+        return [LineUp(need)]
+
+    def _turned_away(self, event: TurnedAway) -> list[Action]:
+        self.reason = event.why
+        return self._turn_away(*REFUSALS[event.why], event.retry_after_s)
+
+    def _turn_away(self, status: int, message: str, retry_after_s: int) -> list[Action]:
         self._move("reject")
-        self.reason = reason
-        return [Answer(status=status, body=error_body(status, message), retry_after_s=RETRY_AFTER_S)]
+        return [Answer(status=status, body=error_body(status, message), retry_after_s=retry_after_s)]
 
     def _set_out(self, pair: Pair, begin: Begin) -> list[Action]:
         path, body, wish = self._request.path, self._request.body, self._settings.journey
@@ -308,20 +339,20 @@ class Journey:
 
     def _on_decode(self, event: DecodeAnswered) -> list[Action]:
         if event.status >= 500:
-            return self._retry(f"decode_{event.status}")
+            return self._retry(f"decode_{event.status}", event.snapshot)
         if event.status >= 400 and self._opened:
             return self._give_up("client_error", _no_answer("the engine refused to go on: " + _words(event.body)))
         if event.status >= 400:
             self._move("answer")
             return [*self._end_handoff("client_error"), Answer(status=event.status, body=event.body)]
         if self._seed is not None and event.streaming != self._streams:
-            return self._retry("decode_bad_reply")
+            return self._retry("decode_bad_reply", event.snapshot)
         if event.streaming:
             self._move("first_byte")
             return [PassOn(event.body)]
         body = self._shown(event.body) if event.status == 200 else event.body
         if body is None:
-            return self._retry("decode_bad_reply")
+            return self._retry("decode_bad_reply", event.snapshot)
         self._move("answer")
         return [*self._finished(), Answer(status=event.status, body=body)]
 
@@ -332,29 +363,39 @@ class Journey:
         cached = self._reply.cached_tokens if self._reply else None
         return body if cached is None else with_cached_tokens(body, cached)
 
-    def _on_decode_failure(self, reason: str) -> list[Action]:
+    def _on_decode_failure(self, event: DecodeFailed) -> list[Action]:
         if self.state in ("streaming", "overtaking"):
-            return self._give_up(f"decode_{reason}", _no_answer(f"the engine broke off: {reason}"))
-        return self._retry(f"decode_{reason}")
+            return self._give_up(f"decode_{event.reason}", _no_answer(f"the engine broke off: {event.reason}"))
+        return self._retry(f"decode_{event.reason}", event.snapshot)
 
-    def _retry(self, reason: str) -> list[Action]:
-        begin, tried = self._begin, self.decode
-        other = None
-        if self.state not in ("retrying", "reseeding") and begin is not None and tried is not None:
-            # Token ids go on only with an engine that reads them alike.
-            model = self._request.model
-            strangers = {c.engine_id for c in begin.snapshot if self._seed and not alike(c, tried, model)}
-            siblings = {c.engine_id for c in begin.snapshot if same_server(c.info, tried.info)}
-            other = self._choose_alone(begin, NO_LIMIT, frozenset({tried.engine_id, *strangers, *siblings}))
+    def _retry(self, reason: str, snapshot: Snapshot | None) -> list[Action]:
+        other = self._another(snapshot)
         if other is None:
             return self._give_up(reason, _no_answer(f"no engine could answer: {reason}"))
         self._move("retry")
+        self.repeats += 1
         self.reason = reason
         ended = self._end_handoff(reason)
         if self._seed is None:
             return [*ended, self._call_alone(other)]
         self.decode = other
         return [*ended, self._call(self._seeded_body(handle=""))]
+
+    def _another(self, snapshot: Snapshot | None) -> Candidate | None:
+        """An engine that has not failed this request yet, if it may be repeated once more."""
+        begin, failed = self._begin, self.decode
+        if begin is None or failed is None or self.repeats >= self._settings.retries:
+            return None
+        self._tried.append(failed)
+        if snapshot is not None:
+            begin = msgspec.structs.replace(begin, snapshot=snapshot)
+        like = failed if self._seed else None  # token ids go on only with an engine that reads them alike
+        excluded = unfit(begin.snapshot, self._tried, self._request.model, like=like)
+        other = self._choose_alone(begin, NO_LIMIT, excluded)
+        if other is not None and not self._budget.take():
+            self.held_back = True
+            return None
+        return other
 
     # --- endings ----------------------------------------------------------------------------------------------
 

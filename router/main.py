@@ -83,16 +83,10 @@ def _parser() -> argparse.ArgumentParser:
         help="how engines are chosen (default: %(default)s)",
     )
     parser.add_argument("--journey", choices=tuple(_JOURNEYS), default="auto", help=_JOURNEYS_HELP)
-    parser.add_argument(
-        "--max-waiting",
-        type=_count,
-        default=32,
-        metavar="N",
-        help="answer 429 when every prefill engine has N requests of this router in line, or every decode engine says "
-        "that N requests wait in it; 0 is no limit (default: %(default)s)",
-    )
+    _add_queue(parser)
     parser.add_argument("--request-timeout-secs", type=_seconds, default=600.0, metavar="S", help="(default: 600)")
     parser.add_argument("--prefill-timeout-secs", type=_seconds, default=120.0, metavar="S", help="(default: 120)")
+    _add_failures(parser)
     budgets = parser.add_argument_group("budgets of a handoff, in seconds")
     budgets.add_argument("--handoff-grant-s", type=_seconds, metavar="S", help="from RESERVE to GRANT")
     budgets.add_argument("--handoff-slab-s", type=_seconds, metavar="S", help="between two slabs")
@@ -103,6 +97,60 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument("--dump-config", action="store_true", help="print the resolved configuration and exit")
     return parser
+
+
+def _add_queue(parser: argparse.ArgumentParser) -> None:
+    queue = parser.add_argument_group("room: requests wait in the router while every fitting engine is full")
+    add = queue.add_argument
+    add("--max-waiting", type=_count, default=32, metavar="N",
+        help="a prefill engine is full with N requests of this router in line, a decode engine when it says that N "
+        "requests wait in it; 0 is no limit (default: %(default)s)")  # fmt: skip
+    add(
+        "--max-in-flight-prefill",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="a prefill engine is also full with N calls of this router; 0 is no limit (default: %(default)s)",
+    )
+    add("--max-in-flight-decode", type=_count, default=0, metavar="N",
+        help="the same of other engines; 0 is no limit (default: %(default)s)")  # fmt: skip
+    add("--queue-size", type=_count, default=100, metavar="N",
+        help="so many requests wait; beyond that 429 and Retry-After (default: %(default)s)")  # fmt: skip
+    add("--queue-timeout-secs", type=_seconds, default=60.0, metavar="S",
+        help="504 for who has waited so long; x-pdx-ttl-secs shortens it (default: %(default)g)")  # fmt: skip
+
+
+def _add_failures(parser: argparse.ArgumentParser) -> None:
+    failures = parser.add_argument_group("failures")
+    add = failures.add_argument
+    add(
+        "--retries",
+        "--retry-max-retries",
+        type=_count,
+        default=2,
+        metavar="N",
+        help="a request that failed before its first byte is repeated on so many other engines (default: %(default)s)",
+    )
+    add(
+        "--cb-failure-threshold",
+        type=_count,
+        default=10,
+        metavar="N",
+        help="failures in a row after which an engine is not asked any more; 0: never (default: %(default)s)",
+    )
+    add("--cb-success-threshold", type=_count, default=3, metavar="N",
+        help="successes in a row after which it is asked as before (default: %(default)s)")  # fmt: skip
+    add("--cb-timeout-secs", "--cb-timeout-duration-secs", type=_seconds, default=60.0, metavar="S",
+        help="for so long it is not asked, then one request at a time (default: %(default)g)")  # fmt: skip
+    add("--cb-window-secs", "--cb-window-duration-secs", type=_seconds, default=120.0, metavar="S",
+        help="failures further apart are no row (default: %(default)g)")  # fmt: skip
+    add(
+        "--drain-secs",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="at SIGTERM, what is under way gets so long; a second signal ends it at once (default: %(default)g)",
+    )
 
 
 def _port(text: str) -> int:
@@ -155,6 +203,7 @@ def _config(flags: argparse.Namespace) -> Config:
 def _options(flags: argparse.Namespace, config: Config) -> Options:
     from pdx.config import cluster_key
     from pdx.keys import admin_token
+    from pdx.router.breaker import BreakerSettings
     from pdx.router.journey import Settings
     from pdx.router.service import Options
 
@@ -163,6 +212,9 @@ def _options(flags: argparse.Namespace, config: Config) -> Options:
         policy=flags.policy,
         journey=flags.journey,
         max_waiting=flags.max_waiting,
+        max_in_flight_prefill=flags.max_in_flight_prefill,
+        max_in_flight_decode=flags.max_in_flight_decode,
+        retries=flags.retries,
         budgets=config.budgets,
         prefill_timeout_s=flags.prefill_timeout_secs,
     )
@@ -172,6 +224,15 @@ def _options(flags: argparse.Namespace, config: Config) -> Options:
         port=flags.port,
         control=flags.control,
         request_timeout_s=flags.request_timeout_secs,
+        queue_size=flags.queue_size,
+        queue_timeout_s=flags.queue_timeout_secs,
+        breaker=BreakerSettings(
+            failure_threshold=flags.cb_failure_threshold,
+            success_threshold=flags.cb_success_threshold,
+            timeout_s=flags.cb_timeout_secs,
+            window_s=flags.cb_window_secs,
+        ),
+        drain_s=flags.drain_secs,
         publish=flags.publish,
         admin_host=flags.admin_host,
         admin_port=flags.admin_port,

@@ -40,6 +40,16 @@ class Metrics:
         self.unseeded = Counter(
             f"{prefix}_unseeded", "Requests of a pair whose first token came from decode", ["reason"], registry=registry
         )
+        self.queued_s = Histogram(
+            f"{prefix}_queue_seconds",
+            "How long requests waited that found no room at once",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.repeats = Counter(f"{prefix}_retries", "Requests asked again of another engine", registry=registry)
+        self.held_back = Counter(
+            f"{prefix}_retries_refused", "Requests not repeated because too many were", registry=registry
+        )
         self.stripped = Counter(
             f"{prefix}_stripped_params", "Requests whose private fields were stripped", registry=registry
         )

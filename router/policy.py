@@ -29,6 +29,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     in_flight: int = 0  # requests that this router has under way there
     in_line: int = 0  # those of them from which nothing has come yet: prefill's line, known at once
+    avoid: frozenset[str] = frozenset()  # daemons to which its daemon has failed to hand over, again and again
 
     @property
     def engine_id(self) -> str:
@@ -108,9 +109,18 @@ def alike(one: Candidate, other: Candidate, model: str) -> bool:
     return one.info.content == other.info.content and one.info.adapters.get(model) == other.info.adapters.get(model)
 
 
+def unfit(snapshot: Snapshot, tried: Sequence[Candidate], model: str, *, like: Candidate | None) -> frozenset[str]:
+    """Who can't repeat what `tried` have failed: they themselves, all behind their servers, and who is not `like`."""
+    behind = {c.engine_id for c in snapshot for each in tried if same_server(c.info, each.info)}
+    strangers = {c.engine_id for c in snapshot if like is not None and not alike(c, like, model)}
+    return frozenset(behind | strangers | {each.engine_id for each in tried})
+
+
 def fit(prefill: Candidate, decode: Candidate, model: str) -> bool:
     """Whether KV that the one computes for this model can be read by the other."""
     if prefill.engine_id == decode.engine_id or not (prefill.pairable and decode.pairable):
+        return False
+    if decode.daemon.daemon_id in prefill.avoid:
         return False
     if prefill.info.role == "both" and decode.info.role == "both":
         return False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from pdx.router.admission import TurnedAwayWhy
+
 _TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -16,6 +18,12 @@ _TYPES = {
     502: "BadGatewayError",
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
+}
+
+REFUSALS: dict[TurnedAwayWhy, tuple[int, str]] = {
+    "queue_full": (429, "every engine is full and so is the queue before them; ask again later"),
+    "queue_timeout": (504, "no engine had room in the time that this request was given to wait"),
+    "draining": (503, "this router is about to stop; ask another, or again later"),
 }
 
 

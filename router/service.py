@@ -17,18 +17,22 @@ from aiohttp import web
 from pdx.errors import ConfigError
 from pdx.router.admin import Admin
 from pdx.router.app import HEADER_BYTES_MAX, Front
-from pdx.router.conductor import Outside
+from pdx.router.breaker import BreakerSettings
 from pdx.router.daemons import Daemons
 from pdx.router.directory import Directory
+from pdx.router.gate import Gate
 from pdx.router.journey import Settings
 from pdx.router.metrics import Metrics
+from pdx.router.outside import Outside
 from pdx.router.pending import Pending
 from pdx.router.registry import Registry
+from pdx.router.standing import Standing
 from pdx.router.upstream import Upstream
 from pdx.wire import Announce
 
 TICK_S = 0.1  # resolution of health polls and of a silent daemon's expiry
-DRAIN_S = 5.0  # requests under way at shutdown get this long
+DRAIN_LOOK_S = 0.02  # how often a draining router looks whether the last request has ended
+CLOSE_S = 0.5  # connections get this long when all is over
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +45,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     control: str = "tcp://127.0.0.1:5700"
     request_timeout_s: float = 600.0
+    queue_size: int = 100  # requests that wait for an engine with room
+    queue_timeout_s: float = 60.0
+    breaker: BreakerSettings = BreakerSettings()
+    drain_s: float = 30.0  # what is under way at the first signal gets this long
     publish: str = ""
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # None: no admin port
@@ -55,33 +63,62 @@ class Published(msgspec.Struct, frozen=True):
     admin: str = ""
 
 
+class Router(msgspec.Struct, frozen=True):
+    """A router that serves."""
+
+    published: Published
+    outside: Outside
+    keeper: asyncio.Task[None]  # its end would be the router's failure
+
+
 async def serve(options: Options) -> None:
-    """Runs until SIGINT or SIGTERM. Raises ConfigError if it can't listen."""
-    stop = asyncio.Event()
+    """Until SIGINT or SIGTERM, then drains; a second one ends it at once. Raises ConfigError if it can't listen."""
+    signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    async with running(options) as (published, keeper):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    async with running(options) as router:
+        published, keeper = router.published, router.keeper
         _log.info("listening on %s, control on %s", published.http, published.control)
         if published.admin:
             _log.info("admin port at %s, %s a token", published.admin, "with" if options.admin_token else "without")
         if options.publish:
             publish(Path(options.publish), published)
-        stopped = asyncio.create_task(stop.wait())
+        stopped = asyncio.create_task(signals.get())
         await asyncio.wait({stopped, keeper}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if keeper.done():
             keeper.result()
+        again = asyncio.create_task(signals.get())
+        drained = asyncio.create_task(drain(router.outside, options.drain_s))
+        await asyncio.wait({again, drained}, return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+        drained.cancel()
     _log.info("stopped")
 
 
+async def drain(outside: Outside, drain_s: float) -> None:
+    """Turns away who comes and who waits, and lets what is under way end, for at most so long."""
+    outside.gate.drain()
+    if outside.under_way:
+        _log.info("%d requests under way get %g s to end", outside.under_way, drain_s)
+    ends_at = time.monotonic() + drain_s
+    while outside.under_way and time.monotonic() < ends_at:  # noqa: ASYNC110 - each request would have to tell
+        await asyncio.sleep(DRAIN_LOOK_S)
+    if outside.under_way:
+        _log.warning("%d requests did not end in %g s", outside.under_way, drain_s)
+
+
 @asynccontextmanager
-async def running(options: Options) -> AsyncIterator[tuple[Published, asyncio.Task[None]]]:
-    """A listening router, and the task whose end would be its failure. Leaving the block ends it within DRAIN_S."""
+async def running(options: Options) -> AsyncIterator[Router]:
+    """A listening router. Leaving the block ends it within CLOSE_S, whatever is under way."""
     directory, metrics, pending = Directory(), Metrics(), Pending()
+    gate = Gate(queue_size=options.queue_size, queue_timeout_s=options.queue_timeout_s)
 
     def heard(announce: Announce) -> list[str]:
-        return directory.on_announce(announce, time.monotonic())
+        warnings = directory.on_announce(announce, time.monotonic())
+        gate.stir()  # a line has become shorter, perhaps
+        return warnings
 
     async with AsyncExitStack() as stack:
         registry = Registry(
@@ -93,16 +130,24 @@ async def running(options: Options) -> AsyncIterator[tuple[Published, asyncio.Ta
         )
         stack.callback(registry.close)
         upstream = await stack.enter_async_context(Upstream())
-        outside = Outside(directory=directory, registry=registry, upstream=upstream, metrics=metrics, pending=pending)
+        outside = Outside(
+            directory=directory,
+            registry=registry,
+            upstream=upstream,
+            metrics=metrics,
+            pending=pending,
+            standing=Standing(options.breaker),
+            gate=gate,
+        )
         front = Front(outside, options.settings, request_timeout_s=options.request_timeout_s)
         http = await _listen(stack, front.app(), options.host, options.port)
         admin_url = ""
         if options.admin_port is not None:
             admin = Admin(Daemons(directory, registry), upstream, token=options.admin_token)
             admin_url = await _listen(stack, admin.app(), options.admin_host, options.admin_port)
-        keeper = asyncio.create_task(_keep(registry, directory, upstream))
+        keeper = asyncio.create_task(_keep(outside))
         stack.push_async_callback(_cancelled, keeper)
-        yield Published(http=http, control=registry.endpoint, admin=admin_url), keeper
+        yield Router(Published(http=http, control=registry.endpoint, admin=admin_url), outside, keeper)
 
 
 def publish(path: Path, published: Published) -> None:
@@ -118,7 +163,7 @@ async def _listen(stack: AsyncExitStack, app: web.Application, host: str, port: 
         handler_cancellation=True,  # a client that leaves ends its request's task, and with it the upstream calls
         access_log=None,
         handle_signals=False,
-        shutdown_timeout=DRAIN_S,
+        shutdown_timeout=CLOSE_S,
         max_line_size=HEADER_BYTES_MAX,
         max_field_size=HEADER_BYTES_MAX,
     )
@@ -132,20 +177,24 @@ async def _listen(stack: AsyncExitStack, app: web.Application, host: str, port: 
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _keep(registry: Registry, directory: Directory, upstream: Upstream) -> None:
+async def _keep(outside: Outside) -> None:
+    directory, standing = outside.directory, outside.standing
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(registry.run())
+        tasks.create_task(outside.registry.run())
         while True:
             now = time.monotonic()
             directory.expire(now)
+            standing.forget(directory.engines(), (ref.daemon_id for ref in directory.daemons()))
             for engine_id, url in directory.due_polls(now):
-                tasks.create_task(_poll(directory, upstream, engine_id, url))
+                tasks.create_task(_poll(outside, engine_id, url))
+            outside.gate.tick()
             await asyncio.sleep(TICK_S)
 
 
-async def _poll(directory: Directory, upstream: Upstream, engine_id: str, url: str) -> None:
-    ok = await upstream.healthy(url.rstrip("/") + "/health")
-    directory.on_health(engine_id, ok, time.monotonic())
+async def _poll(outside: Outside, engine_id: str, url: str) -> None:
+    ok = await outside.upstream.healthy(url.rstrip("/") + "/health")
+    outside.directory.on_health(engine_id, ok, time.monotonic())
+    outside.gate.stir()
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pdx.router.actions import Begin, DecodeAnswered, DecodeFailed, HandoffBroke, PrefillAnswered, PrefillFailed
+from pdx.router.actions import (
+    Begin,
+    DecodeAnswered,
+    DecodeFailed,
+    HandoffBroke,
+    PrefillAnswered,
+    PrefillFailed,
+    TurnedAway,
+)
 
 State = Literal[
-    "choosing", "prefilling", "both", "seeding", "reseeding", "decoding", "alone", "retrying", "overtaking",
+    "choosing", "queued", "prefilling", "both", "seeding", "reseeding", "decoding", "alone", "retrying", "overtaking",
     "streaming", "ended",
 ]  # fmt: skip
 
@@ -15,7 +23,13 @@ MOVES: dict[tuple[State, str], State] = {
     ("choosing", "pair"): "prefilling",
     ("choosing", "both"): "both",
     ("choosing", "alone"): "alone",
+    ("choosing", "line_up"): "queued",
     ("choosing", "reject"): "ended",
+    ("queued", "line_up"): "queued",
+    ("queued", "pair"): "prefilling",
+    ("queued", "both"): "both",
+    ("queued", "alone"): "alone",
+    ("queued", "reject"): "ended",
     ("prefilling", "seed"): "seeding",
     ("prefilling", "prefilled"): "decoding",
     ("prefilling", "fall_back"): "alone",
@@ -33,6 +47,7 @@ MOVES: dict[tuple[State, str], State] = {
     ("seeding", "reject"): "ended",
     ("seeding", "break"): "ended",
     ("reseeding", "first_byte"): "streaming",
+    ("reseeding", "retry"): "reseeding",
     ("reseeding", "answer"): "ended",
     ("reseeding", "reject"): "ended",
     ("reseeding", "break"): "ended",
@@ -45,6 +60,7 @@ MOVES: dict[tuple[State, str], State] = {
     ("alone", "retry"): "retrying",
     ("alone", "reject"): "ended",
     ("retrying", "first_byte"): "streaming",
+    ("retrying", "retry"): "retrying",
     ("retrying", "answer"): "ended",
     ("retrying", "reject"): "ended",
     ("overtaking", "prefilled"): "streaming",
@@ -53,6 +69,7 @@ MOVES: dict[tuple[State, str], State] = {
     ("overtaking", "break"): "ended",
     ("streaming", "finish"): "ended",
     ("streaming", "break"): "ended",
+    ("queued", "leave"): "ended",
     ("prefilling", "leave"): "ended",
     ("both", "leave"): "ended",
     ("seeding", "leave"): "ended",
@@ -68,7 +85,8 @@ MOVES: dict[tuple[State, str], State] = {
 _PREFILL: frozenset[State] = frozenset({"prefilling", "both", "overtaking"})
 _DECODE: frozenset[State] = frozenset({"both", "seeding", "reseeding", "decoding", "alone", "retrying"})
 HEARD: dict[type, frozenset[State]] = {
-    Begin: frozenset({"choosing"}),
+    Begin: frozenset({"choosing", "queued"}),
+    TurnedAway: frozenset({"queued"}),
     PrefillAnswered: _PREFILL,
     PrefillFailed: _PREFILL,
     HandoffBroke: _PREFILL,

@@ -177,6 +177,12 @@ def test_page_agrees_with_journey_states() -> None:
     assert shown == MOVES
 
 
+def test_page_agrees_with_breaker_states() -> None:
+    from pdx.router.breaker import MOVES
+
+    assert moves_under("Circuit breakers") == MOVES
+
+
 def test_page_agrees_with_tier_states() -> None:
     from pdx.tiers import health, ledger
 

@@ -16,6 +16,7 @@ from pdx.wire import Budgets
 BUDGETS = Budgets(grant_s=3.0, slab_s=3.0, total_s=12.0, claim_s=1.0)
 TIGHT = Budgets(grant_s=0.05, slab_s=0.03, total_s=0.08, claim_s=0.02)  # of a storm: most handoffs miss them
 PREFILL_TIMEOUT_S = 8.0
+IN_FLIGHT_MAX = 4  # at one engine: some requests have to wait in the router
 DEADLINE_S = 25.0
 GRACE_S = 0.1  # the router acts on a deadline in no time, unless it is stopped
 LEAVE_CHANCE = 0.04
@@ -76,7 +77,14 @@ class Client:
         extra: dict[str, Any] = {"presence_penalty": 0.5} if chance.random() < 0.35 else {}  # can't be seeded
         way: Literal["auto", "after"] = "after" if chance.random() < 0.2 else "auto"
         budgets = TIGHT if world.now < clients.storm_until else BUDGETS
-        settings = Settings(cluster_key=KEY, budgets=budgets, prefill_timeout_s=PREFILL_TIMEOUT_S, journey=way)
+        settings = Settings(
+            cluster_key=KEY,
+            budgets=budgets,
+            prefill_timeout_s=PREFILL_TIMEOUT_S,
+            journey=way,
+            max_in_flight_prefill=IN_FLIGHT_MAX,
+            max_in_flight_decode=IN_FLIGHT_MAX,
+        )
         request = request_of(self.tokens, model=MODEL, wanted=self.wanted, stream=self.stream, extra=extra)
         self.conductor: Conductor | None = None
         self.conductor = clients.router.serve(request, settings, DEADLINE_S, self)

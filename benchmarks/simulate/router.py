@@ -6,7 +6,8 @@ Plays what router.conductor and router.directory do. Its picture of the fleet is
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -30,20 +31,27 @@ from pdx.router.actions import (
     EndHandoff,
     Event,
     HandoffBroke,
+    LineUp,
     PassOn,
     PrefillAnswered,
     PrefillFailed,
     StreamFinished,
+    TurnedAway,
     Write,
 )
+from pdx.router.admission import Admission, TurnAway, Wish, Word
 from pdx.router.journey import Journey, Request, Settings
 from pdx.router.policy import Candidate, Pair
+from pdx.router.retries import RetryBudget
 from pdx.router.seed import Continuation
 from pdx.wire import CancelHandoff, DaemonRef, EngineInfo, HandoffFailed
 
 CONTROL_S = 0.0005
 SILENT_S = 0.3  # until a dead daemon is noticed
 UNREACHABLE_S = 0.5  # for so long an engine that broke a call is not asked again
+QUEUE_SIZE = 4
+QUEUE_TIMEOUT_S = 2.0
+TICK_S = 0.02
 
 
 class SimulatedRouter(Process):
@@ -61,6 +69,13 @@ class SimulatedRouter(Process):
         self._links = {name: Link(world, self, self._hear, delay_s=CONTROL_S) for name in hosts}
         for host in hosts.values():
             host.to_router = self._told
+        self._empty()
+
+    def _empty(self) -> None:
+        self.line = Admission(queue_size=QUEUE_SIZE, queue_timeout_s=QUEUE_TIMEOUT_S)
+        self.budget = RetryBudget()
+        self._in_line: dict[int, Conductor] = {}
+        self._ticks = False
 
     # --- from daemons -----------------------------------------------------------------------------------------
 
@@ -86,9 +101,9 @@ class SimulatedRouter(Process):
             self._known[name] = (daemon, known[1], False)
 
     def snapshot(self) -> tuple[Candidate, ...]:
-        now = self.world.now
+        now, flight = self.world.now, self._in_flight()
         return tuple(
-            Candidate(info=info, daemon=daemon, pairable=answers)
+            Candidate(info=info, daemon=daemon, pairable=answers, in_flight=flight[info.engine_id])
             for daemon, infos, answers in self._known.values()
             for info in infos
             if self._unreachable.get(info.engine_id, 0.0) <= now
@@ -98,17 +113,62 @@ class SimulatedRouter(Process):
 
     def serve(self, request: Request, settings: Settings, deadline_s: float, client: Any) -> Conductor:
         self._turn += 1
-        conductor = Conductor(self, next(self._numbers), Journey(request, settings), client)
+        self.budget.on_request()
+        conductor = Conductor(self, next(self._numbers), Journey(request, settings, self.budget), client)
         self.conductors[conductor.number] = conductor
-        begin = Begin(
+        self.later(deadline_s, conductor.deadline)
+        conductor.on(self.begin(self.line.needs))
+        return conductor
+
+    def begin(self, behind: frozenset[str] = frozenset()) -> Begin:
+        return Begin(
             snapshot=self.snapshot(),
+            behind=behind,
             turn=self._turn,
             handoff_id=self.world.chance.randbytes(16),
             now_unix_s=self.world.now,
         )
-        self.later(deadline_s, conductor.deadline)
-        conductor.on(begin)
-        return conductor
+
+    def _in_flight(self) -> Tally[str]:
+        return Tally(engine_id for conductor in self.conductors.values() for engine_id in conductor.calls())
+
+    # --- the line ---------------------------------------------------------------------------------------------
+
+    def line_up(self, conductor: Conductor, need: str) -> None:
+        if conductor.place is not None:
+            self._say(self.line.stays(conductor.place))
+            return
+        conductor.place, words = self.line.arrive(need, Wish(), self.world.now)
+        self._in_line[conductor.place] = conductor
+        self.world.counts["requests that had to wait"] += 1
+        self._say(words)
+        if not self._ticks:
+            self._ticks = True
+            self.later(TICK_S, self._tick)
+
+    def leave_line(self, conductor: Conductor, *, went: bool) -> None:
+        place, conductor.place = conductor.place, None
+        if place is not None:
+            del self._in_line[place]
+            self._say(self.line.went(place, self.world.now) if went else self.line.left(place))
+
+    def _tick(self) -> None:
+        self._say([*self.line.expire(self.world.now), *self.line.stir()])
+        self.line.check_integrity()
+        self._ticks = len(self.line) > 0
+        if self._ticks:
+            self.later(TICK_S, self._tick)
+
+    def _say(self, words: Iterable[Word]) -> None:
+        for word in words:
+            self.later(0.0, self._heard, word)
+
+    def _heard(self, word: Word) -> None:
+        conductor = self._in_line.get(word.number)
+        if conductor is not None and isinstance(word, TurnAway):
+            conductor.on(TurnedAway(why=word.why, retry_after_s=1))
+        elif conductor is not None:
+            conductor.on(self.begin())
 
     def call(self, engine: Candidate, body: bytes, tell: Callable[[Call, str, Any], None]) -> Call:
         call = Call(self, tell, next(self._numbers))
@@ -154,6 +214,7 @@ class SimulatedRouter(Process):
         self.be_born()
         self._known.clear()
         self._unreachable.clear()
+        self._empty()
         for host in self._hosts.values():
             host.announce()
 
@@ -165,6 +226,7 @@ class Conductor:
         self.number = number
         self.journey = journey
         self.client = client
+        self.place: int | None = None  # in the line
         self._router = router
         self._prefill: tuple[Candidate, Call] | None = None
         self._decode: tuple[Candidate, Call] | None = None
@@ -176,11 +238,17 @@ class Conductor:
         before = self.journey.state
         actions = self.journey.on(event)
         self._router.world.note("router", f"{self.number}: {before}, {type(event).__name__}: {self.journey!r}")
+        if self.journey.state != "queued":
+            self._router.leave_line(self, went=self.journey.state != "ended")
         for action in actions:
             self._perform(action)
         if self.journey.state == "ended":
             self.hang_up()
             self._router.conductors.pop(self.number, None)
+
+    def calls(self) -> list[str]:
+        """The engines that this journey has asked and not heard to the end."""
+        return [call[0].engine_id for call in (self._prefill, self._decode) if call is not None]
 
     def deadline(self) -> None:
         if self.journey.state != "ended":
@@ -219,7 +287,7 @@ class Conductor:
         if kind == "broke":
             self._decode = None
             self._router.unreachable(engine.engine_id)
-            self.on(DecodeFailed("broke"))
+            self.on(DecodeFailed("broke", self._router.snapshot()))
         elif kind == "answer":
             self._decode = None
             self.on(DecodeAnswered(200, body))
@@ -238,6 +306,8 @@ class Conductor:
 
     def _perform(self, action: Action) -> None:
         match action:
+            case LineUp():
+                self._router.line_up(self, action.need)
             case CallPrefill():
                 call = self._router.call(action.engine, action.body, self._prefill_said)
                 self._prefill = (action.engine, call)

@@ -18,6 +18,7 @@ from pdx.curve import lock
 from pdx.handoff.handle import verify
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.router.journey import Settings
+from pdx.router.outside import Outside
 from pdx.router.service import Options, Published, running
 from pdx.wire import TO_DAEMON, Announce, CancelHandoff, DaemonRef, EngineInfo, EngineLoad, Role, decoder_of, encode
 
@@ -250,8 +251,11 @@ class FakeDaemon:
 class Fleet:
     """A running router with engines, and a client."""
 
-    def __init__(self, published: Published, client: aiohttp.ClientSession, daemons: list[FakeDaemon]) -> None:
+    def __init__(
+        self, published: Published, client: aiohttp.ClientSession, daemons: list[FakeDaemon], outside: Outside
+    ) -> None:
         self.published = published
+        self.outside = outside
         self.client = client
         self.daemons = daemons
 
@@ -284,11 +288,13 @@ class Fleet:
 @asynccontextmanager
 async def fleet(*engines: FakeEngine, hosts: int = 1, **changed: Any) -> AsyncIterator[Fleet]:
     """Engines spread over `hosts` daemons, announced to a router and ready; `changed` are Options and Settings."""
-    names = ("policy", "journey", "prefill_timeout_s", "max_waiting")
+    names = ("policy", "journey", "prefill_timeout_s", "max_waiting", "max_in_flight_prefill", "max_in_flight_decode",
+             "retries")  # fmt: skip
     settings = {"journey": "after"} | {name: changed.pop(name) for name in names if name in changed}
     options = Options(settings=Settings(cluster_key=KEY, **settings), port=0, control="tcp://127.0.0.1:0", **changed)
     async with AsyncExitStack() as stack:
-        published, _ = await stack.enter_async_context(running(options))
+        router = await stack.enter_async_context(running(options))
+        published = router.published
         client = await stack.enter_async_context(aiohttp.ClientSession())
         for engine in engines:
             await engine.start()
@@ -296,7 +302,7 @@ async def fleet(*engines: FakeEngine, hosts: int = 1, **changed: Any) -> AsyncIt
         daemons = [FakeDaemon(daemon_ref(f"d{n}"), list(engines[n::hosts])) for n in range(hosts)]
         for daemon in daemons:
             await stack.enter_async_context(daemon.announcing(published.control))
-        running_fleet = Fleet(published, client, daemons)
+        running_fleet = Fleet(published, client, daemons, router.outside)
         await running_fleet.seen(len(engines))
         yield running_fleet
 

@@ -9,12 +9,35 @@ from typing import Any
 
 import msgspec
 import pytest
-from engine_fakes import KEY, daemon_ref, engine_info, verified
+from engine_fakes import engine_info, verified
+from journeys import (
+    BODY,
+    BUSY_D,
+    BUSY_P,
+    CHAT_IDS,
+    D0,
+    D1,
+    D2,
+    D3,
+    ID,
+    NOW_UNIX_S,
+    P0,
+    PREFILLED,
+    REST,
+    SEED,
+    STREAMED,
+    UNSEEDABLE,
+    UNSENT,
+    begin,
+    candidate,
+    journey,
+    kinds,
+    through,
+)
 
 from pdx.errors import IllegalTransition
 from pdx.router.actions import (
     Answer,
-    Begin,
     CallDecode,
     CallPrefill,
     ClientGone,
@@ -31,61 +54,12 @@ from pdx.router.actions import (
     PrefillFailed,
     ShowCached,
     StreamFinished,
+    TurnedAway,
     Write,
 )
-from pdx.router.journey import Journey, JourneyName, Request, Settings
-from pdx.router.policy import Candidate, Snapshot
+from pdx.router.journey import Journey, JourneyName
+from pdx.router.policy import Snapshot
 from pdx.router.states import MOVES
-from pdx.wire import Budgets, Role
-
-BODY: dict[str, Any] = {"model": "smol", "prompt": "x"}
-SENT = b'"kv_transfer_params":{"pdx":{"handoff":"00","pages":1}}'
-IDS = b'{"choices":[{"prompt_token_ids":[1,2,3]}],"usage":{"prompt_tokens_details":{"cached_tokens":2}},%b}' % SENT
-CHAT_IDS = b'{"choices":[{"message":{}}],"prompt_token_ids":[1,2,3],%b}' % SENT
-ID = bytes(range(16))
-NOW_UNIX_S = 1_000_000.0
-
-
-def candidate(engine_id: str, role: Role) -> Candidate:
-    return Candidate(info=engine_info(engine_id, role), daemon=daemon_ref(f"host-{engine_id}"))
-
-
-SEED = PrefillAnswered(
-    200,
-    b'{"id":"cmpl-r","created":5,"model":"smol","choices":[{"text":" a","finish_reason":"length","token_ids":[7],'
-    b'"prompt_token_ids":[1,2,3]}],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4,'
-    b'"prompt_tokens_details":{"cached_tokens":2}},%b}' % SENT,
-)
-UNSENT = PrefillAnswered(200, SEED.body.replace(b"pdx", b"nothing"))
-REST = b'{"created":6,"choices":[{"text":" b"}],"usage":{"prompt_tokens":4,"completion_tokens":1,"total_tokens":5}}'
-STREAMED = {**BODY, "stream": True}
-UNSEEDABLE = {**BODY, "presence_penalty": 1}
-P0, D0, D1 = candidate("p0", "prefill"), candidate("d0", "decode"), candidate("d1", "decode")
-
-
-def begin(*engines: Candidate) -> Begin:
-    return Begin(snapshot=tuple(engines), turn=0, handoff_id=ID, now_unix_s=NOW_UNIX_S)
-
-
-def journey(body: dict[str, Any] = BODY, path: str = "/v1/completions", *, wish: JourneyName = "after") -> Journey:
-    settings = Settings(cluster_key=KEY, journey=wish, budgets=Budgets(total_s=33.0))
-    request = Request(path=path, model="smol", body=body, raw=json.dumps(body).encode())
-    return Journey(request, settings)
-
-
-def through(machine: Journey, *events: Event) -> list[Any]:
-    """The actions of the last event."""
-    actions: list[Any] = []
-    for event in events:
-        actions = machine.on(event)
-    return actions
-
-
-def kinds(actions: list[Any]) -> list[type]:
-    return [type(action) for action in actions]
-
-
-PREFILLED = PrefillAnswered(200, IDS)
 
 
 def test_a_pair_serves() -> None:
@@ -355,14 +329,6 @@ def test_decode_fails_beside_prefill() -> None:
     assert kinds(actions) == [DropPrefill, EndHandoff, Answer]
 
 
-def test_a_full_line() -> None:
-    busy_p, busy_d = msgspec.structs.replace(P0, in_line=32), msgspec.structs.replace(D0, waiting=32)
-    for body, engines in ((BODY, (busy_p, D0)), (BODY, (P0, busy_d)), ({**BODY, "n": 2}, (P0, busy_d))):
-        machine = journey(body)
-        (answer,) = machine.on(begin(*engines))
-        assert (answer.status, answer.retry_after_s, machine.reason) == (429, 1, "no_room")
-
-
 # --- endings --------------------------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[Journey, list[Event]]] = {
@@ -413,9 +379,9 @@ def test_chance() -> None:
         PREFILLED, SEED, PrefillAnswered(400, b""), PrefillAnswered(500, b""), PrefillFailed("timeout"),
         HandoffBroke("peer lost"), DecodeFailed("broken"), StreamFinished(), DecodeAnswered(200, REST),
         DecodeAnswered(200, b"", streaming=True), DecodeAnswered(404, b""), DecodeAnswered(503, b""),
-        DeadlinePassed(), ClientGone(),
+        DeadlinePassed(), ClientGone(), TurnedAway(why="queue_full", retry_after_s=1), begin(P0, D0),
     ]  # fmt: skip
-    fleets: list[Snapshot] = [(P0, D0), (P0, D0, D1), (D0,), (P0,), ()]
+    fleets: list[Snapshot] = [(P0, D0), (P0, D0, D1), (P0, D0, D1, D2, D3), (D0,), (P0,), (BUSY_P, BUSY_D), ()]
     wishes: list[JourneyName] = ["auto", "paired", "after"]
     seen = set()
     states = set()
@@ -431,7 +397,7 @@ def test_chance() -> None:
             states.add(machine.state)
         calls = [a for a in actions if isinstance(a, CallDecode)]
         assert machine.state == "ended"
-        assert len(calls) <= 3
+        assert len(calls) <= 4
         assert sum(isinstance(a, Answer | CloseStream) for a in actions) <= 1
         assert sum(isinstance(a, EndHandoff) for a in actions) <= 1
         paired = any(isinstance(a, CallPrefill) for a in actions)

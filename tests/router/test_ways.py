@@ -394,7 +394,7 @@ async def test_deadline(journey: str) -> None:
 async def test_a_full_line_turns_away() -> None:
     p, d = pair()
     p.fault = "hang"
-    async with fleet(p, d, journey="auto", max_waiting=2) as router:
+    async with fleet(p, d, journey="auto", max_waiting=2, queue_size=0) as router:
         asked = [asyncio.create_task(router.ask(SEEDED)) for _ in range(2)]
         await until(lambda: len(p.requests) == 2, "the line is full")
         status, answer, headers = await router.ask(SEEDED)

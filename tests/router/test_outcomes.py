@@ -1,0 +1,208 @@
+"""Back-pressure and failures over real sockets: who waits, who is turned away, who is spared, what is repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from engine_fakes import FakeEngine, Fleet, fleet, until, verified, within
+
+from pdx.router.breaker import BreakerSettings
+from pdx.router.service import drain
+from pdx.wire import HandoffFailed, encode
+
+PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
+HASTY = BreakerSettings(failure_threshold=2, success_threshold=1, timeout_s=0.2)
+
+
+def pair() -> tuple[FakeEngine, FakeEngine]:
+    return FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
+
+
+async def waiting(router: Fleet, count: int) -> None:
+    await until(lambda: len(router.outside.gate.queue) == count, f"{count} wait")
+
+
+@within(20)
+async def test_requests_wait_while_engines_are_full_and_go_on_when_they_are_not() -> None:
+    p, d = pair()
+    d.fault = "hang"
+    async with fleet(p, d, max_in_flight_decode=2, max_in_flight_prefill=1) as router:
+        asked = [asyncio.create_task(router.ask(PROMPT)) for _ in range(6)]
+        await until(lambda: len(d.requests) == 2, "decode is full")
+        await waiting(router, 4)
+        d.fault = ""
+        for task in asked[:2]:
+            task.cancel()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [answer[0] for answer in answers if not isinstance(answer, BaseException)] == [200] * 4
+        assert len(router.outside.gate.queue) == 0
+        assert await router.metric("pdx_router_queue_seconds_count") == 5
+        router.outside.gate.queue.check_integrity()
+
+
+@within(20)
+async def test_a_full_queue_and_one_that_does_not_move() -> None:
+    p, d = pair()
+    d.fault = "hang"
+    async with fleet(p, d, max_in_flight_decode=1, queue_size=1, queue_timeout_s=5.0) as router:
+        first = asyncio.create_task(router.ask(PROMPT))
+        await until(lambda: len(d.requests) == 1, "decode is full")
+        second = asyncio.create_task(router.ask(PROMPT, headers={"x-pdx-ttl-secs": "0.2"}))
+        await waiting(router, 1)
+        status, answer, headers = await router.ask(PROMPT)
+        assert (status, answer["error"]["type"]) == (429, "RateLimitError")
+        assert int(headers["Retry-After"]) >= 1
+        status, answer, headers = await second
+        assert (status, answer["error"]["code"], headers["x-pdx-reason"]) == (504, 504, "queue_timeout")
+        status, answer, _ = await router.ask(PROMPT, headers={"x-pdx-priority": "high"})
+        assert (status, "x-pdx-priority" in answer["error"]["message"]) == (400, True)
+        first.cancel()
+        await until(lambda: router.outside.under_way == 0, "the client's leaving is noticed")
+        assert not router.outside.in_flight
+        assert not router.outside.in_line
+
+
+@within(20)
+async def test_the_urgent_go_first_and_tenants_take_turns() -> None:
+    p, d = pair()
+    d.fault = "hang"
+    async with fleet(p, d, max_in_flight_decode=1) as router:
+        blocker = asyncio.create_task(router.ask(PROMPT))
+        await until(lambda: len(d.requests) == 1, "decode is full")
+        tasks = []
+        asks = [("a1", "a", 0), ("a2", "a", 0), ("b1", "b", 0), ("urgent", "a", -1)]
+        for place, (name, tenant, priority) in enumerate(asks):
+            headers = {"Authorization": tenant, "x-pdx-priority": str(priority), "X-Request-Id": name}
+            tasks.append(asyncio.create_task(router.ask(PROMPT, headers=headers)))
+            await waiting(router, place + 1)
+        d.fault = ""
+        blocker.cancel()
+        assert [answer[0] for answer in await asyncio.gather(*tasks)] == [200] * 4
+        assert [headers["X-Request-Id"] for headers in d.headers[1:]] == ["urgent", "a1", "b1", "a2"]
+
+
+@within(20)
+async def test_a_client_that_leaves_the_line_is_gone_from_it() -> None:
+    p, d = pair()
+    d.fault = "hang"
+    async with fleet(p, d, max_in_flight_decode=1) as router:
+        first = asyncio.create_task(router.ask(PROMPT))
+        await until(lambda: len(d.requests) == 1, "decode is full")
+        second = asyncio.create_task(router.ask(PROMPT))
+        await waiting(router, 1)
+        second.cancel()
+        await waiting(router, 0)
+        first.cancel()
+        await until(lambda: router.outside.under_way == 0, "all have left")
+        assert len(p.requests) == 1
+
+
+@within(20)
+async def test_a_request_is_repeated_until_an_engine_answers() -> None:
+    bad = [FakeEngine(f"d{n}", "decode") for n in range(2)]
+    good = FakeEngine("d2", "decode")
+    for engine, fault in zip(bad, ("500", "reset"), strict=True):
+        engine.fault = fault
+    async with fleet(*bad, good, retries=2) as router:
+        for _ in range(3):
+            status, answer, _ = await router.ask(PROMPT)
+            assert (status, answer["choices"][0]["text"]) == (200, "by d2")
+        assert await router.metric("pdx_router_retries_total") >= 2
+        good.fault = "500"
+        status, answer, _ = await router.ask(PROMPT)
+        assert (status, answer["error"]["code"]) == (502, 502)
+
+
+@within(20)
+async def test_an_engine_that_keeps_failing_is_not_asked_and_then_once() -> None:
+    bad, good = FakeEngine("d0", "decode"), FakeEngine("d1", "decode")
+    bad.fault = "500"
+    async with fleet(bad, good, breaker=HASTY) as router:
+        answers = [await router.ask(PROMPT) for _ in range(8)]
+        assert {answer[0] for answer in answers} == {200}
+        assert len(bad.requests) == 2
+        bad.fault = ""
+        async with asyncio.timeout(10):
+            while len(bad.requests) < 4:  # the probe, and then its share
+                assert (await router.ask(PROMPT))[0] == 200
+
+
+@within(20)
+async def test_all_engines_are_spared() -> None:
+    engine = FakeEngine("d0", "decode")
+    engine.fault = "500"
+    async with fleet(engine, breaker=BreakerSettings(failure_threshold=2, timeout_s=30.0)) as router:
+        for expected in (502, 502, 503):
+            status, _, headers = await router.ask(PROMPT)
+            assert status == expected
+        assert 28 <= int(headers["Retry-After"]) <= 30
+        async with router.get("/readyz") as reply:
+            page = await reply.json()
+        assert reply.status == 503
+        assert "engine d0 keeps failing: its breaker is open" in page["reasons"]
+
+
+@within(20)
+async def test_an_engine_that_breaks_its_streams_is_spared_too() -> None:
+    engine = FakeEngine("d0", "decode")
+    engine.fault = "break"
+    async with fleet(engine, breaker=HASTY) as router:
+        for _ in range(2):
+            async with router.post("/v1/completions", {**PROMPT, "stream": True}) as reply:
+                assert b"event: error" in await reply.read()
+        assert (await router.ask(PROMPT))[0] == 503
+
+
+@within(20)
+async def test_daemons_that_can_not_hand_over_are_not_paired() -> None:
+    p, d = pair()
+    p.fault = "hang"
+    async with fleet(p, d, hosts=2) as router:
+        for _ in range(3):
+            known = len(p.requests)
+            asked = asyncio.create_task(router.ask(PROMPT))
+            await until(lambda known=known: len(p.requests) > known, "prefill was asked")
+            handoff_id = verified(p.requests[-1], time.time()).handoff_id
+            failed = HandoffFailed(handoff_id=handoff_id, attempt=0, reason="lane broke")
+            await router.daemons[0].socket.send(encode(failed))
+            assert (await asked)[0] == 200
+            for breaker in router.outside.standing._pairs.values():
+                breaker._failed_at -= 10  # as if they had not come at one moment
+        status, _, headers = await router.ask(PROMPT)
+        assert (status, headers["x-pdx-reason"]) == (200, "no_pair")
+        async with router.get("/readyz") as reply:
+            assert "handoffs from daemon d0 to d1 keep failing" in (await reply.json())["reasons"]
+
+
+@within(20)
+async def test_a_draining_router_ends_what_it_has_and_takes_no_more() -> None:
+    p, d = pair()
+    d.fault = "stall"
+    async with fleet(p, d, max_in_flight_decode=1) as router:
+        async with router.post("/v1/completions", {**PROMPT, "stream": True}) as stream:
+            assert await stream.content.readuntil(b"\n\n")
+            waits = asyncio.create_task(router.ask(PROMPT))
+            await waiting(router, 1)
+            draining = asyncio.create_task(drain(router.outside, 10.0))
+            status, _, headers = await waits
+            assert (status, headers["Retry-After"]) == (503, "1")
+            status, _, headers = await router.ask(PROMPT)
+            assert (status, headers["Retry-After"]) == (503, "1")
+            async with router.get("/readyz") as reply:
+                assert (reply.status, (await reply.json())["reasons"]) == (503, ["this router is draining"])
+            assert not draining.done()
+        await draining  # its last client has left
+        assert router.outside.under_way == 0
+
+
+@within(20)
+async def test_draining_has_an_end() -> None:
+    p, d = pair()
+    d.fault = "hang"
+    async with fleet(p, d) as router:
+        asked = asyncio.create_task(router.ask(PROMPT))
+        await until(lambda: len(d.requests) == 1, "decode was asked")
+        await drain(router.outside, 0.05)
+        assert router.outside.under_way == 1
+        asked.cancel()
