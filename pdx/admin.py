@@ -69,6 +69,29 @@ class ClearRequest(Prompt, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
+class DrainRequest(Shape, frozen=True, kw_only=True):
+    """Ask this engine nothing new, or (undrain) ask it again; without a name: the whole router. Answered by Drained."""
+
+    engine_id: Annotated[str, Meta(max_length=256)] = ""
+
+
+class DrainedEngine(Shape, frozen=True, kw_only=True):
+    engine_id: str
+    in_flight: int  # calls of this router that are still under way there
+
+
+class Drained(Shape, frozen=True, kw_only=True):
+    """What one router has been told to spare. Nothing of it is known to other routers, nor survives this one."""
+
+    router: bool
+    under_way: int  # requests of clients, those that wait for an engine among them
+    engines: list[DrainedEngine]
+
+    def left(self, engine_id: str) -> int:
+        """What has still to end; without a name: in the whole router."""
+        return sum(e.in_flight for e in self.engines if e.engine_id == engine_id) if engine_id else self.under_way
+
+
 class DaemonReport(Shape, frozen=True, kw_only=True):
     """One daemon's answer: results, one for each kind of blocks that it has of the model, or numbers, or an error."""
 

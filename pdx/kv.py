@@ -114,7 +114,7 @@ class LocalKv:
         tokens = prompt.tokens
         if tokens is None:
             url, body = admin.tokenizer(infos), admin.tokenize_body(prompt, infos[0].content.model)
-            tokens = admin.tokens_in(_post(url, body))
+            tokens = admin.tokens_in(post(url, body))
         return BlockNames(tokens, prompt.cache_salt or "")
 
     def _steered(
@@ -155,11 +155,11 @@ class RouterKv:
 
     def _ask(self, verb: str, request: msgspec.Struct | None) -> Report:
         body = None if request is None else msgspec.json.encode(request)
-        answer = _post(f"{self._url}/admin/kv/{verb}", body, self._headers)
+        answer = post(f"{self._url}/admin/kv/{verb}", body, self._headers)
         return admin.parsed(answer, Report, what=f"{self._url} gave no report")
 
 
-def _post(url: str, body: bytes | None, headers: dict[str, str] | None = None) -> bytes:
+def post(url: str, body: bytes | None, headers: dict[str, str] | None = None) -> bytes:
     """The answer; without a body it is got. Raises Refused with the reason that an error answer gives, DaemonGone."""
     if not url.startswith(("http://", "https://")):
         raise Refused(f"{url} is not an http url")

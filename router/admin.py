@@ -2,6 +2,7 @@
 
     POST /admin/kv/lookup, pin, unpin, clear    bodies and reports: pdx.admin; 207 where some daemon did not answer
     GET  /admin/kv/stats, health, check
+    …    /admin/drain, /admin/undrain           see drains
 
 A port of its own, because it is for operators: off loopback it wants a token made from the cluster key. On loopback it
 needs none, and takes nothing that a web page could send there: only JSON, only to a loopback name.
@@ -23,6 +24,7 @@ from pdx.admin import BlockNames, ClearRequest, ForPrompt, LookupRequest, PinReq
 from pdx.config import is_loopback
 from pdx.errors import Refused
 from pdx.router.daemons import Daemons
+from pdx.router.drains import Drains
 from pdx.router.replies import error_body
 from pdx.router.upstream import Upstream, UpstreamError
 from pdx.verbs import SpaceInfo
@@ -38,9 +40,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Admin:
     """The routes. `token`: what clients must know; empty: nothing, which is for loopback only."""
 
-    def __init__(self, daemons: Daemons, upstream: Upstream, *, token: str) -> None:
+    def __init__(self, daemons: Daemons, upstream: Upstream, drains: Drains, *, token: str) -> None:
         self._daemons = daemons
         self._upstream = upstream
+        self._drains = drains
         self._token = token
 
     def app(self) -> web.Application:
@@ -50,6 +53,7 @@ class Admin:
         app.router.add_post("/admin/kv/unpin", self._unpin)
         app.router.add_post("/admin/kv/clear", self._clear)
         app.router.add_get(f"/admin/kv/{{question:{'|'.join(QUESTIONS)}}}", self._question)
+        app.router.add_routes(self._drains.routes())
         return app
 
     async def _lookup(self, client: web.Request) -> web.StreamResponse:

@@ -20,6 +20,7 @@ from pdx.router.app import HEADER_BYTES_MAX, Front
 from pdx.router.breaker import BreakerSettings
 from pdx.router.daemons import Daemons
 from pdx.router.directory import Directory
+from pdx.router.drains import Drains
 from pdx.router.gate import Gate
 from pdx.router.journey import Settings
 from pdx.router.metrics import Metrics
@@ -143,7 +144,7 @@ async def running(options: Options) -> AsyncIterator[Router]:
         http = await _listen(stack, front.app(), options.host, options.port)
         admin_url = ""
         if options.admin_port is not None:
-            admin = Admin(Daemons(directory, registry), upstream, token=options.admin_token)
+            admin = Admin(Daemons(directory, registry), upstream, Drains(outside), token=options.admin_token)
             admin_url = await _listen(stack, admin.app(), options.admin_host, options.admin_port)
         keeper = asyncio.create_task(_keep(outside))
         stack.push_async_callback(_cancelled, keeper)

@@ -1,0 +1,84 @@
+"""`pdx drain`: takes an engine or a router out of service and says when it is idle. Asks the router's admin port."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from pdx import config
+from pdx.errors import PdxError
+
+if TYPE_CHECKING:
+    from pdx.admin import Drained
+
+LOOK_S = 0.5
+EXAMPLES = """examples:
+  pdx drain --router http://127.0.0.1:8001             what is drained, and what is still under way there
+  pdx drain d0 --router http://127.0.0.1:8001          engine d0 gets nothing new; what it has goes on
+  pdx drain d0 --wait-secs 120 --router …              the same, and return when it is idle: then it can be stopped
+  pdx drain d0 --undo --router …                       it is asked again
+  pdx drain --all --wait-secs 120 --router …           the router answers 503 from now on
+with several routers, tell each of them"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: told, and idle if that was waited for; 1: not idle in time; 2: the router can't be asked, or not that."""
+    options = _parser().parse_args(argv)
+    try:
+        return _drain(options)
+    except PdxError as error:
+        print(f"pdx drain: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pdx drain", description="Takes an engine or a router out of service.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("engine", nargs="?", default="", help="an engine's id, as in /readyz")
+    what.add_argument("--all", action="store_true", help="the router itself")
+    parser.add_argument("--router", metavar="URL", required=True, help="its admin port")
+    parser.add_argument("--key-file", metavar="FILE", help="the cluster key, where the admin port wants it")
+    parser.add_argument("--undo", action="store_true", help="put it into service again")
+    parser.add_argument("--wait-secs", type=float, default=0.0, metavar="S", help="return when it is idle, or by then")
+    return parser
+
+
+def _drain(options: argparse.Namespace) -> int:
+    import msgspec
+
+    from pdx.admin import DrainRequest
+    from pdx.keys import admin_token
+
+    settings = config.load({"key_file": options.key_file})
+    token = admin_token(config.cluster_key(settings)) if settings.key_file else ""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    if not options.engine and not options.all:
+        print(_words(_asked(options.router, "drain", None, headers)))
+        return 0
+    request = msgspec.json.encode(DrainRequest(engine_id=options.engine))
+    report = _asked(options.router, "undrain" if options.undo else "drain", request, headers)
+    ends_at = time.monotonic() + options.wait_secs
+    while not options.undo and report.left(options.engine) and time.monotonic() < ends_at:
+        time.sleep(LOOK_S)
+        report = _asked(options.router, "drain", None, headers)
+    print(_words(report))
+    return 1 if options.wait_secs and not options.undo and report.left(options.engine) else 0
+
+
+def _asked(router: str, verb: str, body: bytes | None, headers: dict[str, str]) -> Drained:
+    from pdx import admin
+    from pdx.kv import post
+
+    url = f"{router.rstrip('/')}/admin/{verb}"
+    return admin.parsed(post(url, body, headers), admin.Drained, what=f"{url} gave no report")
+
+
+def _words(report: Drained) -> str:
+    state = "drains" if report.router else "serves"
+    lines = [f"router {state}, {report.under_way} requests under way"]
+    return "\n".join([*lines, *(f"engine {e.engine_id} is drained, {e.in_flight} under way" for e in report.engines)])
