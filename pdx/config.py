@@ -42,7 +42,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     extent: str = ""  # size of an extent; default: an eighth of the arena, 64 MiB at most
     chunk_tokens: int = 256  # unit of space and transfer
     host: str = "127.0.0.1"  # address that peers reach this host by
-    router: str = ""  # zmq endpoint of the router, e.g. tcp://127.0.0.1:5700
+    router: str = ""  # zmq endpoint of the router, e.g. tcp://127.0.0.1:5700; of several, with commas between
     key_file: str = ""  # cluster key; required off loopback
     linger_s: float = 60.0  # pdxd exits this long after its last client
     lease_s: float = 30.0  # an engine that renews nothing for so long loses its leases (to quarantine)

@@ -98,7 +98,7 @@ class Attach(Message, tag="attach", frozen=True):
     engine: EngineInfo | None = None  # scheduler and worker
     pages: PageLayout | None = None  # worker
     rank: int = 0  # worker: which one of engine.layout.ranks
-    router: str = ""  # where this engine wants to be announced; scheduler
+    router: str = ""  # where this engine wants to be announced, with commas between several; scheduler
 
 
 class Attached(Message, tag="attached", frozen=True):

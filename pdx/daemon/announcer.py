@@ -66,11 +66,11 @@ class Announcer:
         if now < self._due_at:
             return
         self._due_at = now + ANNOUNCE_S
-        complete = [engine for engine in engines if engine.complete and engine.router]
-        for endpoint in {engine.router for engine in complete} - set(self._sockets):
+        complete = [engine for engine in engines if engine.complete]
+        for endpoint in {endpoint for engine in complete for endpoint in engine.routers} - set(self._sockets):
             self._connect(endpoint)
         for endpoint, socket in self._sockets.items():
-            mine = [engine for engine in complete if engine.router == endpoint]
+            mine = [engine for engine in complete if endpoint in engine.routers]
             self._send(socket, mine, reservations_waiting, leaving=False)
             self._complain_if_silent(endpoint, now)
 

@@ -36,7 +36,7 @@ class Engine:
     """One engine of this host, complete when all of its processes are attached."""
 
     info: EngineInfo
-    router: str = ""
+    routers: frozenset[str] = frozenset()  # where it wants to be announced
     pages: PageLayout | None = None
     scheduler: Session | None = None
     workers: dict[int, Session] = field(default_factory=dict)  # by rank
@@ -107,7 +107,8 @@ class Sessions:
             engine.workers[hello.rank], engine.pages = session, hello.pages
             engine.info = told  # only workers have seen the real caches
         else:
-            engine.scheduler, engine.router = session, hello.router
+            engine.scheduler = session
+            engine.routers = frozenset(filter(None, (endpoint.strip() for endpoint in hello.router.split(","))))
         session.engine_id = name
         self.engines[name] = engine
 

@@ -26,6 +26,7 @@ EXAMPLES = """Every flag not listed here goes to vLLM unchanged (see vLLM's own 
 examples:
   pdx serve ./model --kv-role prefill --router tcp://127.0.0.1:5700 --enforce-eager
   pdx serve ./model --kv-role decode --replicas 2 --router tcp://127.0.0.1:5700 --max-model-len 4096
+  pdx serve ./model --kv-role decode --router tcp://10.0.0.1:5700 --router tcp://10.0.0.2:5700
   pdx serve ./model --kv-role both --port 8000 --cpus 0-3"""
 SETTINGS = ("run_dir", "arena", "host", "key_file", "router")
 
@@ -56,6 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parse_cpus(options.cpus)
         except ValueError as error:
             raise ConfigError(f"--cpus: {options.cpus!r} is not a list of cores; write e.g. 0-3,6") from error
+    options.router = ",".join(options.router) if options.router else None
     options.settings = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     config.load(options.settings)  # a wrong size or PDX_* key is told now, in one line, not by every engine
     return options
@@ -126,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-role", required=True, choices=sorted(engine.ROLES), metavar="ROLE",
         help="prefill, decode or both (also kv_producer, kv_consumer, kv_both)")  # fmt: skip
     add("--replicas", type=int, default=1, metavar="N", help="how many servers (default 1)")
-    add("--router", metavar="ENDPOINT", help="the router's control endpoint, e.g. tcp://127.0.0.1:5700")
+    add("--router", action="append", metavar="ENDPOINT",
+        help="a router's control endpoint, e.g. tcp://127.0.0.1:5700; say it again for each of several")  # fmt: skip
     add("--port", type=int, metavar="PORT", help="HTTP port of the first server (default: free ones)")
     add("--name", default="", help="engine name in logs and metrics (default: the role and port)")
     add("--cpus", default="", metavar="CORES", help="pin every process and OpenMP thread, e.g. 0-3")

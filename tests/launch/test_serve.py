@@ -50,6 +50,11 @@ def test_transfer_config() -> None:
     }
 
 
+def test_several_routers() -> None:
+    (spec,) = planned("m", "--kv-role", "decode", "--router", "tcp://a:1", "--router", "tcp://b:2")
+    assert transfer_config(spec)["kv_connector_extra_config"]["router"] == "tcp://a:1,tcp://b:2"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
