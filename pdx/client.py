@@ -87,15 +87,18 @@ class DaemonClient:
                 raise
 
     @classmethod
-    def attach(cls, config: Config, hello: Attach, *, deadline_s: float = 60.0, start: bool = True) -> DaemonClient:
-        """Attaches to the daemon of config.run_path, starting one if none runs and `start` is set.
+    def attach(
+        cls, config: Config, hello: Attach, *, deadline_s: float = 60.0, start: bool = True, again: bool = False
+    ) -> DaemonClient:
+        """Attaches to the daemon of config.run_path, starting one if none runs and `start` is set: as `config` says, or,
+        `again`, as the one was that was killed there (a disk that an operator gave it must be found again).
 
         Raises DaemonGone if none answers in time, ConfigError if one can't be started as configured, Refused if it
         turned this client away (the message says why).
         """
         run_dir = configuration.ensure_run_dir(config.run_path)
         deadline = time.monotonic() + deadline_s
-        connection = _connect(run_dir, config, deadline, start=start)
+        connection = _connect(run_dir, config, deadline, start=start, again=again)
         try:
             connection.settimeout(max(0.1, deadline - time.monotonic()))
             connection.send(encode(hello))
@@ -255,7 +258,9 @@ class Attachment:
         # Both processes of an engine and all engines of a host lose a daemon together: jitter spreads them.
         while not self._stopped_within(backoff_s * random.uniform(0.5, 1.0)):  # noqa: S311
             try:
-                return DaemonClient.attach(self._config, self._hello, deadline_s=REATTACH_DEADLINE_S)
+                return DaemonClient.attach(
+                    self._config, self._hello, deadline_s=REATTACH_DEADLINE_S, again=True
+                )
             except PdxError as error:  # one that speaks another wire version is as good as none
                 log.warning("no pdxd yet: %s", error)
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
@@ -271,7 +276,7 @@ class Attachment:
         return any(descriptor == self._stop_read.fileno() for descriptor, _ in ready)
 
 
-def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool) -> socket.socket:
+def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool, again: bool) -> socket.socket:
     """Connects to the daemon's socket, starting the daemon at most once."""
     started = False
     pause = select.poll()
@@ -289,7 +294,8 @@ def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool) -> 
                     # Nobody is a daemon here, or about to be one.
                     if started:
                         raise ConfigError(f"pdxd could not start: {_last_line(run_dir / LOG_NAME)}")
-                    _start_daemon(run_dir, config, lock)
+                    left = configuration.left_flags(run_dir) if again else None
+                    _start_daemon(run_dir, configuration.flags_of(config) if left is None else left, lock)
                     started = True
         if time.monotonic() > deadline:
             raise DaemonGone(f"no pdxd answers in {run_dir}")
@@ -304,15 +310,10 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _start_daemon(run_dir: Path, config: Config, lock: IO[str]) -> None:
+def _start_daemon(run_dir: Path, flags: list[str], lock: IO[str]) -> None:
     """Starts a daemon that is no child of ours and inherits the lock, so that nobody else starts one meanwhile."""
-    defaults = Config()
-    flags = [f"--run-dir={run_dir}", f"--lock-fd={lock.fileno()}"]
-    for name in configuration.FLAGS:
-        value = getattr(config, name)
-        if name != "run_dir" and value != getattr(defaults, name):
-            flags.append(f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}")
-    command = [sys.executable, "-m", "pdx.daemon.main", *flags]
+    place = [f"--run-dir={run_dir}", f"--lock-fd={lock.fileno()}"]
+    command = [sys.executable, "-m", "pdx.daemon.main", *place, *flags]
     with (run_dir / LOG_NAME).open("ab") as log_file:
         try:
             subprocess.run(

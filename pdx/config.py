@@ -27,6 +27,7 @@ LOOKUP_S = 0.02  # pdxd answers in some 0.2 ms
 # Names in the run directory on which a daemon and its clients must agree.
 SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
+FLAGS_NAME = "pdxd.flags"  # of the daemon that runs, or was killed: whoever misses it starts it anew as it was
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
 Offload = Literal["off", "prompts", "all"]
 DiskWrite = Literal["through", "back"]
@@ -164,6 +165,25 @@ def load(
         return msgspec.convert(merged, Config, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"configuration: {error}") from error
+
+
+def flags_of(config: Config) -> list[str]:
+    """The command line that gives a pdxd these settings, but for its run directory. (The environment goes beside it.)"""
+    defaults = Config()
+    values = {name: getattr(config, name) for name in FLAGS if name != "run_dir"}
+    return [
+        f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in values.items()
+        if value != getattr(defaults, name)
+    ]
+
+
+def left_flags(run_dir: Path) -> list[str] | None:
+    """Those of a pdxd that was killed in this run directory; None if none was."""
+    try:
+        return msgspec.json.decode((run_dir / FLAGS_NAME).read_bytes(), type=list[str])
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def shown(config: Config) -> str:

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -76,7 +77,9 @@ class Rig:
             tool.close()
         for part in reversed(self.parts):
             part.stop()
-        # Engines that lost their daemon have started another, detached; it lingers out.
+        for pid in self._strays():  # engines that lost their daemon have started another, detached
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not self._strays(), ANSWER_S, "daemons that engines started are gone")
 
     def _strays(self) -> list[int]:

@@ -1,7 +1,7 @@
 """A daemon and an engine are killed while clients ask about documents: hits go on, and no request fails.
 
-Two engines on one host behind a router, one pdxd with a disk. The daemon dies with all of its memory and is started
-anew: what it had written is found on the disk. Then an engine dies in the midst of requests and is started anew.
+Two engines on one host behind a router, one pdxd with a disk. The daemon dies with all of its memory, and the engines
+start it anew: what it had written is found on the disk. Then an engine dies in the midst of requests and is started anew.
 Nobody streams, so that the router may give a request to the other engine.
 """
 
@@ -30,9 +30,8 @@ ENGINES = {"E0": PREFILL_CPUS, "E1": DECODE_CPUS}
 
 def measure(scratch: Scratch, disk: Path, report: Report) -> None:
     rig = scratch.rig("restart")
-    settings = {"arena": "512MiB", "linger_s": "600", "disk": str(disk), "disk_cap": "4GiB"}
     rig.start_router(*BUDGETS)
-    daemon = rig.start_daemon("a", **settings)
+    daemon = rig.start_daemon("a", arena="512MiB", linger_s="600", disk=str(disk), disk_cap="4GiB")
     engines = {name: rig.start_engine(name, "both", "a", cpu=cpu) for name, cpu in ENGINES.items()}
     rig.wait_routable(len(engines))
     report.progress("restart: documents are read")
@@ -62,9 +61,7 @@ def measure(scratch: Scratch, disk: Path, report: Report) -> None:
     struck = _struck(rig, numbers, lambda: daemon.signal(signal.SIGKILL))
     report.equal("restart: requests that failed while the daemon died", struck, 0)
     rig.forget(daemon)
-    rig.start_daemon("a", **settings)
-    wait_until(lambda: stats(rig.tool("a"))["engines"], ANSWER_S, "the engines have found the new daemon")
-    rig.wait_routable(len(engines))
+    rig.wait_routable(len(engines))  # which the router hears from the daemon that the engines have started
     part("with a new daemon")
     report.progress("restart: kill -9 of an engine in mid-load")
     struck = _struck(rig, numbers, lambda: engines["E1"].signal(signal.SIGKILL))

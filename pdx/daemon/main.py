@@ -19,7 +19,7 @@ from pdx.errors import ConfigError, PdxError
 if TYPE_CHECKING:
     from pdx.tiers.disk import DiskTier
 
-INFO_NAME = "pdxd.json"
+INFO_NAME = "pdxd.json"  # where this daemon is, for people and tests
 DISK_DRAIN_S = 5.0  # for blocks that are on their way to the disk when the daemon ends
 
 log = logging.getLogger("pdxd")
@@ -99,15 +99,19 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: service.stop())
-            _publish(run_dir, service)
-            log.info("serving: arena %d MiB, control %s, lane %s", settings.arena_bytes >> 20, service.me.control,
+            _write(run_dir / config.FLAGS_NAME, config.flags_of(settings))
+            me = service.me
+            info = {"pid": os.getpid(), "daemon_id": me.daemon_id, "control": me.control, "lanes": me.lanes}
+            _write(run_dir / INFO_NAME, info)
+            log.info("serving: arena %d MiB, control %s, lane %s", settings.arena_bytes >> 20, me.control,
                      lane.endpoint)  # fmt: skip
             service.run()
             service.leave()
             service.flush()
         finally:
             service.close()
-            (run_dir / INFO_NAME).unlink(missing_ok=True)
+            for name in (INFO_NAME, config.FLAGS_NAME):
+                (run_dir / name).unlink(missing_ok=True)
     finally:
         lane.close(drain_s=0.0)
         if tier is not None:
@@ -128,13 +132,11 @@ def _open_disk(settings: config.Config, key: bytes) -> DiskTier | None:
     return tier
 
 
-def _publish(run_dir: Path, service: object) -> None:
-    """pdxd.json: where this daemon is, for people and tests. Written whole or not at all."""
-    me = service.me  # type: ignore[attr-defined]
-    info = {"pid": os.getpid(), "daemon_id": me.daemon_id, "control": me.control, "lanes": me.lanes}
-    temporary = run_dir / f"{INFO_NAME}.{os.getpid()}"
-    temporary.write_text(json.dumps(info))
-    temporary.replace(run_dir / INFO_NAME)
+def _write(path: Path, content: object) -> None:
+    """Written whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

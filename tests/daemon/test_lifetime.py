@@ -210,6 +210,23 @@ def test_an_attachment_survives_the_daemon(settings: Config) -> None:
         attachment.close()
 
 
+def test_a_daemon_that_was_killed_comes_back_as_the_operator_had_started_it(fleet: Fleet, tmp_path: Path) -> None:
+    """Its clients start it anew, and know nothing of its disk."""
+    first = fleet.daemon(disk=str(tmp_path / "disk"), linger_s=0.2)
+    attachment = Attachment(load({"run_dir": str(first.run_dir), "arena": "4MiB"}, environ={}), TOOL)
+    try:
+        client = attachment.client()
+        assert client is not None
+        first.kill()
+        until(lambda: attachment.client() not in (None, client), "attached to the daemon that comes next")
+        fresh = attachment.client()
+        assert fresh is not None
+        assert fresh.ask(Ask(verb="stats")).body["disk"], "the one that it was given"
+    finally:
+        attachment.close()
+    until(lambda: not daemons_in(first.config), "the started daemon lingers out")
+
+
 def test_clients_of_a_dead_daemon_are_not_taken_for_its_successors(fleet: Fleet) -> None:
     """They may outlive it for a while, with session numbers that the next daemon gives out again."""
     first = fleet.daemon()
