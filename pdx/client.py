@@ -90,8 +90,8 @@ class DaemonClient:
     def attach(
         cls, config: Config, hello: Attach, *, deadline_s: float = 60.0, start: bool = True, again: bool = False
     ) -> DaemonClient:
-        """Attaches to the daemon of config.run_path, starting one if none runs and `start` is set: as `config` says, or,
-        `again`, as the one was that was killed there (a disk that an operator gave it must be found again).
+        """Attaches to the daemon of config.run_path, starting one if none runs and `start` is set: as `config` says,
+        or, `again`, as the one was that was killed there (a disk that an operator gave it must be found again).
 
         Raises DaemonGone if none answers in time, ConfigError if one can't be started as configured, Refused if it
         turned this client away (the message says why).
@@ -258,9 +258,7 @@ class Attachment:
         # Both processes of an engine and all engines of a host lose a daemon together: jitter spreads them.
         while not self._stopped_within(backoff_s * random.uniform(0.5, 1.0)):  # noqa: S311
             try:
-                return DaemonClient.attach(
-                    self._config, self._hello, deadline_s=REATTACH_DEADLINE_S, again=True
-                )
+                return DaemonClient.attach(self._config, self._hello, deadline_s=REATTACH_DEADLINE_S, again=True)
             except PdxError as error:  # one that speaks another wire version is as good as none
                 log.warning("no pdxd yet: %s", error)
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)

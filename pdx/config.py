@@ -168,7 +168,7 @@ def load(
 
 
 def flags_of(config: Config) -> list[str]:
-    """The command line that gives a pdxd these settings, but for its run directory. (The environment goes beside it.)"""
+    """The command line that gives a pdxd these settings, but for its run directory. (Not those of PDX_* alone.)"""
     defaults = Config()
     values = {name: getattr(config, name) for name in FLAGS if name != "run_dir"}
     return [

@@ -1,8 +1,8 @@
 """A daemon and an engine are killed while clients ask about documents: hits go on, and no request fails.
 
 Two engines on one host behind a router, one pdxd with a disk. The daemon dies with all of its memory, and the engines
-start it anew: what it had written is found on the disk. Then an engine dies in the midst of requests and is started anew.
-Nobody streams, so that the router may give a request to the other engine.
+start it anew: what it had written is found on the disk. Then an engine dies in the midst of requests, and is started
+again. Nobody streams, so that the router may give a request to the other engine.
 """
 
 from __future__ import annotations
