@@ -1,5 +1,5 @@
 # Every target sets up what it needs first (scripts/setup: a few minutes the first time, nothing after that).
-# ARGS passes flags on: make test ARGS="-k wire -x", make test ARGS="-n 2" (in two processes), make demo ARGS="--help".
+# ARGS passes flags on: make test ARGS="-k wire -x", make test ARGS="-n 0" (in one process), make demo ARGS="--help".
 
 PYTHON_IN_VENV := .venv/bin/python
 .DEFAULT_GOAL := help
@@ -14,8 +14,8 @@ setup:  ## Make .venv and the demo model; every other target does this by itself
 demo: setup  ## Two engines, one conversation: watch KV stream from prefill to decode
 	@$(PYTHON_IN_VENV) -m benchmarks.demo $(ARGS)
 
-test: setup  ## Run all tests
-	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
+test: setup  ## Run all tests, in two processes: one has the real engines
+	@$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
 
 lint: setup  ## Style, types and layers
 	@$(PYTHON_IN_VENV) -m ruff check .

@@ -108,6 +108,7 @@ class Model:
     """Weights; equal seeds give equal models. The engine computes, and keeps its cache, where they are."""
 
     def __init__(self, seed: int = 7, device: str = "cpu") -> None:
+        torch.set_num_threads(1)  # several would wait for each other most of the time, over matrices so small
         generator = torch.Generator().manual_seed(seed)
         self.embedding = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64, generator=generator)
         self.mix = torch.randn(LAYERS, WIDTH, 3 * WIDTH, dtype=torch.float64, generator=generator) / WIDTH**0.5
