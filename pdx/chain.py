@@ -8,6 +8,7 @@ which nobody can tell from tokens: prompts with such are not named here.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -47,7 +48,7 @@ def block_hashes(content: ContentFingerprint, tokens: Sequence[int], *, salt: st
     parent = digest(_text(seed))
     names = []
     for start in range(0, len(tokens) - content.block_tokens + 1, content.block_tokens):
-        block = _array([_head(_UINT, token) for token in tokens[start : start + content.block_tokens]])
+        block = _array(list(map(_token, tokens[start : start + content.block_tokens])))
         parent = digest(_array([_head(_BYTES, len(parent)) + parent, block, extra]))
         names.append(parent)
         extra = _NULL
@@ -60,6 +61,11 @@ def _head(kind: int, value: int) -> bytes:
         return bytes(((kind << 5) | value,))
     size_code, size_bytes = next((code, 1 << n) for n, code in enumerate((24, 25, 26)) if value >> (8 << n) == 0)
     return bytes(((kind << 5) | size_code,)) + value.to_bytes(size_bytes, "big")
+
+
+@functools.lru_cache(maxsize=1 << 18)  # a vocabulary: most of a long prompt's time went into this
+def _token(token: int) -> bytes:
+    return _head(_UINT, token)
 
 
 def _text(text: str) -> bytes:

@@ -8,12 +8,14 @@ tenant, so that nobody finds what is another's. Block hashes are the engine's ow
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import msgspec
 
 NAMESPACE_BYTES = 16
 SPACE_BYTES = 24
 TENANT_BYTES = 16
+SHORT_NAME_BYTES = 8
 
 
 class ContentFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +62,23 @@ def tenant_of(salt: str) -> bytes:
     if not salt:
         return b""
     return hashlib.blake2b(salt.encode(), digest_size=TENANT_BYTES, person=b"pdx-tenant").digest()
+
+
+def block_digests(namespace: bytes, block_hashes: Iterable[bytes]) -> list[bytes]:
+    """16 bytes each: names of blocks where nobody needs to know what of. Whoever has no namespace can't make them."""
+    base = hashlib.blake2b(digest_size=16, person=b"pdx-block-name")
+    base.update(len(namespace).to_bytes(2, "little") + namespace)
+    digests = []
+    for block_hash in block_hashes:
+        digest = base.copy()
+        digest.update(block_hash)
+        digests.append(digest.digest())
+    return digests
+
+
+def short_names(namespace: bytes, block_hashes: Iterable[bytes]) -> list[int]:
+    """As routers know blocks: the first eight bytes of their digests. Two may share one: good for hints only."""
+    return [int.from_bytes(digest[:SHORT_NAME_BYTES], "big") for digest in block_digests(namespace, block_hashes)]
 
 
 def admin_token(cluster_key: bytes) -> str:

@@ -24,7 +24,7 @@ import msgspec
 from pdx.errors import VersionMismatch, WireError
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.layout import PageLayout, Place
-from pdx.verbs import Steer, Tenant
+from pdx.verbs import BlockHash, Space, Steer, Tenant
 
 WIRE_VERSION = 1
 MAGIC = b"PDX"
@@ -218,6 +218,7 @@ class Renew(Message, tag="renew", frozen=True):
     handoff_ids: list[bytes]
     running: int = 0
     waiting: int = 0
+    tokens_per_s: Measured = 0.0  # at which this engine computes prompts; 0: not known yet
 
 
 class WeightEpoch(Message, tag="weight_epoch", frozen=True):
@@ -349,6 +350,14 @@ class Landed(Message, tag="landed", frozen=True):
 class EngineLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     engine_id: str
     waiting: int = 0
+    tokens_per_s: Measured = 0.0  # at which it computes prompts; 0: not measured yet
+
+
+class LinkRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How fast this daemon's puts reach a peer."""
+
+    daemon_id: str
+    bytes_per_s: Measured
 
 
 class Announce(Message, tag="announce", frozen=True):
@@ -357,8 +366,25 @@ class Announce(Message, tag="announce", frozen=True):
     daemon: DaemonRef
     engines: list[EngineInfo]
     loads: list[EngineLoad] = []
+    links: list[LinkRate] = []
     reservations_waiting: int = 0
+    holdings: Count = 0  # messages of that name sent to this router since the last one numbered 0
     leaving: bool = False
+
+
+HOLDINGS_NAMES_MAX = 8192
+ARENA_BIT, DISK_BIT = 1, 2
+
+
+class Holdings(Message, tag="holdings", frozen=True):
+    """Which blocks a daemon keeps, and which it no longer keeps. Numbered from 0, which begins anew: nothing that was
+    told before holds. Who misses a number says RESYNC."""
+
+    daemon_id: str
+    incarnation: int
+    number: Count
+    names: Annotated[bytes, msgspec.Meta(max_length=8 * HOLDINGS_NAMES_MAX)]  # keys.short_names, big-endian
+    tiers: Annotated[bytes, msgspec.Meta(max_length=HOLDINGS_NAMES_MAX)]  # a byte each, of bits; 0: nowhere any more
 
 
 class HandoffFailed(Message, tag="handoff_failed", frozen=True):
@@ -373,6 +399,20 @@ class Welcome(Message, tag="welcome", frozen=True):
     """The router's answer to Announce: proof for the daemon that somebody listens."""
 
     warnings: list[str] = []
+
+
+class Resync(Message, tag="resync", frozen=True):
+    """The router has missed some HOLDINGS, or had none of this daemon: tell all anew."""
+
+
+class Share(Message, tag="share", frozen=True):
+    """These leading blocks of a prompt are worth having at a peer: put those that the arena has into the peer's."""
+
+    to: DaemonRef
+    engine: str  # of the peer, whose blocks they could be
+    space: Space
+    block_hashes: list[BlockHash]
+    tenant: Tenant = b""
 
 
 class CancelHandoff(Message, tag="cancel_handoff", frozen=True):
@@ -408,8 +448,8 @@ ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | Finished | LetGo | Renew
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
 PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
 NOTICE = Landed
-ROUTER = Announce | HandoffFailed | Answer
-TO_DAEMON = Welcome | CancelHandoff | Ask
+ROUTER = Announce | Holdings | HandoffFailed | Answer
+TO_DAEMON = Welcome | Resync | Share | CancelHandoff | Ask
 
 _encoder = msgspec.msgpack.Encoder()
 

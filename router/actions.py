@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from pdx.router.admission import TurnedAwayWhy
-from pdx.router.policy import Candidate, Pair, Snapshot
+from pdx.router.policy import NOTHING_ASKED, Asked, Candidate, Pair, Snapshot
+from pdx.router.prompt import Prompt
 from pdx.router.seed import Seed
 
 # --- events ---------------------------------------------------------------------------------------------------
@@ -20,6 +21,7 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True):
     turn: int  # of this router, counting requests
     handoff_id: bytes  # 16 random bytes
     now_unix_s: float
+    asked: Asked = NOTHING_ASKED
 
 
 class TurnedAway(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +105,7 @@ class CallPrefill(msgspec.Struct, frozen=True, kw_only=True):
     engine: Candidate
     body: bytes
     timeout_s: float
+    prompt: Prompt | None = None  # which it is to compute
 
 
 class CallDecode(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +115,8 @@ class CallDecode(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     cached_tokens: int | None = None  # prefill's number, to be shown in a stream instead of decode's
     seed: Seed | None = None  # the client has this token already, or gets it before decode's
+    waits: bool = False  # its answer waits for prefill's
+    prompt: Prompt | None = None  # which it is to compute
 
 
 class DropPrefill(msgspec.Struct, frozen=True):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,8 @@ from pdx.router.admission import Wish
 from pdx.router.conductor import Conductor
 from pdx.router.journey import Journey, Request, Settings
 from pdx.router.outside import Outside
-from pdx.router.policy import Snapshot, choose_pair, serving
+from pdx.router.policy import Asked, Snapshot, choose_pair, serving
+from pdx.router.prompt import Prompt
 from pdx.router.replies import REFUSALS, error_body
 from pdx.router.servable import CHAT, COMPLETIONS, without_private
 from pdx.router.wishes import wish_of
@@ -35,6 +37,9 @@ HEADER_BYTES_MAX = 16 << 10
 FORBIDDEN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 ROOT_PATHS = ("/tokenize", "/detokenize")  # engines serve these outside /v1
 # What a client says to the engine. Everything else stays here: x-data-parallel-rank steers, cookies are not ours.
+SESSION_HEADER = "x-session-id"
+SESSION_FIELDS = ("prompt_cache_key", "user")
+SESSION_CHARS_MAX = 1024
 PASSED_HEADERS = ("Authorization", "Content-Type", "traceparent", "tracestate", "x-session-id")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -90,6 +95,8 @@ class Front:
             headers.setdefault("Content-Type", "application/json")
             headers["X-Request-Id"] = _request_id(client)
             self._outside.retry_budget.on_request()
+            session = client.headers.get(SESSION_HEADER, "") or session_of(request.body)
+            prompt = await self._prompt(request, headers)
             journey = Journey(request, self._settings, self._outside.retry_budget)
             conductor = Conductor(
                 journey,
@@ -97,7 +104,7 @@ class Front:
                 client,
                 model=model,
                 headers=headers,
-                begins=partial(self._begin, model),
+                begins=partial(self._begin, model, session, prompt),
                 wish=wish,
             )
             return await conductor.play(timeout_s=self._request_timeout_s)
@@ -105,8 +112,19 @@ class Front:
             self._outside.metrics.in_flight.dec()
             self._outside.under_way -= 1
 
-    def _begin(self, model: str) -> Begin:
+    async def _prompt(self, request: Request, headers: dict[str, str]) -> Prompt | None:
+        if self._settings.policy != "prefix":
+            return None
+        outside, turn = self._outside, self._turn
+        prompt = await outside.prompts.read(
+            request.path, request.body, request.model, self.snapshot(), turn=turn, headers=headers, now=time.monotonic()
+        )
+        return await outside.brought(prompt, request, self.snapshot(), turn)
+
+    def _begin(self, model: str, session: str, prompt: Prompt | None) -> Begin:
         self._turn += 1
+        seen = prompt and self._outside.prompts.refreshed(prompt, time.monotonic())
+        asked = Asked(draws=_draws(), session=session, prompt=seen)
         return Begin(
             snapshot=self.snapshot(),
             behind=self._outside.gate.queue.needs,
@@ -114,6 +132,7 @@ class Front:
             turn=self._turn,
             handoff_id=secrets.token_bytes(HANDOFF_ID_BYTES),
             now_unix_s=time.time(),
+            asked=asked,
         )
 
     async def _read(self, client: web.Request) -> bytes:
@@ -199,14 +218,21 @@ class Front:
         serves = any(state["serves"] for state in models.values())
         ready = serves and len(snapshot) >= int(wanted) and not self._outside.gate.queue.draining
         engines = [
-            {"engine_id": c.engine_id, "role": c.info.role, "model": c.info.model, "in_flight": c.in_flight}
+            {
+                "engine_id": c.engine_id,
+                "role": c.info.role,
+                "model": c.info.model,
+                "in_flight": c.in_flight,
+                "tokens_per_s": c.told_tokens_per_s,
+            }
             for c in sorted(snapshot, key=lambda candidate: candidate.engine_id)
         ]
         page = {"ready": ready, "reasons": reasons, "models": models, "engines": engines}
         return _json(page, status=200 if ready else 503)
 
     async def _metrics(self, client: web.Request) -> web.StreamResponse:
-        text = self._outside.metrics.render(self.snapshot(), self._outside.directory.reservations_waiting())
+        outside = self._outside
+        text = outside.metrics.render(self.snapshot(), outside.directory.reservations_waiting(), len(outside.knowledge))
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _models(self, client: web.Request) -> web.StreamResponse:
@@ -214,6 +240,16 @@ class Front:
         models = sorted({model for candidate in snapshot for model in candidate.info.models})
         data = [{"id": model, "object": "model", "created": 0, "owned_by": "pdx"} for model in models]
         return _json({"object": "list", "data": data})
+
+
+def session_of(body: Mapping[str, Any]) -> str:
+    """By which a client says what belongs together, if it does."""
+    keys = (body.get(field) for field in SESSION_FIELDS)
+    return next((key[:SESSION_CHARS_MAX] for key in keys if isinstance(key, str) and key), "")
+
+
+def _draws() -> tuple[float, float, float, float]:
+    return random.random(), random.random(), random.random(), random.random()  # noqa: S311 - it only spreads load
 
 
 class _Refused(Exception):

@@ -135,12 +135,14 @@ class Conductor:
                 pair = self._watch_handoff()
                 # Decode's place is taken now: else all requests in prefill's line would choose the same free engine.
                 self._decode_call.enter_context(self._outside.in_flight_at(pair.decode))
-                self._start("prefill", action.engine, self._prefill(action))
+                sent = self._outside.sent(action.engine, action.prompt, waits=False)
+                self._start("prefill", action.engine, self._prefill(action), sent)
             case CallDecode():
                 await self._drop("decode")
                 # Counted before the first await: of requests that come together, each must see those before it.
                 self._decode_call.enter_context(self._outside.in_flight_at(action.engine))
-                self._start("decode", action.engine, self._decode(action))
+                sent = self._outside.sent(action.engine, action.prompt, waits=action.waits)
+                self._start("decode", action.engine, self._decode(action), sent)
             case DropPrefill():
                 await self._drop("prefill")
             case ShowCached():
@@ -164,7 +166,13 @@ class Conductor:
 
     # --- the calls under way ----------------------------------------------------------------------------------
 
-    def _start(self, side: Side, engine: Candidate, call: Coroutine[Any, Any, Event]) -> None:
+    def _start(
+        self,
+        side: Side,
+        engine: Candidate,
+        call: Coroutine[Any, Any, Event],
+        sent: Callable[[bool], None],
+    ) -> None:
         counts = ExitStack()
         counts.enter_context(self._outside.in_line_at(engine))
         if side == "prefill":
@@ -177,6 +185,7 @@ class Conductor:
                 self._streaming = (engine, ticket)  # judged at the stream's end
             else:
                 self._judge(engine, ticket, _went_well(task))
+            sent(_answered(task))
             counts.close()
 
         # Not within the coroutine: of a task that is cancelled before it has begun, nothing runs.
@@ -388,6 +397,14 @@ def _went_well(task: asyncio.Task[Event]) -> bool | None:
             return False
         case _:
             return None
+
+
+def _answered(task: asyncio.Task[Event]) -> bool:
+    """Whether it took the time that an answer takes."""
+    if task.cancelled() or task.exception() is not None:
+        return False
+    event = task.result()
+    return isinstance(event, PrefillAnswered | DecodeAnswered) and event.status == 200
 
 
 def _streams(task: asyncio.Task[Event]) -> bool:

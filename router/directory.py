@@ -10,11 +10,12 @@ One thread: the event loop's.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from pdx.keys import space_of
 from pdx.router.policy import Candidate, Snapshot, same_server
-from pdx.wire import Announce, DaemonRef, EngineInfo
+from pdx.wire import Announce, DaemonRef, EngineInfo, EngineLoad
 
 DAEMON_SILENT_S = 3.5  # announcements come every second: three were lost
 ORPHAN_S = 60.0  # a restarted daemon gets its engines back within seconds
@@ -37,6 +38,11 @@ class _Engine:
     ready: bool = False
     failures: int = 0
     waiting: int = 0
+    tokens_per_s: float = 0.0
+    space: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.space = space_of(self.info.content, self.info.layout)
 
 
 @dataclass(slots=True)
@@ -44,6 +50,7 @@ class _Daemon:
     ref: DaemonRef
     heard_at: float
     reservations_waiting: int = 0
+    links: dict[str, float] = field(default_factory=dict)  # daemon id -> bytes a second
 
 
 class Directory:
@@ -66,8 +73,9 @@ class Directory:
             return []
         if not self.knows_daemon(ref):
             self._orphan(ref.daemon_id)  # a new incarnation: its engines attach again one by one
-        self._daemons[ref.daemon_id] = _Daemon(ref, now, announce.reservations_waiting)
-        waiting = {load.engine_id: load.waiting for load in announce.loads}
+        links = {link.daemon_id: link.bytes_per_s for link in announce.links}
+        self._daemons[ref.daemon_id] = _Daemon(ref, now, announce.reservations_waiting, links)
+        loads = {load.engine_id: load for load in announce.loads}
         warnings = []
         for info in announce.engines:
             warning = self._reason_to_refuse(info, ref)
@@ -75,7 +83,9 @@ class Directory:
                 warnings.append(warning)
             elif info.url:
                 self._join(info, ref, now)
-                self._engines[info.engine_id].waiting = waiting.get(info.engine_id, 0)
+                load = loads.get(info.engine_id, EngineLoad(engine_id=info.engine_id))
+                engine = self._engines[info.engine_id]
+                engine.waiting, engine.tokens_per_s = load.waiting, load.tokens_per_s
         listed = {info.engine_id for info in announce.engines}
         for engine_id, engine in list(self._engines.items()):
             if _same_daemon(engine.daemon, ref) and engine_id not in listed:
@@ -130,10 +140,13 @@ class Directory:
     def snapshot(self) -> Snapshot:
         """The routable engines."""
         return tuple(
-            Candidate(info=e.info, daemon=e.daemon, pairable=e.pairable, waiting=e.waiting)
+            Candidate(
+                info=e.info, daemon=e.daemon, pairable=e.pairable, waiting=e.waiting, space=e.space,
+                told_tokens_per_s=e.tokens_per_s, links=self._links_of(e.daemon),
+            )
             for e in self._engines.values()
             if e.ready
-        )
+        )  # fmt: skip
 
     def knows_daemon(self, ref: DaemonRef) -> bool:
         """Whether this very incarnation is alive."""
@@ -175,7 +188,13 @@ class Directory:
             self._engines[info.engine_id] = _Engine(info, ref, heard_at=now, poll_at=now)
             return
         # The same engine, heard again: perhaps with other weights, or through a new incarnation of its daemon.
+        if known.info.content != info.content:
+            known.space = space_of(info.content, info.layout)
         known.info, known.daemon, known.heard_at, known.pairable = info, ref, now, True
+
+    def _links_of(self, ref: DaemonRef) -> dict[str, float]:
+        daemon = self._daemons.get(ref.daemon_id)
+        return daemon.links if daemon is not None else {}
 
     def _orphan(self, daemon_id: str) -> None:
         for engine in self._engines.values():

@@ -53,7 +53,17 @@ from pdx.router.actions import (
     TurnedAway,
     Write,
 )
-from pdx.router.policy import NO_LIMIT, Candidate, Pair, PolicyName, Snapshot, choose_alone, choose_pair, unfit
+from pdx.router.policy import (
+    NO_LIMIT,
+    Candidate,
+    Pair,
+    PolicyName,
+    Snapshot,
+    choose_alone,
+    choose_instead,
+    choose_pair,
+    unfit,
+)
 from pdx.router.prefill_reply import PrefillReply
 from pdx.router.replies import REFUSALS, as_event, error_body
 from pdx.router.retries import RetryBudget
@@ -74,7 +84,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What is the same for all journeys of a router."""
 
     cluster_key: bytes
-    policy: PolicyName = "round_robin"
+    policy: PolicyName = "prefix"
     journey: JourneyName = "auto"
     budgets: Budgets = Budgets()
     prefill_timeout_s: float = 120.0
@@ -181,6 +191,9 @@ class Journey:
         roomy = msgspec.structs.replace(begin, snapshot=tuple(filter(self._has_room, begin.snapshot)))
         line_max = self._settings.max_waiting or NO_LIMIT
         pair = None if reason else self._choose_pair(roomy, line_max)
+        instead = self._choose_instead(pair, roomy, line_max) if pair is not None else None
+        if instead is not None:
+            return self._go_alone(*instead, begin)
         if pair is not None:
             return self._set_out(pair, begin)
         if not reason and self._choose_pair(begin, NO_LIMIT) is not None:
@@ -192,10 +205,12 @@ class Journey:
             self.reason = "no_decode"
             message = f"no decode engine is ready for model {self._request.model!r}"
             return self._turn_away(503, message, begin.retry_after_s)
+        return self._go_alone(decode, reason or "no_pair", begin)
+
+    def _go_alone(self, engine: Candidate, reason: str, begin: Begin) -> list[Action]:
         self._move("alone")
-        self._begin = begin
-        self.reason = reason or "no_pair"
-        return [self._call_alone(decode)]
+        self._begin, self.reason = begin, reason
+        return [self._call_alone(engine)]
 
     def _has_room(self, engine: Candidate) -> bool:
         settings = self._settings
@@ -203,8 +218,12 @@ class Journey:
         return not limit or engine.in_flight < limit
 
     def _choose_pair(self, begin: Begin, line_max: int) -> Pair | None:
-        policy = self._settings.policy
-        return choose_pair(begin.snapshot, self._request.model, policy=policy, turn=begin.turn, line_max=line_max)
+        policy, model = self._settings.policy, self._request.model
+        return choose_pair(begin.snapshot, model, policy=policy, turn=begin.turn, line_max=line_max, asked=begin.asked)
+
+    def _choose_instead(self, pair: Pair, begin: Begin, line_max: int) -> tuple[Candidate, str] | None:
+        policy, model = self._settings.policy, self._request.model
+        return choose_instead(pair, begin.snapshot, model, policy=policy, line_max=line_max, asked=begin.asked)
 
     def _choose_alone(self, begin: Begin, line_max: int, exclude: frozenset[str] = frozenset()) -> Candidate | None:
         return choose_alone(
@@ -214,6 +233,7 @@ class Journey:
             turn=begin.turn,
             line_max=line_max,
             exclude=exclude,
+            asked=begin.asked,
         )
 
     def _line_up(self, need: str) -> list[Action]:
@@ -241,8 +261,11 @@ class Journey:
         self._begin, self._pair, self.prefill, self.decode = begin, pair, pair.prefill, pair.decode
         self.handoff_id = begin.handoff_id
         self._handle = self._mint(pair, begin)
-        asked = msgspec.json.encode(prefill_body(path, body, self._handle))
-        call = CallPrefill(engine=pair.prefill, body=asked, timeout_s=self._settings.prefill_timeout_s)
+        prompt = begin.asked.prompt
+        ids = prompt.token_ids if prompt is not None else None
+        asked = msgspec.json.encode(prefill_body(path, body, self._handle, ids))
+        timeout_s = self._settings.prefill_timeout_s
+        call = CallPrefill(engine=pair.prefill, body=asked, timeout_s=timeout_s, prompt=prompt)
         return [call, self._call(early_body(body, self._handle))] if self._beside else [call]
 
     def _mint(self, pair: Pair, begin: Begin) -> str:
@@ -261,12 +284,16 @@ class Journey:
     def _call(self, body: dict[str, Any]) -> CallDecode:
         assert self.decode is not None
         cached = self._reply.cached_tokens if self._reply else None
-        return CallDecode(engine=self.decode, body=msgspec.json.encode(body), cached_tokens=cached, seed=self._seed)
+        return CallDecode(
+            engine=self.decode, body=msgspec.json.encode(body), cached_tokens=cached, seed=self._seed,
+            waits=self._beside,
+        )  # fmt: skip
 
     def _call_alone(self, engine: Candidate) -> CallDecode:
         self.decode, self.way = engine, "alone"
         self._reply = None  # its number of cached tokens is not this engine's
-        return CallDecode(engine=engine, body=self._request.raw)
+        prompt = self._begin.asked.prompt if self._begin is not None else None
+        return CallDecode(engine=engine, body=self._request.raw, prompt=prompt)
 
     # --- prefill ----------------------------------------------------------------------------------------------
 

@@ -26,6 +26,15 @@ examples:
   pdx-router --admin-port 8001                lookup, pin, clear … on the loopback: pdx kv --router
   curl localhost:8000/readyz                  which engines have joined, and what is missing
 """
+_POLICIES = {
+    "prefix": "by the first token that is predicted to come soonest, from what each host keeps of the prompt, what "
+    "its engines have to do, and how fast they and the links are",
+    "round_robin": "in turns",
+    "least_loaded": "the one with the fewest requests",
+    "power_of_two": "the less loaded of two drawn at random",
+    "affinity": "the same for all requests of one x-session-id, prompt_cache_key or user, until it has a quarter more "
+    "than its share",
+}
 _JOURNEYS = {
     "auto": "seeded where the request allows it, else paired",
     "seeded": "the same",
@@ -78,9 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--policy",
-        choices=("round_robin", "least_loaded"),
-        default="round_robin",
-        help="how engines are chosen (default: %(default)s)",
+        choices=tuple(_POLICIES),
+        default="prefix",
+        help="how engines are chosen: "
+        + "; ".join(f"{name}: {what}" for name, what in _POLICIES.items())
+        + " (default: %(default)s)",
     )
     parser.add_argument("--journey", choices=tuple(_JOURNEYS), default="auto", help=_JOURNEYS_HELP)
     _add_queue(parser)

@@ -62,8 +62,19 @@ class Metrics:
             f"{prefix}_reservations_waiting", "Handoffs waiting for room in some arena", registry=registry
         )
 
-    def render(self, snapshot: Snapshot, reservations_waiting: int) -> bytes:
+        self.brought = Counter(
+            f"{prefix}_brought",
+            "Prompts whose blocks were to come from another host first, by how waiting for them ended",
+            ["outcome"],
+            registry=registry,
+        )
+        self.known_blocks = Gauge(
+            f"{prefix}_known_blocks", "Blocks that some daemon is known to keep", registry=registry
+        )
+
+    def render(self, snapshot: Snapshot, reservations_waiting: int, known_blocks: int = 0) -> bytes:
         """The exposition text, with the gauges of this moment."""
+        self.known_blocks.set(known_blocks)
         roles = Tally(candidate.info.role for candidate in snapshot)
         for role in ("prefill", "decode", "both"):
             self.engines.labels(role=role).set(roles[role])

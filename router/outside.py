@@ -5,20 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import msgspec
 
 from pdx.router.directory import Directory
+from pdx.router.forecast import NOMINAL_TOKENS_PER_S, worth_bringing
 from pdx.router.gate import Gate
+from pdx.router.journey import Request
+from pdx.router.knowledge import Knowledge
 from pdx.router.metrics import Metrics
 from pdx.router.pending import Pending
-from pdx.router.policy import Candidate, Snapshot
+from pdx.router.policy import Asked, Candidate, Snapshot, choose_pair
+from pdx.router.prompt import Prompt
+from pdx.router.prompts import Prompts
 from pdx.router.registry import Registry
 from pdx.router.retries import RetryBudget
+from pdx.router.sharing import Sharing
 from pdx.router.standing import Standing
 from pdx.router.upstream import Upstream
+from pdx.router.work import Work
 
 
 class Outside:
@@ -34,6 +41,7 @@ class Outside:
         pending: Pending,
         standing: Standing,
         gate: Gate,
+        knowledge: Knowledge,
     ) -> None:
         self.directory = directory
         self.registry = registry
@@ -42,6 +50,11 @@ class Outside:
         self.pending = pending
         self.standing = standing
         self.gate = gate
+        self.knowledge = knowledge
+        self.prompts = Prompts(upstream, knowledge)
+        self.sharing = Sharing(knowledge, registry.tell, lambda outcome: metrics.brought.labels(outcome=outcome).inc())
+        registry.heard_holdings = lambda daemon_id: self.sharing.heard(daemon_id, time.monotonic())
+        self.work = Work()
         self.retry_budget = RetryBudget()
         self.under_way = 0  # requests of clients
         self.in_flight: Tally[str] = Tally()  # engine id -> calls under way
@@ -49,12 +62,31 @@ class Outside:
 
     def snapshot(self) -> Snapshot:
         """The engines that may be asked now, with this router's own load counted in."""
-        flight, line = self.in_flight, self.in_line
-        seen = (
-            msgspec.structs.replace(c, in_flight=flight[c.engine_id], in_line=line[c.engine_id])
-            for c in self.directory.snapshot()
-        )
-        return self.standing.applied(seen, time.monotonic())
+        now, seen = time.monotonic(), self.directory.snapshot()
+        told: dict[bytes, list[float]] = {}
+        for engine in seen:
+            if engine.told_tokens_per_s:
+                told.setdefault(engine.space, []).append(engine.told_tokens_per_s)
+        paces = {space: sum(each) / len(each) for space, each in told.items()}
+        return self.standing.applied((self._with_load(c, paces.get(c.space, 0.0), now) for c in seen), now)
+
+    def _with_load(self, seen: Candidate, others_pace: float, now: float) -> Candidate:
+        engine_id, work = seen.engine_id, self.work
+        pace = seen.told_tokens_per_s or others_pace or work.tokens_per_s(seen.space)
+        return msgspec.structs.replace(
+            seen, in_flight=self.in_flight[engine_id], in_line=self.in_line[engine_id], tokens_per_s=pace,
+            ahead_s=work.ahead_s(engine_id, pace or NOMINAL_TOKENS_PER_S, now), step_s=work.step_s(engine_id),
+        )  # fmt: skip
+
+    async def brought(self, prompt: Prompt | None, request: Request, snapshot: Snapshot, turn: int) -> Prompt | None:
+        """The prompt, when what is worth bringing has come to where it would be computed now."""
+        if prompt is None or not any(prompt.names.values()):
+            return prompt
+        pair = choose_pair(snapshot, request.model, policy="prefix", turn=turn, asked=Asked(prompt=prompt))
+        bring = worth_bringing(pair.prefill, snapshot, prompt) if pair is not None else None
+        if bring is not None:
+            await self.sharing.bring(bring, prompt, salt=request.body.get("cache_salt") or "")
+        return prompt
 
     def reasons(self) -> list[str]:
         """Why some engines, pairs or all of them are not asked, in words for operators."""
@@ -74,6 +106,20 @@ class Outside:
         """When an engine of this model that is spared now is asked again. Others join within seconds, or never."""
         engines = [c.engine_id for c in self.directory.snapshot() if model in c.info.models]
         return max(1, math.ceil(self.standing.opens_in_s(engines, time.monotonic())))
+
+    def sent(self, engine: Candidate, prompt: Prompt | None, *, waits: bool) -> Callable[[bool], None]:
+        """A call goes there, with a prompt if it is one that the engine has to compute.
+
+        Call the result when the call is over, and say whether it was answered. `waits`: for another engine's work, so
+        that its time says nothing.
+        """
+        now, tokens = time.monotonic(), 0.0
+        if prompt is not None:
+            tokens = prompt.work_tokens(engine)
+            self.knowledge.expect(prompt.names_at(engine), engine.daemon, now)
+        load = 0 if waits else self.in_flight[engine.engine_id]
+        piece = self.work.sent(engine.engine_id, tokens, now, load=load, kind=engine.space)
+        return lambda answered: self.work.over(piece, time.monotonic(), answered=answered)
 
     @contextmanager
     def in_flight_at(self, engine: Candidate) -> Iterator[None]:

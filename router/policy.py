@@ -11,9 +11,12 @@ from typing import Literal
 
 import msgspec
 
+from pdx.router import forecast
+from pdx.router.prompt import Prompt
+from pdx.router.spread import Choice, affinity, least_loaded, power_of_two, round_robin
 from pdx.wire import DaemonRef, EngineInfo
 
-PolicyName = Literal["round_robin", "least_loaded"]
+PolicyName = Literal["prefix", "round_robin", "least_loaded", "power_of_two", "affinity"]
 Side = Literal["prefill", "decode"]
 
 NO_LIMIT = 1 << 30  # no line is as long: aiohttp would have run out of sockets
@@ -30,6 +33,12 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int = 0  # requests that this router has under way there
     in_line: int = 0  # those of them from which nothing has come yet: prefill's line, known at once
     avoid: frozenset[str] = frozenset()  # daemons to which its daemon has failed to hand over, again and again
+    space: bytes = b""  # keys.space_of its blocks
+    told_tokens_per_s: float = 0.0  # at which it computes prompts, as it says itself; 0: it has not
+    tokens_per_s: float = 0.0  # the same, or as learned from its answers; 0: neither
+    ahead_s: float = 0.0  # until it has computed what this router has sent to it
+    step_s: float = 0.0  # by which a request in flight there delays the first step of the next
+    links: Mapping[str, float] = {}  # daemon id -> bytes a second at which its own daemon's puts arrive there
 
     @property
     def engine_id(self) -> str:
@@ -45,25 +54,35 @@ class Pair(msgspec.Struct, frozen=True):
     decode: Candidate
 
 
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What policies may know of a request, and the chance that they may take."""
+
+    draws: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # uniform in [0, 1)
+    session: str = ""  # whose requests had better meet the same engines; empty: none
+    prompt: Prompt | None = None
+
+
 Snapshot = tuple[Candidate, ...]
-Policy = Callable[[Sequence[Candidate], int], Candidate]
+Policy = Callable[[Sequence[Candidate], Choice], Candidate]
 
-
-def round_robin(candidates: Sequence[Candidate], turn: int) -> Candidate:
-    return candidates[turn % len(candidates)]
-
-
-def least_loaded(candidates: Sequence[Candidate], turn: int) -> Candidate:
-    """The smallest load; among equals, in turns."""
-    least = min(candidate.load for candidate in candidates)
-    return round_robin([candidate for candidate in candidates if candidate.load == least], turn)
-
-
-POLICIES: Mapping[PolicyName, Policy] = {"round_robin": round_robin, "least_loaded": least_loaded}
+NOTHING_ASKED = Asked()
+# The policy "prefix" chooses pairs as a whole: see `forecast`.
+POLICIES: Mapping[PolicyName, Policy] = {
+    "round_robin": round_robin,
+    "least_loaded": least_loaded,
+    "power_of_two": power_of_two,
+    "affinity": affinity,
+}
 
 
 def choose_pair(
-    snapshot: Snapshot, model: str, *, policy: PolicyName, turn: int, line_max: int = NO_LIMIT
+    snapshot: Snapshot,
+    model: str,
+    *,
+    policy: PolicyName,
+    turn: int,
+    line_max: int = NO_LIMIT,
+    asked: Asked = NOTHING_ASKED,
 ) -> Pair | None:
     """A prefill engine and a decode engine that fits it, both with lines shorter than `line_max`, or None."""
     decodes = [c for c in serving(snapshot, model, "decode") if c.waiting < line_max]
@@ -72,11 +91,14 @@ def choose_pair(
     prefills = [p for p in candidates if partners[p.engine_id]]
     if not prefills:
         return None
-    choose = POLICIES[policy]
-    prefill = choose(prefills, turn)
+    if policy == "prefix":
+        offers = [(prefill, partners[prefill.engine_id]) for prefill in prefills]
+        return Pair(*forecast.best_pair(offers, asked.prompt, turn))
+    choose, session = POLICIES[policy], asked.session
+    prefill = choose(prefills, Choice(turn, asked.draws[:2], session))
     # Decode takes its turns by round of prefill, shifted within the round: every pair meets, whatever the two numbers.
     rounds, place = divmod(turn, len(prefills))
-    return Pair(prefill, choose(partners[prefill.engine_id], rounds + place))
+    return Pair(prefill, choose(partners[prefill.engine_id], Choice(rounds + place, asked.draws[2:], session)))
 
 
 def choose_alone(
@@ -87,10 +109,25 @@ def choose_alone(
     turn: int,
     line_max: int = NO_LIMIT,
     exclude: frozenset[str] = frozenset(),
+    asked: Asked = NOTHING_ASKED,
 ) -> Candidate | None:
     """One engine that serves a whole request and whose line is shorter than `line_max`, or None."""
     candidates = [c for c in serving(snapshot, model, "decode") if c.engine_id not in exclude and c.waiting < line_max]
-    return POLICIES[policy](candidates, turn) if candidates else None
+    if not candidates:
+        return None
+    if policy == "prefix":
+        return forecast.best_alone(candidates, asked.prompt, turn)
+    return POLICIES[policy](candidates, Choice(turn, asked.draws[2:], asked.session))
+
+
+def choose_instead(
+    pair: Pair, snapshot: Snapshot, model: str, *, policy: PolicyName, line_max: int = NO_LIMIT, asked: Asked
+) -> tuple[Candidate, str] | None:
+    """An engine that had better serve the request whole than this pair, and the reason; only by the policy "prefix"."""
+    if policy != "prefix" or asked.prompt is None:
+        return None
+    candidates = [c for c in serving(snapshot, model, "decode") if c.waiting < line_max]
+    return forecast.better_alone(pair, candidates, asked.prompt)
 
 
 def serving(snapshot: Snapshot, model: str, side: Side) -> list[Candidate]:
@@ -124,4 +161,6 @@ def fit(prefill: Candidate, decode: Candidate, model: str) -> bool:
         return False
     if prefill.info.role == "both" and decode.info.role == "both":
         return False
+    if prefill.space and prefill.space == decode.space:  # it names content and layout, and is sooner compared
+        return prefill.info.adapters.get(model) == decode.info.adapters.get(model)
     return alike(prefill, decode, model) and prefill.info.layout == decode.info.layout

@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from pdx.curve import lock
 from pdx.errors import ConfigError, DaemonGone, WireError
+from pdx.router.knowledge import Knowledge
 from pdx.router.metrics import Metrics
 from pdx.wire import (
     FRAME_BYTES_MAX,
@@ -26,7 +27,9 @@ from pdx.wire import (
     CancelHandoff,
     DaemonRef,
     HandoffFailed,
+    Holdings,
     Message,
+    Resync,
     Welcome,
     decoder_of,
     encode,
@@ -39,7 +42,7 @@ SEND_QUEUE_MAX = 1024
 DAEMONS_MAX = 4096
 
 _log = logging.getLogger(__name__)
-_decode: Callable[[bytes | memoryview], Announce | HandoffFailed | Answer] = decoder_of(ROUTER)
+_decode: Callable[[bytes | memoryview], Announce | Holdings | HandoffFailed | Answer] = decoder_of(ROUTER)
 
 
 class Registry:
@@ -53,11 +56,14 @@ class Registry:
         heard: Callable[[Announce], list[str]],
         handoff_failed: Callable[[bytes, str], None],
         metrics: Metrics,
+        knowledge: Knowledge | None = None,
     ) -> None:
         """Binds. Raises ConfigError if the endpoint is taken or malformed."""
         self._heard = heard
         self._handoff_failed = handoff_failed
         self._metrics = metrics
+        self._knowledge = knowledge if knowledge is not None else Knowledge()
+        self.heard_holdings: Callable[[str], None] = lambda daemon_id: None  # told after each HOLDINGS
         self._identities: dict[str, tuple[int, bytes]] = {}  # daemon id -> incarnation, identity frame
         self._asked = 0
         self._questions: dict[int, tuple[bytes, asyncio.Future[Answer]]] = {}  # number -> who was asked, its answer
@@ -92,6 +98,11 @@ class Registry:
             match message:
                 case Announce():
                     self._on_announce(frames[0], message)
+                case Holdings():
+                    if not self._knowledge.on_holdings(message):
+                        self._send(frames[0], Resync())
+                    self.heard_holdings(message.daemon_id)
+                    await asyncio.sleep(0)  # many may have come at once, and requests wait
                 case HandoffFailed():
                     self._handoff_failed(message.handoff_id, message.reason)
                 case Answer():
@@ -99,11 +110,15 @@ class Registry:
 
     def cancel(self, daemon: DaemonRef, *, handoff_id: bytes, reason: str, attempt: int = 0) -> None:
         """Tells a daemon to end a handoff. Never blocks; a daemon gone meanwhile needs no telling."""
+        self.tell(daemon, CancelHandoff(handoff_id=handoff_id, attempt=attempt, reason=reason))
+
+    def tell(self, daemon: DaemonRef, message: Message) -> None:
+        """Says something that asks for no answer. Never blocks."""
         incarnation, identity = self._identities.get(daemon.daemon_id, (0, b""))
         if incarnation != daemon.incarnation or not identity:
             self._metrics.undelivered.inc()
             return
-        self._send(identity, CancelHandoff(handoff_id=handoff_id, attempt=attempt, reason=reason))
+        self._send(identity, message)
 
     async def ask(self, daemon: DaemonRef, question: Ask, *, timeout_s: float) -> Answer:
         """This daemon's answer. Raises DaemonGone if it can't be reached, or says nothing for so long."""
@@ -135,12 +150,15 @@ class Registry:
         daemon = announce.daemon
         warnings = self._heard(announce)
         if announce.leaving:
+            self._knowledge.gone(daemon.daemon_id)
             self._identities.pop(daemon.daemon_id, None)
             return
         if daemon.daemon_id not in self._identities and len(self._identities) >= DAEMONS_MAX:
             self._identities.pop(next(iter(self._identities)))  # the oldest; a live one is back within a second
         self._identities[daemon.daemon_id] = (daemon.incarnation, identity)
         self._send(identity, Welcome(warnings=warnings))
+        if not self._knowledge.on_announce(daemon, announce.holdings):
+            self._send(identity, Resync())
 
     def _on_answer(self, identity: bytes, answer: Answer) -> None:
         """Only who was asked can answer; who comes too late, or twice, is not heard."""

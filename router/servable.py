@@ -117,9 +117,15 @@ def without_private(body: Body) -> tuple[dict[str, Any], bool]:
     return public, len(public) != len(body)
 
 
-def prefill_body(path: str, body: Body, handle: str) -> dict[str, Any]:
-    """What prefill is asked: the same prompt, one token, not streamed, the prompt's token ids in the reply."""
+def prefill_body(path: str, body: Body, handle: str, prompt_token_ids: list[int] | None = None) -> dict[str, Any]:
+    """What prefill is asked: the same prompt, one token, not streamed, the prompt's token ids in the reply.
+
+    A completion's ids stand for its text, which is so tokenized once. A chat's do not: tools, reasoning effort and
+    formats of answers may go into its prompt by ways that no other endpoint has, so prefill makes its own.
+    """
     copy = dict(body)
+    if prompt_token_ids is not None and path == COMPLETIONS:
+        copy["prompt"] = prompt_token_ids
     for rule in PREFILL_FIELDS:
         if path not in rule.paths:
             continue

@@ -23,6 +23,7 @@ from pdx.router.directory import Directory
 from pdx.router.drains import Drains
 from pdx.router.gate import Gate
 from pdx.router.journey import Settings
+from pdx.router.knowledge import Knowledge
 from pdx.router.metrics import Metrics
 from pdx.router.outside import Outside
 from pdx.router.pending import Pending
@@ -113,7 +114,7 @@ async def drain(outside: Outside, drain_s: float) -> None:
 @asynccontextmanager
 async def running(options: Options) -> AsyncIterator[Router]:
     """A listening router. Leaving the block ends it within CLOSE_S, whatever is under way."""
-    directory, metrics, pending = Directory(), Metrics(), Pending()
+    directory, metrics, pending, knowledge = Directory(), Metrics(), Pending(), Knowledge()
     gate = Gate(queue_size=options.queue_size, queue_timeout_s=options.queue_timeout_s)
 
     def heard(announce: Announce) -> list[str]:
@@ -128,6 +129,7 @@ async def running(options: Options) -> AsyncIterator[Router]:
             heard=heard,
             handoff_failed=pending.failed,
             metrics=metrics,
+            knowledge=knowledge,
         )
         stack.callback(registry.close)
         upstream = await stack.enter_async_context(Upstream())
@@ -139,6 +141,7 @@ async def running(options: Options) -> AsyncIterator[Router]:
             pending=pending,
             standing=Standing(options.breaker),
             gate=gate,
+            knowledge=knowledge,
         )
         front = Front(outside, options.settings, request_timeout_s=options.request_timeout_s)
         http = await _listen(stack, front.app(), options.host, options.port)
@@ -184,7 +187,9 @@ async def _keep(outside: Outside) -> None:
         tasks.create_task(outside.registry.run())
         while True:
             now = time.monotonic()
-            directory.expire(now)
+            for daemon_id in directory.expire(now):
+                outside.knowledge.gone(daemon_id)
+            outside.work.keep(set(directory.engines()))
             standing.forget(directory.engines(), (ref.daemon_id for ref in directory.daemons()))
             for engine_id, url in directory.due_polls(now):
                 tasks.create_task(_poll(outside, engine_id, url))

@@ -54,7 +54,7 @@ SAMPLES: list[wire.Message] = [
     wire.LetGo(
         handoff_id=ID, side="load", fence=9, ok=True, reason="", pages=60, done_ns=6, seconds=0.25, spoilt=[2]
     ),
-    wire.Renew(handoff_ids=[ID], running=1, waiting=2),
+    wire.Renew(handoff_ids=[ID], running=1, waiting=2, tokens_per_s=812.5),
     wire.WeightEpoch(epoch="ab" * 16),
     wire.Reset(epoch=""),
     wire.SendOpened(request_id="r", handoff_id=ID, places=[PLACE, None]),
@@ -78,9 +78,13 @@ SAMPLES: list[wire.Message] = [
         handoff_id=ID, attempt=1, lease_epoch=5, layer=2, blocks=[0, 1], checksums=bytes(16), digests=bytes(64)
     ),
     wire.Announce(
-        daemon=DAEMON, engines=[ENGINE], loads=[wire.EngineLoad(engine_id="prefill-0", waiting=2)],
-        reservations_waiting=1, leaving=False,
+        daemon=DAEMON, engines=[ENGINE],
+        loads=[wire.EngineLoad(engine_id="prefill-0", waiting=2, tokens_per_s=812.5)],
+        links=[wire.LinkRate(daemon_id="b", bytes_per_s=1e9)], reservations_waiting=1, holdings=3, leaving=False,
     ),
+    wire.Holdings(daemon_id="a", incarnation=7, number=0, names=bytes(range(16)), tiers=b"\x01\x00"),
+    wire.Resync(),
+    wire.Share(to=DAEMON, engine="prefill-1", space=SPACE, tenant=ID, block_hashes=[b"a" * 32]),
     wire.HandoffFailed(handoff_id=ID, attempt=1, reason="nothing landed for 15 s"),
     wire.Welcome(warnings=["no decode engine"]),
     wire.CancelHandoff(handoff_id=ID, attempt=1, reason="client left"),

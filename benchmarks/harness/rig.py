@@ -101,7 +101,9 @@ class Rig:
         control = self.control or f"tcp://{host}:0"
         command = [
             *(sys.executable, "-m", "pdx.router.main", "--host", host, "--port", str(port), "--control", control),
-            *("--publish", str(published), "--key-file", str(self._key), *BUDGET_FLAGS, *flags),
+            # In turns: what is measured here are pairs, also where one engine alone would be sooner.
+            *("--publish", str(published), "--key-file", str(self._key), "--policy", "round_robin", *BUDGET_FLAGS),
+            *flags,
         ]
         part = self._start("router", command, {}, cpus=cpus, prefix=prefix)
         wait_until(published.exists, START_S, f"router listens; see {part.log}")

@@ -121,8 +121,8 @@ class UnheldReturns(Mover):
 
 
 class _CarelessHalves(SendingHalves):
-    def hand_back(self, *about: Any) -> HandoffKey:
-        key = super().hand_back(*about)
+    def hand_over(self, *about: Any) -> HandoffKey:
+        key = super().hand_over(*about)
         record = self.records.get(key)
         if record is not None and record.wire is not None:
             self._desk.end_lease(record.wire)

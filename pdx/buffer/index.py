@@ -5,7 +5,7 @@ The first to enter a block wins: a second copy of the same content stays out and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pdx.buffer.slots import BlockKey, Slot
 
@@ -16,6 +16,7 @@ class Index:
     def __init__(self) -> None:
         self._entries: dict[BlockKey, tuple[Slot, int]] = {}
         self.changes = 0  # grows with all that may make a lookup say something else
+        self.told: Callable[[BlockKey, bool], None] = lambda key, found: None  # of each key found from now on, or not
 
     def add(self, slot: Slot) -> None:
         """Enters each of the slot's blocks that is not known yet."""
@@ -24,6 +25,7 @@ class Index:
                 self._entries[key] = (slot, position)
                 slot.indexed += 1
                 self.changes += 1
+                self.told(key, True)
 
     def remove(self, slot: Slot) -> None:
         """Afterwards no lookup finds the slot."""
@@ -31,6 +33,7 @@ class Index:
             if key is not None and key in self._entries and self._entries[key][0] is slot:
                 del self._entries[key]
                 self.changes += 1
+                self.told(key, False)
         slot.indexed = 0
 
     def forget(self, slot: Slot, position: int) -> BlockKey | None:
@@ -41,6 +44,7 @@ class Index:
         del self._entries[key]
         self.changes += 1
         slot.indexed -= 1
+        self.told(key, False)
         return key
 
     def keys_of(self, slot: Slot) -> list[BlockKey]:

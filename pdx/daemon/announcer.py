@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import zmq
 
 from pdx.curve import lock
+from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.sessions import Engine
 from pdx.errors import WireError
 from pdx.wire import (
@@ -19,7 +20,11 @@ from pdx.wire import (
     CancelHandoff,
     DaemonRef,
     EngineLoad,
+    Holdings,
+    LinkRate,
     Message,
+    Resync,
+    Share,
     Welcome,
     decoder_of,
     encode,
@@ -46,8 +51,10 @@ class Announcer:
         counters: Counter[str],
         *,
         cluster_key: bytes,
+        holdings: HoldingsTeller,
     ) -> None:
         self._cluster_key = cluster_key
+        self._holdings = holdings
         self._context = context
         self._poller = poller
         self._me = me
@@ -62,16 +69,25 @@ class Announcer:
         """Something a router should know at once."""
         self._due_at = 0.0
 
-    def tick(self, engines: Iterable[Engine], *, reservations_waiting: int, now: float) -> None:
+    def tick(
+        self,
+        engines: Iterable[Engine],
+        *,
+        reservations_waiting: int,
+        links: Callable[[], list[LinkRate]],
+        now: float,
+    ) -> None:
+        self._holdings.tick(self._sockets, self._tell_holdings, now)
         if now < self._due_at:
             return
         self._due_at = now + ANNOUNCE_S
         complete = [engine for engine in engines if engine.complete]
         for endpoint in {endpoint for engine in complete for endpoint in engine.routers} - set(self._sockets):
             self._connect(endpoint)
+        rates = links()
         for endpoint, socket in self._sockets.items():
             mine = [engine for engine in complete if endpoint in engine.routers]
-            self._send(socket, mine, reservations_waiting, leaving=False)
+            self._send(socket, mine, reservations_waiting, links=rates, number=self._holdings.number(endpoint))
             self._complain_if_silent(endpoint, now)
 
     def tell(self, message: Message) -> None:
@@ -80,7 +96,12 @@ class Announcer:
             self._queue(socket, message)
 
     def handle_ready(
-        self, ready: dict[object, int], *, cancel: Callable[[CancelHandoff], None], answer: Callable[[Ask], Answer]
+        self,
+        ready: dict[object, int],
+        *,
+        cancel: Callable[[CancelHandoff], None],
+        share: Callable[[Share], None],
+        answer: Callable[[Ask], Answer],
     ) -> None:
         for endpoint, socket in self._sockets.items():
             if socket not in ready:
@@ -97,6 +118,10 @@ class Announcer:
                     case Welcome():
                         self._unanswered_since.pop(endpoint, None)
                         self._pass_on(endpoint, message.warnings)
+                    case Resync():
+                        self._holdings.resync(endpoint)
+                    case Share():
+                        share(message)
                     case CancelHandoff():
                         cancel(message)
                     case Ask():
@@ -105,7 +130,7 @@ class Announcer:
     def close(self) -> None:
         """Says goodbye, waiting at most a moment for it to leave."""
         for socket in self._sockets.values():
-            self._send(socket, [], 0, leaving=True)
+            self._send(socket, [], leaving=True)
             self._poller.unregister(socket)
             socket.close(100)
         self._sockets.clear()
@@ -145,21 +170,38 @@ class Announcer:
         self._poller.register(socket, zmq.POLLIN)
         self._sockets[endpoint] = socket
 
+    def _tell_holdings(self, endpoint: str, message: Holdings) -> bool:
+        return self._queue(self._sockets[endpoint], message)
+
     def _send(
-        self, socket: zmq.Socket[bytes], engines: list[Engine], reservations_waiting: int, *, leaving: bool
+        self,
+        socket: zmq.Socket[bytes],
+        engines: list[Engine],
+        reservations_waiting: int = 0,
+        *,
+        links: list[LinkRate] | None = None,
+        number: int = 0,
+        leaving: bool = False,
     ) -> None:
-        loads = [EngineLoad(engine_id=e.info.engine_id, waiting=e.waiting) for e in engines]
+        loads = [
+            EngineLoad(engine_id=e.info.engine_id, waiting=e.waiting, tokens_per_s=e.tokens_per_s) for e in engines
+        ]
         message = Announce(
             daemon=self._me,
             engines=[engine.info for engine in engines],
             loads=loads,
+            links=links or [],
             reservations_waiting=reservations_waiting,
+            holdings=number,
             leaving=leaving,
         )
         self._queue(socket, message)
 
-    def _queue(self, socket: zmq.Socket[bytes], message: Message) -> None:
+    def _queue(self, socket: zmq.Socket[bytes], message: Message) -> bool:
+        """Whether the socket has taken it."""
         try:
             socket.send(encode(message), zmq.DONTWAIT)
         except zmq.Again:
             self._counters["router_messages_dropped"] += 1
+            return False
+        return True

@@ -25,6 +25,7 @@ from pdx.daemon.receiving import Incoming, ReceivingHalves
 from pdx.daemon.returning import Returns
 from pdx.daemon.sending import Outgoing, SendingHalves
 from pdx.daemon.sessions import Engine
+from pdx.daemon.sharing import Sharing
 from pdx.daemon.spaces import KnownSpaces
 from pdx.daemon.steering import Steering
 from pdx.daemon.tiering import Tiering
@@ -41,6 +42,7 @@ from pdx.wire import (
     Grant,
     Keep,
     LetGo,
+    LinkRate,
     LoadEnded,
     LookUp,
     OpenLoad,
@@ -49,6 +51,7 @@ from pdx.wire import (
     Refuse,
     Reserve,
     SendEnded,
+    Share,
     Wait,
 )
 
@@ -72,6 +75,7 @@ class Mover:
         self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins, self.spaces)
         self._sending = SendingHalves(self._desk, self._holds, self._land_here)
         self._returns = Returns(self._desk, self._sending)
+        self._sharing = Sharing(self._desk, self._sending, self.spaces)
         self._waiting: deque[Outgoing | Incoming] = deque()
 
     # --- from engines ---
@@ -186,6 +190,10 @@ class Mover:
         if incoming is not None:
             self._receiving.act(incoming, incoming.receiver.fail(f"router: {reason}", tell_peer=True), now)
 
+    def share(self, wish: Share, now: float) -> None:
+        """A router wants a peer to have these blocks."""
+        self._sharing.ask(wish, now)
+
     def peer_lost(self, control: str, now: float) -> None:
         """The connection to a peer daemon broke: its handoffs with us are over."""
         self._returns.peer_lost(control)
@@ -228,6 +236,7 @@ class Mover:
         self._low_water.tick()
         self._serve_waiting(now)
         self._returns.tick(now, room=not self._waiting)
+        self._sharing.tick(now, room=not self._waiting)
 
     def flush_step(self, now: float) -> int:
         """A turn of a daemon that stops: how many blocks have yet to go down."""
@@ -256,6 +265,10 @@ class Mover:
     @property
     def reservations_waiting(self) -> int:
         return len(self._waiting)
+
+    def link_rates(self) -> list[LinkRate]:
+        """How fast our puts reach our peers."""
+        return self._sending.links.rates()
 
     def describe(self) -> list[str]:
         """Every half under way."""

@@ -19,6 +19,7 @@ from pdx.buffer.lease import Owner
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sending import SendingHalves
 from pdx.daemon.sessions import Engine
+from pdx.daemon.spaces import kind_of
 from pdx.handoff.handle import TransferHandle
 from pdx.wire import Keep, OpenLoad
 
@@ -174,7 +175,7 @@ class Returns:
                 self._desk.store.release(found.lease)
             ports.counters["returns_evicted"] += 1
             return
-        key = self._sending.hand_back(back, engine, origin.tenant, chain, found, now)
+        key = self._sending.hand_over(back, kind_of(engine), origin.tenant, chain, found, now)
         self._under_way[key] = origin
 
     def _forget_oldest(self, now: float) -> None:

@@ -10,8 +10,10 @@ import xxhash
 from pdx.buffer.claim import Claim, ReadClaim
 from pdx.buffer.lease import Lease, Owner
 from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.links import Links, Underway
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sessions import Engine
+from pdx.daemon.spaces import Kind, kind_of
 from pdx.errors import HandleError, PdxError, Refused, UnknownTransport
 from pdx.handoff import actions as do
 from pdx.handoff.handle import TransferHandle, mint
@@ -66,7 +68,8 @@ class SendingHalves:
         self._land_here = land_here
         self.records: dict[HandoffKey, Outgoing] = {}
         self._by_handoff: dict[bytes, Outgoing] = {}  # engines know no attempts: one at a time per handoff
-        self._puts: dict[int, Outgoing] = {}  # lane ticket -> record
+        self._puts: dict[int, tuple[Outgoing, Underway]] = {}  # by lane ticket
+        self.links = Links()
 
     # --- from the engine ---
 
@@ -127,28 +130,28 @@ class SendingHalves:
         self._holds.add(Hold(handoff_id, "send", engine_id, claim.lease, record.key, ranks=ranks))
         self._desk.trace(record.key, "claimed", fresh=len(claim.fresh))
         reserve = self._reserve(
-            record, engine, message.handle, message.block_hashes, tail_hash=message.tail_hash, tenant=message.tenant
-        )
+            record, kind_of(engine), message.handle, message.block_hashes, tail_hash=message.tail_hash,
+            tenant=message.tenant,
+        )  # fmt: skip
         self.act(record, record.sender.claimed(claim.places, claim.fresh, reserve, now=now), now)
         return True
 
-    def hand_back(
-        self, handle: TransferHandle, engine: Engine, tenant: bytes, chain: list[bytes], found: ReadClaim, now: float
+    def hand_over(
+        self, handle: TransferHandle, kind: Kind, tenant: bytes, chain: list[bytes], found: ReadClaim, now: float
     ) -> HandoffKey:
         """A half of this daemon's own, for blocks of the store that `found` holds: they go to a peer as cache.
 
-        `handle` is not minted yet; `engine` has computed the blocks, and may be gone.
+        `handle` is not minted yet.
         """
-        assert engine.pages is not None
         ports, key = self._desk.ports, (handle.handoff_id, handle.attempt)
         sender = Sender(
-            handle, request_id="", blocks=len(chain), layers=engine.pages.layers, incarnation=ports.me.incarnation,
+            handle, request_id="", blocks=len(chain), layers=kind.pages.layers, incarnation=ports.me.incarnation,
             now=now,
         )  # fmt: skip
         claim = Claim(found.lease, found.places, frozenset(), False, ())
-        record = self.records[key] = Outgoing(key, sender, engine.pages, claim=claim, wire=found.lease)
-        self._desk.trace(key, "hand_back", blocks=len(chain))
-        reserve = self._reserve(record, engine, mint(handle, ports.cluster_key), chain, tenant=tenant, spare=True)
+        record = self.records[key] = Outgoing(key, sender, kind.pages, claim=claim, wire=found.lease)
+        self._desk.trace(key, "hand_over", blocks=len(chain))
+        reserve = self._reserve(record, kind, mint(handle, ports.cluster_key), chain, tenant=tenant, spare=True)
         self.act(record, sender.held(reserve, now=now), now)
         return key
 
@@ -219,8 +222,9 @@ class SendingHalves:
         self.act(record, actions, now)
 
     def put_ended(self, ticket: int, now: float, *, ok: bool, reason: str = "") -> None:
-        record = self._puts.pop(ticket, None)
-        if record is not None:
+        record, put = self._puts.pop(ticket, (None, None))
+        if record is not None and put is not None:
+            self.links.ended(put, now, ok=ok)
             self._desk.trace(record.key, "sent" if ok else "put_failed")
             self.act(record, record.sender.put_ended(ok=ok, reason=reason, now=now), now)
 
@@ -233,7 +237,7 @@ class SendingHalves:
     def _reserve(
         self,
         record: Outgoing,
-        engine: Engine,
+        kind: Kind,
         handle: str,
         block_hashes: list[bytes],
         *,
@@ -241,12 +245,12 @@ class SendingHalves:
         tenant: bytes,
         spare: bool = False,
     ) -> Reserve:
-        """`engine`: whose blocks these are. `handle`: as text."""
+        """`kind`: of these blocks. `handle`: as text."""
         return Reserve(
             **self._desk.ids(record.sender.handle, lease_epoch=0),
             handle=handle,
-            namespace=namespace_of(engine.info.content),
-            layout_id=layout_id(engine.info.layout),
+            namespace=namespace_of(kind.content),
+            layout_id=layout_id(kind.layout),
             pages=record.pages,
             block_hashes=block_hashes,
             tail_hash=tail_hash,
@@ -309,9 +313,10 @@ class SendingHalves:
         except (PdxError, ValueError) as error:  # the peer's endpoint or places are impossible
             self.act(record, record.sender.put_ended(ok=False, reason=str(error), now=now), now)
             return
-        self._puts[ticket] = record
+        size_bytes = len(action.blocks) * record.pages.page_bytes
+        self._puts[ticket] = record, Underway(record.sender.handle.decode_daemon.daemon_id, size_bytes, now)
         ports.counters["pages_put"] += len(action.blocks)
-        ports.counters["bytes_put"] += len(action.blocks) * record.pages.page_bytes
+        ports.counters["bytes_put"] += size_bytes
 
     def _lane_of(self, record: Outgoing) -> tuple[Lane, Region]:
         """The first lane of the peer's that we have too, connected at the pair's first put. Raises PdxError."""

@@ -22,6 +22,7 @@ from pdx.curve import lock
 from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
 from pdx.daemon.flush import flush
+from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.mover import Mover
 from pdx.daemon.peers import SEND_QUEUE_MAX, Peers
 from pdx.daemon.ports import Ports
@@ -100,7 +101,10 @@ class Service:
         )
         self._sessions = Sessions(self.me.incarnation)
         self._peers = Peers(self._context, self._poller, self._counters, cluster_key=key)
-        self._announcer = Announcer(self._context, self._poller, self.me, self._counters, cluster_key=key)
+        self._announcer = Announcer(
+            self._context, self._poller, self.me, self._counters, cluster_key=key,
+            holdings=HoldingsTeller(self.me, store.index, tier),
+        )  # fmt: skip
         for lane in lanes:
             self._poller.register(lane.fileno(), zmq.POLLIN)
         if tier is not None:
@@ -171,6 +175,7 @@ class Service:
         self._announcer.handle_ready(
             ready,
             cancel=lambda message: self._cancel(message, now),
+            share=lambda wish: self._mover.share(wish, now),
             answer=lambda message: answer(message, service=self),
         )
         # Ends first, then hellos, then new connections: each step may reuse a descriptor that the one before closed.
@@ -182,8 +187,9 @@ class Service:
             self._welcome()
         self._mover.tick(now)
         self._announcer.tick(
-            self._sessions.engines.values(), reservations_waiting=self._mover.reservations_waiting, now=now
-        )
+            self._sessions.engines.values(), reservations_waiting=self._mover.reservations_waiting,
+            links=self._mover.link_rates, now=now,
+        )  # fmt: skip
 
     def _take_clients(self, now: float) -> None:
         for _ in range(BURST):
@@ -231,6 +237,7 @@ class Service:
             case Renew():
                 if engine is not None:
                     engine.running, engine.waiting = message.running, message.waiting
+                    engine.tokens_per_s = message.tokens_per_s or engine.tokens_per_s
                 self._mover.renew(message.handoff_ids, now)
             case WeightEpoch() if engine is not None and engine.scheduler is session:
                 self._mover.weights_changed(engine, message.epoch, now)

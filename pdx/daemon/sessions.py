@@ -42,6 +42,7 @@ class Engine:
     workers: dict[int, Session] = field(default_factory=dict)  # by rank
     running: int = 0
     waiting: int = 0
+    tokens_per_s: float = 0.0  # at which it computes prompts, as it told last; 0: not known
     leaving: bool = False  # one of its processes has gone: the others belong to the past and will follow
 
     @property

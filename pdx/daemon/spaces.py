@@ -22,6 +22,12 @@ class Kind:
     pages: PageLayout
 
 
+def kind_of(engine: Engine) -> Kind:
+    """Of one whose workers have attached."""
+    assert engine.pages is not None
+    return Kind(engine.info.content, engine.info.layout, engine.pages)
+
+
 class KnownSpaces:
     """Remembers them when their engines have left: their blocks are still there. Owned by the control thread."""
 
@@ -31,9 +37,8 @@ class KnownSpaces:
     def met(self, engine: Engine) -> None:
         if engine.pages is None:
             return
-        content, layout = engine.info.content, engine.info.layout
-        space = space_of(content, layout)
-        self._kinds[space] = Kind(content, layout, engine.pages)
+        space = space_of(engine.info.content, engine.info.layout)
+        self._kinds[space] = kind_of(engine)
         self._kinds.move_to_end(space)
         if len(self._kinds) > SPACES_MAX:
             self._kinds.popitem(last=False)

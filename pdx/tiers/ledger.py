@@ -6,7 +6,7 @@ while it is open it can take no more than the larger of the two, and that is wha
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -53,6 +53,8 @@ class Ledger:
         self.policy = policy
         self.evicted = 0
         self.changes = 0  # grows with all that may make `finds` say something else
+        # Hears of each name that `finds` finds from now on (True), or no longer; not of those that are adopted.
+        self.told: Callable[[str, bool], None] = lambda name, found: None
         self._entries: dict[str, Entry] = {}
         self._charged_bytes = 0
         self._overlap_bytes = 0
@@ -165,6 +167,7 @@ class Ledger:
             return False
         entry.is_condemned = True
         self.changes += 1
+        self.told(name, False)
         if entry.readers:
             return False
         self.policy.removed(name)
@@ -235,10 +238,13 @@ class Ledger:
     def _move(self, entry: Entry, event: EntryEvent) -> None:
         if (entry.state, event) not in MOVES:
             raise IllegalTransition(f"{event} of {entry}")
+        before = self.finds(entry.name)
         self._kept -= entry.state is EntryState.KEPT
         entry.state = MOVES[entry.state, event]
         self.changes += 1
         self._kept += entry.state is EntryState.KEPT
+        if before != self.finds(entry.name):
+            self.told(entry.name, not before)
 
 
 def _require(truth: bool, complaint: str) -> None:

@@ -72,6 +72,10 @@ class MemoryTier:
     def sweep(self, which: Selection) -> Swept:
         return sweep(self.ledger, which, now=self._clock(), condemn=self._condemn)
 
+    def watch(self, told: Callable[[str, bool], None]) -> list[str]:
+        self.ledger.told = told
+        return [entry.name for entry in self.ledger.found()]
+
     def take_events(self) -> list[Event]:
         while self._queue:
             ticket, request = self._queue.popleft()

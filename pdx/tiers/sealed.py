@@ -20,7 +20,7 @@ import xxhash
 from blake3 import blake3
 
 from pdx.errors import BadBlock
-from pdx.keys import split_namespace
+from pdx.keys import SHORT_NAME_BYTES, block_digests, split_namespace
 from pdx.layout import ALIGN_BYTES, round_up
 from pdx.tiers.tier import KEY_PART_BYTES_MAX, META_BYTES_MAX, Key
 
@@ -29,6 +29,7 @@ VERSION = 1
 KEY_BYTES = 32
 HEADER_BYTES_MAX = 64 << 10
 NAME_LENGTH = 64
+_DIGEST_START = 32  # behind two labels
 
 _SEAL_BYTES = 32
 _FIXED = struct.Struct("<HHIQ32sBBI")
@@ -41,9 +42,8 @@ def name_of(key: Key) -> str:
     """A file name of fixed length, whatever the key. It begins with labels of the key's space and tenant."""
     namespace, block_hash = key
     space, tenant = split_namespace(namespace)
-    digest = hashlib.blake2b(digest_size=16, person=b"pdx-block-name")
-    digest.update(len(namespace).to_bytes(2, "little") + namespace + block_hash)
-    return label_of(space) + label_of(tenant) + digest.hexdigest()
+    (digest,) = block_digests(namespace, [block_hash])
+    return label_of(space) + label_of(tenant) + digest.hex()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -55,6 +55,11 @@ def label_of(part: bytes) -> str:
 def labels_of(name: str) -> tuple[str, str]:
     """Of the space and of the tenant."""
     return name[:16], name[16:32]
+
+
+def short_name_of(name: str) -> int:
+    """keys.short_names' name of the block in the file of this name."""
+    return int(name[_DIGEST_START : _DIGEST_START + 2 * SHORT_NAME_BYTES], 16)
 
 
 def check_sizes(key: Key, meta: bytes, payload_bytes: int) -> None:

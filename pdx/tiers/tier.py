@@ -14,9 +14,9 @@ the medium. Tiers have threads of their own; what they have to say waits in take
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -109,6 +109,15 @@ class TierStats:
     io_errors: int = 0
     changes: int = 0  # grows with all that may make contains() say something else
     unaligned: int = 0  # requests that the medium could not take straight from or into the buffers
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """What a tier can do that knows its names."""
+
+    def watch(self, told: Callable[[str, bool], None]) -> list[str]:
+        """The names of all blocks that contains() finds now. From now on `told` hears, on the thread that calls the
+        tier, of each name that it finds (True) or no longer finds. One watcher."""
 
 
 class Tier(Protocol):

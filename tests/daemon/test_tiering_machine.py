@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from one_host import PAGES, Host, engine
+from one_host import HERE, PAGES, Host, engine
 from slow_tier import SlowTier
 from test_prefixes import keep, let_go, look_up
 from test_steering import SPACE, clear
@@ -21,12 +21,18 @@ from pdx.buffer.policies import POLICIES
 from pdx.buffer.slots import Slot
 from pdx.buffer.water import Waterline
 from pdx.config import Eviction
+from pdx.daemon.holdings import HoldingsTeller
+from pdx.keys import short_names
 from pdx.layout import Place
 from pdx.tiers.spill import WriteMode
-from pdx.wire import SendOpened
+from pdx.wire import ARENA_BIT, DISK_BIT, SendOpened
 
 STEM, BLOCKS = st.integers(0, 5), st.integers(1, 6)
 CHAINS = [[b"%d/%d" % (stem, block) for block in range(6)] for stem in range(6)]
+
+
+FLAT = [name for chain in CHAINS for name in chain]
+SHORT = short_names(SPACE, FLAT)
 
 
 def page_of(name: bytes, layer: int) -> bytes:
@@ -42,6 +48,7 @@ class TieringMachine(RuleBasedStateMachine):
         self.tier = SlowTier(cap_bytes=1 << 20)
         line = Waterline(low=0.3, high=0.5, batch=3)
         self.host = Host(extents=1, tier=self.tier, policy=self.policy, write_mode=self.mode, waterline=line)
+        self.teller = HoldingsTeller(HERE, self.host.store.index, self.tier)
         self.host.mover.spaces.met(engine("P"))
         self.store = self.host.store
         self.loads: dict[bytes, tuple[list[bytes], list[Place]]] = {}
@@ -140,6 +147,16 @@ class TieringMachine(RuleBasedStateMachine):
         keys = [(SPACE, name) for name in sorted(self.gone)]
         assert not any(self.tier.contains(keys))
         assert not any(self.store.index.find(SPACE, sorted(self.gone)))
+
+    @invariant()
+    def routers_would_be_told_what_is_kept(self) -> None:
+        here, below = self.store.index.find(SPACE, FLAT), self.tier.contains([(SPACE, name) for name in FLAT])
+        kept = {
+            name: ARENA_BIT * bool(spot) | DISK_BIT * is_below
+            for name, spot, is_below in zip(SHORT, here, below, strict=True)
+            if spot or is_below
+        }
+        assert self.teller._tiers == kept
 
     @invariant()
     def accounts_add_up(self) -> None:

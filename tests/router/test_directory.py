@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from engine_fakes import daemon_ref, engine_info
 
+from pdx.keys import space_of
 from pdx.router import directory as limits
 from pdx.router.directory import Directory
 from pdx.router.policy import fit
-from pdx.wire import Announce, EngineInfo, EngineLoad
+from pdx.wire import Announce, EngineInfo, EngineLoad, LinkRate
 
 P0, D0 = engine_info("p0", "prefill"), engine_info("d0", "decode")
 
@@ -171,3 +172,18 @@ def test_new_weights_part_a_pair_at_once_and_leave_both_routable() -> None:
 def paired(directory: Directory) -> bool:
     candidates = {candidate.engine_id: candidate for candidate in directory.snapshot()}
     return fit(candidates["p0"], candidates["d0"], P0.model)
+
+
+def test_announced_paces_of_engines_and_links() -> None:
+    directory = joined(P0, D0)
+    loads, links = [EngineLoad(engine_id="p0", tokens_per_s=900.0)], [LinkRate(daemon_id="d9", bytes_per_s=1e9)]
+    directory.on_announce(announce(P0, D0, loads=loads, links=links), 1.0)
+    seen = {candidate.engine_id: candidate for candidate in directory.snapshot()}
+    assert (seen["p0"].told_tokens_per_s, seen["d0"].told_tokens_per_s) == (900.0, 0.0)
+    assert seen["p0"].links == {"d9": 1e9}
+    assert seen["p0"].space == space_of(P0.content, P0.layout)
+    directory.on_announce(announce(P0.at("ab" * 16), D0), 2.0)
+    seen = {candidate.engine_id: candidate for candidate in directory.snapshot()}
+    assert seen["p0"].space == space_of(P0.at("ab" * 16).content, P0.layout) != seen["d0"].space
+    directory.expire(9.0)
+    assert {candidate.links.get("d9") for candidate in directory.snapshot()} == {None}

@@ -14,6 +14,7 @@ from pdx.tiers.conformance import User, buffers, key_of, payload_of
 from pdx.tiers.disk import DiskTier
 from pdx.tiers.faulty import FaultyFiles
 from pdx.tiers.health import PROBE_S, READ_ERRORS_MAX
+from pdx.tiers.sealed import name_of
 from pdx.tiers.tier import Event, Loaded, Missed, Read, StateChanged, Written
 
 
@@ -171,3 +172,17 @@ def test_a_medium_that_gives_back_other_bytes_has_not_answered(hung: Hung, monke
     hung.after(PROBE_S)
     assert hung.idle() == []
     assert hung.tier.stats().state == "hung"
+
+
+def test_a_watcher_hears_of_all_that_is_found_again(hung: Hung) -> None:
+    told: list[tuple[str, bool]] = []
+    assert hung.tier.watch(lambda name, found: told.append((name, found))) == []
+    hung.files.gate.set()
+    hung.idle()
+    assert told == []
+    hung.after(PROBE_S)
+    hung.idle()
+    assert told == [(name_of(key_of(1)), True)]
+    hung.tier.remove(key_of(1))
+    assert told[1:] == [(name_of(key_of(1)), False)]
+    assert hung.tier.watch(lambda name, found: None) == []

@@ -326,4 +326,5 @@ class SchedulerSide:
         self._renew_at = now + RENEW_S
         self._running_told = running
         live = [*self._sends.live, *self._loads.live]
-        self._link.send(Renew(handoff_ids=live, running=running, waiting=len(self._waiting)))
+        rate = self._pace.tokens_per_s
+        self._link.send(Renew(handoff_ids=live, running=running, waiting=len(self._waiting), tokens_per_s=rate))

@@ -1,0 +1,170 @@
+"""What is known of a prompt: whose ids are asked for, for how long, and under whose name they are remembered."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+from engine_fakes import CONTENT, FakeEngine, daemon_ref, within
+
+from pdx.chain import block_hashes
+from pdx.keys import short_names, space_of, tenant_of
+from pdx.router.knowledge import Found, Knowledge
+from pdx.router.policy import Candidate
+from pdx.router.prompt import Prompt
+from pdx.router.prompts import PATIENCE_MAX_S, PATIENCE_MIN_S, Prompts, patience_for, tokenize_question
+from pdx.router.servable import CHAT, COMPLETIONS
+from pdx.router.upstream import Upstream
+
+NAMED = msgspec.structs.replace(CONTENT, hash_algorithm="sha256_cbor/vllm-none-hash")
+TEXT = "a text of more than one block, whatever the guess, and then some more"
+
+
+class Tokenizer(FakeEngine):
+    def __init__(self, engine_id: str, *, answer: Any = None, **changed: Any) -> None:
+        super().__init__(engine_id, "prefill", **{"content": NAMED, **changed})
+        self.answer = answer
+
+    async def _other(self, request: web.Request) -> web.Response:
+        body = json.loads(await request.read())
+        self.requests.append(body)
+        return web.json_response(self.answer or {"tokens": list(str(body.get("prompt")).encode())})
+
+    def seen(self, **about: Any) -> Candidate:
+        space = space_of(self.info.content, self.info.layout)
+        return Candidate(info=self.info, daemon=daemon_ref(self.engine_id), space=space, **about)
+
+
+async def read(
+    engines: list[Tokenizer], body: dict[str, Any], *, path: str = COMPLETIONS, times: int = 1
+) -> Prompt | None:
+    """As a router with these engines reads it, so many times."""
+    knowledge = Knowledge()
+    names = short_names(engines[0].seen().space, block_hashes(NAMED, list(TEXT.encode())))
+    knowledge.expect(names, daemon_ref(engines[0].engine_id), 0.0)
+    async with Upstream() as upstream:
+        for engine in engines:
+            await engine.start()
+        try:
+            prompts = Prompts(upstream, knowledge)
+            for turn in range(times):
+                snapshot = tuple(engine.seen() for engine in engines)
+                prompt = await prompts.read(path, body, "smol", snapshot, turn=turn, headers={}, now=1.0)
+            return prompt
+        finally:
+            for engine in engines:
+                await engine.stop()
+
+
+@within(20)
+async def test_a_text_is_asked_for_once_and_finds_its_blocks() -> None:
+    engines = [Tokenizer("p0"), Tokenizer("p1")]
+    for prompt in (TEXT, [TEXT]):
+        found = await read(engines, {"prompt": prompt}, times=3)
+        assert found is not None
+        assert found.token_ids == list(TEXT.encode())
+        assert found.cached_tokens(engines[0].seen()) == len(TEXT) // 16 * 16
+        assert found.cached_tokens(engines[1].seen()) == 0
+    assert [len(engine.requests) for engine in engines] == [2, 0]
+
+
+@within(20)
+async def test_token_ids_are_read_as_they_are() -> None:
+    engines = [Tokenizer("p0"), Tokenizer("p1")]
+    for prompt in (list(TEXT.encode()), [list(TEXT.encode())]):
+        found = await read(engines, {"prompt": prompt})
+        assert found is not None
+        assert found.cached_tokens(engines[0].seen()) == len(TEXT) // 16 * 16
+    assert not engines[0].requests and not engines[1].requests
+
+
+@within(20)
+async def test_another_tenant_finds_nothing_and_asks_for_itself() -> None:
+    """That ids are remembered would tell one tenant, by the time, what another has asked."""
+    engines = [Tokenizer("p0"), Tokenizer("p1")]
+    found = await read(engines, {"prompt": TEXT, "cache_salt": "alice"})
+    assert found is not None
+    names = short_names(
+        engines[0].seen().space + tenant_of("alice"), block_hashes(NAMED, found.token_ids, salt="alice")
+    )
+    assert found.names_at(engines[0].seen()) == tuple(names)
+    assert found.cached_tokens(engines[0].seen()) == 0
+
+
+@pytest.mark.parametrize(
+    "answer", [{"tokens": []}, {"tokens": [1, -1]}, {"tokens": "no"}, {"error": {"message": "no"}}, [1]]
+)
+def test_what_is_no_answer_leaves_the_length(answer: Any) -> None:
+    @within(20)
+    async def test() -> None:
+        found = await read([Tokenizer("p0", answer=answer), Tokenizer("p1")], {"prompt": TEXT})
+        assert found == Prompt(tokens=1 + len(TEXT) // 3)
+
+    test()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": 7}),
+        (COMPLETIONS, {"prompt": ["x", 1]}),
+        (COMPLETIONS, {"prompt": [1.5]}),
+        (COMPLETIONS, {"prompt": TEXT, "cache_salt": 7}),
+        (COMPLETIONS, {}),
+        (CHAT, {"messages": 7}),
+        (CHAT, {"messages": [7, {"content": {"text": 7}}]}),
+    ],
+)
+def test_nonsense_is_the_engines_to_refuse(path: str, body: dict[str, Any]) -> None:
+    @within(20)
+    async def test() -> None:
+        found = await read([Tokenizer("p0"), Tokenizer("p1")], body, path=path)
+        assert found is None or not found.names
+
+    test()
+
+
+@within(20)
+async def test_what_tokens_do_not_name_has_no_names() -> None:
+    engines = [Tokenizer("p0", adapters={"smol": "aa"}), Tokenizer("p1")]
+    found = await read(engines, {"prompt": list(TEXT.encode())})
+    assert found is not None
+    assert (found.tokens, found.names) == (len(TEXT), {})
+    other = [
+        Tokenizer(name, content=msgspec.structs.replace(CONTENT, hash_algorithm="pickled")) for name in ("p0", "p1")
+    ]
+    found = await read(other, {"prompt": list(TEXT.encode())})
+    assert found is not None
+    assert found.work_tokens(other[0].seen()) == len(TEXT)
+
+
+def test_patience_is_what_choosing_can_be_worth() -> None:
+    p0, p1, d0 = Tokenizer("p0"), Tokenizer("p1"), Tokenizer("d0")
+    d0.role = "decode"
+    two = [p0.seen(tokens_per_s=1000.0), p1.seen()]
+    assert patience_for(10_000, [p0.seen(), d0.seen()]) == 0.0, "there is nothing to choose"
+    assert patience_for(15, two) == 0.0, "there is no block to find"
+    assert patience_for(100, two) == PATIENCE_MIN_S
+    assert patience_for(4000, two) == pytest.approx(0.2)
+    assert patience_for(40_000, two) == PATIENCE_MAX_S
+
+
+def test_a_chat_is_asked_for_with_all_that_makes_its_prompt() -> None:
+    tools = [{"type": "function"}]
+    body = {"model": "smol", "messages": [1], "tools": tools, "stream": True, "chat_template": None}
+    assert json.loads(tokenize_question(CHAT, body)) == {"model": "smol", "messages": [1], "tools": tools}
+    text = {"model": "smol", "prompt": ["x"], "add_special_tokens": False, "tools": tools}
+    assert json.loads(tokenize_question(COMPLETIONS, text)) == {
+        "model": "smol", "prompt": "x", "add_special_tokens": False,
+    }  # fmt: skip
+
+
+def test_work_is_what_is_not_kept() -> None:
+    engine = Tokenizer("p0").seen()
+    prompt = Prompt(tokens=100, found={engine.space: {"p0": Found(6, 2)}})
+    assert prompt.cached_tokens(engine) == 96
+    assert prompt.work_tokens(engine) == 4 + 32, "what is on the disk counts by half"
+    assert Prompt(tokens=96, found={engine.space: {"p0": Found(6, 6)}}).work_tokens(engine) == 1
