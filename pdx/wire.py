@@ -22,8 +22,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from pdx.errors import VersionMismatch, WireError
-from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.layout import PageLayout, Place
+from pdx.members import Budgets as Budgets
+from pdx.members import DaemonRef as DaemonRef
+from pdx.members import EngineInfo as EngineInfo
+from pdx.members import Role as Role
 from pdx.verbs import BlockHash, Space, Steer, Tenant
 
 WIRE_VERSION = 1
@@ -41,53 +44,6 @@ Epoch = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]  # as
 
 class Message(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True, frozen=True):
     """Base of all messages: frozen, tagged with the class name in snake case, unknown fields refused."""
-
-
-Role = Literal["prefill", "decode", "both"]
-
-
-class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the fleet knows of one engine."""
-
-    engine_id: str
-    role: Role
-    model: str
-    url: str = ""  # the OpenAI-compatible HTTP server; empty: not to be routed to
-    data_parallel_rank: int | None = None  # by which its server tells it from others behind the same URL; None: alone
-    reasoning_parser: str = ""  # the engine splits its output by this; it must see every token of an answer
-    context_tokens: int = 0  # a prompt and its answer have at most so many together; 0: not told
-    sampling_defaults: dict[str, float] = {}  # by vLLM's names; what holds where a request says nothing
-    adapters: dict[str, str] = {}  # digests of LoRA adapters that are served as models of these names
-    content: ContentFingerprint
-    layout: LayoutFingerprint
-
-    @property
-    def models(self) -> list[str]:
-        """The names under which requests may come."""
-        return [self.model, *self.adapters]
-
-    def at(self, epoch: str) -> EngineInfo:
-        """The same engine with weights of this epoch."""
-        content = msgspec.structs.replace(self.content, weight_epoch=epoch)
-        return msgspec.structs.replace(self, content=content)
-
-
-class DaemonRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How to reach one pdxd. A restarted daemon has a new incarnation."""
-
-    daemon_id: str
-    incarnation: int
-    control: str  # zmq endpoint of its peer socket
-    lanes: list[str]  # lane endpoints, best first
-
-
-class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How long each side of a handoff may take. Durations: every process counts them on its own clock."""
-
-    grant_s: float = 10.0  # from RESERVE to GRANT
-    slab_s: float = 15.0  # without a slab, and without word that the request still waits for the prefill engine
-    total_s: float = 120.0  # from RESERVE to COMMIT
-    claim_s: float = 3.0  # from COMMIT until the decode engine owns the pages
 
 
 # --- ATTACH ---------------------------------------------------------------------------------------------------

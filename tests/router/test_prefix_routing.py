@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+import pytest
 from aiohttp import web
 from daemon.fleet import BareEngine, fleet_in, prompt_of
 from daemon.fleet import Fleet as Daemons
@@ -18,12 +19,21 @@ from engine_fakes import FakeEngine, Fleet, until, within
 
 from pdx.chain import block_hashes
 from pdx.keys import tenant_of
+from pdx.router import prompts
 from pdx.router.journey import Settings
 from pdx.router.service import Options, running
 from pdx.wire import Renew, Role
 
 ALGORITHM = "sha256_cbor/vllm-none-hash"
 LETTERS = 480  # of a turn: more than a block, whatever the guess
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A busy machine is no reason to be without ids."""
+    if "hangs" not in request.node.name:
+        monkeypatch.setattr(prompts, "PATIENCE_MIN_S", 9.0)
+        monkeypatch.setattr(prompts, "PATIENCE_MAX_S", 9.0)
 
 
 class TextEngine(FakeEngine):

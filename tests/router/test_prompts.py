@@ -12,6 +12,7 @@ from engine_fakes import CONTENT, FakeEngine, daemon_ref, within
 
 from pdx.chain import block_hashes
 from pdx.keys import short_names, space_of, tenant_of
+from pdx.router import prompts
 from pdx.router.knowledge import Found, Knowledge
 from pdx.router.policy import Candidate
 from pdx.router.prompt import Prompt
@@ -21,6 +22,14 @@ from pdx.router.upstream import Upstream
 
 NAMED = msgspec.structs.replace(CONTENT, hash_algorithm="sha256_cbor/vllm-none-hash")
 TEXT = "a text of more than one block, whatever the guess, and then some more"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A busy machine is no reason to be without ids."""
+    if "patience" not in request.node.name:
+        monkeypatch.setattr(prompts, "PATIENCE_MIN_S", 9.0)
+        monkeypatch.setattr(prompts, "PATIENCE_MAX_S", 9.0)
 
 
 class Tokenizer(FakeEngine):
@@ -49,10 +58,10 @@ async def read(
         for engine in engines:
             await engine.start()
         try:
-            prompts = Prompts(upstream, knowledge)
+            reader = Prompts(upstream, knowledge)
             for turn in range(times):
                 snapshot = tuple(engine.seen() for engine in engines)
-                prompt = await prompts.read(path, body, "smol", snapshot, turn=turn, headers={}, now=1.0)
+                prompt = await reader.read(path, body, "smol", snapshot, turn=turn, headers={}, now=1.0)
             return prompt
         finally:
             for engine in engines:
