@@ -57,7 +57,6 @@ from pdx.router.policy import (
     NO_LIMIT,
     Candidate,
     Pair,
-    PolicyName,
     Snapshot,
     choose_alone,
     choose_instead,
@@ -66,41 +65,19 @@ from pdx.router.policy import (
 )
 from pdx.router.prefill_reply import PrefillReply
 from pdx.router.replies import REFUSALS, as_event, error_body
+from pdx.router.request import Request as Request
 from pdx.router.retries import RetryBudget
 from pdx.router.seed import Seed, own_answer
 from pdx.router.seedable import unseedable_reason
 from pdx.router.servable import alone_reason, decode_body, early_body, output_limit, prefill_body, seeded_body
+from pdx.router.settings import JourneyName as JourneyName
+from pdx.router.settings import Settings as Settings
 from pdx.router.states import HEARD, MOVES, State
 from pdx.router.usage import with_cached_tokens
-from pdx.wire import Budgets
 
 Way = Literal["seeded", "paired", "after", "alone"]
-JourneyName = Literal["auto", "seeded", "paired", "after"]
 
 WORDS_MAX = 500  # of an engine's refusal, in an error event
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What is the same for all journeys of a router."""
-
-    cluster_key: bytes
-    policy: PolicyName = "prefix"
-    journey: JourneyName = "auto"
-    budgets: Budgets = Budgets()
-    prefill_timeout_s: float = 120.0
-    max_waiting: int = 32  # requests in line at one engine; 0 is no limit
-    max_in_flight_prefill: int = 0  # of this router's calls at one engine of this role; 0 is no limit
-    max_in_flight_decode: int = 0  # the same, also for engines of both roles
-    retries: int = 2  # of one request, on other engines
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What the client asked, without its private fields."""
-
-    path: str
-    model: str
-    body: dict[str, Any]  # empty for uploads, which only pass through
-    raw: bytes  # what one engine alone gets: the body as it came, or encoded anew if something was stripped
 
 
 class Journey:

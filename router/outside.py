@@ -13,7 +13,6 @@ import msgspec
 from pdx.router.directory import Directory
 from pdx.router.forecast import NOMINAL_TOKENS_PER_S, worth_bringing
 from pdx.router.gate import Gate
-from pdx.router.journey import Request
 from pdx.router.knowledge import Knowledge
 from pdx.router.metrics import Metrics
 from pdx.router.pending import Pending
@@ -21,6 +20,7 @@ from pdx.router.policy import Asked, Candidate, Snapshot, choose_pair
 from pdx.router.prompt import Prompt
 from pdx.router.prompts import Prompts
 from pdx.router.registry import Registry
+from pdx.router.request import Request
 from pdx.router.retries import RetryBudget
 from pdx.router.sharing import Sharing
 from pdx.router.standing import Standing
