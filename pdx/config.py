@@ -45,6 +45,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: str = "127.0.0.1"  # address that peers reach this host by
     router: str = ""  # zmq endpoint of the router, e.g. tcp://127.0.0.1:5700; of several, with commas between
     key_file: str = ""  # cluster key; required off loopback
+    tls_cert: str = ""  # certificate of this host, for TLS 1.3 between daemons' tcp lanes; with tls_key and tls_ca
+    tls_key: str = ""
+    tls_ca: str = ""  # the authority of all hosts' certificates
     linger_s: float = 60.0  # pdxd exits this long after its last client
     lease_s: float = 30.0  # an engine that renews nothing for so long loses its leases (to quarantine)
     handoff_share: float = 0.9  # a prompt needing more of the arena than this is refused
@@ -84,6 +87,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"disk_flush_s must be at least 0, not {self.disk_flush_s}")
         if self.disk and self.disk_write == "back" and not self.low_water_share:
             raise ConfigError("disk_write back writes when there is less room than low_water: that can't be 0")
+        if len({bool(self.tls_cert), bool(self.tls_key), bool(self.tls_ca)}) > 1:
+            raise ConfigError("TLS needs all of tls_cert, tls_key and tls_ca: the peers prove themselves to each other")
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be positive, not {self.chunk_tokens}")
 
@@ -125,6 +130,9 @@ FLAGS = {
     "extent": "size of an extent (default: an eighth of the arena, 64MiB at most)",
     "host": "address that peers reach this host by (default 127.0.0.1)",
     "key_file": "file with the cluster key, mode 0600; required off loopback",
+    "tls_cert": "PEM certificate of this host: lanes speak TLS 1.3, with peers of the same authority only",
+    "tls_key": "its private key, a file of mode 0600",
+    "tls_ca": "PEM certificate of the authority that signed all hosts'",
     "linger_s": "seconds to stay after the last client has left (default 60)",
     "lease_s": "seconds until a silent engine loses its leases (default 30)",
     "handoff_share": "largest part of the arena that one prompt may take (default 0.9)",
@@ -158,7 +166,7 @@ def load(
     merged.update(_checked(_from_environ(environ), source="environment"))
     merged.update(_checked({k: v for k, v in (overrides or {}).items() if v is not None}, source="command line"))
     merged["run_dir"] = merged.get("run_dir") or default_run_dir(environ)
-    for key in ("run_dir", "key_file", "disk"):
+    for key in ("run_dir", "key_file", "disk", "tls_cert", "tls_key", "tls_ca"):
         if merged.get(key):
             merged[key] = os.path.abspath(str(merged[key]))  # daemons are started from another directory
     try:

@@ -21,13 +21,13 @@ import msgspec
 from pdx.errors import VersionMismatch, WireError
 from pdx.transport.api import Span
 
-LANE_VERSION = 1
+LANE_VERSION = 2
 MAGIC = b"PDXL"
 
 HELLO, CHALLENGE, PROOF, PART, LAST = 1, 2, 3, 4, 5
 
-# One frame is what an urgent put may have to wait for: 256 KiB are 2 ms at 1 Gbit/s and amortise two system calls.
-FRAME_BYTES_MAX = 256 << 10
+# How large frames are their sender decides (see pace).
+FRAME_BYTES_MAX = 1 << 20
 # Below Linux's IOV_MAX of 1024, leaving room for head, spans and notice; 3 KiB of spans at most.
 SPANS_MAX = 256
 # A notice names a handoff and carries 8 bytes (40 in digest mode) a page: 64 KiB are over 1,500 pages.
@@ -107,12 +107,13 @@ def decode_spans(data: bytes | bytearray | memoryview, head: Head) -> list[Span]
     """Raises WireError unless these are the head's spans and add up to its payload."""
     if len(data) != head.span_count * SPAN_BYTES:
         raise WireError(f"{head.span_count} spans do not have {len(data)} bytes")
-    spans = [Span(offset, length) for offset, length in _SPAN.iter_unpack(data)]
+    spans: list[Span] = []
     total_bytes = 0
-    for span in spans:
-        if span.length == 0 or span.offset + span.length > U64_MAX:
+    for offset, length in _SPAN.iter_unpack(data):
+        if length == 0 or offset + length > U64_MAX:
             raise WireError("a span is empty or ends beyond 2^64")
-        total_bytes += span.length
+        total_bytes += length
+        spans.append(Span(offset, length))
     if total_bytes != head.payload_bytes:
         raise WireError(f"spans of {total_bytes} bytes for a payload of {head.payload_bytes}")
     return spans

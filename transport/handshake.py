@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import socket
 
 from pdx.errors import PeerGone, WireError
 from pdx.transport.frames import (
@@ -23,10 +22,10 @@ from pdx.transport.frames import (
     decode_greeting,
     encode_greeting,
 )
-from pdx.transport.sockets import receive_exactly
+from pdx.transport.sockets import Pipe, receive_exactly
 
 
-def greet_as_connector(connection: socket.socket, key: bytes | None) -> None:
+def greet_as_connector(connection: Pipe, key: bytes | None) -> None:
     """Returns once the acceptor is one of us. Raises WireError, PeerGone or OSError."""
     nonce = secrets.token_bytes(NONCE_BYTES)
     _send(connection, Greeting(HELLO, key is not None, nonce))
@@ -41,7 +40,7 @@ def greet_as_connector(connection: socket.socket, key: bytes | None) -> None:
         _check_proof(answer, proof(key, "acceptor", nonce, challenge.secret))
 
 
-def greet_as_acceptor(connection: socket.socket, key: bytes | None) -> None:
+def greet_as_acceptor(connection: Pipe, key: bytes | None) -> None:
     """Returns once the connector is one of us. Raises WireError, PeerGone or OSError.
 
     The challenge goes out before the hello is judged: so that a peer of another version or without a key can tell its
@@ -73,15 +72,15 @@ def _check_proof(greeting: Greeting, expected: bytes) -> None:
         raise WireError("the peer has another cluster key: give both the same key file")
 
 
-def _send(connection: socket.socket, greeting: Greeting) -> None:
+def _send(connection: Pipe, greeting: Greeting) -> None:
     connection.sendall(encode_greeting(greeting))
 
 
-def _receive(connection: socket.socket, kind: int) -> Greeting:
+def _receive(connection: Pipe, kind: int) -> Greeting:
     return decode_greeting(_receive_raw(connection), kind=kind)
 
 
-def _receive_raw(connection: socket.socket) -> bytes:
+def _receive_raw(connection: Pipe) -> bytes:
     raw = bytearray(GREETING_BYTES)
     receive_exactly(connection, [memoryview(raw)], GREETING_BYTES)
     return bytes(raw)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import msgspec
 
 from pdx.transport.api import Copy, PutDone, PutFailed, Span
-from pdx.transport.frames import FRAME_BYTES_MAX, NOTICE_BYTES_MAX, SPANS_MAX, U64_MAX
-from pdx.transport.spans import check_inside, joined
+from pdx.transport.frames import NOTICE_BYTES_MAX, SPANS_MAX, U64_MAX
+from pdx.transport.pace import FIRST_FRAME_BYTES
 
 # Far above what handoffs in flight need (layers x chunks of a few hundred prompts); a put beyond it fails at once.
 PUTS_MAX = 1 << 16
@@ -33,7 +33,7 @@ class Put(msgspec.Struct):
 
 
 class Frame(msgspec.Struct):
-    """Up to FRAME_BYTES_MAX of one put. `sources` are views of the memory itself."""
+    """Part of one put, or all of it. `sources` are views of the memory itself."""
 
     put: Put
     sources: list[memoryview]
@@ -43,7 +43,7 @@ class Frame(msgspec.Struct):
 
 
 class Outbox:
-    """Owned by whoever guards it with a lock; see TcpChannel."""
+    """Owned by whoever guards it with a lock; see TcpStream."""
 
     def __init__(self) -> None:
         self._queues: dict[bytes, _Queue] = {}
@@ -66,8 +66,8 @@ class Outbox:
         self._put_count += 1
         return None
 
-    def next_frame(self) -> Frame | None:
-        """The frame to send now. Its put stays in the outbox until frame_sent()."""
+    def next_frame(self, bytes_max: int = FIRST_FRAME_BYTES) -> Frame | None:
+        """The frame to send now, of at most so many bytes. Its put stays in the outbox until frame_sent()."""
         if not self._queues:
             return None
         if len(self._queues) == 1:
@@ -77,7 +77,7 @@ class Outbox:
         self._turn += 1
         queue.served_at_turn = self._turn
         self._under_way = queue.puts[0]
-        return _cut(self._under_way)
+        return _cut(self._under_way, bytes_max)
 
     def frame_sent(self, frame: Frame) -> PutDone | PutFailed | None:
         """The frame's memory is no longer read. Says how its put ended, if it did."""
@@ -130,31 +130,46 @@ class _Queue:
         return self.urgency, -self.served_at_turn
 
 
-def _cut(put: Put) -> Frame:
+def _cut(put: Put, bytes_max: int) -> Frame:
     sources: list[memoryview] = []
     targets: list[Span] = []
-    room_bytes = FRAME_BYTES_MAX
-    while room_bytes and put.copy_index < len(put.copies) and len(targets) < SPANS_MAX:
-        copy = put.copies[put.copy_index]
-        done_bytes = put.copied_bytes
-        length = min(copy.length - done_bytes, room_bytes)
-        start = copy.source_offset + done_bytes
-        sources.append(put.memory[start : start + length])
-        targets.append(Span(copy.target_offset + done_bytes, length))
-        room_bytes -= length
-        if done_bytes + length == copy.length:
-            put.copy_index += 1
-            put.copied_bytes = 0
+    memory, copies, room_bytes = put.memory, put.copies, bytes_max
+    index, done_bytes = put.copy_index, put.copied_bytes
+    last_index = min(len(copies), index + SPANS_MAX)
+    while room_bytes and index < last_index:  # once for every span that is sent: what can be outside, is
+        copy = copies[index]
+        start, length = copy.source_offset + done_bytes, copy.length - done_bytes
+        target = copy.target_offset + done_bytes
+        if length > room_bytes:
+            length = room_bytes
+            done_bytes += length
         else:
-            put.copied_bytes += length
-    is_last = put.copy_index == len(put.copies)
-    return Frame(put, sources, targets, FRAME_BYTES_MAX - room_bytes, is_last)
+            index += 1
+            done_bytes = 0
+        sources.append(memory[start : start + length])
+        targets.append(Span(target, length))
+        room_bytes -= length
+    put.copy_index, put.copied_bytes = index, done_bytes
+    is_last = index == len(copies)
+    return Frame(put, sources, targets, bytes_max - room_bytes, is_last)
 
 
 def checked_copies(copies: Sequence[Copy], region_bytes: int, *, notice: bytes) -> list[Copy]:
     """What a put may ask for, neighbours joined. Raises ValueError for anything out of bounds."""
     if len(notice) > NOTICE_BYTES_MAX:
         raise ValueError(f"a notice may have {NOTICE_BYTES_MAX} bytes, not {len(notice)}")
-    check_inside((Span(copy.source_offset, copy.length) for copy in copies), region_bytes)
-    check_inside((Span(copy.target_offset, copy.length) for copy in copies), U64_MAX)
-    return joined(copies)
+    result: list[Copy] = []
+    source_end = target_end = -1
+    for copy in copies:  # of every put, on the thread that owns all state: one pass
+        source, target, length = copy.source_offset, copy.target_offset, copy.length
+        if source < 0 or target < 0 or length < 0 or source + length > region_bytes or target + length > U64_MAX:
+            raise ValueError(f"a copy of {length} bytes from {source} to {target} lies outside its region")
+        if length == 0:
+            continue
+        if source == source_end and target == target_end:
+            last = result[-1]
+            result[-1] = Copy(last.source_offset, last.target_offset, last.length + length)
+        else:
+            result.append(copy)
+        source_end, target_end = source + length, target + length
+    return result

@@ -14,6 +14,7 @@ import msgspec
 
 from pdx.errors import ConfigError, UnknownTransport
 from pdx.transport.api import Lane
+from pdx.transport.tls import LaneTls
 
 ENTRY_POINT_GROUP = "pdx.transports"
 BUILT_IN = {
@@ -21,16 +22,22 @@ BUILT_IN = {
     "tcp": "pdx.transport.tcp:TcpLane",
     "ucx": "pdx.transport.ucx:UcxLane",
 }
+ENCRYPTING = ("tcp",)
 ABSENT = {"loopback": "lives inside one process: use LoopbackNet.open_lane()"}
 
 
-def open_lane(url: str, *, key: bytes | None, name: str) -> Lane:
-    """The lane that `url` asks for, bound and listening. `name` labels its threads.
+def open_lane(url: str, *, key: bytes | None, name: str, tls: LaneTls | None = None) -> Lane:
+    """The lane that `url` asks for, bound and listening. `name` labels its threads; `tls` is for lanes that encrypt.
 
     Raises UnknownTransport for other schemes and for those whose library is not installed, naming the extra;
     ConfigError if the address cannot work.
     """
-    return _factory(url.partition("://")[0])(url, key=key, name=name)
+    scheme = url.partition("://")[0]
+    if tls is None:
+        return _factory(scheme)(url, key=key, name=name)
+    if scheme not in ENCRYPTING:
+        raise ConfigError(f"{scheme}:// does not encrypt, and TLS is asked for: only {', '.join(ENCRYPTING)} does")
+    return _factory(scheme)(url, key=key, name=name, tls=tls)
 
 
 class Choice(msgspec.Struct, frozen=True):

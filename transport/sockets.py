@@ -1,7 +1,8 @@
 """TCP sockets as the lanes want them: options, and exact reads and writes under kernel timeouts.
 
 Sockets stay blocking and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO, MSG_WAITALL): a frame costs two or
-three system calls and holds the GIL in none of them. shutdown() from another thread ends any call at once.
+three system calls and holds the GIL in none of them. shutdown() from another thread ends any call at once. What is
+encrypted goes through the same functions (see tls).
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from urllib.parse import urlsplit
 
 from pdx.config import is_loopback
 from pdx.errors import ConfigError, PeerGone
+from pdx.transport.pace import FIRST_FRAME_BYTES
+from pdx.transport.tls import TlsPipe
+
+Pipe = socket.socket | TlsPipe
 
 # A peer that moves no byte in mid-frame for so long holds a window, or our memory, that others wait for.
 STALL_S = 5.0
 # Unacknowledged bytes, or silence on an idle connection, for about so long mean that the peer's host is gone.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 4
 USER_TIMEOUT_MS = 10_000
-# Queued but unsent bytes are bytes that an urgent put cannot overtake: one frame. The kernel sizes the socket buffers
-# itself, since fixed ones of 0.4 to 4 MiB were measured no faster on loopback and would cap links of high latency.
-NOTSENT_LOWAT_BYTES = 256 << 10
 ACCEPT_BACKLOG = 64
 
 
@@ -34,12 +36,21 @@ def tune(connection: socket.socket, stall_s: float = STALL_S) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
+    limit_unsent(connection, FIRST_FRAME_BYTES)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+
+
+def limit_unsent(connection: socket.socket, unsent_bytes: int) -> None:
+    """Queued but unsent bytes are bytes that an urgent put cannot overtake: so one frame's worth.
+
+    The kernel sizes the socket buffers itself, since fixed ones of 0.4 to 4 MiB were measured no faster on loopback and
+    would cap links of high latency.
+    """
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent_bytes)
 
 
 def listen_at(url: str, *, scheme: str, key: bytes | None) -> tuple[socket.socket, str]:
@@ -79,10 +90,13 @@ def parse_endpoint(endpoint: str, *, scheme: str = "tcp") -> tuple[str, int]:
     return host, port
 
 
-def send_exactly(connection: socket.socket, buffers: Sequence[bytes | memoryview], total_bytes: int) -> None:
+def send_exactly(connection: Pipe, buffers: Sequence[bytes | memoryview], total_bytes: int) -> None:
     """Raises PeerGone if the peer takes not a byte for the socket's stall time (twice that at worst: a call that stalls
     in its middle still returns what it had sent), OSError if the connection breaks."""
     try:
+        if isinstance(connection, TlsPipe):
+            connection.send(buffers)
+            return
         sent_bytes = connection.sendmsg(buffers)
         while sent_bytes < total_bytes:
             buffers = _without_first(buffers, sent_bytes)
@@ -93,10 +107,14 @@ def send_exactly(connection: socket.socket, buffers: Sequence[bytes | memoryview
 
 
 def receive_exactly(
-    connection: socket.socket, buffers: Sequence[memoryview], total_bytes: int, stall_s: float = STALL_S
+    connection: Pipe, buffers: Sequence[memoryview], total_bytes: int, stall_s: float = STALL_S
 ) -> None:
     """Fills the buffers. Raises PeerGone at the end of the stream, or after `stall_s` (twice that at worst)."""
     started_s = time.monotonic()
+    if isinstance(connection, TlsPipe):
+        for buffer in buffers:
+            _receive_records(connection, buffer, started_s, stall_s)
+        return
     try:
         received_bytes = connection.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
         while received_bytes < total_bytes:
@@ -109,6 +127,25 @@ def receive_exactly(
             received_bytes = connection.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
     except BlockingIOError as error:
         raise PeerGone(f"peer did not finish its frame in {stall_s:g} s") from error
+
+
+def _receive_records(connection: TlsPipe, buffer: memoryview, started_s: float, stall_s: float) -> None:
+    filled_bytes = 0
+    while filled_bytes < len(buffer):
+        received_bytes = receive_some(connection, buffer[filled_bytes:])
+        if received_bytes == 0:
+            raise PeerGone("peer closed the connection in mid-frame")
+        filled_bytes += received_bytes
+        if received_bytes < 0 or (filled_bytes < len(buffer) and time.monotonic() >= started_s + stall_s):
+            raise PeerGone(f"peer did not finish its frame in {stall_s:g} s")
+
+
+def receive_some(connection: Pipe, buffer: memoryview) -> int:
+    """What comes next, as much as there is of it; 0 at the end of the stream, -1 if nothing came for the stall time."""
+    try:
+        return connection.recv_into(buffer)
+    except BlockingIOError:
+        return -1
 
 
 def reset_on_close(connection: socket.socket) -> None:

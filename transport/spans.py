@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from pdx.transport.api import Copy, Span
+from pdx.transport.api import Span
 
 
 class SpanSet:
@@ -39,21 +39,3 @@ def check_inside(spans: Iterable[Span], region_bytes: int) -> None:
     for span in spans:
         if span.offset < 0 or span.length < 0 or span.offset + span.length > region_bytes:
             raise ValueError(f"span {span.offset}+{span.length} lies outside the region of {region_bytes} bytes")
-
-
-def joined(copies: Sequence[Copy]) -> list[Copy]:
-    """The same copies in the same order, neighbours on both sides made one and empty ones left out."""
-    result: list[Copy] = []
-    for copy in copies:
-        if copy.length == 0:
-            continue
-        if result:
-            last = result[-1]
-            if (
-                last.source_offset + last.length == copy.source_offset
-                and last.target_offset + last.length == copy.target_offset
-            ):
-                result[-1] = Copy(last.source_offset, last.target_offset, last.length + copy.length)
-                continue
-        result.append(copy)
-    return result

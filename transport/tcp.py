@@ -1,8 +1,9 @@
 """The tcp lane: any two hosts, no special hardware. Ties listener, channels, windows and mailbox together.
 
-Each side that puts connects to the other, so a pair that puts both ways has two connections; on each of them only
-the connector talks after the handshake. A frame carries its own window and spans, hence receivers hold no state per
-put, frames of many puts interleave freely, and a cancelled put is one whose last frame never comes.
+Each side that puts connects to the other, so a pair that puts both ways has two channels, of one connection or a few
+each; on each of these only the connector talks after the handshake. A frame carries its own window and spans, hence
+receivers hold no state per put, frames of many puts interleave freely, and a cancelled put is one whose last frame
+never comes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pdx.transport.api import Copy, Event, PeerLost, PutFailed, Region
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.outbox import Put, checked_copies
 from pdx.transport.sockets import STALL_S, listen_at, parse_endpoint
+from pdx.transport.tcp_channel import TcpChannel, usual_streams
 from pdx.transport.tcp_receiver import TcpListener
-from pdx.transport.tcp_sender import TcpChannel
+from pdx.transport.tls import LaneTls
 from pdx.transport.windows import CheckedRegion, WindowTable
 
 # abort() waits no longer than this for threads that shutdown() has woken.
@@ -32,18 +34,32 @@ class TcpLane:
     scheme = "tcp"
     checked_by: Literal["receiver", "sender"] = "receiver"
 
-    def __init__(self, url: str, *, key: bytes | None, name: str, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: bytes | None,
+        name: str,
+        tls: LaneTls | None = None,
+        stall_s: float = STALL_S,
+        streams: int | None = None,
+    ) -> None:
         """Binds and listens; port 0 takes a free one. Raises ConfigError if the address cannot be had.
 
-        Without a key only loopback addresses are served. A peer that stalls in mid-frame for `stall_s` is dropped.
+        Without a key only loopback addresses are served. A peer that moves nothing in mid-frame for `stall_s` is
+        dropped. With `tls` neither side talks to a peer without. `streams`: connections to each peer (default: as many
+        as this machine's cores are good for).
         """
         listening, self.endpoint = listen_at(url, scheme=self.scheme, key=key)
         self._key = key
+        self._tls = tls
         self._name = name
+        self._streams = streams or usual_streams()
+        self._stall_s = stall_s
         self._mailbox = Mailbox()
         self._windows = WindowTable(emit=self._mailbox.add, new_id=lambda: secrets.randbits(64))
         self._listener = TcpListener(
-            listening, key=key, windows=self._windows, mailbox=self._mailbox, name=name, stall_s=stall_s
+            listening, key=key, windows=self._windows, mailbox=self._mailbox, name=name, stall_s=stall_s, tls=tls
         )
         self._channels: dict[int, TcpChannel] = {}
         self._numbers = itertools.count(1)
@@ -72,7 +88,16 @@ class TcpLane:
             if channel.endpoint == endpoint and not channel.is_over:
                 return channel.number
         number = next(self._numbers)
-        self._channels[number] = TcpChannel(number, endpoint, key=self._key, mailbox=self._mailbox, name=self._name)
+        self._channels[number] = TcpChannel(
+            number,
+            endpoint,
+            key=self._key,
+            tls=self._tls,
+            mailbox=self._mailbox,
+            name=self._name,
+            streams=self._streams,
+            stall_s=self._stall_s,
+        )
         return number
 
     def put(

@@ -28,13 +28,14 @@ from pdx.transport.frames import (
 )
 from pdx.transport.handshake import greet_as_acceptor
 from pdx.transport.mailbox import Mailbox
-from pdx.transport.sockets import receive_exactly, reset_on_close, shut, tune
+from pdx.transport.sockets import Pipe, receive_exactly, receive_some, reset_on_close, shut, tune
+from pdx.transport.tls import LaneTls, TlsPipe
 from pdx.transport.windows import WindowTable
 
 logger = logging.getLogger(__name__)
 
-# One connection a peer; each costs a thread and, once it needs them, 320 KiB of buffers.
-CONNECTIONS_MAX = 256
+# A few connections a peer; each costs a thread and, once it needs them, a MiB of buffers.
+CONNECTIONS_MAX = 512
 # Out of descriptors, accept() fails at once and for ever: don't spin on it.
 ACCEPT_RETRY_S = 0.1
 # Ends of connection threads are waited for no longer than this; shutdown() wakes them at once.
@@ -53,8 +54,10 @@ class TcpListener:
         mailbox: Mailbox,
         name: str,
         stall_s: float,
+        tls: LaneTls | None = None,
     ) -> None:
         self.refused_count = 0
+        self._tls = tls
         self._stall_s = stall_s
         self._listening = listening
         self._key = key
@@ -115,7 +118,7 @@ class TcpListener:
             accepted.close()
             return
         peer = f"{address[0]}:{address[1]}"
-        connection = _Connection(accepted, peer, self._key, self._windows, self._mailbox, self._stall_s)
+        connection = _Connection(accepted, peer, self._key, self._windows, self._mailbox, self._stall_s, self._tls)
         self._connections.add(connection)
         connection.start(f"{self._name}-receive", at_end=self._note_end)
 
@@ -152,9 +155,11 @@ class _Connection:
         windows: WindowTable,
         mailbox: Mailbox,
         stall_s: float,
+        tls: LaneTls | None,
     ) -> None:
         self.was_refused = False
         self._socket = accepted
+        self._pipe: Pipe = accepted if tls is None else tls.pipe(accepted, is_acceptor=True)
         self._peer = peer
         self._key = key
         self._windows = windows
@@ -181,7 +186,9 @@ class _Connection:
     def _run(self, at_end: Callable[[_Connection], None]) -> None:
         try:
             tune(self._socket, self._stall_s)
-            greet_as_acceptor(self._socket, self._key)
+            if isinstance(self._pipe, TlsPipe):
+                self._pipe.shake_hands(self._stall_s)
+            greet_as_acceptor(self._pipe, self._key)
             reset_on_close(self._socket)
             while self._wait_for_head():
                 self._receive_frame(decode_head(self._head))
@@ -199,14 +206,11 @@ class _Connection:
         """False at the end of the stream. Idle connections may be silent for ever; a head once begun must end soon."""
         if not self._mailbox.wait_for_room(self._stall_s):
             raise PeerGone("we are too far behind to take its notices")
-        while True:
-            try:
-                received_bytes = self._socket.recv_into(self._head, HEAD_BYTES, socket.MSG_WAITALL)
-            except BlockingIOError:
-                continue
-            if 0 < received_bytes < HEAD_BYTES:
-                self._receive([self._head[received_bytes:]], HEAD_BYTES - received_bytes)
-            return received_bytes > 0
+        while (received_bytes := receive_some(self._pipe, self._head)) < 0:
+            pass
+        if 0 < received_bytes < HEAD_BYTES:
+            self._receive([self._head[received_bytes:]], HEAD_BYTES - received_bytes)
+        return received_bytes > 0
 
     def _receive_frame(self, head: Head) -> None:
         raw_spans = self._spans[: head.span_count * SPAN_BYTES]
@@ -232,7 +236,7 @@ class _Connection:
         return bytes(notice) if head.is_last else None
 
     def _receive(self, buffers: list[memoryview], total_bytes: int) -> None:
-        receive_exactly(self._socket, buffers, total_bytes, self._stall_s)
+        receive_exactly(self._pipe, buffers, total_bytes, self._stall_s)
 
     def _scratch_of(self, length_bytes: int) -> memoryview:
         if self._scratch is None:

@@ -75,12 +75,14 @@ class WindowTable:
             if window is None or window.closing:
                 self.frames_dropped += 1
                 return None
+            memory, covers = window.memory, window.spans.covers
+            targets: list[memoryview] = []
             for span in spans:
-                if not window.spans.covers(span):
+                if not covers(span):
                     raise WireError(f"span {span.offset}+{span.length} lies outside its window")
+                targets.append(memory[span.offset : span.offset + span.length])
             window.frames_under_way += 1
-            memory = window.memory
-            return [memory[span.offset : span.offset + span.length] for span in spans]
+            return targets
 
     def end_frame(self, number: int, *, landed_bytes: int, notice: bytes | None) -> None:
         """The admitted frame is over. `notice`: this was the last frame of a put, and whole."""

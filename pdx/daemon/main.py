@@ -18,6 +18,7 @@ from pdx.errors import ConfigError, PdxError
 
 if TYPE_CHECKING:
     from pdx.tiers.disk import DiskTier
+    from pdx.transport.tls import LaneTls
 
 INFO_NAME = "pdxd.json"  # where this daemon is, for people and tests
 DISK_DRAIN_S = 5.0  # for blocks that are on their way to the disk when the daemon ends
@@ -82,7 +83,7 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
     key = config.cluster_key(settings)
     log.info("configuration:\n%s", config.shown(settings))
     arena = Arena.create(CONTROL_BYTES + settings.arena_bytes)  # on top, or the last extent would not fit
-    lane = open_lane(f"tcp://{settings.host}:0", key=key, name=str(run_dir))
+    lane = open_lane(f"tcp://{settings.host}:0", key=key, tls=_lane_tls(settings), name=str(run_dir))
     tier = None
     try:
         tier = _open_disk(settings, key)
@@ -118,6 +119,14 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             tier.close(drain_s=DISK_DRAIN_S)
         arena.close()
     log.info("gone")
+
+
+def _lane_tls(settings: config.Config) -> LaneTls | None:
+    if not settings.tls_cert:
+        return None
+    from pdx.transport.tls import LaneTls, TlsFiles
+
+    return LaneTls(TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), Path(settings.tls_ca)))
 
 
 def _open_disk(settings: config.Config, key: bytes) -> DiskTier | None:

@@ -97,6 +97,9 @@ class Daemon:
             "eviction",
             "low_water",
             "high_water",
+            "tls_cert",
+            "tls_key",
+            "tls_ca",
         ]
         arguments = [
             f"--{f.replace('_', '-')}={value!s}" for f in flags if (value := getattr(self.config, f)) not in ("", None)

@@ -13,6 +13,22 @@ from pdx.wire import DaemonRef, LoadEnded, Renew, SendEnded, SendOpened
 DAEMON_OF_OTHERS = DaemonRef(daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=["tcp://127.0.0.1:9"])
 
 
+def test_every_page_arrives_under_tls(fleet: Fleet, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="cryptography is not installed: it makes this test's certificates")
+    from benchmarks.harness.certificates import Authority
+
+    authority = Authority(tmp_path)
+    settings = []
+    for name in ("one", "other"):
+        files = authority.issue(name)
+        settings.append({"tls_cert": files.certificate, "tls_key": files.key, "tls_ca": files.authority})
+    first, second = (fleet.daemon(**{key: str(path) for key, path in files.items()}) for files in settings)
+    prefill, decode = fleet.engine(first, "P"), fleet.engine(second, "D")
+    prompt, handle = prompt_of(100), fleet.handle(prefill, decode)
+    prefill.prefill(prompt, handle)
+    assert decode.load(prompt, handle) == len(prompt.names)
+
+
 @pytest.fixture(params=["tcp", "same daemon"])
 def pair(request: pytest.FixtureRequest, fleet: Fleet) -> tuple[Fleet, BareEngine, BareEngine]:
     first = fleet.daemon()

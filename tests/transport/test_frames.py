@@ -32,10 +32,10 @@ HEAD = Head(is_last=True, window=0x1122334455667788, ticket=7, span_count=2, pay
 SPANS = [Span(0x10000, 0x20000), Span(0xABCDEF0123, 0x10000)]
 # Changing these bytes means a new LANE_VERSION.
 GOLDEN_LAST = (
-    "5044584c 01 05 0200 00000300 05000000 8877665544332211 0700000000000000"
+    "5044584c 02 05 0200 00000300 05000000 8877665544332211 0700000000000000"
     "0000010000000000 00000200  2301efcdab000000 00000100"
 )
-GOLDEN_HELLO = "5044584c 01 01 0100" + "ab" * 32
+GOLDEN_HELLO = "5044584c 02 01 0100" + "ab" * 32
 
 
 def test_golden_put() -> None:
@@ -113,7 +113,7 @@ def test_spans_of_any_bytes(data: bytes, span_count: int, payload_bytes: int) ->
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(st.binary(max_size=GREETING_BYTES + 4), st.sampled_from([HELLO, CHALLENGE, PROOF]))
 def test_greeting_of_any_bytes(data: bytes, kind: int) -> None:
-    for candidate in (data, (b"PDXL\x01" + data)[:GREETING_BYTES]):
+    for candidate in (data, (bytes([*b"PDXL", LANE_VERSION]) + data)[:GREETING_BYTES]):
         try:
             assert len(decode_greeting(candidate, kind=kind).secret) == 32
         except WireError:

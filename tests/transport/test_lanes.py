@@ -28,6 +28,17 @@ def pair_of(scheme: str) -> Iterator[OpenPair]:
 
 
 @contextmanager
+def tcp_pair_of_streams() -> Iterator[OpenPair]:
+    """Several connections a peer, whatever this machine would have."""
+    url = "tcp://127.0.0.1:0"
+    pair = OpenPair(lambda url: TcpLane(url, key=KEY, name="test", streams=3), near=url, far=url)
+    try:
+        yield pair
+    finally:
+        pair.abort()
+
+
+@contextmanager
 def loopback_pair() -> Iterator[OpenPair]:
     net = LoopbackNet(random.Random(0))
     pair = OpenPair(lambda url: net.open_lane(url.removeprefix("loopback://")), near="near", far="far")
@@ -53,6 +64,7 @@ def faultless_pair() -> Iterator[OpenPair]:
 
 PAIRS = [
     pytest.param(partial(pair_of, "tcp"), id="tcp"),
+    pytest.param(tcp_pair_of_streams, id="tcp3"),
     pytest.param(loopback_pair, id="loopback"),
     pytest.param(faultless_pair, id="faulty"),
     pytest.param(partial(pair_of, "nixl"), id="nixl", marks=needing("nixl")),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pdx.transport import outbox as outbox_module
 from pdx.transport.api import Copy, PutDone, PutFailed, Span
-from pdx.transport.frames import FRAME_BYTES_MAX, SPANS_MAX
+from pdx.transport.frames import SPANS_MAX
 from pdx.transport.outbox import Outbox, Put, checked_copies
+from pdx.transport.pace import FIRST_FRAME_BYTES
 from pdx.transport.spans import SpanSet
 
-MEMORY = memoryview(bytes(4 * FRAME_BYTES_MAX))
+MEMORY = memoryview(bytes(4 * FIRST_FRAME_BYTES))
 
 
 def a_put(ticket: int, queue: bytes, *, frames: int = 1) -> Put:
-    return Put(ticket, queue, 1, MEMORY, [Copy(0, 0, frames * FRAME_BYTES_MAX)], b"n")
+    return Put(ticket, queue, 1, MEMORY, [Copy(0, 0, frames * FIRST_FRAME_BYTES)], b"n")
 
 
 def send_all(outbox: Outbox) -> list[int]:
@@ -91,13 +92,13 @@ def test_bound() -> None:
 
 def test_frames_are_bounded_in_spans_and_bytes() -> None:
     outbox = Outbox()
-    copies = [Copy(index * 2, index * 3, 1) for index in range(SPANS_MAX + 1)] + [Copy(0, 4096, FRAME_BYTES_MAX + 1)]
+    copies = [Copy(index * 2, index * 3, 1) for index in range(SPANS_MAX + 1)] + [Copy(0, 4096, FIRST_FRAME_BYTES + 1)]
     outbox.add(Put(1, b"q", 1, MEMORY, copies, b""), 0.0)
     frames = []
     while (frame := outbox.next_frame()) is not None:
         frames.append(frame)
         outbox.frame_sent(frame)
-    assert all(len(frame.targets) <= SPANS_MAX and frame.payload_bytes <= FRAME_BYTES_MAX for frame in frames)
+    assert all(len(frame.targets) <= SPANS_MAX and frame.payload_bytes <= FIRST_FRAME_BYTES for frame in frames)
     assert sum(frame.payload_bytes for frame in frames) == sum(copy.length for copy in copies)
     assert [frame.is_last for frame in frames] == [False] * (len(frames) - 1) + [True]
 

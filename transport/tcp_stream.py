@@ -1,4 +1,4 @@
-"""An outgoing connection of the tcp lane: one socket, one thread, one outbox.
+"""One outgoing connection of the tcp lane: one socket, one thread, one outbox. See tcp_channel for its owner.
 
 The control thread adds and cancels puts; the channel's own thread connects, greets, and sends frame after frame
 straight from the region's memory. They share the outbox under one lock, held for microseconds and never while
@@ -13,14 +13,17 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from pdx.errors import PeerGone, TransportError, WireError
-from pdx.transport.api import PeerLost, PutFailed
+from pdx.transport.api import PutFailed
 from pdx.transport.frames import Head, encode_frame_start
 from pdx.transport.handshake import greet_as_connector
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.outbox import Frame, Outbox, Put
-from pdx.transport.sockets import parse_endpoint, send_exactly, shut, tune
+from pdx.transport.pace import Pace
+from pdx.transport.sockets import Pipe, limit_unsent, parse_endpoint, receive_some, send_exactly, shut, tune
+from pdx.transport.tls import LaneTls
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +31,30 @@ logger = logging.getLogger(__name__)
 ANNOUNCE_EVERY_S = 0.001
 
 
-class TcpChannel:
-    """Public methods are the control thread's; the rest runs in the thread that the constructor starts."""
+class TcpStream:
+    """Public methods are the control thread's; the rest runs in the thread that the constructor starts.
 
-    def __init__(self, number: int, endpoint: str, *, key: bytes | None, mailbox: Mailbox, name: str) -> None:
-        self.number = number
+    `at_end` is that thread's last call: why it ended, and the puts that thereby failed.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        key: bytes | None,
+        tls: LaneTls | None,
+        mailbox: Mailbox,
+        name: str,
+        stall_s: float,
+        at_end: Callable[[str, list[PutFailed]], None],
+    ) -> None:
         self.endpoint = endpoint
         self.bytes_sent = 0
+        self._at_end = at_end
+        self._pace = Pace()
         self._key = key
+        self._tls = tls
+        self._stall_s = stall_s
         self._mailbox = mailbox
         # Reentrant, because abort() may come from a signal handler while the control thread is in put().
         self._lock = threading.RLock()
@@ -43,17 +62,12 @@ class TcpChannel:
         self._is_idle = False  # the thread waits, or will wait, for the wake descriptor
         self._is_ending = False  # stop when the outbox is empty
         self._stop_reason: str | None = None  # stop now; set once
-        self._is_ours_to_end = False  # ended on purpose: no PeerLost
         self._lost_reason: str | None = None
         self._announced_s = 0.0
         self._socket: socket.socket | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, name=f"{name}-send-{number}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-
-    @property
-    def is_over(self) -> bool:
-        return self._lost_reason is not None
 
     def put(self, put: Put, urgency: float) -> None:
         with self._lock:
@@ -72,16 +86,15 @@ class TcpChannel:
         self._mailbox.add_all(failed)
 
     def finish(self) -> None:
-        """Ends the channel once everything queued is sent."""
+        """Ends once everything queued is sent."""
         with self._lock:
-            self._is_ending = self._is_ours_to_end = True
+            self._is_ending = True
             self._wake_if_idle()
 
-    def stop(self, reason: str, *, is_ours: bool) -> None:
-        """Ends the channel now; `is_ours`: without PeerLost. Takes no time; join() waits for the end."""
+    def stop(self, reason: str) -> None:
+        """Ends it now. Takes no time; join() waits for the end. Any thread may call this."""
         with self._lock:
             self._stop_reason = self._stop_reason or reason
-            self._is_ours_to_end = self._is_ours_to_end or is_ours
             if self._socket is not None:
                 shut(self._socket)
             self._wake_if_idle()
@@ -105,8 +118,9 @@ class TcpChannel:
     def _run(self) -> None:
         try:
             connection = self._connect()
-            greet_as_connector(connection, self._key)
-            self._send_frames(connection)
+            pipe = self._encrypted(connection)
+            greet_as_connector(pipe, self._key)
+            self._send_frames(connection, pipe)
             reason = "channel closed"
         except (OSError, TransportError, WireError) as error:
             reason = str(error)
@@ -122,7 +136,7 @@ class TcpChannel:
         with self._lock:
             self._socket = connection
             self._check_not_stopped()
-        tune(connection)
+        tune(connection, self._stall_s)
         try:
             connection.connect(address)
         except BlockingIOError as error:
@@ -131,23 +145,30 @@ class TcpChannel:
             self._check_not_stopped()  # a stop before connect() had begun could not interrupt it
         return connection
 
-    def _send_frames(self, connection: socket.socket) -> None:
+    def _encrypted(self, connection: socket.socket) -> Pipe:
+        if self._tls is None:
+            return connection
+        pipe = self._tls.pipe(connection, is_acceptor=False)
+        pipe.shake_hands(self._stall_s)
+        return pipe
+
+    def _send_frames(self, connection: socket.socket, pipe: Pipe) -> None:
         poll = select.poll()
         poll.register(connection, select.POLLIN | select.POLLRDHUP)
         poll.register(self._wake, select.POLLIN)
         while True:
             with self._lock:
                 self._check_not_stopped()
-                frame = self._outbox.next_frame()
+                frame = self._outbox.next_frame(self._pace.frame_bytes)
                 if frame is None and self._is_ending:
                     return
                 self._is_idle = frame is None
             if frame is None:
-                self._wait(poll, connection)
+                self._wait(poll, pipe)
             else:
-                self._send(connection, frame)
+                self._send(connection, pipe, frame)
 
-    def _send(self, connection: socket.socket, frame: Frame) -> None:
+    def _send(self, connection: socket.socket, pipe: Pipe, frame: Frame) -> None:
         put = frame.put
         notice = put.notice if frame.is_last else b""
         start = encode_frame_start(
@@ -155,26 +176,31 @@ class TcpChannel:
             frame.targets,
         )
         total_bytes = len(start) + frame.payload_bytes + len(notice)
-        send_exactly(connection, [start, *frame.sources, notice], total_bytes)
+        began_s = time.monotonic()
+        send_exactly(pipe, [start, *frame.sources, notice], total_bytes)
+        now_s = time.monotonic()
+        if self._pace.sent(total_bytes, began_s=began_s, ended_s=now_s):
+            limit_unsent(connection, self._pace.frame_bytes)
         with self._lock:
             self.bytes_sent += frame.payload_bytes
             end = self._outbox.frame_sent(frame)
             is_empty = not self._outbox
         if end is not None:
             self._mailbox.add_quietly(end)
-            now_s = time.monotonic()
             if is_empty or now_s > self._announced_s + ANNOUNCE_EVERY_S:
                 self._announced_s = now_s
                 self._mailbox.announce()
 
-    def _wait(self, poll: select.poll, connection: socket.socket) -> None:
+    def _wait(self, poll: select.poll, pipe: Pipe) -> None:
         """Until there is something to do. No deadline of its own: keep-alive ends a dead connection."""
         for descriptor, _ in poll.poll():
             if descriptor == self._wake:
                 os.eventfd_read(self._wake)
-            elif connection.recv(1):
+                continue
+            said_bytes = receive_some(pipe, memoryview(bytearray(1)))
+            if said_bytes > 0:
                 raise WireError("peer talks where it should only listen")
-            else:
+            if said_bytes == 0:
                 raise PeerGone("peer closed the connection")
 
     def _check_not_stopped(self) -> None:
@@ -189,6 +215,4 @@ class TcpChannel:
                 self._socket.close()
                 self._socket = None
             failed = self._outbox.fail_all(reason)
-            self._mailbox.add_all(failed)
-            if not self._is_ours_to_end:
-                self._mailbox.add(PeerLost(self.number, self.endpoint, reason))
+        self._at_end(reason, failed)
