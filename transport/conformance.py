@@ -6,18 +6,24 @@ raises AssertionError naming what was broken. Nothing here sleeps: every wait is
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import socket
 import threading
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
-from urllib.parse import urlsplit
 
 from pdx.errors import ClosedTransport
 from pdx.transport.api import Copy, Event, PutDone, PutFailed, RemoteRegion, Span, WindowClosed
-from pdx.transport.side import MEMORY_BYTES, WAIT_S, MakePair, Side, arrivals_of, ends_of, losses_of, sides
+from pdx.transport.conformance_peers import (
+    check_hostile_bytes,
+    check_idle_peer_killed,
+    check_peer_killed,
+    check_peer_of_another_kind,
+    check_reconnect,
+    check_unreachable,
+)
+from pdx.transport.side import MEMORY_BYTES, WAIT_S, MakePair, arrivals_of, ends_of, losses_of, sides
 
 Check = Callable[[MakePair], None]
 
@@ -167,28 +173,6 @@ def check_concurrent(make_pair: MakePair) -> None:
         assert near.memory[quarters[3]] == far.memory[quarters[2]], "pages went astray on the way back"
 
 
-def check_hostile_bytes(make_pair: MakePair) -> None:
-    """Garbage and other versions cost their sender the connection and nobody else anything."""
-    with sides(make_pair) as (_, near, far, channel):
-        address = urlsplit(far.lane.endpoint)
-        if address.port is None:
-            return  # nobody can talk to it from outside
-        rng = random.Random(6)  # noqa: S311 - seeded on purpose
-        before = bytes(far.memory)
-        for garbage in (b"", b"PDXL", b"PDXL\xff\x01" + bytes(34), b"\xff" * 64, rng.randbytes(4096)):
-            with socket.create_connection((address.hostname, address.port), timeout=WAIT_S) as connection:
-                with contextlib.suppress(OSError):  # it may be dropped at any moment
-                    connection.sendall(garbage)
-                    connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(4096):
-                        pass
-        assert far.memory == before, "garbage changed memory"
-        window = far.region.open_window([Span(0, 100)])
-        near.put(channel, window, [Copy(0, 0, 100)], notice=b"fine")
-        far.wait_arrived(b"fine")
-        assert arrivals_of(far.events) == [b"fine"]
-
-
 def check_arguments(make_pair: MakePair) -> None:
     """Spans outside a region raise ValueError and change nothing; connect() is idempotent."""
     with sides(make_pair) as (pair, near, far, channel):
@@ -300,67 +284,30 @@ def check_cancel(make_pair: MakePair) -> None:
         assert got == done, "notices and ends of cancelled puts disagree"
 
 
-def check_peer_killed(make_pair: MakePair) -> None:
-    """A dying peer: every open ticket ends, PutFailed before PeerLost, PeerLost once; later puts fail, not hang."""
-    with sides(make_pair) as (pair, near, far, channel):
+def check_cancel_leaves_nothing(make_pair: MakePair) -> None:
+    """However much is put and cancelled, no memory, thread or descriptor stays behind."""
+    with sides(make_pair) as (_, near, far, channel):
         window = far.region.open_window([Span(0, MEMORY_BYTES)])
-        near.put(channel, window, [], notice=b"up")
-        far.wait_arrived(b"up")
-        tickets = [near.put(channel, window, [Copy(0, 0, MEMORY_BYTES)], queue=b"%d" % (n % 3)) for n in range(24)]
-        pair.kill_far()
-        near.wait_lost(channel)
-        for ticket in tickets:
-            near.wait_end(ticket)
-        loss_index = near.events.index(losses_of(near.events, channel)[0])
-        ended_before = [event.ticket for event in near.events[:loss_index] if isinstance(event, PutDone | PutFailed)]
-        assert set(tickets) <= set(ended_before), "PeerLost came before the end of an open put"
-        late = near.put(channel, window, [], notice=b"late")
-        assert isinstance(near.wait_end(late), PutFailed), "a put on a lost channel did not fail"
-        assert len(losses_of(near.events, channel)) == 1, "PeerLost more than once"
-
-
-def check_idle_peer_killed(make_pair: MakePair) -> None:
-    """The loss of a peer is noticed without any put under way."""
-    with sides(make_pair) as (pair, near, far, channel):
-        window = far.region.open_window([])
-        near.put(channel, window, [], notice=b"up")
-        far.wait_arrived(b"up")
-        pair.kill_far()
-        near.wait_lost(channel)
-
-
-def check_unreachable(make_pair: MakePair) -> None:
-    """Connecting to nobody is an event, and puts queued meanwhile fail."""
-    with sides(make_pair) as (pair, near, far, first):
-        endpoint = far.lane.endpoint
-        pair.kill_far()
-        near.wait_lost(first)
-        channel = near.lane.connect(endpoint)
-        assert channel != first, "a lost channel was handed out again"
-        ticket = near.put(channel, 1, [], notice=b"")
-        near.wait_lost(channel)
-        assert isinstance(near.wait_end(ticket), PutFailed), "a put to nobody did not fail"
-
-
-def check_reconnect(make_pair: MakePair) -> None:
-    """A new lane at the endpoint of a dead one is reached by a new channel; old windows are unknown to it."""
-    with sides(make_pair) as (pair, near, far, first):
-        old_window = far.region.open_window([Span(0, MEMORY_BYTES)])
-        endpoint = far.lane.endpoint
-        near.put(first, old_window, [], notice=b"up")
-        far.wait_arrived(b"up")
-        pair.kill_far()
-        near.wait_lost(first)
-        revived = Side(pair.revive_far(), seed=5)
-        assert revived.lane.endpoint == endpoint, "revived elsewhere"
-        channel = near.lane.connect(endpoint)
-        assert channel != first, "a lost channel was handed out again"
-        window = revived.region.open_window([Span(0, MEMORY_BYTES)])
-        near.put(channel, old_window, [Copy(0, 0, MEMORY_BYTES)], notice=b"old")
-        near.put(channel, window, [Copy(0, 0, MEMORY_BYTES)], notice=b"new")
-        revived.wait_arrived(b"new")
-        assert arrivals_of(revived.events) == [b"new"], "a window outlived its lane"
-        assert revived.memory == near.memory
+        used: list[tuple[int, int]] = []
+        tracemalloc.start()
+        try:
+            for _ in range(4):
+                for number in range(300):
+                    copies = [Copy(n * 9000, n * 9000, 4096) for n in range(8)]
+                    near.put(channel, window, copies, notice=bytes(512), queue=b"%d" % (number % 3))
+                near.put(channel, window, [], notice=b"", queue=b"last")
+                for queue in (b"0", b"1", b"2"):
+                    near.lane.cancel(queue)
+                near.wait("all ends", lambda events: sum(isinstance(e, PutDone | PutFailed) for e in events) == 301)
+                near.events.clear()
+                far.events += far.lane.take_events()
+                far.events.clear()
+                used.append((tracemalloc.get_traced_memory()[0], threading.active_count() + _descriptor_count()))
+        finally:
+            tracemalloc.stop()
+        grown_bytes = used[-1][0] - used[0][0]
+        assert grown_bytes < 300 << 10, f"1,200 cancelled puts with 700 KB of notices left {grown_bytes} bytes"
+        assert used[-1][1] == used[0][1], "cancelled puts left threads or descriptors"
 
 
 def check_close_drains(make_pair: MakePair) -> None:
@@ -408,12 +355,14 @@ CHECKS: tuple[Check, ...] = (
     check_both_directions,
     check_concurrent,
     check_hostile_bytes,
+    check_peer_of_another_kind,
     check_arguments,
     check_closed_window,
     check_close_under_way,
     check_unknown_window,
     check_put_outside_window,
     check_cancel,
+    check_cancel_leaves_nothing,
     check_peer_killed,
     check_idle_peer_killed,
     check_unreachable,

@@ -5,12 +5,13 @@ A stopped process is not gone: what it had begun goes on when it does. So these 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import cast
 
 from pdx.transport.api import Copy, PutDone, PutFailed, Span
-from pdx.transport.side import MEMORY_BYTES, WAIT_S, Pair, ProcessPair, Side, losses_of, sides
+from pdx.transport.side import MEMORY_BYTES, WAIT_S, Pair, ProcessPair, Side, arrivals_of, losses_of, sides
 
 MakeProcessPair = Callable[[], AbstractContextManager[ProcessPair]]
 WHOLE = [Copy(0, 0, MEMORY_BYTES)]
@@ -81,6 +82,33 @@ def check_stopped_reader(make_pair: MakeProcessPair) -> None:
                 near.wait_end(ticket, wait_s=2 * WAIT_S)
         finally:
             cast(ProcessPair, pair).continue_far()
+
+
+def check_killed_somewhere(make_pair: MakeProcessPair, *, seed: int) -> None:
+    """SIGKILL, or SIGSTOP and then SIGKILL, at a moment that the seed chooses, while both put into each other."""
+    rng = random.Random(seed)  # noqa: S311 - seeded on purpose
+    with sides(cast(Callable[[], AbstractContextManager[Pair]], make_pair)) as (pair, near, far, channel):
+        back, half = far.lane.connect(near.lane.endpoint), MEMORY_BYTES // 2
+        windows = [side.region.open_window([Span(0, half)]) for side in (far, near)]
+        count = rng.randrange(1, 24)
+        copies = [Copy(half, 0, rng.choice([0, 4096, 100_000, half]))]
+        for number in range(count):
+            far.put(back, windows[1], copies, notice=b"%d" % number, queue=b"%d" % rng.randrange(3))
+        tickets = [near.put(channel, windows[0], copies, queue=b"%d" % rng.randrange(3)) for _ in range(count)]
+        wanted = rng.randrange(count + 1)
+        near.wait(f"{wanted} notices", lambda events: len(arrivals_of(events)) >= wanted)
+        if rng.random() < 0.4:
+            cast(ProcessPair, pair).stop_far()
+        pair.kill_far()
+        near.wait_lost(channel)
+        for ticket in tickets:
+            near.wait_end(ticket)
+        near.region.close_window(windows[1])
+        near.wait_closed(windows[1])
+        ended = [event.ticket for event in near.events if isinstance(event, PutDone | PutFailed)]
+        assert sorted(ended) == tickets, "some put did not end, or ended twice"
+        assert len(losses_of(near.events, channel)) == 1, "PeerLost more than once"
+        _check_stays_untouched(near)
 
 
 PROCESS_CHECKS: tuple[Callable[[MakeProcessPair], None], ...] = (

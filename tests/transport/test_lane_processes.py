@@ -21,7 +21,7 @@ from process_lane import ProcessPair
 
 from pdx.errors import ConfigError
 from pdx.transport import conformance, ucx
-from pdx.transport.conformance_death import PROCESS_CHECKS, check_killed_writer
+from pdx.transport.conformance_death import PROCESS_CHECKS, check_killed_somewhere, check_killed_writer
 from pdx.transport.registry import open_lane
 
 HERE = Path(__file__).parent
@@ -66,6 +66,18 @@ def test_no_lane_that_dies_with_its_peer(scheme: str) -> None:
 @pytest.mark.parametrize(("scheme", "check"), list(cases()))
 def test_two_processes(scheme: str, check: Callable[..., None]) -> None:
     check(partial(process_pair, scheme))
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("scheme", SCHEMES[:2])
+def test_many_kills(scheme: str) -> None:
+    """Beside the faults of the network, 500 a lane, of which UCX's emulated writes would not survive a kill."""
+    for seed in range(100):
+        try:
+            check_killed_somewhere(partial(process_pair, scheme), seed=seed)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("ip"), reason="needs iproute2: apt install iproute2")

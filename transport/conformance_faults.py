@@ -1,0 +1,177 @@
+"""What every lane must do whatever befalls the network: seeded faults in the middle of a stream of puts.
+
+Near reaches far through a Hazard, which passes bytes on until the fault strikes, at a byte that the seed has chosen:
+before the greeting, within it, within a frame, behind the last. A killed or stopped peer: see conformance_death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import select
+import socket
+import threading
+from collections.abc import Sequence
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pdx.transport.api import Copy, Span
+from pdx.transport.side import MEMORY_BYTES, WAIT_S, MakePair, Side, arrivals_of, ends_of, losses_of
+
+Fault = Literal["cut", "reset", "stall", "corrupt"]
+# A one-sided lane's connection carries the right to write: a bit that flips there is for TCP's checksum to find.
+FAULTS: dict[Literal["receiver", "sender"], tuple[Fault, ...]] = {
+    "receiver": ("cut", "reset", "stall", "corrupt"),
+    "sender": ("cut", "reset", "stall"),
+}
+PUTS, PUT_BYTES, USUAL_PUT_BYTES = 24, 64 << 10, 17 << 10
+GREETINGS_BYTES = 80
+MESSAGE_BYTES = 24  # of a one-sided lane, for each put
+# Puts go from the lower half of near's memory into the upper half of far's.
+START = MEMORY_BYTES // 2
+
+
+def check_fault(make_pair: MakePair, *, fault: Fault, seed: int) -> None:
+    """Every put ends once, nothing lands outside its window or is told before it is there, and all goes on after it."""
+    rng = random.Random(f"{fault} {seed}")  # noqa: S311 - seeded on purpose
+    with make_pair() as pair:
+        near, far = Side(pair.near, seed=1), Side(pair.far, seed=2)
+        carried_bytes = USUAL_PUT_BYTES if far.lane.checked_by == "receiver" else MESSAGE_BYTES
+        with Hazard(far.lane.endpoint, fault, after_bytes=rng.randrange(GREETINGS_BYTES + PUTS * carried_bytes)) as way:
+            _stream(near, far, near.lane.connect(way.endpoint), rng, is_intact=fault != "corrupt")
+        window = far.region.open_window([Span(0, 10)])
+        near.put(near.lane.connect(far.lane.endpoint), window, [Copy(0, 0, 10)], notice=b"and on")
+        far.wait_arrived(b"and on")
+
+
+def _stream(near: Side, far: Side, channel: int, rng: random.Random, *, is_intact: bool) -> None:
+    before = bytes(far.memory)
+    window = far.region.open_window([Span(START, PUTS * PUT_BYTES)])
+    tickets: list[int] = []
+    for number in range(PUTS):
+        copy = Copy(number * PUT_BYTES, START + number * PUT_BYTES, rng.choice([0, 1, 4096, PUT_BYTES]))
+        queue, urgency = b"%d" % rng.randrange(3), float(rng.randrange(3))
+        tickets.append(near.put(channel, window, [copy], notice=b"%d" % number, queue=queue, urgency=urgency))
+    if rng.random() < 0.2:
+        near.lane.cancel(b"0")
+    is_closed_early = rng.random() < 0.3
+    if is_closed_early:
+        far.region.close_window(window)
+    ends = [near.wait_end(ticket) for ticket in tickets]
+    if not is_closed_early:
+        far.region.close_window(window)
+    if far.lane.checked_by == "sender":
+        near.lane.break_channel(channel, "the test is over")  # type: ignore[attr-defined]
+    far.wait_closed(window)
+    assert all(len(ends_of(near.events, ticket)) == 1 for ticket in tickets), "a put ended twice"
+    assert len(losses_of(near.events, channel)) <= 1, "PeerLost more than once"
+    assert far.memory[:START] == before[:START], "a byte was written outside the window"
+    behind = START + PUTS * PUT_BYTES
+    assert far.memory[behind:] == before[behind:], "a byte was written outside the window"
+    if is_intact:
+        _check_arrived(near, far, ends)
+
+
+def _check_arrived(near: Side, far: Side, ends: Sequence[object]) -> None:
+    arrived = arrivals_of(far.events)
+    assert len(arrived) == len(set(arrived)), "a notice was delivered twice"
+    for notice in arrived:
+        start = int(notice) * PUT_BYTES
+        # Its length is not known here; the first byte of what has any was sent.
+        here, there = far.memory[START + start], near.memory[start]
+        assert here == there or not _has_bytes(near, far, start), f"put {int(notice)} is told and not there"
+    assert set(arrived) <= {b"%d" % number for number in range(len(ends))}, "a notice that nobody sent"
+
+
+def _has_bytes(near: Side, far: Side, start: int) -> bool:
+    return near.memory[start : start + PUT_BYTES] == far.memory[START + start : START + start + PUT_BYTES]
+
+
+class Hazard:
+    """A way to `endpoint` on which one fault strikes. Its thread ends with the context, and all connections with it."""
+
+    def __init__(self, endpoint: str, fault: Fault, *, after_bytes: int) -> None:
+        address = urlsplit(endpoint)
+        assert address.hostname is not None and address.port is not None
+        self._target = address.hostname, address.port
+        self._fault = fault
+        self._left_bytes = after_bytes
+        self._has_struck = False
+        self._listening = socket.create_server((address.hostname, 0))
+        self._stop, self._stopped = socket.socketpair()
+        self.endpoint = f"{address.scheme}://{address.hostname}:{self._listening.getsockname()[1]}"
+        self._other: dict[socket.socket, socket.socket] = {}  # each end and where its bytes go
+        self._from_near: set[socket.socket] = set()
+        self._thread = threading.Thread(target=self._run, name="hazard")
+
+    def __enter__(self) -> Hazard:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.close()
+        for connection in list(self._other):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that is sending
+        self._thread.join(WAIT_S)
+        self._stopped.close()
+        self._listening.close()
+
+    def _run(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._stopped, self._listening, *self._other], [], [])
+            if self._stopped in ready:
+                break
+            for readable in ready:
+                if readable is self._listening:
+                    self._accept()
+                elif readable in self._other:
+                    self._pass_on(readable)
+        for connection in list(self._other):
+            self._drop(connection)
+
+    def _accept(self) -> None:
+        near, _ = self._listening.accept()
+        far = socket.create_connection(self._target, WAIT_S)
+        self._other |= {near: far, far: near}
+        self._from_near.add(near)
+
+    def _pass_on(self, source: socket.socket) -> None:
+        try:
+            data = bytearray(source.recv(16 << 10))
+            if not data:
+                self._drop(source)
+                return
+            if source in self._from_near and not self._has_struck:
+                self._left_bytes -= len(data)
+                if self._left_bytes < 0:
+                    self._has_struck = True
+                    if not self._strike(source, data):
+                        return
+            if self._fault != "stall" or not self._has_struck:
+                self._other[source].sendall(data)
+        except OSError:
+            self._drop(source)
+
+    def _strike(self, source: socket.socket, data: bytearray) -> bool:
+        """Whether what is left of the data goes on."""
+        at = len(data) + self._left_bytes  # the first byte that does not pass as it is
+        match self._fault:
+            case "corrupt":
+                data[at] ^= 1 << (at % 8)
+            case "stall" | "cut" | "reset":
+                self._other[source].sendall(data[:at])
+        if self._fault in ("cut", "reset"):
+            self._drop(source, resets=self._fault == "reset")
+        return self._fault == "corrupt"
+
+    def _drop(self, connection: socket.socket, *, resets: bool = False) -> None:
+        other = self._other.pop(connection, None)
+        if other is None:
+            return
+        self._other.pop(other, None)
+        self._from_near -= {connection, other}
+        for end in (connection, other):
+            if resets:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            end.close()
