@@ -1,0 +1,64 @@
+"""The transport benchmark: shapes cover a memory, arms move it, and what is judged is what was measured."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from benchmarks.harness import netns
+from benchmarks.harness.report import Report
+from benchmarks.transport import __main__ as bench
+from benchmarks.transport import sharing
+from benchmarks.transport.pair import Pair
+from benchmarks.transport.shapes import SHAPES, Shape
+
+TINY = Shape(64 << 10, 16)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_puts_cover_source_and_target_once(shape: Shape) -> None:
+    for total_bytes in (bench.TOTAL_BYTES, bench.QUICK_BYTES):
+        copies = [copy for put in shape.puts(total_bytes) for copy in put]
+        for starts in ([copy.source_offset for copy in copies], [copy.target_offset for copy in copies]):
+            assert sorted(starts) == list(range(0, total_bytes, shape.span_bytes))
+        assert all(len(put) == shape.batch for put in shape.puts(total_bytes))
+
+
+@pytest.mark.parametrize("arm", ["bare sockets", "pdx tcp"])
+def test_an_arm_moves_every_byte_and_back(arm: str) -> None:
+    memories = bench.Memories(4 << 20)
+    pair = Pair(arm, memories.files, {})
+    try:
+        memories.check(pair, TINY)
+        move = pair.move(TINY)
+        assert move.seconds > 0 and move.cpu_s > 0
+        assert len(pair.round_trips(3)) == 3
+        memories.source[5] ^= 1  # what is not sent again must be noticed
+        pair.move = lambda shape: move  # type: ignore[method-assign]
+        with pytest.raises(SystemExit, match="other bytes landed"):
+            memories.check(pair, TINY)
+    finally:
+        pair.close()
+        for descriptor in memories.files:
+            os.close(descriptor)
+
+
+def test_jain_s_index() -> None:
+    assert sharing.jain([5, 5, 5, 5]) == 1.0
+    assert sharing.jain([8, 0, 0, 0]) == 0.25
+
+
+@pytest.mark.skipif(bool(netns.why_not()), reason=netns.why_not() or "there are namespaces")
+def test_four_handoffs_share_a_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it runs and fills in its figures; whether bars hold is for a machine that does nothing else."""
+    for name, value in (
+        ("MBITS", (1000,)), ("QUICK_SHARE_S", 0.3), ("QUICK_IDLE_SLABS", 3), ("QUICK_BURSTS", 1),
+        ("BURST_BYTES", 8 << 20),
+    ):  # fmt: skip
+        monkeypatch.setattr(sharing, name, value)
+    monkeypatch.setattr(sharing, "rate", lambda **_: None)
+    report = Report("transport")
+    sharing.measure(report, quick=True)
+    assert len(report.bars) == 4
+    assert report.figures["1000 Mbit/s"]["handoffs_mb_s"] > 1
