@@ -3,7 +3,7 @@
 
 PYTHON_IN_VENV := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint prove soak simulate clean
+.PHONY: help setup demo test lint prove soak simulate fuzz clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ soak: setup  ## Run a pair under load and faults for a while (ARGS=--help)
 
 simulate: setup  ## A million handoffs with simulated faults at every step (25 minutes)
 	@$(PYTHON_IN_VENV) -m benchmarks.simulate $(ARGS)
+
+fuzz: setup  ## A million bent frames for every decoder (20 minutes; ARGS=--quick)
+	@$(PYTHON_IN_VENV) -m benchmarks.fuzz $(ARGS)
 
 clean:  ## Remove everything that these targets have made
 	rm -rf .venv .cache build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache

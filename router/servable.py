@@ -205,4 +205,9 @@ def _has_media(messages: object) -> bool:
 def _is_media(part: object) -> bool:
     if not isinstance(part, dict):
         return False
-    return part.get("type", "text") not in _TEXT_PARTS or any(mark in key for key in part for mark in _MEDIA_MARKS)
+    kind = part.get("type", "text")
+    return (
+        not isinstance(kind, str)
+        or kind not in _TEXT_PARTS
+        or any(mark in key for key in part for mark in _MEDIA_MARKS)
+    )

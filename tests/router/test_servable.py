@@ -49,6 +49,7 @@ ALONE: list[tuple[str, str, dict[str, Any]]] = [
     ("multimodal", CHAT, chat_with({"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "u"}})),
     ("multimodal", CHAT, chat_with({"image_url": "u"})),
     ("multimodal", CHAT, chat_with({"type": "input_audio", "input_audio": {}})),
+    ("multimodal", CHAT, chat_with({"type": ["text"]})),
 ]
 
 PAIRED: list[tuple[str, dict[str, Any]]] = [

@@ -1,0 +1,1 @@
+"""Anything at all, fed to every decoder. `pdx bench fuzz`."""
