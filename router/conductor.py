@@ -40,11 +40,12 @@ from pdx.router.actions import (
     Write,
 )
 from pdx.router.admission import Wish
+from pdx.router.blame import Blame
 from pdx.router.gate import Place
 from pdx.router.journey import Journey
 from pdx.router.outside import Outside
 from pdx.router.policy import Candidate, Pair, Side
-from pdx.router.standing import Ticket
+from pdx.router.servable import CHAT, COMPLETIONS
 from pdx.router.upstream import Reply, UpstreamError
 from pdx.router.usage import EventStream
 
@@ -78,9 +79,8 @@ class Conductor:
         self._begins = begins
         self._wish = wish
         self._place: Place | None = None  # in the line
-        self._handoff: tuple[Pair, Ticket, asyncio.Future[str]] | None = None
-        self._watching = ExitStack()
-        self._streaming: tuple[Candidate, Ticket] | None = None
+        self._blame = Blame(outside)
+        self._handoff_failed: asyncio.Future[str] | None = None
         self._started_at = time.monotonic()
         self._calls: dict[Side, asyncio.Task[Event]] = {}
         self._decode_call = AsyncExitStack()  # decode's connection, open as long as its stream
@@ -96,6 +96,7 @@ class Conductor:
                 async with asyncio.timeout(timeout_s):
                     await self._run(self._begins())
             except TimeoutError:
+                self._blame.overdue = True
                 await self._drop_all()
                 if self._journey.state == "ended":
                     raise  # all is said, but the client does not take it
@@ -112,8 +113,7 @@ class Conductor:
                 for action in self._journey.on(ClientGone()):
                     if isinstance(action, EndHandoff):
                         self._end_handoff(action)
-            self._judge_stream(None)
-            self._judge_handoff()
+            self._blame.request_ended(self._journey.outcome)
             self._count()
         return self._response or web.Response(status=CLIENT_GONE_CODE)
 
@@ -132,7 +132,9 @@ class Conductor:
             case LineUp():
                 self._place = self._outside.gate.line_up(action.need, self._wish, self._place)
             case CallPrefill():
-                pair = self._watch_handoff()
+                assert self._journey.decode is not None
+                pair = Pair(action.engine, self._journey.decode)
+                self._handoff_failed = self._blame.handoff_began(pair, self._journey.handoff_id)
                 # Decode's place is taken now: else all requests in prefill's line would choose the same free engine.
                 self._decode_call.enter_context(self._outside.in_flight_at(pair.decode))
                 sent = self._outside.sent(action.engine, action.prompt, waits=False)
@@ -157,7 +159,7 @@ class Conductor:
             case PassOn():
                 await self._write(action.body)
                 self._calls["decode"] = pump = asyncio.create_task(self._pump())
-                pump.add_done_callback(lambda task: self._judge_stream(_went_well(task)))
+                pump.add_done_callback(self._blame.stream_ended)
             case CloseStream():
                 assert self._response is not None
                 if action.body:
@@ -177,19 +179,12 @@ class Conductor:
         counts.enter_context(self._outside.in_line_at(engine))
         if side == "prefill":
             counts.enter_context(self._outside.in_flight_at(engine))
-        ticket = self._outside.standing.call_began(engine.engine_id)
+        judge = self._blame.call_began(engine)
         self._calls[side] = task = asyncio.create_task(call)
-
-        def over(task: asyncio.Task[Event]) -> None:
-            if _streams(task):
-                self._streaming = (engine, ticket)  # judged at the stream's end
-            else:
-                self._judge(engine, ticket, _went_well(task))
-            sent(_answered(task))
-            counts.close()
-
         # Not within the coroutine: of a task that is cancelled before it has begun, nothing runs.
-        task.add_done_callback(over)
+        task.add_done_callback(judge)
+        task.add_done_callback(lambda task: sent(_answered(task)))
+        task.add_done_callback(lambda _: counts.close())
 
     async def _next_event(self) -> Event | None:
         """What the line, or else the calls under way, say next; None when there are none."""
@@ -218,8 +213,8 @@ class Conductor:
 
     async def _prefill(self, action: CallPrefill) -> Event:
         """Prefill's answer, or the daemons' word that it is of no use any more, whichever comes first."""
-        assert self._handoff is not None
-        _, _, failure = self._handoff
+        failure = self._handoff_failed
+        assert failure is not None
         call = asyncio.create_task(self._call_prefill(action))
         either: set[asyncio.Future[Any]] = {call, failure}
         try:
@@ -264,8 +259,9 @@ class Conductor:
             while passed := await self._next_events():
                 await self._response.write(passed)
         except UpstreamError as error:
-            return DecodeFailed(str(error))
-        return StreamFinished()
+            return StreamFinished() if self._events.done else DecodeFailed(str(error))
+        cut = self._client.path in (CHAT, COMPLETIONS) and not self._events.done
+        return DecodeFailed("unfinished") if cut else StreamFinished()
 
     async def _next_events(self) -> bytes:
         """The next whole events; empty at the stream's end."""
@@ -281,7 +277,7 @@ class Conductor:
             headers = {**headers, RANK_HEADER: str(engine.info.data_parallel_rank)}
         return await stack.enter_async_context(self._outside.upstream.call(url, body, headers))
 
-    # --- the line, and who is to blame ------------------------------------------------------------------------
+    # --- the line ---------------------------------------------------------------------------------------------
 
     async def _turn(self, place: Place) -> Event:
         why = await place.turn()
@@ -294,36 +290,6 @@ class Conductor:
         if place is not None:
             self._outside.metrics.queued_s.observe(time.monotonic() - place.since)
             self._outside.gate.done(place, went=went)
-
-    def _judge(self, engine: Candidate, ticket: Ticket, ok: bool | None) -> None:
-        self._outside.standing.call_ended(engine.engine_id, ticket, ok=ok, now=time.monotonic())
-
-    def _judge_stream(self, ok: bool | None) -> None:
-        streaming, self._streaming = self._streaming, None
-        if streaming is not None:
-            self._judge(*streaming, ok)
-
-    def _watch_handoff(self) -> Pair:
-        journey = self._journey
-        assert journey.prefill is not None
-        assert journey.decode is not None
-        pair = Pair(journey.prefill, journey.decode)
-        failure = self._watching.enter_context(self._outside.pending.watch(journey.handoff_id))
-        self._handoff = (pair, self._outside.standing.handoff_began(pair), failure)
-        return pair
-
-    def _judge_handoff(self) -> None:
-        """Tells how the data plane did. A handoff that was given up for other reasons says nothing about it."""
-        if self._handoff is None:
-            return
-        pair, ticket, failure = self._handoff
-        ok = None
-        if self._journey.outcome == "ok":
-            ok = not failure.done()
-        elif self._journey.outcome in ("handoff_failed", "not_sent"):
-            ok = False
-        self._outside.standing.handoff_ended(pair, ticket, ok=ok, now=time.monotonic())
-        self._watching.close()
 
     # --- the client -------------------------------------------------------------------------------------------
 
@@ -384,32 +350,9 @@ class Conductor:
         metrics.held_back.inc(journey.held_back)
 
 
-def _went_well(task: asyncio.Task[Event]) -> bool | None:
-    """Whether the engine did what engines are for; None if it was not waited for, or is not the one to blame."""
-    if task.cancelled() or task.exception() is not None:
-        return None
-    match task.result():
-        case PrefillAnswered() | DecodeAnswered() as answered:
-            return answered.status < 500
-        case StreamFinished():
-            return True
-        case PrefillFailed() | DecodeFailed():
-            return False
-        case _:
-            return None
-
-
 def _answered(task: asyncio.Task[Event]) -> bool:
     """Whether it took the time that an answer takes."""
     if task.cancelled() or task.exception() is not None:
         return False
     event = task.result()
     return isinstance(event, PrefillAnswered | DecodeAnswered) and event.status == 200
-
-
-def _streams(task: asyncio.Task[Event]) -> bool:
-    """Whether it has ended with the beginning of a stream."""
-    if task.cancelled() or task.exception() is not None:
-        return False
-    event = task.result()
-    return isinstance(event, DecodeAnswered) and event.streaming

@@ -46,6 +46,13 @@ class Metrics:
             buckets=TTFT_BUCKETS_S,
             registry=registry,
         )
+        self.queued = Gauge(f"{prefix}_queued", "Requests that wait for an engine with room", registry=registry)
+        self.spared = Gauge(
+            f"{prefix}_breakers_open", "Engines not asked, or only to see, because they kept failing", registry=registry
+        )
+        self.unpaired = Gauge(
+            f"{prefix}_pairs_off", "Pairs of daemons not used because handoffs kept failing", registry=registry
+        )
         self.repeats = Counter(f"{prefix}_retries", "Requests asked again of another engine", registry=registry)
         self.held_back = Counter(
             f"{prefix}_retries_refused", "Requests not repeated because too many were", registry=registry

@@ -57,6 +57,9 @@ class Outside:
         self.work = Work()
         self.retry_budget = RetryBudget()
         self.under_way = 0  # requests of clients
+        metrics.queued.set_function(lambda: len(gate.queue))
+        metrics.spared.set_function(lambda: len(standing.spared()))
+        metrics.unpaired.set_function(lambda: len(standing.broken_pairs()))
         self.in_flight: Tally[str] = Tally()  # engine id -> calls under way
         self.in_line: Tally[str] = Tally()  # engine id -> those of them from which nothing has come yet
 
@@ -95,15 +98,16 @@ class Outside:
             *(["this router is draining"] if self.gate.queue.draining else []),
             *(f"engine {engine_id} is drained" for engine_id in sorted(standing.drained)),
             *(
-                f"engine {engine_id} keeps failing: its breaker is {breaker.state.replace('_', ' ')}"
-                for engine_id, breaker in sorted(standing.states().items())
-                if breaker.state != "closed"
+                f"engine {engine_id} keeps failing: its breaker is {state.replace('_', ' ')}"
+                for engine_id, state in sorted(standing.spared().items())
             ),
             *(f"handoffs from daemon {a} to {b} keep failing" for a, b in sorted(standing.broken_pairs())),
         ]
 
     def retry_after_s(self, model: str) -> int:
         """When an engine of this model that is spared now is asked again. Others join within seconds, or never."""
+        if not self.standing.spared():
+            return 1
         engines = [c.engine_id for c in self.directory.snapshot() if model in c.info.models]
         return max(1, math.ceil(self.standing.opens_in_s(engines, time.monotonic())))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from pdx.router.breaker import Breaker, BreakerSettings
+from pdx.router.breaker import Breaker, BreakerSettings, State
 from pdx.router.policy import Candidate, Pair, Snapshot
 
 # A lane that is down fails every handoff; what heals it (a daemon's new life, a reconnect) takes seconds.
@@ -33,8 +33,8 @@ class Standing:
         self._pairs: dict[DaemonPair, Breaker] = {}
 
     def __repr__(self) -> str:
-        shut = [engine_id for engine_id, breaker in self._engines.items() if breaker.state != "closed"]
-        return f"<Standing drained {sorted(self.drained)}, open {shut}, pairs off {sorted(self.broken_pairs())}>"
+        pairs = sorted(self.broken_pairs())
+        return f"<Standing drained {sorted(self.drained)}, open {[*self.spared()]}, pairs off {pairs}>"
 
     def applied(self, snapshot: Iterable[Candidate], now: float) -> Snapshot:
         """Those that may be asked, each with the daemons that it is not to be paired with."""
@@ -84,9 +84,9 @@ class Standing:
         self._engines = {e: b for e, b in self._engines.items() if e in engines}
         self._pairs = {pair: b for pair, b in self._pairs.items() if set(pair) <= daemons}
 
-    def states(self) -> dict[str, Breaker]:
-        """The breakers of engines that have been called."""
-        return dict(self._engines)
+    def spared(self) -> dict[str, State]:
+        """Engines whose breakers are not closed, with the breakers' states."""
+        return {engine_id: b.state for engine_id, b in self._engines.items() if b.state != "closed"}
 
     def broken_pairs(self) -> list[DaemonPair]:
         return [pair for pair, breaker in self._pairs.items() if breaker.state != "closed"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pdx.router.seed import Continuation, Seed
+from pdx.router.seed import DONE, Continuation, Seed
 
 # An event that does not end within this is passed on as it is: no event that the router rewrites is that long.
 EVENT_BYTES_MAX = 1 << 20
@@ -18,13 +18,15 @@ EVENT_BYTES_MAX = 1 << 20
 class EventStream:
     """Cuts a stream into whole server-sent events, so that one broken off never reaches the client in part.
 
-    `cached_tokens` may still become known while the stream passes.
+    `cached_tokens` may still become known while the stream passes. `done`: its [DONE] has passed; the client has all,
+    however the connection ends.
     """
 
     def __init__(self, cached_tokens: int | None, seed: Seed | None = None) -> None:
         self.cached_tokens = cached_tokens
         self._continuation = Continuation(seed) if seed is not None else None
         self._rest = b""
+        self.done = False
 
     def feed(self, chunk: bytes) -> bytes:
         """The events that are whole by now."""
@@ -32,6 +34,8 @@ class EventStream:
         if not separator and len(self._rest) > EVENT_BYTES_MAX:
             whole, self._rest = self._rest, b""
         passed = whole + separator
+        # Within an event's JSON newlines are escaped, so that only the event itself can look like this.
+        self.done |= passed == DONE or passed.endswith(b"\n\n" + DONE)
         if self._continuation is not None:
             return self._continuation.events(passed)
         if self.cached_tokens is None or b'"cached_tokens"' not in passed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +18,8 @@ from typing import Any
 
 import pytest
 from fleet import BareEngine, Fleet, prompt_of, until
+
+from pdx.launch.ports import free_ports
 
 PATH = "/v1/completions"
 CLAIM_S = "0.5"
@@ -136,13 +137,6 @@ def place(tmp_path: Path, fleet: Fleet) -> Iterator[Place]:
             for name, role in (("P", "prefill"), ("D", "decode"))
         }
         yield Place(tmp_path, fleet, controls, engines["P"], engines["D"], fronts, stack)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago: engines are told them before routers bind them."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
 
 
 def test_a_killed_router_loses_its_connections_and_nothing_else(place: Place) -> None:

@@ -74,7 +74,8 @@ class FakeEngine:
     """vLLM's two endpoints, faithful in what the router reads, writes and passes on.
 
     `fault` is one of "", "400", "500", "hang", "reset", "bad_reply", "break" (after the first event), "stall" (the
-    same, without an end) or "part" (in the middle of the first event).
+    same, without an end), "part" (in the middle of the first event), "short" (an orderly end after the first event) or
+    "late" (it breaks when all has been said).
     """
 
     def __init__(self, engine_id: str, role: Role, **changed: Any) -> None:
@@ -190,8 +191,15 @@ class FakeEngine:
                 return response
             if self.fault == "stall" and number == 1:
                 await asyncio.Event().wait()
+            if self.fault == "short" and number == 1:
+                break
             await response.write(frame)
             self.streamed += frame
+        if self.fault == "late":
+            await asyncio.sleep(0.05)  # not in one packet with what was said
+            assert request.transport is not None
+            request.transport.abort()
+            return response
         await response.write_eof()
         return response
 

@@ -126,8 +126,9 @@ def test_an_engine_that_keeps_failing_is_spared() -> None:
     assert standing.opens_in_s(["d0", "d1"], 1.0) == 9.0
     assert "open ['d0']" in repr(standing)
     assert standing.applied((P0, D0, D1), 10.0) == (P0, D0, D1)
+    assert standing.spared() == {"d0": "half_open"}
     standing.forget(["p0", "d1"], [])
-    assert "d0" not in standing.states()
+    assert standing.applied((P0, D0, D1), 1.0) == (P0, D0, D1)
 
 
 def test_a_drained_engine_is_spared() -> None:

@@ -222,9 +222,22 @@ async def test_decode_fails_before_the_first_byte(fault: str) -> None:
 
 
 @within(20)
-async def test_decode_breaks_after_the_first_byte() -> None:
+async def test_decode_breaks_when_all_has_been_said() -> None:
+    """The client has its [DONE]: nothing may come behind it."""
     p, d = pair()
-    d.fault = "break"
+    d.fault = "late"
+    async with fleet(p, d) as router:
+        async with router.post("/v1/completions", {**PROMPT, "stream": True}) as reply:
+            said = await reply.read()
+        assert said.endswith(b"data: [DONE]\n\n")
+        assert b"event: error" not in said
+
+
+@pytest.mark.parametrize("fault", ["break", "short"])
+@within(20)
+async def test_decode_breaks_after_the_first_byte(fault: str) -> None:
+    p, d = pair()
+    d.fault = fault
     async with fleet(p, d) as router:
         async with router.post("/v1/completions", {**PROMPT, "stream": True}) as reply:
             events = (await reply.read()).split(b"\n\n")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
-from engine_fakes import FakeEngine, Fleet, fleet, until, verified, within
+import msgspec
+from engine_fakes import CONTENT, FakeEngine, Fleet, fleet, until, verified, within
 
 from pdx.router.breaker import BreakerSettings
 from pdx.router.service import drain
@@ -155,6 +156,14 @@ async def test_an_engine_that_breaks_its_streams_is_spared_too() -> None:
 
 
 @within(20)
+async def test_an_engine_that_says_nothing_is_spared_too() -> None:
+    engine = FakeEngine("d0", "decode")
+    engine.fault = "hang"
+    async with fleet(engine, breaker=BreakerSettings(failure_threshold=2), request_timeout_s=0.1) as router:
+        assert [(await router.ask(PROMPT))[0] for _ in range(3)] == [504, 504, 503]
+
+
+@within(20)
 async def test_daemons_that_can_not_hand_over_are_not_paired() -> None:
     p, d = pair()
     p.fault = "hang"
@@ -206,3 +215,24 @@ async def test_draining_has_an_end() -> None:
         await drain(router.outside, 0.05)
         assert router.outside.under_way == 1
         asked.cancel()
+
+
+@within(20)
+async def test_one_pool_is_upgraded_while_the_other_runs() -> None:
+    """Engines of other weights are never paired, whatever leaves first and whatever joins."""
+    new = {"content": msgspec.structs.replace(CONTENT, weights="new")}
+    p_old, d_old = pair()
+    p_new, d_new = FakeEngine("p1", "prefill", **new), FakeEngine("d1", "decode", **new)
+    async with fleet(p_old, d_old, p_new, d_new) as router:
+        daemon = router.daemons[0]
+
+        async def pairs(*engines: FakeEngine) -> set[tuple[str, str]]:
+            daemon.engines = list(engines)
+            await router.seen(len(engines))
+            told = [(await router.ask(PROMPT))[2] for _ in range(6)]
+            return {(headers.get("x-pdx-prefill", ""), headers["x-pdx-decode"]) for headers in told}
+
+        assert await pairs(p_old, d_old, p_new) == {("p0", "d0")}
+        assert await pairs(d_old, p_new) == {("", "d0")}
+        assert await pairs(d_old, p_new, d_new) == {("p1", "d1")}
+        assert await pairs(p_old, d_old, p_new, d_new) == {("p0", "d0"), ("p1", "d1")}

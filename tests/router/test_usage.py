@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,3 +61,20 @@ def test_answers_of_another_shape_stay() -> None:
         assert with_cached_tokens(body, 5) == body
     changed = json.loads(with_cached_tokens(json.dumps(USAGE).encode(), 0))
     assert changed["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "x": 1}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "done"),
+    [
+        ([b"data: 1\n\ndata: [DONE]\n\n"], True),
+        ([b"data: 1\n\n", b"data: [DO", b"NE]\n\n"], True),
+        ([b"data: 1\n\ndata: [DONE]"], False),
+        ([b'data: {"text":"data: [DONE]"}\n\n'], False),
+        ([b"id: data: [DONE]\n\n"], False),
+    ],
+)
+def test_a_stream_that_is_done(chunks: list[bytes], done: bool) -> None:
+    stream = EventStream(None)
+    for chunk in chunks:
+        stream.feed(chunk)
+    assert stream.done is done
