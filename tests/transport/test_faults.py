@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
-from lane_pairs import KEY, OpenPair, example_fabric, needing, open_any
+from lane_pairs import KEY, OpenPair, example_fabric, needing
 
 from pdx.transport.api import Lane
 from pdx.transport.conformance_faults import FAULTS, check_fault
@@ -30,6 +30,16 @@ def tcp_of_streams(url: str) -> Lane:
 
 def one_sided(url: str) -> Lane:
     return OneSidedLane(url, scheme="raw", key=KEY, name="test", make_fabric=example_fabric, stall_s=STALL_S)
+
+
+def of_a_library(url: str) -> Lane:
+    if url.startswith("ucx://"):
+        from pdx.transport.ucx import UcxLane
+
+        return UcxLane(url, key=KEY, name="test", emulated=True, stall_s=STALL_S)
+    from pdx.transport.nixl import NixlLane
+
+    return NixlLane(url, key=KEY, name="test", stall_s=STALL_S)
 
 
 @contextmanager
@@ -63,8 +73,7 @@ def test_a_fault_costs_no_more_than_it_must(make_pair: Callable[[], object], fau
 @pytest.mark.parametrize("scheme", [pytest.param(name, marks=needing(name)) for name in ("tcp", "nixl", "ucx")])
 def test_five_hundred_faults_a_lane(scheme: str) -> None:
     """Seeds in turn over the kinds of faults; nothing is left behind by any."""
-    open_lane = tcp if scheme == "tcp" else partial(open_any, key=KEY, name="test")
-    make_pair = partial(pair_of, open_lane, f"{scheme}://127.0.0.1:0")
+    make_pair = partial(pair_of, tcp if scheme == "tcp" else of_a_library, f"{scheme}://127.0.0.1:0")
     kinds = FAULTS["receiver" if scheme == "tcp" else "sender"]
     with make_pair():  # what a library keeps once it was used
         pass
