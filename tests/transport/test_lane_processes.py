@@ -68,6 +68,11 @@ def test_two_processes(scheme: str, check: Callable[..., None]) -> None:
     check(partial(process_pair, scheme))
 
 
+@pytest.mark.parametrize("seed", range(100, 104))
+def test_a_few_kills(seed: int) -> None:
+    check_killed_somewhere(partial(process_pair, "tcp"), seed=seed)
+
+
 @pytest.mark.prove
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("scheme", SCHEMES[:2])
