@@ -7,7 +7,6 @@ known one. Secrets come from a file named by PDX_KEY_FILE (mode 0600), never fro
 from __future__ import annotations
 
 import contextlib
-import difflib
 import ipaddress
 import os
 import re
@@ -15,11 +14,12 @@ import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import msgspec
 
 from pdx.errors import ConfigError
+from pdx.layered import checked, read_yaml
 from pdx.wire import Budgets
 
 KEY_BYTES_MIN = 16
@@ -28,6 +28,7 @@ LOOKUP_S = 0.02  # pdxd answers in some 0.2 ms
 SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
 FLAGS_NAME = "pdxd.flags"  # of the daemon that runs, or was killed: whoever misses it starts it anew as it was
+ROUTER_PREFIX = "PDX_ROUTER_"  # of variables that only a router reads
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
 Offload = Literal["off", "prompts", "all"]
 DiskWrite = Literal["through", "back"]
@@ -162,9 +163,10 @@ def load(
     merged: dict[str, Any] = {}
     yaml_file = yaml_file or environ.get("PDX_CONFIG")
     if yaml_file:
-        merged.update(_checked(_read_yaml(yaml_file), source=yaml_file))
-    merged.update(_checked(_from_environ(environ), source="environment"))
-    merged.update(_checked({k: v for k, v in (overrides or {}).items() if v is not None}, source="command line"))
+        merged.update(checked(Config, read_yaml(yaml_file), source=yaml_file))
+    merged.update(checked(Config, _from_environ(environ), source="environment"))
+    given = {k: v for k, v in (overrides or {}).items() if v is not None}
+    merged.update(checked(Config, given, source="command line"))
     merged["run_dir"] = merged.get("run_dir") or default_run_dir(environ)
     for key in ("run_dir", "key_file", "disk", "tls_cert", "tls_key", "tls_ca"):
         if merged.get(key):
@@ -192,6 +194,13 @@ def left_flags(run_dir: Path) -> list[str] | None:
         return msgspec.json.decode((run_dir / FLAGS_NAME).read_bytes(), type=list[str])
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def router_environ(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What PDX_ROUTER_* variables say, by lower-case key. (PDX_ROUTER itself tells daemons where a router is.)"""
+    environ = os.environ if environ is None else environ
+    ours = [name for name in environ if name.startswith(ROUTER_PREFIX)]
+    return {name[len(ROUTER_PREFIX) :].lower(): environ[name] for name in ours}
 
 
 def shown(config: Config) -> str:
@@ -274,29 +283,5 @@ def _read_key(path: Path) -> bytes:
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    known = {name for name in environ if name.startswith("PDX_")} - {"PDX_CONFIG"}
-    return {name[4:].lower(): environ[name] for name in known}
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        import yaml
-
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings")
-    return loaded
-
-
-def _checked(values: dict[str, Any], *, source: str) -> dict[str, Any]:
-    types = {field.name: field.type for field in msgspec.structs.fields(Config)}
-    for key, value in values.items():
-        if key not in types:
-            near = difflib.get_close_matches(key, types, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(types)}"
-            raise ConfigError(f"{source}: unknown key {key!r}{hint}")
-        if get_origin(types[key]) is Literal and value not in get_args(types[key]):
-            raise ConfigError(f"{source}: {key} is one of {', '.join(get_args(types[key]))}, not {value!r}")
-    return values
+    ours = {name for name in environ if name.startswith("PDX_") and not name.startswith(ROUTER_PREFIX)}
+    return {name[4:].lower(): environ[name] for name in ours - {"PDX_CONFIG"}}

@@ -7,12 +7,15 @@ the control plane, on loopback too, so that what is tested is what runs between 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 from zmq.utils import z85
 
 from pdx.wire import FRAME_BYTES_MAX
+
+if TYPE_CHECKING:
+    import zmq.asyncio
 
 CURVE_BYTES = 33  # a message's header, nonce, flags and MAC, which ZeroMQ counts
 
@@ -23,10 +26,42 @@ def lock(socket: zmq.Socket[Any], cluster_key: bytes, *, server: bool) -> None:
     Nor does ZeroMQ make room for a message that no decoder would take.
     """
     socket.maxmsgsize = FRAME_BYTES_MAX + CURVE_BYTES
-    secret = z85.encode(hashlib.blake2b(cluster_key, digest_size=32, person=b"pdx-curve").digest())
-    public = zmq.curve_public(secret)
-    socket.curve_secretkey, socket.curve_publickey = secret, public
+    public = public_key(cluster_key)
+    socket.curve_secretkey, socket.curve_publickey = _secret_key(cluster_key), public
     if server:
         socket.curve_server = True
     else:
         socket.curve_serverkey = public
+
+
+def public_key(cluster_key: bytes) -> bytes:
+    return zmq.curve_public(_secret_key(cluster_key))
+
+
+class AllowList:
+    """Says, for all server sockets of a context, which keys clients may have: only the cluster's.
+
+    Without it ZeroMQ lets in whoever knows the server's public key, with any key of his own. Make it before they bind,
+    and close it after them. Owned by the event loop.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, cluster_key: bytes) -> None:
+        self._allowed = z85.decode(public_key(cluster_key))
+        self._socket = context.socket(zmq.REP)
+        self._socket.linger = 0
+        self._socket.bind("inproc://zeromq.zap.01")
+
+    async def run(self) -> None:
+        """Answers for ever; until it runs, nobody gets in."""
+        while True:
+            version, number, _domain, _address, _name, mechanism, *keys = await self._socket.recv_multipart()
+            known = mechanism == b"CURVE" and keys == [self._allowed]
+            status = [b"200", b"OK"] if known else [b"400", b"not on the list"]
+            await self._socket.send_multipart([version, number, *status, b"", b""])
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _secret_key(cluster_key: bytes) -> bytes:
+    return z85.encode(hashlib.blake2b(cluster_key, digest_size=32, person=b"pdx-curve").digest())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
@@ -64,18 +64,20 @@ class Conductor:
         self,
         journey: Journey,
         outside: Outside,
-        client: web.Request,
+        client: web.BaseRequest,
         *,
         model: str,
         headers: dict[str, str],
+        shown: Mapping[str, str],
         begins: Callable[[], Begin],
         wish: Wish,
     ) -> None:
         self._journey = journey
         self._outside = outside
         self._client = client
-        self._model = model
+        self._model = outside.metrics.model(model)
         self._headers = headers  # for the engines
+        self._shown = shown  # headers for the client, whatever the answer
         self._begins = begins
         self._wish = wish
         self._place: Place | None = None  # in the line
@@ -84,7 +86,7 @@ class Conductor:
         self._started_at = time.monotonic()
         self._calls: dict[Side, asyncio.Task[Event]] = {}
         self._decode_call = AsyncExitStack()  # decode's connection, open as long as its stream
-        self._chunks: AsyncIterator[bytes] | None = None
+        self._reply: Reply | None = None  # decode's, of which the stream is passed on
         self._events = EventStream(None)
         self._content_type = "application/json"
         self._response: web.StreamResponse | None = None
@@ -241,7 +243,7 @@ class Conductor:
             reply = await self._open(self._decode_call, action.engine, action.body)
             if reply.status == 200 and reply.content_type.startswith("text/event-stream"):
                 self._content_type = reply.content_type
-                self._chunks = reply.chunks()
+                self._reply = reply
                 first = await self._next_events()
                 if first:
                     return DecodeAnswered(200, first, streaming=True)
@@ -255,8 +257,12 @@ class Conductor:
 
     async def _pump(self) -> Event:
         assert self._response is not None
+        gaps, last = self._outside.metrics.itl_s.of(self._model), time.monotonic()
         try:
             while passed := await self._next_events():
+                now = time.monotonic()
+                gaps.observe(now - last)
+                last = now
                 await self._response.write(passed)
         except UpstreamError as error:
             return StreamFinished() if self._events.done else DecodeFailed(str(error))
@@ -265,8 +271,8 @@ class Conductor:
 
     async def _next_events(self) -> bytes:
         """The next whole events; empty at the stream's end."""
-        assert self._chunks is not None
-        async for chunk in self._chunks:
+        assert self._reply is not None
+        while chunk := await self._reply.chunk():
             if passed := self._events.feed(chunk):
                 return passed
         return self._events.finish()
@@ -320,7 +326,8 @@ class Conductor:
 
     def _pdx_headers(self) -> dict[str, str]:
         journey = self._journey
-        headers = {"X-Request-Id": self._headers["X-Request-Id"], "x-pdx-handoff": "none", "x-pdx-way": journey.way}
+        headers = {**self._shown, "X-Request-Id": self._headers["X-Request-Id"], "x-pdx-handoff": "none"}
+        headers["x-pdx-way"] = journey.way
         if journey.by_pair:
             headers["x-pdx-handoff"] = journey.handoff_id.hex()
             headers["x-pdx-prefill"] = journey.prefill.engine_id if journey.prefill else ""
@@ -333,12 +340,13 @@ class Conductor:
         return headers
 
     def _observe_first_byte(self) -> None:
-        self._outside.metrics.ttft_s.labels(model=self._model).observe(time.monotonic() - self._started_at)
+        self._outside.metrics.ttft_s.of(self._model).observe(time.monotonic() - self._started_at)
 
     def _count(self) -> None:
         metrics, journey = self._outside.metrics, self._journey
         code = self._response.status if self._response is not None else CLIENT_GONE_CODE
         metrics.requests.labels(model=self._model, code=str(code)).inc()
+        metrics.e2e_s.of(self._model).observe(time.monotonic() - self._started_at)
         metrics.journeys.labels(way=journey.way).inc()
         if journey.unseeded:
             metrics.unseeded.labels(reason=journey.unseeded).inc()

@@ -17,6 +17,7 @@ from pdx.keys import space_of
 from pdx.router.policy import Candidate, Snapshot, same_server
 from pdx.wire import Announce, DaemonRef, EngineInfo, EngineLoad
 
+NOBODY = DaemonRef(daemon_id="", incarnation=0, control="", lanes=[])  # whose engines those are that operators name
 DAEMON_SILENT_S = 3.5  # announcements come every second: three were lost
 ORPHAN_S = 60.0  # a restarted daemon gets its engines back within seconds
 HEALTH_JOINING_S = 0.5
@@ -82,6 +83,7 @@ class Directory:
             if warning:
                 warnings.append(warning)
             elif info.url:
+                self._replace_named(info)
                 self._join(info, ref, now)
                 load = loads.get(info.engine_id, EngineLoad(engine_id=info.engine_id))
                 engine = self._engines[info.engine_id]
@@ -91,6 +93,12 @@ class Directory:
             if _same_daemon(engine.daemon, ref) and engine_id not in listed:
                 self._leave(engine_id, "its daemon no longer announces it")
         return warnings
+
+    def on_named(self, info: EngineInfo, now: float) -> None:
+        """An engine that an operator has named. It gives way to one that a daemon announces under the same address."""
+        if info.url.rstrip("/") not in self.urls(announced=True):
+            self._join(info, NOBODY, now)
+            self._engines[info.engine_id].pairable = False
 
     def on_health(self, engine_id: str, ok: bool, now: float) -> None:
         """The answer of one poll of /health. Unknown engines are ignored: they left meanwhile."""
@@ -133,8 +141,9 @@ class Directory:
             del self._daemons[daemon_id]
             self._orphan(daemon_id)
         for engine_id, engine in list(self._engines.items()):
-            if not engine.pairable and (now - engine.heard_at > ORPHAN_S or not engine.ready):
-                self._leave(engine_id, "its daemon is gone")
+            named = engine.daemon is NOBODY  # and may get ready as long as it says what it serves
+            if not engine.pairable and (now - engine.heard_at > ORPHAN_S or not (engine.ready or named)):
+                self._leave(engine_id, "it is gone" if named else "its daemon is gone")
         return silent
 
     def snapshot(self) -> Snapshot:
@@ -164,6 +173,10 @@ class Directory:
     def engines(self) -> list[str]:
         """All that have been announced, ready or not."""
         return list(self._engines)
+
+    def urls(self, *, announced: bool = False) -> set[str]:
+        """Where engines are, or only those that some daemon announces."""
+        return {e.info.url.rstrip("/") for e in self._engines.values() if not announced or e.daemon is not NOBODY}
 
     def joining(self) -> list[str]:
         """Engines that have been announced and have not answered /health yet."""
@@ -195,6 +208,11 @@ class Directory:
     def _links_of(self, ref: DaemonRef) -> dict[str, float]:
         daemon = self._daemons.get(ref.daemon_id)
         return daemon.links if daemon is not None else {}
+
+    def _replace_named(self, info: EngineInfo) -> None:
+        for engine_id, engine in list(self._engines.items()):
+            if engine.daemon is NOBODY and engine.info.url.rstrip("/") == info.url.rstrip("/"):
+                self._leave(engine_id, f"its daemon announces it as {info.engine_id}")
 
     def _orphan(self, daemon_id: str) -> None:
         for engine in self._engines.values():

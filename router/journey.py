@@ -69,7 +69,7 @@ from pdx.router.request import Request as Request
 from pdx.router.retries import RetryBudget
 from pdx.router.seed import Seed, own_answer
 from pdx.router.seedable import unseedable_reason
-from pdx.router.servable import alone_reason, decode_body, early_body, output_limit, prefill_body, seeded_body
+from pdx.router.servable import WITH_IDS, alone_reason, decode_body, early_body, output_limit, prefill_body, seeded_body
 from pdx.router.settings import JourneyName as JourneyName
 from pdx.router.settings import Settings as Settings
 from pdx.router.states import HEARD, MOVES, State
@@ -229,7 +229,7 @@ class Journey:
         path, body, wish = self._request.path, self._request.body, self._settings.journey
         match wish:
             case "paired" | "after":
-                self.way = wish
+                self.way = wish if path in WITH_IDS else "paired"
             case "auto" | "seeded":
                 self.unseeded = unseedable_reason(path, body, pair.prefill.info, pair.decode.info)
                 self.way = "paired" if self.unseeded else "seeded"
@@ -255,6 +255,7 @@ class Journey:
             decode_daemon=pair.decode.daemon,
             budgets=self._settings.budgets,
             issued_unix_s=begin.now_unix_s,
+            traceparent=self._request.traceparent,
         )
         return mint(handle, self._settings.cluster_key)
 
@@ -278,7 +279,7 @@ class Journey:
         if 400 <= event.status < 500 and not self._beside:
             self._move("reject")
             return [*self._end_handoff("client_error"), Answer(status=event.status, body=event.body)]
-        reply = PrefillReply.read(event.body) if event.status == 200 else None
+        reply = PrefillReply.read(event.body, with_ids=self._request.path in WITH_IDS) if event.status == 200 else None
         if reply is None:
             return self._fall_back(f"prefill_{event.status}" if event.status != 200 else "prefill_bad_reply")
         beside, self._beside = self._beside, False

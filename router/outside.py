@@ -14,7 +14,7 @@ from pdx.router.directory import Directory
 from pdx.router.forecast import NOMINAL_TOKENS_PER_S, worth_bringing
 from pdx.router.gate import Gate
 from pdx.router.knowledge import Knowledge
-from pdx.router.metrics import Metrics
+from pdx.router.metrics import Metrics, Moment
 from pdx.router.pending import Pending
 from pdx.router.policy import Asked, Candidate, Snapshot, choose_pair
 from pdx.router.prompt import Prompt
@@ -90,6 +90,14 @@ class Outside:
         if bring is not None:
             await self.sharing.bring(bring, prompt, salt=request.body.get("cache_salt") or "")
         return prompt
+
+    def moment(self) -> Moment:
+        """For the metrics."""
+        return Moment(
+            roles=[c.info.role for c in self.directory.snapshot()],
+            reservations_waiting=self.directory.reservations_waiting(),
+            known_blocks=len(self.knowledge),
+        )
 
     def reasons(self) -> list[str]:
         """Why some engines, pairs or all of them are not asked, in words for operators."""

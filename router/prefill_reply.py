@@ -16,20 +16,21 @@ class PrefillReply(msgspec.Struct, frozen=True):
     seed: Seed | None = None
 
     @classmethod
-    def read(cls, body: bytes) -> PrefillReply | None:
-        """None if the answer is no JSON of that shape or carries no ids."""
+    def read(cls, body: bytes, *, with_ids: bool = True) -> PrefillReply | None:
+        """None if the answer is no JSON of that shape or, `with_ids`, carries none."""
         try:
             answer = _decoder.decode(body)
         except (msgspec.MsgspecError, ValueError, RecursionError):
             return None
         # vLLM puts the ids into the choice for completions, beside the choices for chat.
         ids = answer.prompt_token_ids or (answer.choices[0].prompt_token_ids if answer.choices else None)
-        if not ids:
+        if not ids and with_ids:
             return None
-        details = (answer.usage or {}).get("prompt_tokens_details")
-        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        usage = answer.usage or {}
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else usage.get("cache_read_input_tokens")
         handed_over = bool((answer.kv_transfer_params or {}).get("pdx"))
-        return cls(ids, cached if isinstance(cached, int) else None, handed_over, _seed(answer))
+        return cls(ids or [], cached if isinstance(cached, int) else None, handed_over, _seed(answer))
 
 
 class _Message(msgspec.Struct):

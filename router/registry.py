@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
-from pdx.curve import lock
-from pdx.errors import ConfigError, DaemonGone, WireError
+from pdx.errors import DaemonGone, WireError
+from pdx.router.control import Control
 from pdx.router.knowledge import Knowledge
 from pdx.router.metrics import Metrics
 from pdx.wire import (
-    FRAME_BYTES_MAX,
     ROUTER,
     Announce,
     Answer,
@@ -35,58 +34,45 @@ from pdx.wire import (
     encode,
 )
 
-# Every daemon says one thing a second; more than this unheard means that the router is stuck anyway.
-RECEIVE_QUEUE_MAX = 1024
-# Welcomes and cancels are small; a daemon that reads none for so long has died.
-SEND_QUEUE_MAX = 1024
 DAEMONS_MAX = 4096
+NUMBER_BITS = 39  # of questions; the wire has 40
 
 _log = logging.getLogger(__name__)
 _decode: Callable[[bytes | memoryview], Announce | Holdings | HandoffFailed | Answer] = decoder_of(ROUTER)
 
 
 class Registry:
-    """A bound ROUTER socket. `run()` feeds announcements to `heard`, whose warnings go back in the Welcome."""
+    """Over a control socket. `run()` feeds announcements to `heard`, whose warnings go back in the Welcome."""
 
     def __init__(
         self,
-        control: str,
+        control: Control,
         *,
-        cluster_key: bytes,
         heard: Callable[[Announce], list[str]],
         handoff_failed: Callable[[bytes, str], None],
         metrics: Metrics,
         knowledge: Knowledge | None = None,
     ) -> None:
-        """Binds. Raises ConfigError if the endpoint is taken or malformed."""
         self._heard = heard
         self._handoff_failed = handoff_failed
         self._metrics = metrics
         self._knowledge = knowledge if knowledge is not None else Knowledge()
         self.heard_holdings: Callable[[str], None] = lambda daemon_id: None  # told after each HOLDINGS
+        self._control = control
         self._identities: dict[str, tuple[int, bytes]] = {}  # daemon id -> incarnation, identity frame
-        self._asked = 0
+        # Workers of one router hear each other's answers: their numbers must not meet.
+        self._asked = secrets.randbits(NUMBER_BITS)
         self._questions: dict[int, tuple[bytes, asyncio.Future[Answer]]] = {}  # number -> who was asked, its answer
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 0
-        self._socket.maxmsgsize = FRAME_BYTES_MAX
-        self._socket.rcvhwm = RECEIVE_QUEUE_MAX
-        self._socket.sndhwm = SEND_QUEUE_MAX
-        self._socket.router_mandatory = True  # an unknown daemon is an error to count, not a silence
-        self._socket.router_handover = True  # a daemon that connects again gets its name back
-        lock(self._socket, cluster_key, server=True)
-        try:
-            self._socket.bind(control)
-        except zmq.ZMQError as error:
-            self.close()
-            raise ConfigError(f"can't listen on --control {control}: {error.strerror}") from error
-        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     async def run(self) -> None:
         """Receives until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._control.run())
+            tasks.create_task(self._receive())
+
+    async def _receive(self) -> None:
         while True:
-            frames = await self._socket.recv_multipart()
+            frames = await self._control.receive()
             try:
                 if len(frames) != 2:
                     raise WireError(f"{len(frames)} frames instead of 2")
@@ -125,14 +111,12 @@ class Registry:
         incarnation, identity = self._identities.get(daemon.daemon_id, (0, b""))
         if incarnation != daemon.incarnation:
             raise DaemonGone("this daemon has left")
-        self._asked += 1
-        number = self._asked
+        self._asked = number = (self._asked + 1) % (1 << NUMBER_BITS)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._questions[number] = (identity, answer)
         try:
             async with asyncio.timeout(timeout_s):
-                frames = [identity, encode(msgspec.structs.replace(question, number=number))]
-                await self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+                await self._control.send(identity, encode(msgspec.structs.replace(question, number=number)))
                 return await answer
         except zmq.ZMQError as error:
             raise DaemonGone(f"this daemon can't be reached: {error.strerror}") from error
@@ -140,11 +124,6 @@ class Registry:
             raise DaemonGone(f"this daemon did not answer within {timeout_s:g} s") from error
         finally:
             del self._questions[number]
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._socket.close(linger=0)
-        self._context.term()
 
     def _on_announce(self, identity: bytes, announce: Announce) -> None:
         daemon = announce.daemon
@@ -167,8 +146,7 @@ class Registry:
             waiting.set_result(answer)
 
     def _send(self, identity: bytes, message: Message) -> None:
-        # NOBLOCK: at once, or refused because the peer is gone or its queue is full.
-        sent = asyncio.ensure_future(self._socket.send_multipart([identity, encode(message)], flags=zmq.NOBLOCK))
+        sent = asyncio.ensure_future(self._control.send(identity, encode(message)))
         sent.add_done_callback(self._count_undelivered)
 
     def _count_undelivered(self, sent: asyncio.Future[Any]) -> None:

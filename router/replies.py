@@ -1,4 +1,4 @@
-"""The router's own answers to clients, in the shape that OpenAI clients and vLLM use for errors."""
+"""The router's own answers to clients, in the shape that OpenAI's clients, Anthropic's and vLLM use for errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REFUSALS: dict[TurnedAwayWhy, tuple[int, str]] = {
 def error_body(status: int, message: str) -> bytes:
     """A JSON error object."""
     error = {"message": message, "type": _TYPES.get(status, "InternalServerError"), "param": None, "code": status}
-    return msgspec.json.encode({"error": error})
+    return msgspec.json.encode({"type": "error", "error": error})  # the first is Anthropic's
 
 
 def as_event(error: bytes) -> bytes:

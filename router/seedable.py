@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pdx.router.servable import CHAT, Body, output_limit
+from pdx.router.servable import CHAT, WITH_IDS, Body, output_limit
 from pdx.wire import EngineInfo
 
 
@@ -27,6 +27,8 @@ class UnseedableRule(NamedTuple):
 
 
 UNSEEDABLE_RULES: tuple[UnseedableRule, ...] = (
+    # The reply of prefill does not tell the prompt's token ids, with which decode would go on.
+    UnseedableRule("endpoint", lambda path, body, engine: path not in WITH_IDS),
     # A grammar starts at the first token of the answer.
     UnseedableRule("structured_output", lambda path, body, engine: _has_grammar(body)),
     # They count the answer's tokens; so do those that a model brings as its defaults. A repetition penalty counts the

@@ -14,6 +14,9 @@ Body = Mapping[str, Any]
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+MESSAGES = "/v1/messages"  # Anthropic's: the engines make a chat of it
+WITH_IDS = (COMPLETIONS, CHAT)  # whose replies can tell the prompt's token ids
+PAIRED = (*WITH_IDS, MESSAGES)
 COMPLETION_TOKENS = 16  # vLLM's limit for completions that give none
 
 # Fields by which routers steer engines. From a client they are stripped: it could name handoffs that are not its own.
@@ -22,6 +25,7 @@ PRIVATE_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 # Content parts from which the engines render a text prompt; everything else carries media, whose processing the token
 # ids that prefill returns do not cover.
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+_TEXT_BLOCKS = frozenset({"text", "tool_use", "tool_result", "thinking", "redacted_thinking"})
 _MEDIA_MARKS = ("image", "audio", "video", "embeds")
 
 
@@ -33,8 +37,8 @@ class AloneRule(NamedTuple):
 
 
 ALONE_RULES: tuple[AloneRule, ...] = (
-    # Embeddings, tokenizing, responses ...: either no generation, or no token ids in prefill's reply.
-    AloneRule("endpoint", lambda path, body: path not in (COMPLETIONS, CHAT)),
+    # Embeddings, tokenizing ...: no generation. Responses: one may be several of the engine's, with tools between them.
+    AloneRule("endpoint", lambda path, body: path not in PAIRED),
     # Several sequences of one request: prefill would send KV once, the decode engine would ask for it n times.
     AloneRule("n", lambda path, body: body.get("n") not in (None, 1)),
     AloneRule("best_of", lambda path, body: body.get("best_of") not in (None, 1)),
@@ -56,6 +60,7 @@ ALONE_RULES: tuple[AloneRule, ...] = (
         lambda path, body: not all(_none_or_positive(body.get(f)) for f in ("max_tokens", "max_completion_tokens")),
     ),
     AloneRule("multimodal", lambda path, body: path == CHAT and _has_media(body.get("messages"))),
+    AloneRule("multimodal", lambda path, body: path == MESSAGES and _has_other_blocks(body.get("messages"))),
 )
 
 
@@ -65,13 +70,13 @@ class FieldRule(NamedTuple):
     field: str
     action: str  # "set", "cap" (numbers above the value), "drop" or "keep"
     value: Any = None
-    paths: tuple[str, ...] = (COMPLETIONS, CHAT)
+    paths: tuple[str, ...] = WITH_IDS
 
 
 PREFILL_FIELDS: tuple[FieldRule, ...] = (
-    FieldRule("max_tokens", "set", 1),
+    FieldRule("max_tokens", "set", 1, paths=PAIRED),
     FieldRule("max_completion_tokens", "set", 1, paths=(CHAT,)),  # it would win over max_tokens
-    FieldRule("stream", "set", False),
+    FieldRule("stream", "set", False, paths=PAIRED),
     FieldRule("return_token_ids", "set", True),
     # Refused by the engine without stream=true.
     FieldRule("stream_options", "drop"),
@@ -200,6 +205,15 @@ def _has_media(messages: object) -> bool:
         return False
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     return any(_is_media(part) for content in contents if isinstance(content, list) for part in content)
+
+
+def _has_other_blocks(content: object) -> bool:
+    """Whether one of Anthropic's messages has blocks that are no text: images, documents, also in a tool's result."""
+    if isinstance(content, dict):
+        kind = content.get("type", "text")
+        known = isinstance(kind, str) and kind in _TEXT_BLOCKS
+        return not known or _has_other_blocks(content.get("content"))
+    return isinstance(content, list) and any(_has_other_blocks(each) for each in content)
 
 
 def _is_media(part: object) -> bool:

@@ -16,19 +16,23 @@ from aiohttp import web
 
 from pdx.errors import ConfigError
 from pdx.router.admin import Admin
-from pdx.router.app import HEADER_BYTES_MAX, Front
+from pdx.router.app import Door, Front
 from pdx.router.breaker import BreakerSettings
+from pdx.router.control import Control, ControlSocket, SharedControl
 from pdx.router.daemons import Daemons
 from pdx.router.directory import Directory
 from pdx.router.drains import Drains
 from pdx.router.gate import Gate
 from pdx.router.journey import Settings
 from pdx.router.knowledge import Knowledge
+from pdx.router.listener import HEADER_BYTES_MAX, Listener
 from pdx.router.metrics import Metrics
+from pdx.router.named import Named
 from pdx.router.outside import Outside
 from pdx.router.pending import Pending
 from pdx.router.registry import Registry
 from pdx.router.standing import Standing
+from pdx.router.texts import serve_text
 from pdx.router.upstream import Upstream
 from pdx.wire import Announce
 
@@ -40,17 +44,26 @@ _log = logging.getLogger(__name__)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How a router listens and for how long it serves one request."""
+    """How a router listens, and to whom."""
 
     settings: Settings
     host: str = "127.0.0.1"
     port: int = 8000
     control: str = "tcp://127.0.0.1:5700"
-    request_timeout_s: float = 600.0
+    door: Door = Door()
+    idle_s: float = 60.0  # a connection without a whole request head for so long is closed
+    prefills: tuple[str, ...] = ()  # engines that an operator has named, by address
+    decodes: tuple[str, ...] = ()
     queue_size: int = 100  # requests that wait for an engine with room
     queue_timeout_s: float = 60.0
     breaker: BreakerSettings = BreakerSettings()
     drain_s: float = 30.0  # what is under way at the first signal gets this long
+    workers: int = 1
+    worker: int = 0  # which of them this is; it shares its port if it has a hub
+    hub: str = ""  # where workers of one router get what daemons say; empty: this is the only one
+    own_metrics: str = ""  # the Unix socket where this worker tells its metrics, and the one that has those of all
+    all_metrics: str = ""
+    life: int | None = None  # a descriptor that can be read when the process is gone that started this one
     publish: str = ""
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # None: no admin port
@@ -79,6 +92,8 @@ async def serve(options: Options) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    if options.life is not None:
+        loop.add_reader(options.life, _orphaned, signals, options.life)
     async with running(options) as router:
         published, keeper = router.published, router.keeper
         _log.info("listening on %s, control on %s", published.http, published.control)
@@ -123,15 +138,9 @@ async def running(options: Options) -> AsyncIterator[Router]:
         return warnings
 
     async with AsyncExitStack() as stack:
-        registry = Registry(
-            options.control,
-            cluster_key=options.settings.cluster_key,
-            heard=heard,
-            handoff_failed=pending.failed,
-            metrics=metrics,
-            knowledge=knowledge,
-        )
-        stack.callback(registry.close)
+        control = _control(options, metrics)
+        stack.callback(control.close)
+        registry = Registry(control, heard=heard, handoff_failed=pending.failed, metrics=metrics, knowledge=knowledge)
         upstream = await stack.enter_async_context(Upstream())
         outside = Outside(
             directory=directory,
@@ -143,15 +152,18 @@ async def running(options: Options) -> AsyncIterator[Router]:
             gate=gate,
             knowledge=knowledge,
         )
-        front = Front(outside, options.settings, request_timeout_s=options.request_timeout_s)
-        http = await _listen(stack, front.app(), options.host, options.port)
+        named = Named(directory, prefills=options.prefills, decodes=options.decodes)
+        front = Front(outside, options.settings, options.door, missing=named.missing, all_metrics=options.all_metrics)
+        if options.own_metrics:
+            await serve_text(stack, Path(options.own_metrics), front.own_metrics)
+        http = await _listen(stack, _front_runner(front, options), options.host, options.port, shared=bool(options.hub))
         admin_url = ""
         if options.admin_port is not None:
             admin = Admin(Daemons(directory, registry), upstream, Drains(outside), token=options.admin_token)
-            admin_url = await _listen(stack, admin.app(), options.admin_host, options.admin_port)
-        keeper = asyncio.create_task(_keep(outside))
+            admin_url = await _listen(stack, _admin_runner(admin, options), options.admin_host, options.admin_port)
+        keeper = asyncio.create_task(_keep(outside, named))
         stack.push_async_callback(_cancelled, keeper)
-        yield Router(Published(http=http, control=registry.endpoint, admin=admin_url), outside, keeper)
+        yield Router(Published(http=http, control=control.endpoint, admin=admin_url), outside, keeper)
 
 
 def publish(path: Path, published: Published) -> None:
@@ -161,30 +173,57 @@ def publish(path: Path, published: Published) -> None:
     temporary.replace(path)
 
 
-async def _listen(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> str:
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,  # a client that leaves ends its request's task, and with it the upstream calls
+def _control(options: Options, metrics: Metrics) -> Control:
+    if options.hub:
+        return SharedControl(options.hub, options.control, worker=options.worker)
+    return ControlSocket(options.control, cluster_key=options.settings.cluster_key, metrics=metrics)
+
+
+def _orphaned(signals: asyncio.Queue[int], life: int) -> None:
+    asyncio.get_running_loop().remove_reader(life)
+    for _ in range(2):  # nobody would send the second
+        signals.put_nowait(signal.SIGTERM)
+
+
+def _front_runner(front: Front, options: Options) -> web.BaseRunner:
+    def malformed(status: int) -> None:
+        front.metrics.malformed.labels(code=str(status)).inc()
+
+    listener = Listener(
+        front.handle, malformed=malformed, body_bytes_max=options.door.body_bytes_max, idle_s=options.idle_s
+    )
+    return web.ServerRunner(listener, handle_signals=False, shutdown_timeout=CLOSE_S)
+
+
+def _admin_runner(admin: Admin, options: Options) -> web.BaseRunner:
+    return web.AppRunner(
+        admin.app(),
+        handler_cancellation=True,
         access_log=None,
         handle_signals=False,
         shutdown_timeout=CLOSE_S,
         max_line_size=HEADER_BYTES_MAX,
         max_field_size=HEADER_BYTES_MAX,
+        keepalive_timeout=options.idle_s,
     )
+
+
+async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int, *, shared: bool = False) -> str:
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, reuse_port=shared or None).start()
     except OSError as error:
         raise ConfigError(f"can't listen on {host}:{port}: {error.strerror or error}") from error
     host, port = runner.addresses[0][:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _keep(outside: Outside) -> None:
+async def _keep(outside: Outside, named: Named) -> None:
     directory, standing = outside.directory, outside.standing
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(outside.registry.run())
+        tasks.create_task(named.run(outside.upstream))
         while True:
             now = time.monotonic()
             for daemon_id in directory.expire(now):

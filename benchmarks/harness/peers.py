@@ -129,7 +129,7 @@ def start_front(
         ]
     else:
         command = [
-            *(_vllm_router(), "--vllm-pd-disaggregation", *where, "--policy", "round_robin"),
+            *(vllm_router(), "--vllm-pd-disaggregation", *where, "--policy", "round_robin"),
             *("--prefill", prefill, "--decode", decode, "--prometheus-port", str(metrics_port)),
         ]
     part = rig.start_program(front, command, cpus=DECODE_CPUS, prefix=prefix)
@@ -138,7 +138,7 @@ def start_front(
     return part
 
 
-def _vllm_router() -> str:
+def vllm_router() -> str:
     beside_python = Path(sys.executable).with_name("vllm-router")
     found = str(beside_python) if beside_python.exists() else shutil.which("vllm-router")
     if not found:

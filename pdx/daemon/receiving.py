@@ -89,7 +89,8 @@ class ReceivingHalves:
         )
         record = Incoming((handle.handoff_id, handle.attempt), receiver, message, paired)
         self.records[record.key] = record
-        self._desk.trace(record.key, "reserve", blocks=receiver.blocks)
+        context = {"traceparent": handle.traceparent} if handle.traceparent else {}
+        self._desk.trace(record.key, "reserve", blocks=receiver.blocks, **context)
         mismatch = self._mismatch(message, handle.decode_engine)
         if mismatch:
             self.act(record, receiver.refuse(mismatch), now)

@@ -99,7 +99,8 @@ class SendingHalves:
         )
         record = Outgoing(key, sender, engine.pages, engine, message)
         self.records[key] = self._by_handoff[handle.handoff_id] = record
-        self._desk.trace(key, "open_send", blocks=sender.blocks, prompt_tokens=message.prompt_tokens)
+        context = {"traceparent": handle.traceparent} if handle.traceparent else {}
+        self._desk.trace(key, "open_send", blocks=sender.blocks, prompt_tokens=message.prompt_tokens, **context)
         return record
 
     def claim(self, record: Outgoing, now: float) -> bool:

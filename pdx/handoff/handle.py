@@ -34,6 +34,7 @@ class TransferHandle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     decode_daemon: DaemonRef
     budgets: Budgets
     issued_unix_s: float
+    traceparent: str = ""  # the request's place in its client's trace (W3C), for whoever looks at the daemons' traces
 
     @property
     def expires_unix_s(self) -> float:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +46,7 @@ QUESTIONS = (
     "The capital of France is", "The largest planet of the solar system is", "Water is made of hydrogen and",
     "The opposite of hot is",
 )  # fmt: skip
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 CHANGING = ("id", "created", "system_fingerprint")  # of a stream's events: different in any two answers
 
 
@@ -142,6 +146,66 @@ def test_a_paired_stream_is_the_one_that_the_engine_alone_sends(system: System) 
     assert (system.counters() - before)["loads_ok"] == 1
 
 
+def test_the_openai_client(system: System) -> None:
+    openai = pytest.importorskip("openai", reason="the client is not installed: pip install 'pdx-kv[dev]'")
+    model, before = str(system.rig.model), system.counters()
+    ask = {"model": model, "messages": QUESTION, "max_tokens": 16, "temperature": 0}
+    answers = []
+    for url in (system.rig.url, system.decode.url):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S) as client:
+            whole = client.chat.completions.create(**ask)
+            pieces = list(client.chat.completions.create(**ask, stream=True))
+            text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+            response = client.responses.create(
+                model=model, input=QUESTION[0]["content"], max_output_tokens=16, temperature=0
+            )
+            assert text == whole.choices[0].message.content
+            assert [model] == [each.id for each in client.models.list()]
+            answers.append((text, whole.usage.prompt_tokens, whole.usage.completion_tokens, response.output_text))
+    assert answers[0] == answers[1]
+    assert (system.counters() - before)["loads_ok"] == 2, "both chats came through the pair"
+
+
+def test_the_anthropic_client(system: System) -> None:
+    anthropic = pytest.importorskip("anthropic", reason="the client is not installed: pip install 'pdx-kv[dev]'")
+    before = system.counters()
+    ask = {"model": str(system.rig.model), "messages": QUESTION, "max_tokens": 16, "temperature": 0}
+    answers = []
+    for url in (system.rig.url, system.decode.url):
+        with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE_S) as client:
+            whole = client.messages.create(**ask)
+            with client.messages.stream(**ask) as stream:
+                text, usage = "".join(stream.text_stream), stream.get_final_message().usage
+            assert text == whole.content[0].text
+            counted = client.messages.count_tokens(model=ask["model"], messages=QUESTION).input_tokens
+            answers.append((text, counted, usage.output_tokens))
+    assert answers[0] == answers[1]
+    assert (system.counters() - before)["loads_ok"] == 2, "both came through the pair"
+
+
+def test_vllm_bench_serve(system: System) -> None:
+    """As its users call it, by the model that the router names first."""
+    before = system.counters()
+    command = [
+        *(
+            str(Path(sys.executable).with_name("vllm")),
+            "bench",
+            "serve",
+            "--backend",
+            "openai",
+            "--base-url",
+            system.rig.url,
+        ),
+        *("--dataset-name", "random", "--random-input-len", "40", "--random-output-len", "4", "--num-prompts", "4"),
+        *("--tokenizer", str(system.rig.model), "--disable-tqdm"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"Successful requests:\s+4\b", done.stdout), done.stdout
+    assert re.search(r"Total generated tokens:\s+16\b", done.stdout), done.stdout
+    assert (system.counters() - before)["loads_ok"] >= 4, "its warm-up too"
+
+
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 257, 600])
 def test_pages_at_block_boundaries_are_bit_identical(system: System, count: int) -> None:
     before = system.counters()
@@ -218,8 +282,7 @@ def test_killing_the_prefill_engine_in_mid_prompt_costs_only_time(system: System
 
 
 def chat(system: System, url: str, **more: Any) -> tuple[Reply, list[str]]:
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    return stream(system, f"{url}/v1/chat/completions", {"messages": messages, **more})
+    return stream(system, f"{url}/v1/chat/completions", {"messages": QUESTION, **more})
 
 
 def completion(system: System, url: str, **more: Any) -> tuple[Reply, list[str]]:

@@ -17,6 +17,7 @@ from aiohttp import web
 from pdx.curve import lock
 from pdx.handoff.handle import verify
 from pdx.keys import ContentFingerprint, LayoutFingerprint
+from pdx.router.app import Door
 from pdx.router.journey import Settings
 from pdx.router.outside import Outside
 from pdx.router.service import Options, Published, running
@@ -98,6 +99,7 @@ class FakeEngine:
     async def start(self) -> None:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._generate)
         app.router.add_post("/v1/chat/completions", self._generate)
         app.router.add_post("/{rest:.+}", self._other)
@@ -113,6 +115,9 @@ class FakeEngine:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 64}]})
 
     async def _other(self, request: web.Request) -> web.Response:
         raw = await request.read()
@@ -299,7 +304,9 @@ async def fleet(*engines: FakeEngine, hosts: int = 1, **changed: Any) -> AsyncIt
     names = ("policy", "journey", "prefill_timeout_s", "max_waiting", "max_in_flight_prefill", "max_in_flight_decode",
              "retries")  # fmt: skip
     settings = {"journey": "after"} | {name: changed.pop(name) for name in names if name in changed}
-    options = Options(settings=Settings(cluster_key=KEY, **settings), port=0, control="tcp://127.0.0.1:0", **changed)
+    door = Door(**{name: changed.pop(name) for name in Door.__struct_fields__ if name in changed})
+    where = {"port": 0, "control": "tcp://127.0.0.1:0"}
+    options = Options(settings=Settings(cluster_key=KEY, **settings), door=door, **where, **changed)
     async with AsyncExitStack() as stack:
         router = await stack.enter_async_context(running(options))
         published = router.published

@@ -187,3 +187,26 @@ def test_announced_paces_of_engines_and_links() -> None:
     assert seen["p0"].space == space_of(P0.at("ab" * 16).content, P0.layout) != seen["d0"].space
     directory.expire(9.0)
     assert {candidate.links.get("d9") for candidate in directory.snapshot()} == {None}
+
+
+def test_a_named_engine_stays_as_long_as_it_says_what_it_serves() -> None:
+    directory = Directory()
+    named = engine_info("named-x", "decode", "http://127.0.0.1:7/")
+    for second in range(100):
+        directory.on_named(named, float(second))
+        directory.expire(second + 0.5)
+        assert directory.joining() == ["named-x"]
+    directory.on_health("named-x", True, 99.0)
+    assert [(c.engine_id, c.pairable) for c in directory.snapshot()] == [("named-x", False)]
+    directory.on_announce(
+        Announce(daemon=daemon_ref(), engines=[engine_info("d0", "decode", "http://127.0.0.1:7")]), 100.0
+    )
+    directory.on_named(named, 100.5)
+    assert directory.joining() == ["d0"], "it gives way"
+    assert directory.snapshot() == ()
+    directory.on_announce(Announce(daemon=daemon_ref(), engines=[], leaving=True), 101.0)
+    directory.expire(101.0)
+    directory.on_named(named, 102.0)
+    assert directory.joining() == ["named-x"], "and comes back"
+    directory.expire(102.0 + 2 * limits.ORPHAN_S)
+    assert directory.joining() == []

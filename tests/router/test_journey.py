@@ -25,6 +25,7 @@ from journeys import (
     PREFILLED,
     REST,
     SEED,
+    SENT,
     STREAMED,
     UNSEEDABLE,
     UNSENT,
@@ -279,6 +280,22 @@ def test_a_handoff_that_never_began_is_ended_so_that_decode_need_not_wait_for_it
     assert ended.reason == "not_sent"
     assert kinds(rest) == [ShowCached if wish == "paired" else CallDecode]
     assert machine.outcome == "not_sent"
+
+
+@pytest.mark.parametrize("wish", ["auto", "seeded", "paired", "after"])
+def test_anthropics_messages_are_paired_since_no_ids_come_back(wish: JourneyName) -> None:
+    body = {"model": "smol", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
+    machine = journey(body, "/v1/messages", wish=wish)
+    prefill, decode = through(machine, begin(P0, D0))
+    assert (machine.state, machine.way) == ("both", "paired")
+    asked, told = json.loads(prefill.body), json.loads(decode.body)
+    assert (asked["max_tokens"], asked["stream"], told["max_tokens"]) == (1, False, 9)
+    assert told["kv_transfer_params"]["pdx_early"] is True
+    reply = b'{"content":[],"usage":{"input_tokens":8,"cache_read_input_tokens":2},%b}' % SENT
+    assert machine.on(PrefillAnswered(200, reply)) == [ShowCached(2)]
+    whole = b'{"usage":{"input_tokens":1,"cache_read_input_tokens":9}}'
+    (answer,) = machine.on(DecodeAnswered(200, whole))
+    assert json.loads(answer.body)["usage"] == {"input_tokens": 8, "cache_read_input_tokens": 2}
 
 
 def test_prefills_number_is_in_a_whole_paired_answer() -> None:

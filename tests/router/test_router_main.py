@@ -94,13 +94,6 @@ def test_bad_flags(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert ended.value.code == 2
 
 
-def test_dump_config(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--dump-config", "--handoff-total-s", "7", "--policy", "least_loaded"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "  handoff_total_s = 7.0" in lines
-    assert "  policy = least_loaded" in lines
-
-
 @within(20)
 async def test_daemons_are_welcomed_and_strangers_ignored() -> None:
     engine, stranger = FakeEngine("d0", "decode"), FakeEngine("x0", "decode")

@@ -15,6 +15,7 @@ TALK: dict[str, Any] = {"model": "m", "messages": []}
 ENGINE = engine_info("p0", "prefill", context_tokens=100)
 
 UNSEEDABLE: list[tuple[str, str, dict[str, Any]]] = [
+    ("endpoint", "/v1/messages", {"messages": []}),
     ("structured_output", COMPLETIONS, {"structured_outputs": {"regex": "a+"}}),
     ("structured_output", CHAT, {"response_format": {"type": "json_object"}}),
     ("structured_output", CHAT, {"response_format": "nonsense"}),

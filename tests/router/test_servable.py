@@ -50,6 +50,12 @@ ALONE: list[tuple[str, str, dict[str, Any]]] = [
     ("multimodal", CHAT, chat_with({"image_url": "u"})),
     ("multimodal", CHAT, chat_with({"type": "input_audio", "input_audio": {}})),
     ("multimodal", CHAT, chat_with({"type": ["text"]})),
+    ("multimodal", "/v1/messages", chat_with({"type": "image", "source": {}})),
+    ("multimodal", "/v1/messages", chat_with({"type": "tool_result", "content": [{"type": "document"}]})),
+    ("max_tokens", "/v1/messages", {**MESSAGES, "max_tokens": -1}),
+    ("endpoint", "/v1/messages/count_tokens", MESSAGES),
+    ("endpoint", "/v1/responses", {"model": "m", "input": "x"}),
+    ("multimodal", "/v1/messages", chat_with({"type": ["text"]})),
 ]
 
 PAIRED: list[tuple[str, dict[str, Any]]] = [
@@ -63,6 +69,9 @@ PAIRED: list[tuple[str, dict[str, Any]]] = [
     (CHAT, chat_with({"type": "text", "text": "x"}, "bare", {"text": "y"})),
     (CHAT, {**MESSAGES, "tools": [{}], "tool_choice": "required", "response_format": {"type": "json_object"}}),
     (CHAT, {"model": "m", "messages": "nonsense"}),
+    ("/v1/messages", MESSAGES),
+    ("/v1/messages", {**chat_with({"type": "text"}, {"type": "tool_result", "content": "x"}), "tools": [{}]}),
+    ("/v1/messages", {"model": "m", "messages": [7, None, {"content": [[], 8]}]}),
 ]
 
 

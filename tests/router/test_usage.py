@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,3 +79,24 @@ def test_a_stream_that_is_done(chunks: list[bytes], done: bool) -> None:
     for chunk in chunks:
         stream.feed(chunk)
     assert stream.done is done
+
+
+def anthropic(cached: int) -> bytes:
+    usage = {"input_tokens": 10 - cached, "cache_read_input_tokens": cached, "output_tokens": 3}
+    text = {"type": "text_delta", "text": 'data: {"usage": {"cache_read_input_tokens": 9}}'}
+    events = [
+        {"type": "message_start", "message": {"usage": {"input_tokens": 0, "output_tokens": 0}}},
+        {"type": "content_block_delta", "index": 0, "delta": text},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage},
+        {"type": "message_stop"},
+    ]
+    return b"".join(b"event: %b\ndata: %b\n\n" % (e["type"].encode(), msgspec.json.encode(e)) for e in events)
+
+
+@given(st.integers(0, 10_000))
+def test_anthropics_usage(seed: int) -> None:
+    assert passed(EventStream(2), cut(anthropic(9), seed)) == anthropic(2)
+    whole = {"usage": {"input_tokens": 1, "cache_read_input_tokens": 9}}
+    assert json.loads(with_cached_tokens(json.dumps(whole).encode(), 0))["usage"] == {
+        "input_tokens": 10, "cache_read_input_tokens": 0
+    }  # fmt: skip

@@ -1,0 +1,144 @@
+"""API keys, tenants and web origins: by themselves, and at a router."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from engine_fakes import FakeEngine, fleet, within
+
+from pdx.errors import ConfigError
+from pdx.router.access import ApiKeys, Caller, Origins, read_keys
+
+ALICE, BOB = "alice-" + "a" * 20, "bob-" + "b" * 20
+KEYS = ApiKeys({ALICE: Caller("alice"), BOB: Caller("bob", "team-b")})
+PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
+
+
+def key_file(path: Path, text: str, mode: int = 0o600) -> str:
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+def test_whose_key_it_is() -> None:
+    assert KEYS.caller({"Authorization": f"Bearer {ALICE}"}) == Caller("alice")
+    assert KEYS.caller({"Authorization": f"bearer  {BOB} "}) == Caller("bob", "team-b")
+    assert KEYS.caller({"x-api-key": BOB}) == Caller("bob", "team-b")
+    wrong: list[dict[str, str]] = [
+        {}, {"Authorization": ALICE}, {"Authorization": f"Basic {ALICE}"}, {"Authorization": f"Bearer {ALICE}x"},
+        {"Authorization": "Bearer "}, {"x-api-key": ""}, {"x-api-key": "\udcff"}, {"Authorization": "Bearer \udcff"},
+    ]  # fmt: skip
+    assert not [headers for headers in wrong if KEYS.caller(headers)]
+    assert not ApiKeys({})
+    assert ALICE not in repr(KEYS)
+
+
+def test_a_file_of_keys(tmp_path: Path) -> None:
+    keys = read_keys([ALICE], key_file(tmp_path / "keys", f"# ours\n\nbob {BOB} team-b\n"))
+    assert keys.caller({"x-api-key": ALICE}) == Caller("key1")
+    assert keys.caller({"x-api-key": BOB}) == Caller("bob", "team-b")
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "complaint"),
+    [
+        (f"bob {BOB}", 0o640, "chmod 600"),
+        ("bob", 0o600, ":1: write NAME KEY"),
+        (f"bob {BOB} team/b", 0o600, ":1: write NAME KEY"),
+        (f"bob {BOB}\nbobby {BOB}", 0o600, ":2: this key is there already"),
+        ("bob short", 0o600, "at least 16 characters: bob"),
+    ],
+)
+def test_files_that_are_none(text: str, mode: int, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        read_keys([], key_file(tmp_path / "keys", text, mode))
+    with pytest.raises(ConfigError, match="No such file"):
+        read_keys([], str(tmp_path / "none"))
+
+
+def test_no_salt_leads_out_of_a_tenant() -> None:
+    ours, theirs = Caller("a", "a"), Caller("b", "b")
+    salts = set()
+    for caller in (ours, theirs):
+        for given in (None, "", "a", "b", "b/a", "a/b", 7):
+            body: dict[str, Any] = {} if given is None else {"cache_salt": given}
+            assert caller.salted(body)
+            assert body["cache_salt"].partition("/")[0] == caller.tenant
+            salts.add(body["cache_salt"])
+    assert len(salts) == 2 * 5
+    body = {"cache_salt": "mine"}
+    assert not Caller("c").salted(body)
+    assert body == {"cache_salt": "mine"}
+
+
+def test_origins() -> None:
+    assert Origins(()).headers("https://a") == {}
+    assert Origins(["https://a"]).headers("https://b") == {}
+    assert Origins(["https://a"]).headers("") == {}
+    assert Origins(["https://a"]).headers("https://a")["Access-Control-Allow-Origin"] == "https://a"
+    assert Origins(["*"]).headers("https://b")["Access-Control-Allow-Origin"] == "https://b"
+
+
+@within(20)
+async def test_a_router_with_keys() -> None:
+    p, d = FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
+    async with fleet(p, d, keys=KEYS) as router:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"x-api-key": ALICE[:-1]}):
+            status, answer, got = await router.ask(PROMPT, headers=headers)
+            assert (status, answer["error"]["type"], got["WWW-Authenticate"]) == (401, "AuthenticationError", "Bearer")
+            async with router.client.get(router.published.http + "/v1/models", headers=headers) as reply:
+                assert reply.status == 401
+        assert not p.requests
+        status, _, _ = await router.ask(PROMPT, headers={"Authorization": f"Bearer {ALICE}"})
+        assert status == 200
+        assert all("Authorization" not in headers for headers in (*p.headers, *d.headers)), "engines don't see keys"
+        assert "cache_salt" not in p.requests[0]
+        status, _, _ = await router.ask({**PROMPT, "cache_salt": "mine"}, headers={"x-api-key": BOB})
+        assert status == 200
+        assert (p.requests[1]["cache_salt"], d.requests[1]["cache_salt"]) == ("team-b/mine", "team-b/mine")
+        status, _, _ = await router.ask({**PROMPT, "n": 2}, headers={"x-api-key": BOB})
+        assert (status, d.requests[2]["cache_salt"]) == (200, "team-b"), "an engine alone is told, too"
+        url, upload = router.published.http + "/v1/audio/transcriptions", aiohttp.FormData({"model": "smol"})
+        upload.add_field("file", b"x", filename="x.wav")
+        async with router.client.post(url, data=upload, headers={"x-api-key": BOB}) as reply:
+            assert reply.status == 403, "nothing keeps it apart by tenant"
+        assert await router.metric('pdx_router_refused_total{reason="key"}') == 6
+        assert await router.metric('pdx_router_key_requests_total{key="alice"}') == 1
+        assert await router.metric('pdx_router_requests_total{code="401",model=""}') == 6
+
+
+@pytest.mark.parametrize(("keys", "pass_keys"), [(KEYS, True), (ApiKeys({}), False)])
+def test_keys_reach_engines_only_where_they_should(keys: ApiKeys, pass_keys: bool) -> None:
+    @within(20)
+    async def run() -> None:
+        d = FakeEngine("d0", "decode")
+        async with fleet(d, keys=keys, pass_keys=pass_keys) as router:
+            assert (await router.ask(PROMPT, headers={"x-api-key": ALICE}))[0] == 200
+            assert d.headers[0]["x-api-key"] == ALICE
+
+    run()
+
+
+@within(20)
+async def test_web_pages() -> None:
+    d = FakeEngine("d0", "decode")
+    page, asks = {"Origin": "https://a"}, {"Access-Control-Request-Headers": "authorization"}
+    async with fleet(d) as router:
+        async with router.client.options(router.published.http + "/v1/completions", headers={**page, **asks}) as reply:
+            assert reply.status == 403
+        _, _, headers = await router.ask(PROMPT, headers=page)
+        assert not [name for name in headers if name.lower().startswith("access-control")]
+    async with fleet(d, origins=Origins(["https://a"]), keys=KEYS) as router:
+        async with router.client.options(router.published.http + "/v1/completions", headers={**page, **asks}) as reply:
+            assert (reply.status, reply.headers["Access-Control-Allow-Headers"]) == (204, "authorization")
+        for body, status in ((PROMPT, 200), ({**PROMPT, "stream": True}, 200), ({**PROMPT, "model": "x"}, 404)):
+            headers = {**page, "x-api-key": ALICE}
+            async with router.post("/v1/completions", body, headers=headers) as reply:
+                assert (reply.status, reply.headers["Access-Control-Allow-Origin"]) == (status, "https://a")
+        status, _, headers = await router.ask(PROMPT, headers=page)
+        assert (status, headers["Access-Control-Allow-Origin"]) == (401, "https://a"), "a page may read why"
+        _, _, headers = await router.ask(PROMPT, headers={"Origin": "https://b", "x-api-key": ALICE})
+        assert "Access-Control-Allow-Origin" not in headers

@@ -1,0 +1,179 @@
+"""Several workers behind one port: all hear the daemons, one page has all metrics, and they end together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from engine_fakes import KEY, FakeDaemon, FakeEngine, daemon_ref, until, within
+from prometheus_client import generate_latest
+
+from pdx.launch import processes
+from pdx.router.merging import Totals, added
+from pdx.router.metrics import Metrics
+
+PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
+
+
+def started(command: list[str], **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment})
+
+
+@asynccontextmanager
+async def workers(tmp_path: Path, *engines: FakeEngine, count: int = 2) -> AsyncIterator[tuple[str, int]]:
+    """(URL, process id) of a router with engines announced."""
+    key, file = tmp_path / "key", tmp_path / "router.json"
+    key.write_bytes(KEY)
+    key.chmod(0o600)
+    flags = ["--port", "0", "--control", "tcp://127.0.0.1:0", "--publish", str(file), "--key-file", str(key)]
+    command = [sys.executable, "-m", "pdx.router.main", *flags, "--workers", str(count), "--journey", "after"]
+    process = started(command)
+    try:
+        await until(file.exists, "published")
+        where = json.loads(file.read_bytes())
+        async with AsyncExitStack() as stack:
+            for engine in engines:
+                await engine.start()
+                stack.push_async_callback(engine.stop)
+            await stack.enter_async_context(FakeDaemon(daemon_ref(), list(engines)).announcing(where["control"]))
+            yield where["http"], process.pid
+    finally:
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 10) == 0
+        assert processes.of_sessions({process.pid}) == []
+
+
+async def on_new_connections(url: str, count: int) -> list[aiohttp.ClientResponse]:
+    """So many requests, each by a connection of its own, which the kernel spreads."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as client:
+        replies = []
+        for _ in range(count):
+            async with client.post(url + "/v1/completions", json=PROMPT) as reply:
+                await reply.read()
+                replies.append(reply)
+        return replies
+
+
+async def ready(url: str, count: int) -> None:
+    """So many answers in a row of routers that know both engines: of all workers, in all likelihood."""
+    in_a_row = 0
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as client:
+        while in_a_row < count:
+            async with client.get(url + "/readyz?engines=2") as reply:
+                in_a_row = in_a_row + 1 if reply.status == 200 else 0
+
+
+async def metric(url: str, line: str) -> float:
+    async with aiohttp.ClientSession() as client, client.get(url + "/metrics") as reply:
+        found = [row for row in (await reply.text()).splitlines() if row.startswith(f"{line} ")]
+    return float(found[0].split()[-1]) if found else 0.0
+
+
+async def reaches(url: str, line: str, value: float) -> None:
+    while await metric(url, line) != value:  # noqa: ASYNC110 - it lies in other processes
+        await asyncio.sleep(0.05)
+
+
+@within(40)
+async def _serve_and_lose_one(tmp_path: Path) -> None:
+    p, d = FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
+    answered = 'pdx_router_requests_total{code="200",model="smol"}'
+    async with workers(tmp_path, p, d) as (url, leader):
+        await ready(url, 12)
+        replies = await on_new_connections(url, 30)
+        assert {reply.status for reply in replies} == {200}
+        assert {reply.headers["x-pdx-handoff"] for reply in replies} != {"none"}
+        await reaches(url, answered, 30)
+        assert await metric(url, 'pdx_router_engines{role="prefill"}') == 1
+        children = [pid for pid in processes.of_sessions({leader}) if pid != leader]
+        assert len(children) == 3, "two workers and the hub"
+        for victim in sorted(children):  # each of the three, one after the other
+            await reaches(url, answered, 30)  # the hub, perhaps a new one, has heard all of them
+            os.kill(victim, signal.SIGKILL)
+            await until(lambda victim=victim: victim not in processes.of_sessions({leader}), "it is gone")
+            await until(lambda: len(processes.of_sessions({leader})) == 4, "it was started anew")
+            await ready(url, 12)
+        await on_new_connections(url, 10)
+        await reaches(url, answered, 40)  # nothing that was counted is lost, nor counted twice
+
+
+def test_workers_serve_together_and_each_may_die(tmp_path: Path) -> None:
+    _serve_and_lose_one(tmp_path)
+
+
+def test_none_outlives_the_first(tmp_path: Path) -> None:
+    @within(20)
+    async def run() -> None:
+        file = tmp_path / "router.json"
+        command = [
+            *(sys.executable, "-m", "pdx.router.main", "--workers", "2", "--port", "0"),
+            *("--control", "tcp://127.0.0.1:0", "--publish", str(file)),
+        ]
+        process = started(command, PDX_RUN_DIR=str(tmp_path / "run"))
+        await until(file.exists, "published")
+        process.kill()
+        process.wait(10)
+        await until(lambda: processes.of_sessions({process.pid}) == [], "all have ended")
+
+    run()
+
+
+@pytest.mark.parametrize("flag", ["--port", "--control"])
+def test_a_taken_port_is_one_line(flag: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = {"--port": "0", "--control": "tcp://127.0.0.1:0", "--workers": "2"}
+        flags[flag] = str(port) if flag == "--port" else f"tcp://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "pdx.router.main", *(word for pair in flags.items() for word in pair)]
+        environment = {**os.environ, "PDX_RUN_DIR": str(tmp_path / "run")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pdx-router: can't listen on ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def some(count: int, *, under_way: int = 0, engines: int = 0) -> bytes:
+    metrics = Metrics()
+    for _ in range(count):
+        metrics.requests.labels(model='a "b" c', code="200").inc()
+        metrics.ttft_s.of("m").observe(0.5)
+    metrics.in_flight.set(under_way)
+    metrics.engines.labels(role="decode").set(engines)
+    return generate_latest(metrics.registry)
+
+
+def value(text: bytes, sample: str) -> float:
+    return float(next(line.rpartition(" ")[2] for line in text.decode().splitlines() if line.startswith(sample + " ")))
+
+
+def test_texts_are_added_up() -> None:
+    text = added([some(3, under_way=1, engines=2), some(4, under_way=2, engines=2)])
+    assert value(text, 'pdx_router_requests_total{code="200",model="a \\"b\\" c"}') == 7
+    assert value(text, 'pdx_router_ttft_seconds_bucket{le="+Inf",model="m"}') == 7
+    assert value(text, 'pdx_router_ttft_seconds_sum{model="m"}') == 3.5
+    assert value(text, "pdx_router_inflight") == 3
+    assert value(text, 'pdx_router_engines{role="decode"}') == 2
+    assert text.decode().count("# TYPE pdx_router_inflight gauge") == 1
+    assert "_created" not in text.decode()
+
+
+def test_no_counter_falls_when_a_process_ends() -> None:
+    totals = Totals()
+    line = 'pdx_router_requests_total{code="200",model="a \\"b\\" c"}'
+    totals.heard({"0-1": some(3, under_way=1), "1-2": some(4)})
+    totals.heard({"1-2": some(5)})
+    assert value(totals.added(b""), line) == 8
+    assert value(totals.added(b""), "pdx_router_inflight") == 0
+    totals.heard({"1-2": some(5), "0-3": some(1)})
+    totals.heard({"1-2": some(6), "0-3": some(2)})
+    assert value(totals.added(some(1)), line) == 12
