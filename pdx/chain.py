@@ -45,11 +45,13 @@ def block_hashes(content: ContentFingerprint, tokens: Sequence[int], *, salt: st
     if tokens and not 0 <= min(tokens) <= max(tokens) <= TOKEN_MAX:
         raise Refused(f"a token is a number from 0 to {TOKEN_MAX}")
     extra = _array([_array([_text("cache_salt"), _text(salt)])]) if salt else _NULL
-    parent = digest(_text(seed))
+    parent, size = digest(_text(seed)), content.block_tokens
+    # A router does this for every prompt: what is the same in all blocks is written once.
+    before, between = _head(_ARRAY, 3) + _head(_BYTES, len(parent)), _head(_ARRAY, size)
+    encoded = list(map(_token, tokens))
     names = []
-    for start in range(0, len(tokens) - content.block_tokens + 1, content.block_tokens):
-        block = _array(list(map(_token, tokens[start : start + content.block_tokens])))
-        parent = digest(_array([_head(_BYTES, len(parent)) + parent, block, extra]))
+    for start in range(0, len(tokens) - size + 1, size):
+        parent = digest(b"".join((before, parent, between, *encoded[start : start + size], extra)))
         names.append(parent)
         extra = _NULL
     return names

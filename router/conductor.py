@@ -215,16 +215,24 @@ class Conductor:
 
     async def _prefill(self, action: CallPrefill) -> Event:
         """Prefill's answer, or the daemons' word that it is of no use any more, whichever comes first."""
-        failure = self._handoff_failed
+        failure, call = self._handoff_failed, asyncio.current_task()
         assert failure is not None
-        call = asyncio.create_task(self._call_prefill(action))
-        either: set[asyncio.Future[Any]] = {call, failure}
+        assert call is not None
+
+        def broke(failure: asyncio.Future[str]) -> None:
+            if not failure.cancelled():
+                call.cancel()
+
+        failure.add_done_callback(broke)
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            return call.result() if call.done() else HandoffBroke(failure.result())
+            return await self._call_prefill(action)
+        except asyncio.CancelledError:
+            # By `broke`, unless somebody else wants this call to end, or does so too.
+            if failure.done() and not failure.cancelled() and call.uncancel() == 0:
+                return HandoffBroke(failure.result())
+            raise
         finally:
-            call.cancel()
-            await asyncio.wait({call})
+            failure.remove_done_callback(broke)
 
     async def _call_prefill(self, action: CallPrefill) -> Event:
         try:

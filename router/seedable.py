@@ -63,9 +63,10 @@ UNSEEDABLE_RULES: tuple[UnseedableRule, ...] = (
 
 def unseedable_reason(path: str, body: Body, *engines: EngineInfo) -> str:
     """Why this request can't be continued from a first token at one of these engines; empty if it can."""
-    for rule in UNSEEDABLE_RULES:
-        if any(rule.applies(path, body, engine) for engine in engines):
-            return rule.reason
+    for reason, applies in UNSEEDABLE_RULES:
+        for engine in engines:
+            if applies(path, body, engine):
+                return reason
     return ""
 
 

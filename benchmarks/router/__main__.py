@@ -117,7 +117,7 @@ def start_peer(rig: Rig, where: dict[str, list[str]]) -> Part:
 
 def measure_requests(scratch: Scratch, plan: Plan, report: Report) -> list[Arm]:
     rig = scratch.rig("requests")
-    router = rig.start_router("--max-waiting", "0", cpus=DECODE_CPUS)
+    router = rig.start_router("--policy", "prefix", "--max-waiting", "0", cpus=DECODE_CPUS)
     with engines(rig, scratch.folder / "requests") as where:
         arms = [Arm("direct", where["decode"][0]), Arm("pdx-router", router.url, router)]
         arms.append(Arm("pdx-router, the same prompt", router.url, router, prompt=PROMPT))
@@ -174,7 +174,7 @@ def measure_streams(scratch: Scratch, plan: Plan, report: Report, *, workers: in
     rig = scratch.rig(name)
     # A process id is all that tells a worker: so always the same program with hub and workers, unless it has the core.
     flags = ("--workers", str(workers)) if share else ()
-    router = rig.start_router("--max-waiting", "0", *flags, cpus=DECODE_CPUS)
+    router = rig.start_router("--policy", "prefix", "--max-waiting", "0", *flags, cpus=DECODE_CPUS)
     with engines(rig, scratch.folder / name):
         rate = OFFERED_PER_S if share is None else OVERLOAD * share * workers
         itl_s = CLIENTS / rate

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, Prompt, fleet_in, prompt_of, until
 
-from pdx.wire import DaemonRef, LoadEnded, Renew, SendEnded, SendOpened
+from pdx.wire import Ask, DaemonRef, LoadEnded, Renew, SendEnded, SendOpened
 
 DAEMON_OF_OTHERS = DaemonRef(daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=["tcp://127.0.0.1:9"])
 
@@ -116,6 +116,21 @@ def test_the_tail_of_another_prompt_is_not_used(pair: tuple[Fleet, BareEngine, B
     prefill.prefill(prompt_of(40), handle)
     other = Prompt([*prompt_of(32).tokens, 1, 2, 3])
     assert decode.load(other, handle) == 2
+
+
+def test_both_daemons_know_the_trace_of_a_client(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:
+    fleet, prefill, decode = pair
+    trace = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    prompt, handle = prompt_of(40), fleet.handle(prefill, decode, traceparent=trace)
+    handoff_id = prefill.prefill(prompt, handle).handoff_id
+    assert decode.load(prompt, handle) == len(prompt.names)
+    told = {
+        event["what"]: event["traceparent"]
+        for daemon in (prefill.daemon, decode.daemon)
+        for event in daemon.tool.ask(Ask(verb="trace", handoff_id=handoff_id)).body["events"]
+        if "traceparent" in event
+    }
+    assert told == {"open_send": trace} | ({} if prefill.daemon is decode.daemon else {"reserve": trace})
 
 
 @pytest.mark.parametrize("change", ["forged", "expired", "other daemon", "replayed"])
