@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import time
 from pathlib import Path
 
 import pytest
 from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, Prompt, fleet_in, prompt_of, until
 
+from pdx.errors import PeerGone, WireError
+from pdx.transport.handshake import greet_as_connector
+from pdx.transport.sockets import parse_endpoint
 from pdx.wire import Ask, DaemonRef, LoadEnded, Renew, SendEnded, SendOpened
 
 DAEMON_OF_OTHERS = DaemonRef(daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=["tcp://127.0.0.1:9"])
@@ -27,6 +32,11 @@ def test_every_page_arrives_under_tls(fleet: Fleet, tmp_path: Path) -> None:
     prompt, handle = prompt_of(100), fleet.handle(prefill, decode)
     prefill.prefill(prompt, handle)
     assert decode.load(prompt, handle) == len(prompt.names)
+    for daemon in (first, second):
+        (endpoint,) = json.loads((daemon.run_dir / "pdxd.json").read_text())["lanes"]
+        with socket.create_connection(parse_endpoint(endpoint), timeout=10) as connection:
+            with pytest.raises((WireError, PeerGone, OSError)):  # nobody gets in without
+                greet_as_connector(connection, fleet.key_file.read_bytes())
 
 
 @pytest.fixture(params=["tcp", "same daemon"])
