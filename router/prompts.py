@@ -188,10 +188,13 @@ def _adapters(engines: Sequence[Candidate]) -> set[str]:
 
 def _letters(prompt: object) -> int:
     """Of a text, or of all texts in a chat."""
-    if isinstance(prompt, str):
-        return len(prompt)
-    if isinstance(prompt, list):
-        return sum(map(_letters, prompt))
-    if isinstance(prompt, dict):
-        return _letters(prompt.get("content") or prompt.get("text"))
-    return 0
+    letters, left = 0, [prompt]  # not by recursion: JSON may be as deep as Python's stack
+    while left:
+        each = left.pop()
+        if isinstance(each, str):
+            letters += len(each)
+        elif isinstance(each, list):
+            left.extend(each)
+        elif isinstance(each, dict):
+            left.append(each.get("content") or each.get("text"))
+    return letters

@@ -209,11 +209,17 @@ def _has_media(messages: object) -> bool:
 
 def _has_other_blocks(content: object) -> bool:
     """Whether one of Anthropic's messages has blocks that are no text: images, documents, also in a tool's result."""
-    if isinstance(content, dict):
-        kind = content.get("type", "text")
-        known = isinstance(kind, str) and kind in _TEXT_BLOCKS
-        return not known or _has_other_blocks(content.get("content"))
-    return isinstance(content, list) and any(_has_other_blocks(each) for each in content)
+    left = [content]  # not by recursion: JSON may be as deep as Python's stack
+    while left:
+        each = left.pop()
+        if isinstance(each, list):
+            left.extend(each)
+        elif isinstance(each, dict):
+            kind = each.get("type", "text")
+            if not isinstance(kind, str) or kind not in _TEXT_BLOCKS:
+                return True
+            left.append(each.get("content"))
+    return False
 
 
 def _is_media(part: object) -> bool:

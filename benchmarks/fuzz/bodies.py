@@ -29,6 +29,10 @@ REQUESTS: tuple[dict[str, Any], ...] = (
         ],
     },
     {
+        "model": "m", "max_tokens": 9, "system": "be brief", "cache_salt": "s",
+        "messages": [{"content": [{"type": "tool_result", "content": [{"type": "text", "text": "a"}]}]}],
+    },
+    {
         "model": "m", "messages": [], "response_format": {"type": "text"}, "tools": [{}], "guided_json": {},
         "truncate_prompt_tokens": 5, "kv_transfer_params": {"pdx_handle": "x"}, "presence_penalty": 0,
     },

@@ -68,7 +68,17 @@ def _strike(rng: random.Random, frame: bytearray, seeds: Sequence[bytes]) -> Non
 
 
 SCALARS: tuple[Any, ...] = (None, True, -1, 0, 1, 1.5, (1 << 63) - 1, (1 << 64) - 1, "", "x", "length", "\ufffd")
-SHAPES: tuple[Any, ...] = ([], {}, [[]], [{}], [1, "a"], {"a": 1}, {"content": 1}, [None])
+DEEP = 800  # what JSON's decoder still takes
+
+
+def _nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+SHAPES: tuple[Any, ...] = ([], {}, [[]], [{}], [1, "a"], {"a": 1}, {"content": 1}, [None], _nested(DEEP))
 
 
 def bent(rng: random.Random, value: Any) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -17,13 +18,16 @@ from pdx import admin, wire
 from pdx.errors import HandleError, Refused, WireError
 from pdx.handoff.handle import TransferHandle, peek, verify
 from pdx.router import seedable, servable
+from pdx.router.knowledge import Knowledge
 from pdx.router.prefill_reply import PrefillReply
+from pdx.router.prompts import Prompts
 from pdx.router.usage import EventStream, with_cached_tokens
 from pdx.transport import frames
 from pdx.transport.api import Span
 from pdx.transport.link_messages import Ask, Bye, Drained, Granted, Landed, MessageStream, Shut, Unknown, encode
 
 KEY = b"fuzz" * 8
+PROMPTS = Prompts(cast(Any, None), Knowledge())
 CONVERSATIONS = ("ATTACH", "TO_ATTACH", "ENGINE", "TO_ENGINE", "PEER", "NOTICE", "ROUTER", "TO_DAEMON")
 
 
@@ -172,17 +176,20 @@ def _request(raw: bytes) -> None:
         return
     if not isinstance(body, dict):
         return
-    for path in ("/v1/completions", "/v1/chat/completions"):
+    for path in servable.PAIRED:
         public, _ = servable.without_private(body)
         servable.output_limit(path, public)
         if servable.alone_reason(path, public) is not None:
             continue
         servable.prefill_body(path, public, "handle")
-        servable.decode_body(path, public, "handle", [1, 2])
         servable.early_body(public, "handle")
-        if not seedable.unseedable_reason(path, public, ENGINE):
-            servable.seeded_body(path, public, "handle", [1, 2], 3)
-        SEED.unusable(public.get("stop"))
+        with contextlib.suppress(StopIteration):  # with no engines there is nobody to wait for
+            PROMPTS.read(path, public, "m", (), turn=0, headers={}, now=0.0).send(None)
+        if path in servable.WITH_IDS:
+            servable.decode_body(path, public, "handle", [1, 2])
+            if not seedable.unseedable_reason(path, public, ENGINE):
+                servable.seeded_body(path, public, "handle", [1, 2], 3)
+            SEED.unusable(public.get("stop"))
 
 
 def _stream(data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -83,6 +84,12 @@ def test_alone(reason: str, path: str, body: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("path", "body"), PAIRED)
 def test_paired(path: str, body: dict[str, Any]) -> None:
     assert alone_reason(path, body) is None
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/messages"])
+def test_deep_messages_are_the_engines_to_refuse(path: str) -> None:
+    deep = json.loads("[" * 900 + "]" * 900)
+    assert alone_reason(path, {"model": "m", "messages": [{"role": "user", "content": deep}]}) is None
 
 
 def test_every_alone_rule_has_a_row() -> None:
