@@ -16,11 +16,11 @@ from benchmarks.model import build
 
 # Name -> flags of the full run. The cheap ones first: what fails there makes the rest a waste of time.
 SCRIPTS: dict[str, tuple[str, ...]] = {
-    "skeleton": (), "fuzz": (), "transport": (), "layouts": (), "routing": (),
+    "skeleton": (), "fuzz": (), "transport": (), "layouts": (), "routing": (), "router": (),
     "identity": (), "handoff": (), "ttft_itl": (), "links": (), "tax": (), "prefix": (),
     "interference": (), "simulate": ("--handoffs", "1000000"), "chaos": ("--requests", "2000", "--faults", "200"),
 }  # fmt: skip
-WITHOUT_MODEL = ("simulate", "layouts", "routing", "transport", "fuzz")
+WITHOUT_MODEL = ("simulate", "layouts", "routing", "router", "transport", "fuzz")
 WITHOUT_QUICK = ("skeleton",)
 
 

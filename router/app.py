@@ -202,11 +202,11 @@ class Front:
     async def _prompt(self, request: Request, headers: dict[str, str]) -> Prompt | None:
         if self._settings.policy != "prefix":
             return None
-        outside, turn = self._outside, self._turn
+        outside, turn, snapshot = self._outside, self._turn, self.snapshot()
         prompt = await outside.prompts.read(
-            request.path, request.body, request.model, self.snapshot(), turn=turn, headers=headers, now=time.monotonic()
+            request.path, request.body, request.model, snapshot, turn=turn, headers=headers, now=time.monotonic()
         )
-        return await outside.brought(prompt, request, self.snapshot(), turn)
+        return await outside.brought(prompt, request, snapshot, turn)
 
     def _begin(self, model: str, session: str, prompt: Prompt | None) -> Begin:
         self._turn += 1
