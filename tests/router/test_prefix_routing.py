@@ -15,16 +15,17 @@ import pytest
 from aiohttp import web
 from daemon.fleet import BareEngine, fleet_in, prompt_of
 from daemon.fleet import Fleet as Daemons
-from engine_fakes import FakeEngine, Fleet, until, within
+from engine_fakes import FakeEngine, Fleet, fleet, until, within
 
 from pdx.chain import block_hashes
 from pdx.keys import tenant_of
 from pdx.router import prompts
 from pdx.router.journey import Settings
 from pdx.router.service import Options, running
-from pdx.wire import Renew, Role
+from pdx.wire import EngineLoad, Renew, Role
 
 ALGORITHM = "sha256_cbor/vllm-none-hash"
+SHORT = {"model": "smol", "prompt": [1, 2, 3], "max_tokens": 4}
 LETTERS = 480  # of a turn: more than a block, whatever the guess
 
 
@@ -210,6 +211,23 @@ async def test_a_router_that_comes_later_is_told_all_anew(tmp_path: Path) -> Non
                     engine = fleet.engine(daemon, "p0", algorithm=ALGORITHM, url="http://x", router=published.control)
                     engine.keep(block_hashes(engine.info.content, list(range(320))))
                 await known(Hosts(Fleet(published, client, [], router.outside), fleet, {}, {}), 20)
+
+
+@within(20)
+async def test_a_prompt_that_is_computed_sooner_than_handed_over_stays_with_one_engine() -> None:
+    p, d = FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
+    async with fleet(p, d) as router:
+        status, _, headers = await router.ask(SHORT)
+        assert (status, headers["x-pdx-way"]) == (200, "after"), "nobody has told how fast it is"
+        (daemon,) = router.daemons
+        daemon.loads = [EngineLoad(engine_id=engine, tokens_per_s=2000.0) for engine in ("p0", "d0")]
+        await until(lambda: all(c.told_tokens_per_s for c in router.outside.snapshot()), "now they have")
+        status, _, headers = await router.ask(SHORT)
+        assert (status, headers["x-pdx-way"], headers["x-pdx-reason"]) == (200, "alone", "short_prompt")
+        status, _, headers = await router.ask({**SHORT, "prompt": list(range(100))})
+        assert (status, headers["x-pdx-way"]) == (200, "after")
+        assert await router.metric('pdx_router_alone_total{reason="short_prompt"}') == 1
+        assert len(p.requests) == 2
 
 
 async def told(here: Hosts) -> None:
