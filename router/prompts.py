@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ LETTERS_A_TOKEN = 3
 IDS_MAX = 1 << 22  # remembered, of four bytes: 16 MiB
 SPACES_MAX = 4  # kinds of blocks that one model's engines have; while weights roll there are two
 # Tokenizing is worth a twentieth of what the prompt takes to compute: choosing well saves more of that than so much.
+TAKES_SHARE = 0.1  # of the last one, in what asking takes on average
 PATIENCE_SHARE, PATIENCE_MIN_S, PATIENCE_MAX_S = 0.05, 0.01, 0.5
 # What of a body makes a text of tokens. A chat with other ways into its prompt is named wrong, and so found nowhere.
 TEXT_FIELDS = ("add_special_tokens",)
@@ -52,6 +54,7 @@ class Prompts:
         self._knowledge = knowledge
         self._ids: OrderedDict[bytes, array[int]] = OrderedDict()  # the one used last comes last
         self._ids_kept = 0
+        self._takes_s = 0.0  # to ask, on average, the last ones more
         self.asked = 0
         self.late = 0  # or not answered with tokens
         self.remembered = 0
@@ -82,7 +85,7 @@ class Prompts:
             guess = len(given)
         else:
             guess = 1 + _letters(given if path == COMPLETIONS else body.get("messages")) // LETTERS_A_TOKEN
-            patience_s = patience_for(guess, engines)
+            patience_s = patience_for(guess, engines, takes_s=self._takes_s)
             asks = patience_s and isinstance(salt, str) and model not in _adapters(engines)
             ids = await self._tokenized(path, body, salt, engines, turn, headers, patience_s) if asks else None
         if ids is None or not isinstance(salt, str) or model in _adapters(engines):
@@ -134,7 +137,7 @@ class Prompts:
             self.remembered += 1
             return list(kept)
         self.asked += 1
-        engine = engines[turn % len(engines)]
+        engine, began_at = engines[turn % len(engines)], time.monotonic()
         try:
             async with asyncio.timeout(patience_s):
                 url = engine.info.url.rstrip("/") + "/tokenize"
@@ -142,6 +145,7 @@ class Prompts:
                     ids = tokens_in(await reply.read()) if reply.status == 200 else None
         except (UpstreamError, TimeoutError, Refused):
             ids = None
+        self._takes_s += TAKES_SHARE * (time.monotonic() - began_at - self._takes_s)
         if not ids or len(ids) > TOKENS_MAX or not 0 <= min(ids) <= max(ids) < 1 << 32:
             self.late += 1
             return None
@@ -164,8 +168,11 @@ def tokenize_question(path: str, body: Mapping[str, Any]) -> bytes:
     return msgspec.json.encode(first | {field: body[field] for field in others if body.get(field) is not None})
 
 
-def patience_for(tokens: int, engines: Sequence[Candidate]) -> float:
-    """How long to wait for a prompt's ids, in seconds; 0: not at all, for there is nothing to choose, or to save."""
+def patience_for(tokens: int, engines: Sequence[Candidate], *, takes_s: float = 0.0) -> float:
+    """How long to wait for a prompt's ids, in seconds; 0: not at all, for there is nothing to choose, or to save.
+
+    `takes_s`: which asking for ids takes, as a rule.
+    """
     prefills = sum(engine.info.role != "decode" for engine in engines)
     decodes = sum(engine.info.role != "prefill" for engine in engines)
     if prefills < 2 and decodes < 2:
@@ -174,7 +181,7 @@ def patience_for(tokens: int, engines: Sequence[Candidate]) -> float:
         return 0.0
     paces = [engine.tokens_per_s for engine in engines if engine.tokens_per_s]
     worth_s = PATIENCE_SHARE * tokens / (max(paces) if paces else NOMINAL_TOKENS_PER_S)
-    return min(max(worth_s, PATIENCE_MIN_S), PATIENCE_MAX_S)
+    return min(max(worth_s, PATIENCE_MIN_S), PATIENCE_MAX_S) if worth_s >= takes_s else 0.0
 
 
 def _only(prompt: Any) -> Any:

@@ -30,6 +30,7 @@ def patient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     if "patience" not in request.node.name:
         monkeypatch.setattr(prompts, "PATIENCE_MIN_S", 9.0)
         monkeypatch.setattr(prompts, "PATIENCE_MAX_S", 9.0)
+        monkeypatch.setattr(prompts, "TAKES_SHARE", 0.0)
 
 
 class Tokenizer(FakeEngine):
@@ -159,6 +160,8 @@ def test_patience_is_what_choosing_can_be_worth() -> None:
     assert patience_for(100, two) == PATIENCE_MIN_S
     assert patience_for(4000, two) == pytest.approx(0.2)
     assert patience_for(40_000, two) == PATIENCE_MAX_S
+    assert patience_for(100, two, takes_s=0.004) == PATIENCE_MIN_S
+    assert patience_for(100, two, takes_s=0.006) == 0.0, "what it takes is more than it saves"
 
 
 def test_a_chat_is_asked_for_with_all_that_makes_its_prompt() -> None:
