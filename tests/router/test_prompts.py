@@ -49,9 +49,9 @@ class Tokenizer(FakeEngine):
 
 
 async def read(
-    engines: list[Tokenizer], body: dict[str, Any], *, path: str = COMPLETIONS, times: int = 1
+    engines: list[Tokenizer], *bodies: dict[str, Any], path: str = COMPLETIONS, times: int = 1
 ) -> Prompt | None:
-    """As a router with these engines reads it, so many times."""
+    """As a router with these engines reads them, one after the other, so many times; the last one's."""
     knowledge = Knowledge()
     names = short_names(engines[0].seen().space, block_hashes(NAMED, list(TEXT.encode())))
     knowledge.expect(names, daemon_ref(engines[0].engine_id), 0.0)
@@ -60,7 +60,7 @@ async def read(
             await engine.start()
         try:
             reader = Prompts(upstream, knowledge)
-            for turn in range(times):
+            for turn, body in enumerate(bodies * times):
                 snapshot = tuple(engine.seen() for engine in engines)
                 prompt = await reader.read(path, body, "smol", snapshot, turn=turn, headers={}, now=1.0)
             return prompt
@@ -95,7 +95,8 @@ async def test_token_ids_are_read_as_they_are() -> None:
 async def test_another_tenant_finds_nothing_and_asks_for_itself() -> None:
     """That ids are remembered would tell one tenant, by the time, what another has asked."""
     engines = [Tokenizer("p0"), Tokenizer("p1")]
-    found = await read(engines, {"prompt": TEXT, "cache_salt": "alice"})
+    found = await read(engines, {"prompt": TEXT}, {"prompt": TEXT, "cache_salt": "alice"}, times=2)
+    assert sum(len(engine.requests) for engine in engines) == 2
     assert found is not None
     names = short_names(
         engines[0].seen().space + tenant_of("alice"), block_hashes(NAMED, found.token_ids, salt="alice")
