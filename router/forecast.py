@@ -143,7 +143,7 @@ def worth_bringing(target: Candidate, engines: Iterable[Candidate], prompt: Prom
         # Hosts that never sent to each other have sent to others: as slow as the slowest, until this one is measured.
         bytes_per_s = engine.links.get(target.daemon.daemon_id) or min(engine.links.values(), default=0.0)
         blocks = prompt.found_at(engine).kept_blocks
-        if engine.space != target.space or not bytes_per_s or blocks <= here:
+        if engine.space != target.space or not bytes_per_s:
             continue
         tokens = (blocks - here) * content.block_tokens
         seconds = tokens * token_bytes / bytes_per_s
