@@ -4,7 +4,8 @@
     GET  /admin/drain
 
 A drained engine gets nothing new and ends what it has; what was to come to it goes elsewhere. A drained router answers
-503 with Retry-After. Both hold for this router only, and an engine's drain ends when the engine leaves.
+503 with Retry-After. Both hold for this router only, and an engine's drain ends when the engine leaves. Workers of one
+router share no drains, so that with several this port refuses to promise any.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pdx.router.outside import Outside
 class Drains:
     """The pages. Owned by the event loop's thread."""
 
-    def __init__(self, outside: Outside) -> None:
+    def __init__(self, outside: Outside, *, workers: int) -> None:
         self._outside = outside
+        self._workers = workers
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -32,7 +34,7 @@ class Drains:
         ]
 
     async def _drain(self, client: web.Request) -> web.StreamResponse:
-        engine_id = admin.parsed(await client.read(), DrainRequest).engine_id
+        engine_id = await self._named(client)
         if not engine_id:
             self._outside.gate.drain()
         elif engine_id in self._outside.directory.engines():
@@ -42,7 +44,7 @@ class Drains:
         return self._report()
 
     async def _undrain(self, client: web.Request) -> web.StreamResponse:
-        engine_id = admin.parsed(await client.read(), DrainRequest).engine_id
+        engine_id = await self._named(client)
         if not engine_id:
             self._outside.gate.queue.resume()
         elif engine_id in self._outside.standing.drained:
@@ -51,6 +53,11 @@ class Drains:
         else:
             raise Refused(f"engine {engine_id!r} is not drained")
         return self._report()
+
+    async def _named(self, client: web.Request) -> str:
+        if self._workers > 1:
+            raise Refused(f"one of this router's {self._workers} workers can't drain for the others: use --workers 1")
+        return admin.parsed(await client.read(), DrainRequest).engine_id
 
     async def _shown(self, client: web.Request) -> web.StreamResponse:
         return self._report()

@@ -159,7 +159,8 @@ async def running(options: Options) -> AsyncIterator[Router]:
         http = await _listen(stack, _front_runner(front, options), options.host, options.port, shared=bool(options.hub))
         admin_url = ""
         if options.admin_port is not None:
-            admin = Admin(Daemons(directory, registry), upstream, Drains(outside), token=options.admin_token)
+            drains = Drains(outside, workers=options.workers)
+            admin = Admin(Daemons(directory, registry), upstream, drains, token=options.admin_token)
             admin_url = await _listen(stack, _admin_runner(admin, options), options.admin_host, options.admin_port)
         keeper = asyncio.create_task(_keep(outside, named))
         stack.push_async_callback(_cancelled, keeper)

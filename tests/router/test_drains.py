@@ -80,6 +80,14 @@ async def test_what_can_not_be_drained() -> None:
 
 
 @within(20)
+async def test_one_of_several_workers_promises_nothing_for_the_others() -> None:
+    async with fleet(FakeEngine("d0", "decode"), admin_port=0, workers=2) as router:
+        status, answer = await told(router, "drain", {"engine_id": "d0"})
+        assert (status, "workers" in answer["error"]["message"]) == (400, True)
+        assert (await router.ask(PROMPT))[0] == 200
+
+
+@within(20)
 async def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     slow = SlowEngine("d0")
     async with fleet(slow, admin_port=0) as router:
