@@ -15,6 +15,8 @@ from pdx.keys import SPACE_BYTES, TENANT_BYTES, ContentFingerprint, LayoutFinger
 
 PIN_S_MAX = 7 * 24 * 3600.0
 NAME_CHARS_MAX = 128
+MARK_CHARS_MAX = 200
+HANDOFFS_SHOWN = 64  # of one daemon, in a view
 
 Space = Annotated[bytes, Meta(min_length=SPACE_BYTES, max_length=SPACE_BYTES)]
 Tenant = Annotated[bytes, Meta(max_length=TENANT_BYTES)]
@@ -129,6 +131,81 @@ class SpaceInfo(Shape, frozen=True, kw_only=True):
 
 class Spaces(Shape, frozen=True, kw_only=True):
     spaces: list[SpaceInfo]
+
+
+class Mark(Shape, frozen=True, array_like=True):
+    """Something that happened once in a handoff. Times are the daemon's monotonic nanoseconds."""
+
+    what: Annotated[str, Meta(max_length=32)]
+    at_ns: int
+    note: Annotated[str, Meta(max_length=MARK_CHARS_MAX)] = ""
+
+
+class PageEvent(Shape, frozen=True, array_like=True):
+    """`pages` of one layer, at once."""
+
+    at_ns: int
+    layer: int
+    pages: int
+
+
+class Course(Shape, frozen=True, kw_only=True):
+    """What one daemon remembers of a handoff, if anything. `computed`: saved here by prefill's engine."""
+
+    now_ns: int  # the daemon's clock when it answered
+    marks: Annotated[list[Mark], Meta(max_length=256)] = []
+    computed: Annotated[list[PageEvent], Meta(max_length=8192)] = []
+    landed: Annotated[list[PageEvent], Meta(max_length=8192)] = []
+    whole: bool = True  # False: there were more than it remembers
+
+
+class HandoffView(Shape, frozen=True, kw_only=True):
+    """One half of a handoff that is under way. `pages` have left, or have landed, of `pages_wanted`."""
+
+    handoff: Annotated[str, Meta(max_length=64)]  # in hex, as clients get it in x-pdx-handoff
+    side: Literal["send", "receive"]
+    state: Annotated[str, Meta(max_length=32)]
+    peer: Annotated[str, Meta(max_length=64)]  # the other daemon; its own name if both halves are here
+    blocks: int
+    pages: int
+    pages_wanted: int  # 0: not known yet
+    age_s: float
+    is_return: bool = False  # an answer on its way back: no request waits for it
+
+
+class DiskView(Shape, frozen=True, kw_only=True):
+    """The tier below the arena. Counts since the daemon started."""
+
+    state: Annotated[str, Meta(max_length=32)]
+    blocks: int
+    used_bytes: int
+    cap_bytes: int
+    waiting_writes: int
+    loaded_blocks: int
+    written_blocks: int
+    io_errors: int
+
+
+class DaemonView(Shape, frozen=True, kw_only=True):
+    """A daemon at a glance: gauges, then counts since it started. Cheap to make: nothing is looked at slot by slot."""
+
+    arena_bytes: int
+    leased_bytes: int  # held by engines, handoffs and pins, or being filled or given up
+    cached_bytes: int  # may be evicted
+    cached_blocks: int  # that lookups find
+    pinned_bytes: int
+    waiting: int  # handoffs that wait for room
+    handoffs_under_way: int
+    handoffs: Annotated[list[HandoffView], Meta(max_length=HANDOFFS_SHOWN)] = []  # the oldest of them
+    disk: DiskView | None = None
+    lookup_blocks: int = 0  # that requests without a handle asked for; of them found
+    arena_hit_blocks: int = 0
+    disk_hit_blocks: int = 0
+    evicted_blocks: int = 0
+    handoffs_ok: int = 0  # halves that have ended well
+    handoffs_failed: int = 0
+    sent_bytes: int = 0
+    landed_pages: int = 0
 
 
 Steer = Lookup | Pin | Unpin | Clear

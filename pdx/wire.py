@@ -385,8 +385,8 @@ class CancelHandoff(Message, tag="cancel_handoff", frozen=True):
 class Ask(Message, tag="ask", frozen=True):
     """A question to the daemon, or a verb that steers what it keeps. Routers ask too, with numbers of their own."""
 
-    verb: Literal["stats", "health", "trace", "check", "spaces"] | Steer
-    handoff_id: bytes = b""  # trace
+    verb: Literal["stats", "health", "trace", "check", "spaces", "view", "course"] | Steer
+    handoff_id: bytes = b""  # trace, course
     number: Count = 0
 
 

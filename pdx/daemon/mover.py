@@ -259,8 +259,7 @@ class Mover:
             "budget_bytes": self._pins.budget_bytes,
             "pins": [to_builtins(pin) for pin in self._pins.describe(now)],
         }
-        disk = self._tiering.stats() if self._tiering is not None else None
-        return {"pinned": pins, "disk": disk, "costs": self._costs.stats()}
+        return {"pinned": pins, "disk": self.disk(), "costs": self._costs.stats()}
 
     @property
     def reservations_waiting(self) -> int:
@@ -269,6 +268,19 @@ class Mover:
     def link_rates(self) -> list[LinkRate]:
         """How fast our puts reach our peers."""
         return self._sending.links.rates()
+
+    @property
+    def halves(self) -> tuple[list[Outgoing], list[Incoming]]:
+        """Those under way, the oldest first."""
+        return list(self._sending.records.values()), list(self._receiving.records.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._pins.used_bytes
+
+    def disk(self) -> dict[str, Any] | None:
+        """Numbers of the tier below, if there is one."""
+        return self._tiering.stats() if self._tiering is not None else None
 
     def describe(self) -> list[str]:
         """Every half under way."""

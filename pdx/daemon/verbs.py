@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import to_builtins
 
+from pdx.daemon.view import view
 from pdx.errors import PdxError
 from pdx.wire import Answer, Ask
 
@@ -31,6 +32,10 @@ def _body(question: Ask, service: Service) -> dict[str, Any]:
             return _health(service)
         case "trace":
             return {"events": service.tracer.events(question.handoff_id)}
+        case "view":
+            return _plain(view(service, time.monotonic()))
+        case "course":
+            return _plain(service.tracer.course(question.handoff_id, now_ns=time.monotonic_ns()))
         case "check":
             return _check(service)
         case "spaces":

@@ -56,7 +56,7 @@ class Receiver:
         self._checking = False
         self._window_open = False
         self._engine = "gone" if spare else "absent"  # -> "loading" -> "gone"
-        self._started_at = now
+        self.started_at = now
         self._progress_at = now
 
     # --- events from this host ---
@@ -189,7 +189,7 @@ class Receiver:
     def tick(self, *, now: float) -> list[Action]:
         """Budgets. Call it a few times a second."""
         budgets = self.handle.budgets
-        waited, silent = now - self._started_at, now - self._progress_at
+        waited, silent = now - self.started_at, now - self._progress_at
         if self.state is Receiving.WAITING and waited > budgets.grant_s:
             return self.fail(f"no room within {budgets.grant_s:g} s", tell_peer=True)
         if self.state is Receiving.GRANTED:

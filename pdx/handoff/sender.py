@@ -52,7 +52,7 @@ class Sender:
         self._has_engine = self._engine_holds = True
         self._puts_open = 0
         self._puts_made = 0
-        self._started_at = now
+        self.started_at = now
         self._progress_at = now
 
     # --- events from this host ---
@@ -180,7 +180,7 @@ class Sender:
     def tick(self, *, now: float) -> list[Action]:
         """Budgets. Call it a few times a second."""
         budgets = self.handle.budgets
-        waited, silent = now - self._started_at, now - self._progress_at
+        waited, silent = now - self.started_at, now - self._progress_at
         if self.state in (Sending.CLAIMING, Sending.RESERVING) and waited > budgets.grant_s:
             return self.fail(f"no GRANT within {budgets.grant_s:g} s ({self.state.value})", tell_peer=True)
         if self.state in (Sending.SENDING, Sending.COMMITTING):

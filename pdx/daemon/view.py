@@ -1,0 +1,101 @@
+"""A daemon at a glance, for the live page: gauges and counts that are there already. Owns nothing, changes nothing."""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+from pdx.buffer.store import Store
+from pdx.daemon.receiving import Incoming
+from pdx.daemon.sending import Outgoing
+from pdx.verbs import HANDOFFS_SHOWN, DaemonView, DiskView, HandoffView
+
+if TYPE_CHECKING:
+    from pdx.daemon.mover import Mover
+    from pdx.daemon.service import Service
+
+
+def view(service: Service, now: float) -> DaemonView:
+    """Takes time linear in extents and in handoffs under way, not in blocks."""
+    store, mover, counters = service.store, service.mover, service.counters
+    cached = cached_bytes(store)
+    sends, receives = mover.halves
+    halves = chain((_sending(half, now) for half in sends), (_receiving(half, now) for half in receives))
+    promoted = counters["blocks_promoted"]
+    return DaemonView(
+        arena_bytes=len(store.arena.memory),
+        leased_bytes=used_bytes(store) - cached,
+        cached_bytes=cached,
+        cached_blocks=len(store.index),
+        pinned_bytes=mover.pinned_bytes,
+        waiting=mover.reservations_waiting,
+        handoffs_under_way=len(sends) + len(receives),
+        handoffs=list(islice(halves, HANDOFFS_SHOWN)),
+        disk=_disk(mover),
+        lookup_blocks=counters["lookup_blocks"],
+        arena_hit_blocks=max(0, counters["lookup_hit_blocks"] - promoted),
+        disk_hit_blocks=promoted,
+        evicted_blocks=store.evicted_blocks,
+        handoffs_ok=counters["sends_settled"] + counters["receives_settled"],
+        handoffs_failed=counters["sends_failed"] + counters["receives_failed"],
+        sent_bytes=counters["bytes_put"],
+        landed_pages=counters["pages_landed"],
+    )
+
+
+def used_bytes(store: Store) -> int:
+    """Of all slots that are not free."""
+    pools = store.extents.pools.items()
+    return sum((len(pool.extents) * pool.units - pool.free_units) * pages.unit_bytes for pages, pool in pools)
+
+
+def cached_bytes(store: Store) -> int:
+    """Of those that nobody holds: they go when room is needed."""
+    pools = store.extents.pools.items()
+    return sum(extent.idle_units * pages.unit_bytes for pages, pool in pools for extent in pool.extents)
+
+
+def _sending(half: Outgoing, now: float) -> HandoffView:
+    sender = half.sender
+    return HandoffView(
+        handoff=half.key[0].hex(),
+        side="send",
+        state=sender.state.value,
+        peer=sender.handle.decode_daemon.daemon_id,
+        blocks=sender.blocks,
+        pages=sender.pages_put,
+        pages_wanted=len(sender.wanted) * half.pages.layers,
+        age_s=now - sender.started_at,
+        is_return=half.engine is None,
+    )
+
+
+def _receiving(half: Incoming, now: float) -> HandoffView:
+    receiver = half.receiver
+    return HandoffView(
+        handoff=half.key[0].hex(),
+        side="receive",
+        state=receiver.state.value,
+        peer=receiver.handle.prefill_daemon.daemon_id,
+        blocks=receiver.blocks,
+        pages=receiver.pages_landed,
+        pages_wanted=len(receiver.wanted) * half.reserve.pages.layers,
+        age_s=now - receiver.started_at,
+        is_return=half.reserve.spare,
+    )
+
+
+def _disk(mover: Mover) -> DiskView | None:
+    disk = mover.disk()
+    if disk is None:
+        return None
+    return DiskView(
+        state=disk["state"],
+        blocks=disk["blocks"],
+        used_bytes=disk["used_bytes"],
+        cap_bytes=disk["cap_bytes"],
+        waiting_writes=disk["waiting_writes"],
+        loaded_blocks=disk["loaded"],
+        written_blocks=disk["written"],
+        io_errors=disk["io_errors"],
+    )
