@@ -15,6 +15,7 @@ demo: setup  ## Two engines, one conversation: watch KV stream from prefill to d
 	@$(PYTHON_IN_VENV) -m benchmarks.demo $(ARGS)
 
 test: setup  ## Run all tests, in two processes: one has the real engines
+	@scripts/browser
 	@$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
 
 lint: setup  ## Style, types and layers

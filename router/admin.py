@@ -3,6 +3,9 @@
     POST /admin/kv/lookup, pin, unpin, clear    bodies and reports: pdx.admin; 207 where some daemon did not answer
     GET  /admin/kv/stats, health, check
     …    /admin/drain, /admin/undrain           see drains
+    GET  /dashboard                             the live page: it asks for the token, and holds nothing itself
+    GET  /admin/live?run=RUN&since=CURSOR       live.Live: engines, daemons, requests that changed since
+    GET  /admin/live/HANDOFF                    live.Journal: one request, layer by layer
 
 A port of its own, because it is for operators: off loopback it wants a token made from the cluster key. On loopback it
 needs none, and takes nothing that a web page could send there: only JSON, only to a loopback name.
@@ -23,8 +26,10 @@ from pdx import admin
 from pdx.admin import BlockNames, ClearRequest, ForPrompt, LookupRequest, PinRequest, Prompt, Report, UnpinRequest
 from pdx.config import is_loopback
 from pdx.errors import Refused
+from pdx.router import dashboard
 from pdx.router.daemons import Daemons
 from pdx.router.drains import Drains
+from pdx.router.live_feed import LiveFeed
 from pdx.router.replies import error_body
 from pdx.router.upstream import Upstream, UpstreamError
 from pdx.verbs import SpaceInfo
@@ -32,6 +37,7 @@ from pdx.wire import Ask
 
 BODY_BYTES_MAX = 32 << 20  # a million token ids, as at the front
 TOKENIZE_S = 5.0
+DASHBOARD = "/dashboard"
 QUESTIONS = {"stats": Ask(verb="stats"), "health": Ask(verb="health"), "check": Ask(verb="check")}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -40,10 +46,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Admin:
     """The routes. `token`: what clients must know; empty: nothing, which is for loopback only."""
 
-    def __init__(self, daemons: Daemons, upstream: Upstream, drains: Drains, *, token: str) -> None:
+    def __init__(self, daemons: Daemons, upstream: Upstream, drains: Drains, live: LiveFeed, *, token: str) -> None:
         self._daemons = daemons
         self._upstream = upstream
         self._drains = drains
+        self._live = live
         self._token = token
 
     def app(self) -> web.Application:
@@ -54,7 +61,25 @@ class Admin:
         app.router.add_post("/admin/kv/clear", self._clear)
         app.router.add_get(f"/admin/kv/{{question:{'|'.join(QUESTIONS)}}}", self._question)
         app.router.add_routes(self._drains.routes())
+        app.router.add_get(DASHBOARD, self._dashboard)
+        app.router.add_get("/admin/live", self._now)
+        app.router.add_get("/admin/live/{handoff:[0-9a-f]{2,64}}", self._journal)
         return app
+
+    async def _dashboard(self, client: web.Request) -> web.StreamResponse:
+        page = dashboard.page()
+        return web.Response(body=page.body, headers=page.headers)
+
+    async def _now(self, client: web.Request) -> web.StreamResponse:
+        since = client.query.get("since", "0")
+        if not since.isdecimal() or len(since) > 18:
+            return _error(400, "?since= takes the number that the last answer gave as next")
+        return _json(await self._live.live(client.query.get("run", ""), int(since)))
+
+    async def _journal(self, client: web.Request) -> web.StreamResponse:
+        handoff = client.match_info["handoff"]
+        journal = await self._live.journal(bytes.fromhex(handoff)) if len(handoff) % 2 == 0 else None
+        return _error(404, "no such handoff among the last requests") if journal is None else _json(journal)
 
     async def _lookup(self, client: web.Request) -> web.StreamResponse:
         request = admin.parsed(await client.read(), LookupRequest)
@@ -114,7 +139,11 @@ class Admin:
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode()
-        if self._token and not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+        if (
+            self._token
+            and request.path != DASHBOARD
+            and not hmac.compare_digest(given, f"Bearer {self._token}".encode())
+        ):
             return _error(401, "this port wants the token of the cluster key")
         if not self._token and not is_loopback(urlsplit(f"//{request.host}").hostname or ""):
             return _error(403, "this port is for names of the loopback only")
@@ -128,9 +157,12 @@ def _all(infos: dict[str, list[SpaceInfo]]) -> list[SpaceInfo]:
 
 
 def _reported(report: Report) -> web.Response:
-    failed = [each for each in report.daemons if each.error]
-    headers = {"Content-Type": "application/json"}
-    return web.Response(status=207 if failed else 200, body=msgspec.json.encode(report), headers=headers)
+    return _json(report, status=207 if report.errors else 200)
+
+
+def _json(answer: msgspec.Struct, *, status: int = 200) -> web.Response:
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    return web.Response(status=status, body=msgspec.json.encode(answer), headers=headers)
 
 
 @web.middleware

@@ -90,6 +90,14 @@ class Conductor:
         self._events = EventStream(None)
         self._content_type = "application/json"
         self._response: web.StreamResponse | None = None
+        self._record = outside.recorder.begin(
+            journey,
+            request_id=headers["X-Request-Id"],
+            model=model,
+            path=client.path,
+            now=self._started_at,
+            now_unix_s=time.time(),
+        )
 
     async def play(self, *, timeout_s: float) -> web.StreamResponse:
         """The finished response. Cancelled (the client left), it drops upstream calls and ends the handoff."""
@@ -112,6 +120,7 @@ class Conductor:
             self._leave_line(went=False)
             await self._drop_all()
             if self._journey.state not in ("choosing", "ended"):
+                self._record.saw(ClientGone(), time.monotonic())
                 for action in self._journey.on(ClientGone()):
                     if isinstance(action, EndHandoff):
                         self._end_handoff(action)
@@ -122,10 +131,12 @@ class Conductor:
     async def _run(self, first: Event) -> None:
         event: Event | None = first
         while event is not None:
+            self._record.saw(event, time.monotonic())
             actions = self._journey.on(event)
             if self._journey.state != "queued":
                 self._leave_line(went=self._journey.state != "ended")
             for action in actions:
+                self._record.does(action, time.monotonic())
                 await self._perform(action)
             event = await self._next_event()
 
@@ -353,6 +364,7 @@ class Conductor:
     def _count(self) -> None:
         metrics, journey = self._outside.metrics, self._journey
         code = self._response.status if self._response is not None else CLIENT_GONE_CODE
+        self._record.end(code, time.monotonic())
         metrics.requests.labels(model=self._model, code=str(code)).inc()
         metrics.e2e_s.of(self._model).observe(time.monotonic() - self._started_at)
         metrics.journeys.labels(way=journey.way).inc()

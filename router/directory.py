@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from pdx.keys import space_of
+from pdx.router.live import Health
 from pdx.router.policy import Candidate, Snapshot, same_server
 from pdx.wire import Announce, DaemonRef, EngineInfo, EngineLoad
 
@@ -29,6 +30,22 @@ ENGINES_MAX = 4096  # of a whole fleet; protects the router's memory against a d
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class KnownEngine:
+    """An announced engine, routable or not. `health` as in live.EngineRow."""
+
+    info: EngineInfo
+    daemon: DaemonRef
+    health: Health
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class KnownDaemon:
+    ref: DaemonRef
+    heard_at: float
+
+
 @dataclass(slots=True)
 class _Engine:
     info: EngineInfo
@@ -40,10 +57,17 @@ class _Engine:
     failures: int = 0
     waiting: int = 0
     tokens_per_s: float = 0.0
+    was_ready: bool = False
     space: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         self.space = space_of(self.info.content, self.info.layout)
+
+    @property
+    def health(self) -> Health:
+        if self.ready:
+            return "ready" if self.pairable else "alone"
+        return "lost" if self.was_ready else "joining"
 
 
 @dataclass(slots=True)
@@ -109,6 +133,7 @@ class Directory:
             if not engine.ready:
                 _log.info("engine %s (%s) is ready at %s", engine_id, engine.info.role, engine.info.url)
             engine.ready, engine.failures, engine.poll_at = True, 0, now + HEALTH_STEADY_S
+            engine.was_ready = True
             return
         engine.failures += 1
         if engine.ready and engine.failures >= HEALTH_FAILURES_MAX:
@@ -165,6 +190,14 @@ class Directory:
     def daemons(self) -> list[DaemonRef]:
         """Those that are alive."""
         return [daemon.ref for daemon in self._daemons.values()]
+
+    def known_daemons(self) -> list[KnownDaemon]:
+        """The same, with when each was heard last."""
+        return [KnownDaemon(daemon.ref, daemon.heard_at) for daemon in self._daemons.values()]
+
+    def known_engines(self) -> list[KnownEngine]:
+        """All that have been announced and have not left."""
+        return [KnownEngine(e.info, e.daemon, e.health, e.waiting) for e in self._engines.values()]
 
     def models(self) -> list[str]:
         """Every model that some announced engine serves, ready or not."""

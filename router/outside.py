@@ -14,6 +14,7 @@ from pdx.router.directory import Directory
 from pdx.router.forecast import NOMINAL_TOKENS_PER_S, worth_bringing
 from pdx.router.gate import Gate
 from pdx.router.knowledge import Knowledge
+from pdx.router.live_recorder import Recorder
 from pdx.router.metrics import Metrics, Moment
 from pdx.router.pending import Pending
 from pdx.router.policy import Asked, Candidate, Snapshot, choose_pair
@@ -56,6 +57,7 @@ class Outside:
         registry.heard_holdings = lambda daemon_id: self.sharing.heard(daemon_id, time.monotonic())
         self.work = Work()
         self.retry_budget = RetryBudget()
+        self.recorder = Recorder()
         self.under_way = 0  # requests of clients
         metrics.queued.set_function(lambda: len(gate.queue))
         metrics.spared.set_function(lambda: len(standing.spared()))

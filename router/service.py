@@ -26,6 +26,7 @@ from pdx.router.gate import Gate
 from pdx.router.journey import Settings
 from pdx.router.knowledge import Knowledge
 from pdx.router.listener import HEADER_BYTES_MAX, Listener
+from pdx.router.live_feed import LiveFeed
 from pdx.router.metrics import Metrics
 from pdx.router.named import Named
 from pdx.router.outside import Outside
@@ -159,8 +160,10 @@ async def running(options: Options) -> AsyncIterator[Router]:
         http = await _listen(stack, _front_runner(front, options), options.host, options.port, shared=bool(options.hub))
         admin_url = ""
         if options.admin_port is not None:
+            live = LiveFeed(outside)
+            stack.push_async_callback(live.close)
             drains = Drains(outside, workers=options.workers)
-            admin = Admin(Daemons(directory, registry), upstream, drains, token=options.admin_token)
+            admin = Admin(Daemons(directory, registry), upstream, drains, live, token=options.admin_token)
             admin_url = await _listen(stack, _admin_runner(admin, options), options.admin_host, options.admin_port)
         keeper = asyncio.create_task(_keep(outside, named))
         stack.push_async_callback(_cancelled, keeper)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import hypothesis
 import pytest
 
@@ -27,6 +28,7 @@ REAL_ENGINES = Path(__file__).parent / "e2e"
 MARKS: dict[str, tuple[Callable[[], bool], str]] = {
     "vllm": (lambda: importlib.util.find_spec("vllm") is not None, "vLLM is not installed: pip install 'pdx-kv[cpu]'"),
     "gpu": (lambda: Path("/dev/nvidia0").exists(), "this machine has no NVIDIA GPU"),
+    "browser": (lambda: bool(browser.found()), "no Chromium: scripts/browser, which make test runs, installs one"),
 }
 
 
