@@ -13,6 +13,7 @@ VERBS = {
     "router": ("pdx.router.main", "start the router (also pdx-router)"),
     "kv": ("pdx.launch.kv", "ask and steer what daemons keep: lookup, pin, clear, stats …"),
     "drain": ("pdx.launch.drain", "take an engine or a router out of service"),
+    "top": ("pdx.top", "watch a router: engines, daemons and requests as they are"),
     "bench": ("pdx.launch.bench", "list the benchmarks and run one"),
     "check": ("pdx.launch.check", "say what this machine can run, and what is missing"),
     "version": ("", "print the version"),

@@ -85,6 +85,7 @@ def test_top_level_names_are_refused(name: str) -> None:
                 "pdx.launch.kv",
                 "pdx.launch.bench",
                 "pdx.launch.check",
+                "pdx.top",
                 "pdx.daemon.main",
                 "pdx.router.main",
             )
@@ -98,7 +99,7 @@ def test_help_loads_nothing_heavy(code: str) -> None:
 
 
 def test_help_has_examples() -> None:
-    for module in ("pdx.cli", "pdx.launch.serve", "pdx.launch.up", "pdx.daemon.main", "pdx.router.main"):
+    for module in ("pdx.cli", "pdx.launch.serve", "pdx.launch.up", "pdx.top", "pdx.daemon.main", "pdx.router.main"):
         assert "examples:" in run_python(f"from {module} import main; main(['--help'])").stdout
 
 
