@@ -157,7 +157,7 @@ class Demo:
             f"     TTFT {reply.ttft_ms:.0f} ms = prefill {prefill_ms:.0f} + exposed transfer {exposed_ms:.1f} + "
             f"hand-over and decode step {reply.ttft_ms - prefill_ms - exposed_ms:.0f}; ITL {reply.itl_ms:.0f} ms\n"
             f"     {view.hidden_fraction:.1%} of the pages were there before prefill ended; "
-            f"lane {view.lane} (two daemons, so not shared memory; no RDMA lane is built yet)"
+            f"lane {view.lane} (two daemons, so not shared memory)"
         )
 
     def _kill_prefill(self, fleet: dict[str, Any], prefill_host: Host, decode_host: Host) -> bool:

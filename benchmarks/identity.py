@@ -1,6 +1,6 @@
 """Are the pages that decode loads the pages that prefill computed, and the answers those of the same computation?
 
-Digest mode compares blake3 digests of every page on both sides, over tcp and within one daemon, with prompts of 1 to
+Digest mode compares blake3 digests of every page on both sides, over a lane and within one daemon, with prompts of 1 to
 3,500 tokens, cached and uncached on either side, 8 at once, in an arena so small that it evicts. Then answers, token
 for token: the paired journey and vLLM's NixlConnector pair do the same computation on the same bits, so theirs must be
 equal; one plain engine computes the last prompt token in a batch of another shape, so that bf16 rounds differently: its
@@ -77,19 +77,23 @@ class Pages:
         return dict(stats(self._target)["counters"])
 
 
-def run_pages(scratch: Scratch, report: Report, plan: Plan, daemons: tuple[str, str]) -> list[Answer]:
+def run_pages(
+    scratch: Scratch, report: Report, plan: Plan, daemons: tuple[str, str], *, transport: str
+) -> list[Answer]:
     """Everything about pages on one pair; returns the answers to the prompts, for comparison."""
-    label = "tcp" if len(set(daemons)) == 2 else "same daemon"
+    landed = len(set(daemons)) == 2
+    label = transport if landed else "same daemon"
     pair = pdx_pair(
         scratch, label.replace(" ", "-"), daemons=daemons, router_flags=("--journey", "paired"), engine_flags=CHUNK,
-        daemon_settings=DAEMON, environment=ENVIRONMENT,
+        daemon_settings=DAEMON | {"transport": transport}, environment=ENVIRONMENT,
     )  # fmt: skip
-    landed = label == "tcp"
     with pair.active():
         pages = Pages(pair, report, label)
         answers = [answer_of(pair, prompt) for prompt in prompts_of(plan)]
         handed = sum("x-pdx-prefill" in answer.headers for answer in answers)
         report.equal(f"{label}, {len(answers)} prompts: handed over", handed, len(answers))
+        taken = {name for name, count in stats(pair.tools()[0])["counters"].items() if count and "handoffs_by_" in name}
+        report.equal(f"{label}: lanes taken", sorted(taken), [f"handoffs_by_{transport if landed else 'local'}"])
         pages.judge(f"{len(answers)} prompts", len(answers), landed=landed)
         evicted = sum(stats(tool)["store"]["evicted_blocks"] for tool in set(pair.tools()))
         report.bar(f"{label}: blocks evicted meanwhile", evicted, "> 0", evicted > 0)
@@ -186,12 +190,13 @@ def prompts_of(plan: Plan) -> list[list[int]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.identity", description=__doc__)
     options(parser)
+    parser.add_argument("--transport", default="tcp", help="the lane between the two daemons (default tcp)")
     flags = parser.parse_args(argv)
     pin_client()
     plan = QUICK if flags.quick else FULL
     report = Report("identity")
     with Scratch(flags.model or build()) as scratch:
-        answers = [run_pages(scratch, report, plan, daemons) for daemons in plan.daemons]
+        answers = [run_pages(scratch, report, plan, daemons, transport=flags.transport) for daemons in plan.daemons]
         run_answers(scratch, report, plan, answers[0])
     report.write(flags.json)
     return 0 if report.all_hold else 1

@@ -38,6 +38,7 @@ from pdx.wire import (
     Attach,
     Attached,
     AttachRefused,
+    DaemonRef,
     Message,
     decoder_of,
     encode,
@@ -93,8 +94,8 @@ class DaemonClient:
         """Attaches to the daemon of config.run_path, starting one if none runs and `start` is set: as `config` says,
         or, `again`, as the one was that was killed there (a disk that an operator gave it must be found again).
 
-        Raises DaemonGone if none answers in time, ConfigError if one can't be started as configured, Refused if it
-        turned this client away (the message says why).
+        Raises DaemonGone if none answers in time, ConfigError if one can't be started as configured, or runs already
+        with other lanes than are asked for, Refused if it turned this client away (the message says why).
         """
         run_dir = configuration.ensure_run_dir(config.run_path)
         deadline = time.monotonic() + deadline_s
@@ -115,6 +116,14 @@ class DaemonClient:
         if isinstance(answer, AttachRefused):
             connection.close()
             raise Refused(answer.reason)
+        if hello.kind != "tool":
+            try:
+                _check_lanes(config, answer.daemon)
+            except ConfigError:
+                connection.close()
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                raise
         connection.setblocking(False)
         return cls(connection, answer, descriptors[0] if descriptors else None, worker=hello.kind == "worker")
 
@@ -272,6 +281,18 @@ class Attachment:
             waiting.register(watched, select.POLLIN)
         ready = waiting.poll(None if timeout_s is None else timeout_s * 1000)
         return any(descriptor == self._stop_read.fileno() for descriptor, _ in ready)
+
+
+def _check_lanes(config: Config, daemon: DaemonRef) -> None:
+    """A daemon that somebody else has started may not be what this engine's operator insists on."""
+    schemes = [offer.scheme for offer in daemon.lanes]
+    if config.require_rdma and not all(offer.devices for offer in daemon.lanes):
+        problem = f"without require_rdma: it has {', '.join(schemes)}"
+    elif config.transport not in ("auto", schemes[0] if schemes else ""):
+        problem = f"without transport {config.transport}: it has {', '.join(schemes)}"
+    else:
+        return
+    raise ConfigError(f"the pdxd of {config.run_path} was started {problem}; end it, or start it so")
 
 
 def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool, again: bool) -> socket.socket:

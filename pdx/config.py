@@ -6,6 +6,7 @@ known one. Secrets come from a file named by PDX_KEY_FILE (mode 0600), never fro
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ipaddress
 import os
@@ -44,6 +45,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     extent: str = ""  # size of an extent; default: an eighth of the arena, 64 MiB at most
     chunk_tokens: int = 256  # unit of space and transfer
     host: str = "127.0.0.1"  # address that peers reach this host by
+    transport: str = "auto"  # the lane to other hosts: by itself nixl or ucx where both have RDMA, else tcp
+    require_rdma: bool = False  # no other lane, whatever fails
     router: str = ""  # zmq endpoint of the router, e.g. tcp://127.0.0.1:5700; of several, with commas between
     key_file: str = ""  # cluster key; required off loopback
     tls_cert: str = ""  # certificate of this host, for TLS 1.3 between daemons' tcp lanes; with tls_key and tls_ca
@@ -90,6 +93,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError("disk_write back writes when there is less room than low_water: that can't be 0")
         if len({bool(self.tls_cert), bool(self.tls_key), bool(self.tls_ca)}) > 1:
             raise ConfigError("TLS needs all of tls_cert, tls_key and tls_ca: the peers prove themselves to each other")
+        if self.require_rdma and self.transport == "tcp":
+            raise ConfigError("require_rdma can't be met by transport tcp: choose auto, nixl or ucx")
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be positive, not {self.chunk_tokens}")
 
@@ -130,6 +135,8 @@ FLAGS = {
     "arena": "shared memory for KV, e.g. 512MiB or 16GiB (default 1GiB)",
     "extent": "size of an extent (default: an eighth of the arena, 64MiB at most)",
     "host": "address that peers reach this host by (default 127.0.0.1)",
+    "transport": "lane to other hosts: auto (default), tcp, nixl, ucx, or one that another package brings",
+    "require_rdma": "true: only lanes over RDMA; start nothing where there are none",
     "key_file": "file with the cluster key, mode 0600; required off loopback",
     "tls_cert": "PEM certificate of this host: lanes speak TLS 1.3, with peers of the same authority only",
     "tls_key": "its private key, a file of mode 0600",
@@ -150,6 +157,12 @@ FLAGS = {
     "digest_mode": "true: blake3 of every page on both sides of a handoff",
     "poison": "true: overwrite freed slots (for tests)",
 }
+
+
+def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
+    """One of FLAGS. What is true or false may be said without a value."""
+    bare: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(getattr(Config(), name), bool) else {}
+    parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=FLAGS[name], **bare)
 
 
 def load(

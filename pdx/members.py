@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 
 Role = Literal["prefill", "decode", "both"]
+# Network cards of one lane that are told: hosts with eight GPUs have eight or nine.
+DEVICES_MAX = 16
 
 
 class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -40,13 +42,24 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return msgspec.structs.replace(self, content=content)
 
 
+class LaneOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One lane by which a pdxd can be written to."""
+
+    endpoint: str  # a URL; its scheme names the lane
+    devices: Annotated[list[str], msgspec.Meta(max_length=DEVICES_MAX)] = []  # RDMA, that it uses there; empty: none
+
+    @property
+    def scheme(self) -> str:
+        return self.endpoint.partition("://")[0]
+
+
 class DaemonRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to reach one pdxd. A restarted daemon has a new incarnation."""
 
     daemon_id: str
     incarnation: int
     control: str  # zmq endpoint of its peer socket
-    lanes: list[str]  # lane endpoints, best first
+    lanes: list[LaneOffer]  # best first
 
 
 class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -26,10 +26,11 @@ from pdx.layout import PageLayout, Place
 from pdx.members import Budgets as Budgets
 from pdx.members import DaemonRef as DaemonRef
 from pdx.members import EngineInfo as EngineInfo
+from pdx.members import LaneOffer as LaneOffer
 from pdx.members import Role as Role
 from pdx.verbs import BlockHash, Space, Steer, Tenant
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAGIC = b"PDX"
 # 1 M tokens in 16-token blocks are 65,536 hashes of 32 bytes: 2 MiB, twice over for places.
 FRAME_BYTES_MAX = 8 << 20
@@ -241,6 +242,7 @@ class Reserve(PeerMessage, tag="reserve", frozen=True):
     pages: PageLayout
     block_hashes: list[bytes]
     tail_hash: bytes
+    lane: str  # the scheme by which the sender will put: the window is opened there; "local" within one daemon
     tenant: Tenant = b""
     spare: bool = False  # no request waits for it: granted at once or refused, and cache when it has landed
 

@@ -65,7 +65,7 @@ def test_unknown_fields_and_foreign_conversations_are_refused() -> None:
     ids = {"handoff_id": b"", "attempt": 1, "lease_epoch": 1, "incarnation": 1}
     body = msgpack.packb({"type": "drained", **ids, "x": 1})
     with pytest.raises(WireError):
-        decode_any(b"PDX\x01" + body)
+        decode_any(wire.MAGIC + bytes([wire.WIRE_VERSION]) + body)
     with pytest.raises(WireError):
         wire.decoder_of(wire.ENGINE)(wire.encode(wire.Wait(**ids, ahead=1)))
 
@@ -77,7 +77,7 @@ def test_oversized_frames_are_refused_unread() -> None:
 
 @given(st.binary(max_size=300))
 def test_garbage_raises_wire_error_only(garbage: bytes) -> None:
-    for frame in (garbage, b"PDX\x01" + garbage):
+    for frame in (garbage, wire.MAGIC + bytes([wire.WIRE_VERSION]) + garbage):
         try:
             decode_any(frame)
         except WireError:

@@ -28,7 +28,10 @@ ENGINE = wire.EngineInfo(
     adapters={"tuned": "00ff"},
     content=CONTENT, layout=LAYOUT,
 )  # fmt: skip
-DAEMON = wire.DaemonRef(daemon_id="d0", incarnation=99, control="tcp://127.0.0.1:7000", lanes=["tcp://127.0.0.1:7001"])
+DAEMON = wire.DaemonRef(
+    daemon_id="d0", incarnation=99, control="tcp://127.0.0.1:7000",
+    lanes=[wire.LaneOffer(endpoint="nixl://127.0.0.1:7001", devices=["mlx5_0"])],
+)  # fmt: skip
 PEER = {"handoff_id": ID, "attempt": 1, "lease_epoch": 5, "incarnation": 99}
 
 SAMPLES: list[wire.Message] = [
@@ -63,7 +66,7 @@ SAMPLES: list[wire.Message] = [
     wire.LoadEnded(handoff_id=ID, reason="peer died"),
     wire.Reserve(
         **PEER, handle="h", namespace=ID, layout_id="00ff", pages=PAGES, block_hashes=[b"a" * 32], tail_hash=b"t" * 32,
-        tenant=ID, spare=True,
+        tenant=ID, lane="nixl", spare=True,
     ),
     wire.Grant(**PEER, has=[0], wanted=[1], places=[PLACE], window=1 << 60),
     wire.Wait(**PEER, ahead=3),

@@ -21,7 +21,7 @@ the network. Lanes have threads of their own; what they have to say waits in tak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -148,3 +148,10 @@ class Lane(Protocol):
 
     def abort(self) -> None:
         """Drops everything now. Safe from destructors and signal paths; idempotent."""
+
+
+@runtime_checkable
+class OverDevices(Protocol):
+    """A Lane that uses RDMA devices where there are any."""
+
+    devices: Sequence[str]  # their names, as the kernel has them; empty: there are none

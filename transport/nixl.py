@@ -17,13 +17,13 @@ from pdx.errors import ConfigError, PeerGone, UnknownTransport
 from pdx.transport.api import Copy
 from pdx.transport.fabric import Memory, Transfer
 from pdx.transport.onesided import OneSidedLane
+from pdx.transport.rdma import DEVICES, rdma_here
 from pdx.transport.sockets import STALL_S
 
 SCHEME = "nixl"
 BACKEND = "UCX"
 # The progress thread sleeps on descriptors for so long at most; 0 would have it spin.
 PROGRESS_WAIT_US = 100_000
-RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 class NixlLane(OneSidedLane):
@@ -31,7 +31,9 @@ class NixlLane(OneSidedLane):
 
     def __init__(self, url: str, *, key: bytes | None, name: str, stall_s: float = STALL_S) -> None:
         """Raises UnknownTransport if NIXL is not installed, ConfigError if it or the address does not work."""
-        super().__init__(url, scheme=SCHEME, key=key, name=name, make_fabric=NixlFabric, stall_s=stall_s)
+        super().__init__(
+            url, scheme=SCHEME, key=key, name=name, make_fabric=NixlFabric, stall_s=stall_s, devices=rdma_here().devices
+        )
 
 
 class NixlFabric:
@@ -137,7 +139,7 @@ class NixlFabric:
                 self._agent.releaseXferReq(transfer)
 
 
-def leave_efa_out(environ: MutableMapping[str, str], devices: Path = RDMA_DEVICES) -> None:
+def leave_efa_out(environ: MutableMapping[str, str], devices: Path = DEVICES) -> None:
     """Has UCX not load its module for EFA where there is no such device and nobody has chosen UCX's modules.
 
     NIXL's wheel brings that module, but not libefa: the system's comes with the system's libnl, beside the wheel's own,

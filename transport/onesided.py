@@ -67,9 +67,12 @@ class OneSidedLane:
         name: str,
         make_fabric: Callable[[], Fabric],
         stall_s: float = STALL_S,
+        devices: Sequence[str] = (),
     ) -> None:
-        """Raises ConfigError if the address cannot be had, and whatever make_fabric raises."""
+        """`devices`: of RDMA, which the fabric uses. Raises ConfigError if the address cannot be had, and whatever
+        make_fabric raises."""
         self.scheme = scheme
+        self.devices = tuple(devices)
         listening, self.endpoint = listen_at(url, scheme=scheme, key=key)
         try:
             self._fabric = make_fabric()

@@ -1,19 +1,21 @@
-"""Which lane serves which URL scheme. Knows names and import paths; imports a lane only when one is opened.
+"""Which lane serves which URL scheme, and which of them a daemon opens. Imports a lane only when one is opened.
 
 Other packages add lanes through the entry point group `pdx.transports`: the entry's name is the scheme, its value a
-callable like TcpLane, called as lane(url, key=..., name=...), that passes pdx.transport.conformance.
+callable like TcpLane, called as lane(url, key=..., name=...), that passes pdx.transport.conformance. A daemon opens one
+when its operator names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 
-import msgspec
-
 from pdx.errors import ConfigError, UnknownTransport
-from pdx.transport.api import Lane
+from pdx.members import DEVICES_MAX, LaneOffer
+from pdx.transport.api import Lane, OverDevices
+from pdx.transport.choice import AUTO, TCP
+from pdx.transport.rdma import Rdma
 from pdx.transport.tls import LaneTls
 
 ENTRY_POINT_GROUP = "pdx.transports"
@@ -24,6 +26,10 @@ BUILT_IN = {
 }
 ENCRYPTING = ("tcp",)
 ABSENT = {"loopback": "lives inside one process: use LoopbackNet.open_lane()"}
+# Where there is RDMA, the first of them that works. Two copies of UCX in a process would be two owners of each device.
+OVER_RDMA = ("nixl", "ucx")
+
+OpenLane = Callable[[str], Lane]  # of this URL; raises as open_lane() does
 
 
 def open_lane(url: str, *, key: bytes | None, name: str, tls: LaneTls | None = None) -> Lane:
@@ -40,51 +46,59 @@ def open_lane(url: str, *, key: bytes | None, name: str, tls: LaneTls | None = N
     return _factory(scheme)(url, key=key, name=name, tls=tls)
 
 
-class Choice(msgspec.Struct, frozen=True):
-    """The lane for a pair, and in one sentence why not a better one."""
+def open_lanes(
+    host: str, *, transport: str, require_rdma: bool, rdma: Rdma, open_one: OpenLane
+) -> tuple[list[Lane], list[str]]:
+    """A daemon's lanes, best first, and why it has no better ones. tcp is always among them, unless RDMA is required.
 
-    endpoint: str
-    scheme: str
-    reason: str
-
-
-def open_best(host: str, *, schemes: Sequence[str], key: bytes | None, name: str) -> tuple[list[Lane], list[str]]:
-    """A lane of each of `schemes` (best first) that this machine has, and why it has not the others.
-
-    Raises what the last scheme raises if none can be had. Whoever insists on a lane calls open_lane().
+    Raises, and leaves nothing open, UnknownTransport or ConfigError if what the operator asks for can't be had.
     """
     lanes: list[Lane] = []
     reasons: list[str] = []
-    for index, scheme in enumerate(schemes):
-        try:
-            lanes.append(open_lane(f"{scheme}://{host}:0", key=key, name=name))
-        except (UnknownTransport, ConfigError) as error:
-            if not lanes and index == len(schemes) - 1:
-                raise
-            reasons.append(f"{scheme}: {error}")
+    try:
+        if transport == AUTO:
+            lanes += _first_over_rdma(host, rdma, open_one, reasons)
+        else:
+            lanes.append(open_one(f"{transport}://{host}:0"))
+        if require_rdma:
+            _check_rdma(lanes, rdma, reasons)
+        elif transport != TCP:
+            lanes.append(open_one(f"{TCP}://{host}:0"))
+    except BaseException:
+        for lane in lanes:
+            lane.abort()
+        raise
     return lanes, reasons
 
 
-def choose(ours: Sequence[str], theirs: Sequence[str], *, avoid: Collection[str] = ()) -> Choice:
-    """The first of our schemes (best first) of which the peer published an endpoint that is not to be avoided.
-
-    Raises UnknownTransport with the same reasons if there is none.
-    """
-    offered = {endpoint.partition("://")[0]: endpoint for endpoint in reversed(theirs)}
-    reasons: list[str] = []
-    for scheme in ours:
-        endpoint = offered.get(scheme)
-        if endpoint is None:
-            reasons.append(f"the peer has no {scheme}")
-        elif endpoint in avoid:
-            reasons.append(f"{scheme} failed between the two")
-        else:
-            return Choice(endpoint, scheme, ", ".join(reasons) or "the best of ours")
-    raise UnknownTransport(f"no common lane: {', '.join(reasons) or 'we have none'}; the peer offers {list(theirs)}")
+def offer_of(lane: Lane) -> LaneOffer:
+    """What peers are told of it."""
+    devices = list(lane.devices) if isinstance(lane, OverDevices) else []
+    return LaneOffer(endpoint=lane.endpoint, devices=devices[:DEVICES_MAX])
 
 
 def known_schemes() -> list[str]:
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def _first_over_rdma(host: str, rdma: Rdma, open_one: OpenLane, reasons: list[str]) -> list[Lane]:
+    if not rdma.devices:
+        reasons.append(rdma.lack)
+        return []
+    for scheme in OVER_RDMA:
+        try:
+            return [open_one(f"{scheme}://{host}:0")]
+        except (UnknownTransport, ConfigError) as error:
+            reasons.append(str(error))
+    return []
+
+
+def _check_rdma(lanes: list[Lane], rdma: Rdma, reasons: list[str]) -> None:
+    if not lanes:
+        raise ConfigError(f"require_rdma can't be met: {', '.join(reasons)}")
+    if not offer_of(lanes[0]).devices:
+        lack = rdma.lack or f"the {lanes[0].scheme} lane uses none"
+        raise ConfigError(f"require_rdma can't be met: {lack}")
 
 
 def _factory(scheme: str) -> Callable[..., Lane]:

@@ -16,7 +16,6 @@ import itertools
 import threading
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,10 +24,10 @@ from pdx.errors import ConfigError, PeerGone, UnknownTransport
 from pdx.transport.api import Copy
 from pdx.transport.fabric import Memory, Transfer
 from pdx.transport.onesided import OneSidedLane
+from pdx.transport.rdma import rdma_here
 from pdx.transport.sockets import STALL_S
 
 SCHEME = "ucx"
-RDMA_DEVICES = Path("/sys/class/infiniband")
 # A forced close of an endpoint cancels what is under way and ends in a few rounds of progress.
 CLOSE_PERIOD_NS, CLOSE_ATTEMPTS = 10_000_000, 100
 
@@ -47,7 +46,10 @@ class UcxLane(OneSidedLane):
         Raises UnknownTransport if ucxx is not installed, ConfigError if it or the address does not work.
         """
         make_fabric = partial(UcxFabric, emulated=emulated)
-        super().__init__(url, scheme=SCHEME, key=key, name=name, make_fabric=make_fabric, stall_s=stall_s)
+        super().__init__(
+            url, scheme=SCHEME, key=key, name=name, make_fabric=make_fabric, stall_s=stall_s,
+            devices=rdma_here().devices,
+        )  # fmt: skip
 
 
 class UcxFabric:
@@ -58,9 +60,10 @@ class UcxFabric:
             from ucxx._lib import libucxx
         except ImportError as error:
             raise UnknownTransport("ucx:// needs ucxx: pip install 'pdx-kv[ucx]'") from error
-        if not emulated and not _has_rdma():
+        lack = rdma_here().lack
+        if lack and not emulated:
             raise ConfigError(
-                "ucx:// needs an RDMA device: without one UCX emulates writes and aborts when a peer dies; use tcp://"
+                "ucx:// needs RDMA, since without it UCX emulates writes and aborts when a peer dies; " + lack
             )
         self._ucxx: Any = libucxx
         try:
@@ -147,13 +150,6 @@ class UcxFabric:
         with contextlib.suppress(self._ucxx.UCXError, RuntimeError):
             self._worker.stop_progress_thread()
         self._worker = self._context = None
-
-
-def _has_rdma() -> bool:
-    try:
-        return any(RDMA_DEVICES.iterdir())
-    except OSError:
-        return False
 
 
 class _Metadata(msgspec.Struct, array_like=True, frozen=True):

@@ -119,7 +119,12 @@ def _decodes(decode: Callable[[bytes], object], frame: bytes) -> bool:
 
 def _of_handles() -> Target:
     """The body of one whose signature nobody looks at, and the same as somebody without the key would bring it."""
-    daemon = wire.DaemonRef(daemon_id="d", incarnation=1, control="tcp://127.0.0.1:1", lanes=["tcp://127.0.0.1:2"])
+    daemon = wire.DaemonRef(
+        daemon_id="d",
+        incarnation=1,
+        control="tcp://127.0.0.1:1",
+        lanes=[wire.LaneOffer(endpoint="tcp://127.0.0.1:2", devices=["mlx5_0"])],
+    )
     handle = TransferHandle(
         handoff_id=bytes(16), attempt=1, prefill_engine="P", decode_engine="D", prefill_daemon=daemon,
         decode_daemon=daemon, budgets=wire.Budgets(), issued_unix_s=1000.0,

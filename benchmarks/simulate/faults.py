@@ -139,7 +139,8 @@ class Faults:
 
     def _break_lane(self) -> None:
         here, there = self._world.chance.sample(list(self._hosts.values()), 2)
-        here.lane.break_to(there.lane.endpoint)
+        ours, theirs = self._world.chance.choice(list(zip(here.lanes, there.lanes, strict=True)))
+        ours.break_to(theirs.endpoint)
 
     def _cut_lane(self) -> None:
         self._network.cut_until = self._world.now + self._short_s(STOP_S)

@@ -10,11 +10,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from benchmarks.simulate.lane import SCHEME, Network, SimulatedLane
+from benchmarks.simulate.lane import SCHEMES, Network, SimulatedLane
 from benchmarks.simulate.prompts import PAGES
 from benchmarks.simulate.world import Link, Process, Violation, World
 from pdx.buffer.headers import Headers
 from pdx.buffer.slots import Slot, SlotState
+from pdx.daemon.lanes import Lanes
 from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Session
 from pdx.daemon.trace import Tracer
@@ -30,6 +31,7 @@ from pdx.wire import (
     Filled,
     Finished,
     Keep,
+    LaneOffer,
     LetGo,
     LoadOpened,
     Message,
@@ -117,11 +119,18 @@ class Host(Process):
         self.arena = SimulatedArena(self._extents)
         self.arena.trusting = self._parts.trusting
         self.store = self._parts.store(cast(Any, self.arena), extent_bytes=EXTENT_BYTES, handoff_share=0.9, poison=True)
-        self.lane = SimulatedLane(
-            self, self._network, daemon_id, touch=self.touched, ring=self._ring, region=self._parts.region
-        )
+        self.lanes = [
+            SimulatedLane(
+                self, self._network, daemon_id, scheme=scheme, touch=self.touched, ring=self._ring,
+                region=self._parts.region,
+            )
+            for scheme in SCHEMES
+        ]  # fmt: skip
         self.me = DaemonRef(
-            daemon_id=daemon_id, incarnation=self._incarnation, control=self.name, lanes=[self.lane.endpoint]
+            daemon_id=daemon_id,
+            incarnation=self._incarnation,
+            control=self.name,
+            lanes=[LaneOffer(endpoint=lane.endpoint) for lane in self.lanes],
         )
         self.sessions = self._parts.sessions(self._incarnation)
         self._engines: dict[int, Engine] = {}  # by session number
@@ -136,7 +145,8 @@ class Host(Process):
         self.totals.update(self.counters)
         self.world.note(self.name, "daemon dies")
         self.die()
-        self.lane.abort()
+        for lane in self.lanes:
+            lane.abort()
         for link in self.to_peers.values():
             link.lose()
         for peer in self.peers.values():
@@ -239,7 +249,8 @@ class Host(Process):
         looped, self._to_self = self._to_self, []
         for message in looped:
             self.mover.peer_message(cast(Any, message), now)
-        self.mover.lane_events(self.lane.take_events(), now)
+        for lane in self.lanes:
+            self.mover.lane_events(lane.scheme, lane.take_events(), now)
         while self._inbox:
             act, details = self._inbox.popleft()
             act(*details)
@@ -278,7 +289,12 @@ class Host(Process):
             to_routers=lambda message: self.to_router(self, message),
             engine=self.sessions.engines.get,
             fence_passed=self._parts.fence_passed(self._fence_passed),
-            lanes={SCHEME: (self.lane, self.lane.register(self.arena.memory))},
+            lanes=Lanes(
+                [(lane, lane.register(self.arena.memory)) for lane in self.lanes],
+                me=self.me.daemon_id,
+                counters=self.counters,
+                transport=SCHEMES[0],
+            ),
             tracer=SilentTracer(),
             counters=self.counters,
             lease_s=self._lease_s,

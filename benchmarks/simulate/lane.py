@@ -16,7 +16,7 @@ from pdx.transport.api import Copy, Event, PeerLost, PutDone, PutFailed, Region,
 from pdx.transport.outbox import checked_copies
 from pdx.transport.windows import CheckedRegion, WindowTable
 
-SCHEME = "sim"
+SCHEMES = ("fast", "plain")  # best first: what is lost on the one goes over the other for a while
 LANE_S = 0.0008  # of each step of a put, give or take
 
 Touch = Callable[[int, int, Literal["read", "write"]], None]  # offset, length, how: raises Violation
@@ -57,7 +57,6 @@ class _Arrival(NamedTuple):
 class SimulatedLane:
     """See pdx.transport.api.Lane. `ring` wakes the daemon that owns it."""
 
-    scheme = SCHEME
     checked_by: Literal["receiver", "sender"] = "receiver"
 
     def __init__(
@@ -66,11 +65,13 @@ class SimulatedLane:
         network: Network,
         name: str,
         *,
+        scheme: str,
         touch: Touch,
         ring: Callable[[], None],
         region: Callable[[memoryview, WindowTable], CheckedRegion],
     ) -> None:
-        self.endpoint = f"{SCHEME}://{name}"
+        self.scheme = scheme
+        self.endpoint = f"{scheme}://{name}"
         self.owner = owner
         self._world: World = owner.world
         self._network = network

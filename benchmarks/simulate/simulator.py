@@ -131,8 +131,8 @@ class Episode:
                 left.append(f"{host.name}: {unfinished} slots that are neither cache nor free")
             if host.mover.reservations_waiting:
                 left.append(f"{host.name}: {host.mover.reservations_waiting} wait for room")
-            if host.lane.windows_open:
-                left.append(f"{host.name}: {host.lane.windows_open} windows")
+            if windows := sum(lane.windows_open for lane in host.lanes):
+                left.append(f"{host.name}: {windows} windows")
             if host.arena.touchers:
                 left.append(f"{host.name}: an engine believes that it may touch {len(host.arena.touchers)} blocks")
         return left

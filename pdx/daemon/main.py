@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"pdxd {__version__}")
-    for name, help_text in config.FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=help_text)
+    for name in config.FLAGS:
+        config.add_flag(parser, name)
     parser.add_argument("--lock-fd", type=int, help=argparse.SUPPRESS)  # the lock of the client that starts us
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     options = vars(parser.parse_args(argv))
@@ -78,14 +79,19 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
     from pdx.daemon.service import Service
     from pdx.keys import split_namespace
     from pdx.layout import CONTROL_BYTES
-    from pdx.transport.registry import open_lane
+    from pdx.transport.rdma import rdma_here
+    from pdx.transport.registry import open_lane, open_lanes
 
     key = config.cluster_key(settings)
     log.info("configuration:\n%s", config.shown(settings))
-    arena = Arena.create(CONTROL_BYTES + settings.arena_bytes)  # on top, or the last extent would not fit
-    lane = open_lane(f"tcp://{settings.host}:0", key=key, tls=_lane_tls(settings), name=str(run_dir))
+    lanes, why_no_better = open_lanes(
+        settings.host, transport=settings.transport, require_rdma=settings.require_rdma, rdma=rdma_here(),
+        open_one=partial(open_lane, key=key, tls=_lane_tls(settings), name=str(run_dir)),
+    )  # fmt: skip
+    arena: Arena | None = None
     tier = None
     try:
+        arena = Arena.create(CONTROL_BYTES + settings.arena_bytes)  # on top, or the last extent would not fit
         tier = _open_disk(settings, key)
         store = Store(
             arena,
@@ -96,16 +102,17 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             quotas=Quotas(default_bytes=settings.tenant_bytes),
             tenant_of=lambda namespace: split_namespace(namespace)[1],
         )
-        service = Service(settings, store, [lane], run_dir=run_dir, key=key, tier=tier)
+        service = Service(settings, store, lanes, why_no_better=why_no_better, run_dir=run_dir, key=key, tier=tier)
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: service.stop())
             _write(run_dir / config.FLAGS_NAME, config.flags_of(settings))
             me = service.me
-            info = {"pid": os.getpid(), "daemon_id": me.daemon_id, "control": me.control, "lanes": me.lanes}
+            endpoints = [offer.endpoint for offer in me.lanes]
+            info = {"pid": os.getpid(), "daemon_id": me.daemon_id, "control": me.control, "lanes": endpoints}
             _write(run_dir / INFO_NAME, info)
-            log.info("serving: arena %d MiB, control %s, lane %s", settings.arena_bytes >> 20, me.control,
-                     lane.endpoint)  # fmt: skip
+            log.info("serving: arena %d MiB, control %s, lanes %s", settings.arena_bytes >> 20, me.control,
+                     ", ".join(endpoints))  # fmt: skip
             service.run()
             service.leave()
             service.flush()
@@ -114,10 +121,12 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             for name in (INFO_NAME, config.FLAGS_NAME):
                 (run_dir / name).unlink(missing_ok=True)
     finally:
-        lane.close(drain_s=0.0)
+        for lane in lanes:
+            lane.close(drain_s=0.0)
         if tier is not None:
             tier.close(drain_s=DISK_DRAIN_S)
-        arena.close()
+        if arena is not None:
+            arena.close()
     log.info("gone")
 
 

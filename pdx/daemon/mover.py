@@ -64,7 +64,7 @@ class Mover:
     def __init__(self, store: Store, ports: Ports) -> None:
         self._desk = Desk(store, ports)
         self._holds = Holds(self._desk)
-        self._receiving = ReceivingHalves(self._desk, self._holds)
+        self._receiving = ReceivingHalves(self._desk, self._holds, ports.lanes)
         self._questions = Questions(self._desk, self._holds, self._receiving)
         self._tiering = Tiering(self._desk, ports.tier, mode=ports.write_mode) if ports.tier else None
         self._low_water = LowWater(store, ports.waterline, self._tiering)
@@ -73,7 +73,7 @@ class Mover:
         self.spaces = KnownSpaces()
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
         self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins, self.spaces)
-        self._sending = SendingHalves(self._desk, self._holds, self._land_here)
+        self._sending = SendingHalves(self._desk, self._holds, ports.lanes, self._land_here)
         self._returns = Returns(self._desk, self._sending)
         self._sharing = Sharing(self._desk, self._sending, self.spaces)
         self._waiting: deque[Outgoing | Incoming] = deque()
@@ -197,6 +197,7 @@ class Mover:
     def peer_lost(self, control: str, now: float) -> None:
         """The connection to a peer daemon broke: its handoffs with us are over."""
         self._returns.peer_lost(control)
+        self._desk.ports.lanes.forget(control)
         for record in list(self._sending.records.values()):
             if record.sender.handle.decode_daemon.control == control:
                 self._sending.act(record, record.sender.fail("decode daemon is gone", tell_peer=False), now)
@@ -206,19 +207,20 @@ class Mover:
 
     # --- from lanes and the clock ---
 
-    def lane_events(self, events: Sequence[Event], now: float) -> None:
+    def lane_events(self, scheme: str, events: Sequence[Event], now: float) -> None:
         for event in events:
             match event:
                 case PutDone(ticket):
-                    self._sending.put_ended(ticket, now, ok=True)
+                    self._sending.put_ended(scheme, ticket, now, ok=True)
                 case PutFailed(ticket, reason):
-                    self._sending.put_ended(ticket, now, ok=False, reason=reason)
+                    self._sending.put_ended(scheme, ticket, now, ok=False, reason=reason)
                 case Arrived(window, notice):
                     self._receiving.arrived(window, notice, now)
                 case WindowClosed(window):
                     self._receiving.window_closed(window, now)
-                case PeerLost(channel, _, reason):
-                    self._sending.channel_lost(channel, reason, now)
+                case PeerLost(channel, endpoint, reason):
+                    self._desk.ports.lanes.lost(scheme, endpoint, reason, now)
+                    self._sending.channel_lost(scheme, channel, reason, now)
 
     def tick(self, now: float) -> None:
         """Budgets, expiries, fences, and those who wait for room. Call it often: every loop of the service."""
@@ -253,13 +255,14 @@ class Mover:
         return self._steering.steer(what, now, room=not self._waiting)
 
     def kept(self, now: float) -> dict[str, Any]:
-        """Pins, the tier below, and what loading costs, for people and metrics."""
+        """Pins, the tier below, what loading costs, and lanes, for people and metrics."""
         pins = {
             "used_bytes": self._pins.used_bytes,
             "budget_bytes": self._pins.budget_bytes,
             "pins": [to_builtins(pin) for pin in self._pins.describe(now)],
         }
-        return {"pinned": pins, "disk": self.disk(), "costs": self._costs.stats()}
+        lanes = self._desk.ports.lanes.describe(now)
+        return {"pinned": pins, "disk": self.disk(), "costs": self._costs.stats(), "lanes": lanes}
 
     @property
     def reservations_waiting(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from pdx.buffer.lease import Lease, LeaseState
 from pdx.buffer.store import Store
 from pdx.buffer.water import NEVER, Waterline
+from pdx.daemon.lanes import Lanes
 from pdx.daemon.sessions import Engine
 from pdx.daemon.trace import Tracer
 from pdx.errors import HandleError
@@ -19,7 +20,6 @@ from pdx.handoff.handle import HANDOFF_ID_BYTES, SeenHandles, TransferHandle, ve
 from pdx.keys import space_of
 from pdx.tiers.spill import WriteMode
 from pdx.tiers.tier import Tier
-from pdx.transport.api import Lane, Region
 from pdx.wire import DaemonRef, HandoffFailed, Message
 
 HandoffKey = tuple[bytes, int]  # handoff id, attempt
@@ -39,7 +39,7 @@ class Ports:
     to_routers: Callable[[Message], None]
     engine: Callable[[str], Engine | None]
     fence_passed: Callable[[str, int], bool]  # engine id, step
-    lanes: dict[str, tuple[Lane, Region]]  # by URL scheme, best first
+    lanes: Lanes
     tracer: Tracer
     counters: Counter[str]
     lease_s: float

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, Owner
 from pdx.daemon.holds import Holds
+from pdx.daemon.lanes import Lanes
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sending import Outgoing, checksum_of_checksums
 from pdx.errors import HandleError, Refused, WireError
@@ -56,9 +57,10 @@ class Incoming:
 class ReceivingHalves:
     """All receiving halves of this daemon. Owned by the control thread."""
 
-    def __init__(self, desk: Desk, holds: Holds) -> None:
+    def __init__(self, desk: Desk, holds: Holds, lanes: Lanes) -> None:
         self._desk = desk
         self._holds = holds
+        self._lanes = lanes
         self.records: dict[HandoffKey, Incoming] = {}
         self._windows: dict[int, Incoming] = {}
         self._epochs = 0
@@ -92,6 +94,8 @@ class ReceivingHalves:
         context = {"traceparent": handle.traceparent} if handle.traceparent else {}
         self._desk.trace(record.key, "reserve", blocks=receiver.blocks, **context)
         mismatch = self._mismatch(message, handle.decode_engine)
+        if not mismatch and paired is None and self._lanes.region(message.lane) is None:
+            mismatch = f"no lane {message.lane!r} ends here"
         if mismatch:
             self.act(record, receiver.refuse(mismatch), now)
             return None
@@ -123,7 +127,13 @@ class ReceivingHalves:
         if claim is None:
             return False
         record.own_claim, record.wire = claim, claim.lease
-        self._grant(record, claim, window=self._open_window(record, claim), now=now)
+        try:
+            window = self._open_window(record, claim)
+        except ValueError as error:  # more pieces than the lane can grant
+            self._desk.store.abandon(claim)
+            self.act(record, record.receiver.refuse(f"lane {message.lane}: {error}"), now)
+            return True
+        self._grant(record, claim, window=window, now=now)
         return True
 
     def give_way(self, now: float) -> None:
@@ -141,7 +151,7 @@ class ReceivingHalves:
             case Fail():
                 self.act(record, record.receiver.failed_by_peer(message), now)
             case Drained():
-                pass  # a receiver-checked lane's window closes without it
+                pass  # the window's end is the lane's to say
             case _:
                 self._desk.stale(message)
 
@@ -212,8 +222,9 @@ class ReceivingHalves:
             case do.CheckCommit(expected):
                 self._check_commit(record, expected, now)
             case do.CloseWindow():
-                for _, region in ports.lanes.values():
-                    region.close_window(record.window)
+                region = self._lanes.region(record.reserve.lane)
+                assert region is not None
+                region.close_window(record.window)
             case do.Ended(reason):
                 self._forget(record, reason)
             case _:
@@ -284,7 +295,8 @@ class ReceivingHalves:
             for block in sorted(claim.fresh)
             for layer in range(pages.layers)
         ]
-        _, region = next(iter(self._desk.ports.lanes.values()))
+        region = self._lanes.region(record.reserve.lane)
+        assert region is not None
         window = region.open_window(spans)
         self._windows[window] = record
         return window

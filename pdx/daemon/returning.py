@@ -20,6 +20,7 @@ from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sending import SendingHalves
 from pdx.daemon.sessions import Engine
 from pdx.daemon.spaces import kind_of
+from pdx.errors import UnknownTransport
 from pdx.handoff.handle import TransferHandle
 from pdx.wire import Keep, OpenLoad
 
@@ -175,7 +176,12 @@ class Returns:
                 self._desk.store.release(found.lease)
             ports.counters["returns_evicted"] += 1
             return
-        key = self._sending.hand_over(back, kind_of(engine), origin.tenant, chain, found, now)
+        try:
+            key = self._sending.hand_over(back, kind_of(engine), origin.tenant, chain, found, now)
+        except UnknownTransport:
+            self._desk.store.release(found.lease)
+            ports.counters["returns_dropped"] += 1
+            return
         self._under_way[key] = origin
 
     def _forget_oldest(self, now: float) -> None:

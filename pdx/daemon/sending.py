@@ -10,6 +10,7 @@ import xxhash
 from pdx.buffer.claim import Claim, ReadClaim
 from pdx.buffer.lease import Lease, Owner
 from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.lanes import Lanes, Route
 from pdx.daemon.links import Links, Underway
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sessions import Engine
@@ -21,7 +22,7 @@ from pdx.handoff.sender import Sender
 from pdx.handoff.states import Sending
 from pdx.keys import layout_id, namespace_of
 from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, PageLayout, Place
-from pdx.transport.api import Copy, Lane, Region
+from pdx.transport.api import Copy
 from pdx.wire import (
     Cancel,
     Commit,
@@ -50,7 +51,7 @@ class Outgoing:
     request: OpenSend | None = None  # the engine's
     claim: Claim | None = None
     wire: Lease | None = None  # holds the slots while puts may read them
-    channel: int = -1
+    route: Route | None = None  # chosen with the claim
     window: int = 0
     targets: dict[int, Place] = field(default_factory=dict)  # block -> place in the receiver's arena
 
@@ -61,14 +62,17 @@ class Outgoing:
 class SendingHalves:
     """All sending halves of this daemon. Owned by the control thread."""
 
-    def __init__(self, desk: Desk, holds: Holds, land_here: Callable[[Outgoing, do.Put, float], bool]) -> None:
+    def __init__(
+        self, desk: Desk, holds: Holds, lanes: Lanes, land_here: Callable[[Outgoing, do.Put, float], bool]
+    ) -> None:
         """`land_here` takes a put whose receiver is this very daemon; it returns False if it is another one."""
         self._desk = desk
         self._holds = holds
+        self._lanes = lanes
         self._land_here = land_here
         self.records: dict[HandoffKey, Outgoing] = {}
         self._by_handoff: dict[bytes, Outgoing] = {}  # engines know no attempts: one at a time per handoff
-        self._puts: dict[int, tuple[Outgoing, Underway]] = {}  # by lane ticket
+        self._puts: dict[tuple[str, int], tuple[Outgoing, Underway]] = {}  # by lane's scheme and its ticket
         self.links = Links()
 
     # --- from the engine ---
@@ -110,6 +114,7 @@ class SendingHalves:
         assert engine is not None
         engine_id = engine.info.engine_id
         try:
+            record.route = record.route or self._lanes.route(record.sender.handle.decode_daemon, now)
             claim = store.claim(
                 Owner("session", engine_id),
                 namespace_for(engine, message.tenant),
@@ -119,7 +124,7 @@ class SendingHalves:
                 now=now,
                 ttl_s=self._desk.ports.lease_s,
             )
-        except Refused as error:
+        except (Refused, UnknownTransport) as error:
             self.act(record, record.sender.fail(str(error), tell_peer=False), now)
             return True
         if claim is None:
@@ -142,15 +147,16 @@ class SendingHalves:
     ) -> HandoffKey:
         """A half of this daemon's own, for blocks of the store that `found` holds: they go to a peer as cache.
 
-        `handle` is not minted yet.
+        `handle` is not minted yet. Raises UnknownTransport, changing nothing, if no lane leads there.
         """
         ports, key = self._desk.ports, (handle.handoff_id, handle.attempt)
+        route = self._lanes.route(handle.decode_daemon, now)
         sender = Sender(
             handle, request_id="", blocks=len(chain), layers=kind.pages.layers, incarnation=ports.me.incarnation,
             now=now,
         )  # fmt: skip
         claim = Claim(found.lease, found.places, frozenset(), False, ())
-        record = self.records[key] = Outgoing(key, sender, kind.pages, claim=claim, wire=found.lease)
+        record = self.records[key] = Outgoing(key, sender, kind.pages, claim=claim, wire=found.lease, route=route)
         self._desk.trace(key, "hand_over", blocks=len(chain))
         reserve = self._reserve(record, kind, mint(handle, ports.cluster_key), chain, tenant=tenant, spare=True)
         self.act(record, sender.held(reserve, now=now), now)
@@ -222,16 +228,17 @@ class SendingHalves:
                 actions = []
         self.act(record, actions, now)
 
-    def put_ended(self, ticket: int, now: float, *, ok: bool, reason: str = "") -> None:
-        record, put = self._puts.pop(ticket, (None, None))
+    def put_ended(self, scheme: str, ticket: int, now: float, *, ok: bool, reason: str = "") -> None:
+        record, put = self._puts.pop((scheme, ticket), (None, None))
         if record is not None and put is not None:
             self.links.ended(put, now, ok=ok)
             self._desk.trace(record.key, "sent" if ok else "put_failed")
             self.act(record, record.sender.put_ended(ok=ok, reason=reason, now=now), now)
 
-    def channel_lost(self, channel: int, reason: str, now: float) -> None:
-        for record in [r for r in self.records.values() if r.channel == channel]:
-            self.act(record, record.sender.fail(f"lane lost: {reason}", tell_peer=True), now)
+    def channel_lost(self, scheme: str, channel: int, reason: str, now: float) -> None:
+        for record in list(self.records.values()):
+            if record.route is not None and (record.route.scheme, record.route.channel) == (scheme, channel):
+                self.act(record, record.sender.fail(f"lane {scheme} lost: {reason}", tell_peer=True), now)
 
     # --- carrying out actions ---
 
@@ -247,6 +254,7 @@ class SendingHalves:
         spare: bool = False,
     ) -> Reserve:
         """`kind`: of these blocks. `handle`: as text."""
+        assert record.route is not None
         return Reserve(
             **self._desk.ids(record.sender.handle, lease_epoch=0),
             handle=handle,
@@ -256,6 +264,7 @@ class SendingHalves:
             block_hashes=block_hashes,
             tail_hash=tail_hash,
             tenant=tenant,
+            lane=record.route.scheme,
             spare=spare,
         )
 
@@ -274,8 +283,8 @@ class SendingHalves:
             case do.Put():
                 self._put(record, action, now)
             case do.StopPuts():
-                for lane, _ in ports.lanes.values():
-                    lane.cancel(record.key[0])
+                if record.route is not None and record.route.lane is not None:
+                    record.route.lane.cancel(record.key[0])
             case do.Publish():
                 assert record.claim is not None
                 self._desk.store.commit(record.claim)
@@ -298,12 +307,17 @@ class SendingHalves:
         if self._land_here(record, action, now):
             self.act(record, record.sender.put_ended(ok=True, reason="", now=now), now)
             return
-        ports = self._desk.ports
+        ports, route = self._desk.ports, record.route
+        assert route is not None
         try:
-            lane, region = self._lane_of(record)
-            ticket = lane.put(
-                record.channel,
-                region=region,
+            if route.lane is None or route.region is None:
+                raise UnknownTransport("the receiving half in this daemon is over")
+            if route.channel < 0:
+                route.channel = route.lane.connect(route.choice.endpoint)
+                self._desk.trace(record.key, "lane", endpoint=route.choice.endpoint)
+            ticket = route.lane.put(
+                route.channel,
+                region=route.region,
                 window=record.window,
                 copies=self._copies(record, action),
                 notice=self._notice(record, action),
@@ -315,22 +329,10 @@ class SendingHalves:
             self.act(record, record.sender.put_ended(ok=False, reason=str(error), now=now), now)
             return
         size_bytes = len(action.blocks) * record.pages.page_bytes
-        self._puts[ticket] = record, Underway(record.sender.handle.decode_daemon.daemon_id, size_bytes, now)
+        underway = Underway(record.sender.handle.decode_daemon.daemon_id, size_bytes, now)
+        self._puts[route.scheme, ticket] = record, underway
         ports.counters["pages_put"] += len(action.blocks)
         ports.counters["bytes_put"] += size_bytes
-
-    def _lane_of(self, record: Outgoing) -> tuple[Lane, Region]:
-        """The first lane of the peer's that we have too, connected at the pair's first put. Raises PdxError."""
-        offered = record.sender.handle.decode_daemon.lanes
-        for endpoint in offered:
-            scheme = endpoint.partition("://")[0]
-            if scheme in self._desk.ports.lanes:
-                lane, region = self._desk.ports.lanes[scheme]
-                if record.channel < 0:
-                    record.channel = lane.connect(endpoint)
-                    self._desk.trace(record.key, "lane", endpoint=endpoint)
-                return lane, region
-        raise UnknownTransport(f"no common lane: peer offers {offered}")
 
     def _copies(self, record: Outgoing, action: do.Put) -> list[Copy]:
         """Pages that lie side by side on both sides travel as one span."""
@@ -383,6 +385,8 @@ class SendingHalves:
         if self._by_handoff.get(record.key[0]) is record:
             del self._by_handoff[record.key[0]]
         self._desk.bury(record.key, reason)
+        if record.route is not None:
+            self._lanes.ended(record.route, proved=not reason and record.route.channel >= 0)
         if record.engine is not None:
             counters["sends_failed" if reason else "sends_settled"] += 1
             self._desk.tell_routers(record.key, reason)

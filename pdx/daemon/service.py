@@ -11,6 +11,7 @@ import secrets
 import socket
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
@@ -23,6 +24,7 @@ from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
 from pdx.daemon.flush import flush
 from pdx.daemon.holdings import HoldingsTeller
+from pdx.daemon.lanes import Lanes
 from pdx.daemon.mover import Mover
 from pdx.daemon.peers import SEND_QUEUE_MAX, Peers
 from pdx.daemon.ports import Ports
@@ -33,6 +35,7 @@ from pdx.errors import Refused, WireError
 from pdx.tiers.spill import WriteMode
 from pdx.tiers.tier import Tier
 from pdx.transport.api import Lane
+from pdx.transport.registry import offer_of
 from pdx.wire import (
     ENGINE,
     FRAME_BYTES_MAX,
@@ -76,8 +79,17 @@ class Service:
     """Everything of a running daemon, wired. `run` returns when told to stop or when nobody needs it any more."""
 
     def __init__(
-        self, config: Config, store: Store, lanes: list[Lane], *, run_dir: Path, key: bytes, tier: Tier | None = None
+        self,
+        config: Config,
+        store: Store,
+        lanes: Sequence[Lane],
+        *,
+        why_no_better: Sequence[str] = (),
+        run_dir: Path,
+        key: bytes,
+        tier: Tier | None = None,
     ) -> None:
+        """`lanes`: best first; `why_no_better`: what this host lacks for better ones."""
         self._config = config
         self._store = store
         self._lanes = lanes
@@ -97,7 +109,7 @@ class Service:
             daemon_id=secrets.token_hex(6),
             incarnation=secrets.randbits(63),
             control=self._peer_socket.getsockopt_string(zmq.LAST_ENDPOINT),
-            lanes=[lane.endpoint for lane in lanes],
+            lanes=[offer_of(lane) for lane in lanes],
         )
         self._sessions = Sessions(self.me.incarnation)
         self._peers = Peers(self._context, self._poller, self._counters, cluster_key=key)
@@ -110,7 +122,7 @@ class Service:
         if tier is not None:
             self._poller.register(tier.fileno(), zmq.POLLIN)
         self._poller.register(self._door.listener, zmq.POLLIN)
-        self._mover = Mover(store, self._ports(key))
+        self._mover = Mover(store, self._ports(key, why_no_better))
         self._alone_since = time.monotonic()
         self._stops = 0
         self._has_left = False
@@ -166,7 +178,7 @@ class Service:
             self._mover.peer_message(message, now)  # type: ignore[arg-type]
         for lane in self._lanes:
             if lane.fileno() in ready:
-                self._mover.lane_events(lane.take_events(), now)
+                self._mover.lane_events(lane.scheme, lane.take_events(), now)
         if self._clients in ready:
             self._take_clients(now)
         if self._peer_socket in ready:
@@ -354,7 +366,7 @@ class Service:
 
     # --- the mover's ports ------------------------------------------------------------------------------------
 
-    def _ports(self, key: bytes) -> Ports:
+    def _ports(self, key: bytes, why_no_better: Sequence[str]) -> Ports:
         return Ports(
             me=self.me,
             cluster_key=key,
@@ -363,7 +375,14 @@ class Service:
             to_routers=self._announcer.tell,
             engine=self._sessions.engines.get,
             fence_passed=self._fence_passed,
-            lanes={lane.scheme: (lane, lane.register(self._store.arena.memory)) for lane in self._lanes},
+            lanes=Lanes(
+                [(lane, lane.register(self._store.arena.memory)) for lane in self._lanes],
+                me=self.me.daemon_id,
+                counters=self._counters,
+                transport=self._config.transport,
+                require_rdma=self._config.require_rdma,
+                absent=why_no_better,
+            ),
             tracer=self._tracer,
             counters=self._counters,
             lease_s=self._config.lease_s,

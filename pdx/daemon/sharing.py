@@ -12,7 +12,7 @@ from pdx.buffer.lease import Owner
 from pdx.daemon.ports import Desk, HandoffKey
 from pdx.daemon.sending import SendingHalves
 from pdx.daemon.spaces import KnownSpaces
-from pdx.errors import Refused
+from pdx.errors import Refused, UnknownTransport
 from pdx.handoff.handle import TransferHandle
 from pdx.wire import Budgets, Share
 
@@ -66,6 +66,11 @@ class Sharing:
             ports.counters["shares_absent"] += 1
             return
         chain = wish.block_hashes[: len(found.places)]
-        key = self._sending.hand_over(handle, kind, wish.tenant, chain, found, now)
+        try:
+            key = self._sending.hand_over(handle, kind, wish.tenant, chain, found, now)
+        except UnknownTransport:
+            store.release(found.lease)
+            ports.counters["shares_absent"] += 1
+            return
         self._under_way[key] = wish.to.daemon_id
         ports.counters["shares_begun"] += 1

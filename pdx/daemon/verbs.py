@@ -75,7 +75,7 @@ def _health(service: Service) -> dict[str, Any]:
         "daemon": service.me.daemon_id,
         "incarnation": service.me.incarnation,
         "control": service.me.control,
-        "lanes": service.me.lanes,
+        "lanes": service.mover.kept(time.monotonic())["lanes"],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,8 @@ class Wish:
     model: str
     prefill: int
     decode: int
-    hosts: int  # run directories, each with a daemon of its own; with 2, handoffs go over the tcp lane
-    arena: str
+    hosts: int  # run directories, each with a daemon of its own; with 2, handoffs go over a lane
+    settings: Mapping[str, str]  # of the daemons, by pdx.config's keys
     flags: tuple[str, ...]
 
 
@@ -43,13 +43,12 @@ class Ground:
 class DaemonSpec:
     name: str
     run_dir: Path
-    arena: str
+    settings: Mapping[str, str]
     cpus: str
 
     def command(self) -> list[str]:
         flags = ["--run-dir", str(self.run_dir), "--linger-s", str(LINGER_S)]
-        if self.arena:
-            flags += ["--arena", self.arena]
+        flags += [f"--{name.replace('_', '-')}={value}" for name, value in self.settings.items()]
         return [sys.executable, "-m", "pdx.daemon.main", *flags]
 
 
@@ -77,7 +76,7 @@ def design(wish: Wish, ground: Ground) -> Fleet:
         DaemonSpec(
             name=f"pdxd-{'ab'[index]}",
             run_dir=ground.base / "ab"[index],
-            arena=wish.arena,
+            settings=wish.settings,
             cpus=cpus[0 if index == 0 else -1],
         )
         for index in range(wish.hosts)
@@ -90,7 +89,7 @@ def design(wish: Wish, ground: Ground) -> Fleet:
             port=ground.ports[index],
             cpus=cpus[index],
             gpus=gpus[index],
-            settings={"run_dir": str(daemons[0 if role == "prefill" else -1].run_dir)},
+            settings={**wish.settings, "run_dir": str(daemons[0 if role == "prefill" else -1].run_dir)},
             flags=(*_memory_flags(wish.flags, on_cpu=not ground.gpus), *wish.flags),
         )
         for index, role in enumerate(roles)

@@ -28,7 +28,7 @@ examples:
   pdx serve ./model --kv-role decode --replicas 2 --router tcp://127.0.0.1:5700 --max-model-len 4096
   pdx serve ./model --kv-role decode --router tcp://10.0.0.1:5700 --router tcp://10.0.0.2:5700
   pdx serve ./model --kv-role both --port 8000 --cpus 0-3"""
-SETTINGS = ("run_dir", "arena", "host", "key_file", "router")
+SETTINGS = ("run_dir", "arena", "host", "key_file", "transport", "require_rdma")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         except ValueError as error:
             raise ConfigError(f"--cpus: {options.cpus!r} is not a list of cores; write e.g. 0-3,6") from error
     options.router = ",".join(options.router) if options.router else None
-    options.settings = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    options.settings = {
+        name: getattr(options, name) for name in (*SETTINGS, "router") if getattr(options, name) is not None
+    }
     config.load(options.settings)  # a wrong size or PDX_* key is told now, in one line, not by every engine
     return options
 
@@ -135,6 +137,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpus", default="", metavar="CORES", help="pin every process and OpenMP thread, e.g. 0-3")
     add("--publish", type=Path, metavar="FILE", help="write names and URLs to this JSON file when ready")
     add("--ready-timeout-s", type=float, default=READY_S, metavar="S", help=f"default {READY_S:.0f}")
-    for name in ("arena", "run_dir", "host", "key_file"):
-        add(f"--{name.replace('_', '-')}", metavar="VALUE", help=config.FLAGS[name])
+    for name in SETTINGS:
+        config.add_flag(parser, name)
     return parser

@@ -25,6 +25,7 @@ from pdx.launch.supervise import ChildDied, Interrupted, Supervisor
 
 READY_S = 600.0
 ROUTER_READY_S = DAEMON_READY_S = 60.0  # the arena's pages are touched once: a minute is good for 12 GiB on a slow host
+SETTINGS = ("arena", "transport", "require_rdma")  # of the daemons
 USAGE = "pdx up MODEL [options] [engine flags]"
 EXAMPLES = """Every flag not listed here goes to every engine unchanged.
 
@@ -62,13 +63,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options, flags = parser.parse_known_args(rest)
     if options.prefill < 0 or options.decode < 1:
         raise ConfigError("at least one decode engine is needed: --decode 1")
-    config.load({"arena": options.arena})
+    settings = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    config.load(settings)
     options.wish = Wish(
         model=model,
         prefill=options.prefill,
         decode=options.decode,
         hosts=options.hosts,
-        arena=options.arena or "",
+        settings=settings,
         flags=engine.checked_flags(flags),
     )
     return options
@@ -201,7 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="the router's HTTP address (default 127.0.0.1)")
     add("--port", type=int, default=8000, metavar="PORT", help="the router's HTTP port; 0: a free one (default 8000)")
     add("--admin-port", type=int, metavar="PORT", help="the operators' port on the loopback, for pdx kv --router")
-    add("--arena", metavar="SIZE", help=config.FLAGS["arena"])
+    for name in SETTINGS:
+        config.add_flag(parser, name)
     add("--logs", action="store_true", help="show all logs, prefixed; they are kept in files in any case")
     add("--no-pin", action="store_true", help="do not pin engines to cores")
     add("--publish", type=Path, metavar="FILE", help="write all addresses to this JSON file when ready")

@@ -90,6 +90,8 @@ class Daemon:
             "pin_share",
             "tenant_share",
             "return_answers",
+            "transport",
+            "require_rdma",
             "disk",
             "disk_cap",
             "disk_write",

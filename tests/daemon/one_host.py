@@ -11,6 +11,7 @@ from pdx.buffer.policies import POLICIES
 from pdx.buffer.store import Store
 from pdx.buffer.water import NEVER, Waterline
 from pdx.config import Eviction
+from pdx.daemon.lanes import Lanes
 from pdx.daemon.mover import Mover
 from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Engine
@@ -61,7 +62,8 @@ class Host:
             Ports(
                 me=HERE, cluster_key=KEY, to_engine=lambda name, message: self.heard.get(name, []).append(message),
                 to_peer=lambda ref, message: self._to_self.append(message),  # type: ignore[arg-type]
-                to_routers=lambda message: None, engine=engine, fence_passed=lambda name, step: True, lanes={},
+                to_routers=lambda message: None, engine=engine, fence_passed=lambda name, step: True,
+                lanes=Lanes([], me=HERE.daemon_id, counters=self.counters),
                 tracer=Tracer(), counters=self.counters, lease_s=30.0, digest_mode=False, tier=tier,
                 write_mode=write_mode, waterline=waterline,
             ),

@@ -13,9 +13,11 @@ from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, Prompt, fleet_
 from pdx.errors import PeerGone, WireError
 from pdx.transport.handshake import greet_as_connector
 from pdx.transport.sockets import parse_endpoint
-from pdx.wire import Ask, DaemonRef, LoadEnded, Renew, SendEnded, SendOpened
+from pdx.wire import Ask, DaemonRef, LaneOffer, LoadEnded, Renew, SendEnded, SendOpened
 
-DAEMON_OF_OTHERS = DaemonRef(daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=["tcp://127.0.0.1:9"])
+DAEMON_OF_OTHERS = DaemonRef(
+    daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=[LaneOffer(endpoint="tcp://127.0.0.1:9")]
+)
 
 
 def test_every_page_arrives_under_tls(fleet: Fleet, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from pdx.wire import (
     Grant,
     Keep,
     Landed,
+    LaneOffer,
     LetGo,
     Message,
     OpenLoad,
@@ -72,7 +73,9 @@ class HostilePeer:
         self.mouth.connect(victim.ref.control)
         control = self.ears.getsockopt_string(zmq.LAST_ENDPOINT)
         # Its lane leads nowhere: puts towards it fail, one after the other.
-        self.ref = DaemonRef(daemon_id="hostile", incarnation=7, control=control, lanes=["tcp://127.0.0.1:9"])
+        self.ref = DaemonRef(
+            daemon_id="hostile", incarnation=7, control=control, lanes=[LaneOffer(endpoint="tcp://127.0.0.1:9")]
+        )
         self._victim = victim
 
     def say(self, frame: bytes) -> None:
@@ -88,7 +91,7 @@ class HostilePeer:
 
     @contextlib.contextmanager
     def lane(self) -> Iterator[socket.socket]:
-        host, port = self._victim.ref.lanes[0].removeprefix("tcp://").split(":")
+        host, port = self._victim.ref.lanes[0].endpoint.removeprefix("tcp://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as connection:
             greet_as_connector(connection, self.key)
             yield connection
@@ -132,7 +135,7 @@ def reserve_of(handle: str, ids: dict[str, Any], tokens: int, seed: int, *, spar
     prompt = prompt_of(tokens, seed)
     return Reserve(
         **ids, handle=handle, namespace=namespace, layout_id=layout, pages=PAGES, block_hashes=prompt.hashes,
-        tail_hash=prompt.tail, spare=spare,
+        tail_hash=prompt.tail, lane="tcp", spare=spare,
     )  # fmt: skip
 
 

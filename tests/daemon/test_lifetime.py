@@ -177,7 +177,7 @@ def test_a_client_cannot_shrink_grow_or_unseal_the_arena(fleet: Fleet) -> None:
     daemon.check()
 
 
-@pytest.mark.parametrize("hello", [b"", b"hello", b"PDX\x07xx", b"PDX\x01\xc1", b"PDX\x01" + bytes(60_000)])
+@pytest.mark.parametrize("hello", [b"", b"hello", b"PDX\x07xx", b"PDX\x02\xc1", b"PDX\x02" + bytes(60_000)])
 def test_strangers_at_the_door_hurt_nobody(fleet: Fleet, hello: bytes) -> None:
     daemon = fleet.daemon()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:

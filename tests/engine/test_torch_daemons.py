@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="torch is not installed: no engine to test w
 from daemon.fleet import Daemon, fleet_in, until
 from daemon_pair import MODEL, PROMPTS, Pair, alone, play, prompts
 from device_pair import device_mover_of, gpu_mover_of
+from lanes_here import needing
 from torch_engine import Model
 from torch_peer import MoverOf
 
@@ -34,13 +35,15 @@ def gpu_at_work() -> None:
 ON_GPU = ("gpu, staged", "gpu, straight")
 
 
-@pytest.fixture(
-    params=["tcp", "same daemon", "device", *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)]
-)
+WAYS = ["tcp", "same daemon", "device", *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)]
+
+
+@pytest.fixture(params=WAYS)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     with fleet_in(tmp_path) as fleet:
-        source = fleet.daemon()
-        target = source if request.param == "same daemon" else fleet.daemon()
+        transport = "nixl" if request.param == "nixl" else "auto"
+        source = fleet.daemon(transport=transport)
+        target = source if request.param == "same daemon" else fleet.daemon(transport=transport)
         model = Model(device="cuda") if request.param in ON_GPU else MODEL
         mover_of: MoverOf | None = device_mover_of if request.param == "device" else None
         if request.param in ON_GPU:
@@ -52,6 +55,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
             pair.close()
 
 
+@pytest.mark.parametrize("pair", [*WAYS, pytest.param("nixl", marks=needing("nixl"))], indirect=True)
 def test_answers_are_those_of_a_lone_engine(pair: Pair) -> None:
     generator = random.Random(1)
     texts = prompts(generator)
@@ -64,6 +68,10 @@ def test_answers_are_those_of_a_lone_engine(pair: Pair) -> None:
     assert counters["loads_ok"] == PROMPTS
     assert counters.get("loads_failed", 0) == 0
     assert counters["pages_verified"] > 0
+    taken = {name for name, count in pair.daemons["prefill"].stats()["counters"].items() if count and "_by_" in name}
+    assert len(taken) == 1, taken
+    if pair.daemons["prefill"].config.transport != "auto":
+        assert taken == {"handoffs_by_nixl"}
 
 
 def test_decode_computes_nothing_but_the_last_token(pair: Pair) -> None:

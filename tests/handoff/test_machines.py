@@ -25,7 +25,7 @@ HANDLE = TransferHandle(
 PLACES = [Place(slot_offset=4096 * n, slot_blocks=1, position=0, header_offset=0, generation=1) for n in range(3)]
 IDS = {"handoff_id": ID, "attempt": 1, "lease_epoch": 0, "incarnation": 1}
 RESERVE = Reserve(
-    **IDS, handle="h", namespace=b"n", layout_id="l", pages=PAGES, block_hashes=[b"a", b"b"], tail_hash=b"t"
+    **IDS, handle="h", namespace=b"n", layout_id="l", pages=PAGES, block_hashes=[b"a", b"b"], tail_hash=b"t", lane="tcp"
 )
 GRANT = Grant(**IDS, has=[], wanted=[0, 1, 2], places=PLACES, window=1)
 

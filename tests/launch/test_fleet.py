@@ -18,7 +18,7 @@ def designed(
     *, prefill: int = 1, decode: int = 1, hosts: int = 1, cores: tuple[int, ...] = (0, 1), gpus: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
 ) -> Fleet:  # fmt: skip
-    wish = Wish(model="m", prefill=prefill, decode=decode, hosts=hosts, arena="64MiB", flags=flags)
+    wish = Wish(model="m", prefill=prefill, decode=decode, hosts=hosts, settings={"arena": "64MiB"}, flags=flags)
     return design(wish, Ground(base=BASE, cores=cores, gpus=gpus, ports=tuple(range(21000, 21000 + prefill + decode))))
 
 

@@ -100,7 +100,7 @@ async def test_daemons_are_welcomed_and_strangers_ignored() -> None:
     async with fleet(engine) as router:
         daemon = router.daemons[0]
         await until(lambda: any(isinstance(message, Welcome) for message in daemon.heard), "welcome")
-        for frame in (b"", b"garbage", b"PDX\x01\xff", b"PDX\x63"):
+        for frame in (b"", b"garbage", b"PDX\x02\xff", b"PDX\x63"):
             await daemon.socket.send(frame)
         await daemon.socket.send_multipart([b"two", b"frames"])
         while await router.metric("pdx_router_bad_frames_total") < 5:  # noqa: ASYNC110 - it lies behind HTTP

@@ -45,6 +45,8 @@ def test_the_worlds_are_not_too_kind() -> None:
         assert counts[what], what
     for what in ("returns_settled", "returns_failed", "returns_evicted", "spares_settled", "spares_failed"):
         assert counts[f"daemons: {what}"], what
+    for what in ("handoffs_by_local", "handoffs_by_fast", "lanes_lost_fast", "handoffs_by_plain", "lanes_lost_plain"):
+        assert counts[f"daemons: {what}"], what
     assert len([what for what in counts if what.startswith("faults: ")]) >= 10
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
-import pytest
+from lanes_here import EXAMPLE as EXAMPLE
+from lanes_here import needing as needing
 
 from pdx.transport.api import Lane
 from pdx.transport.fabric import Fabric
 from pdx.transport.registry import open_lane
 
-EXAMPLE = Path(__file__).parent / "example_lane"
 KEY = b"0123456789abcdef"
-LIBRARY = {"nixl": "nixl", "ucx": "ucxx"}
 
 
 def open_any(url: str, *, key: bytes | None, name: str) -> Lane:
@@ -24,15 +22,6 @@ def open_any(url: str, *, key: bytes | None, name: str) -> Lane:
 
         return UcxLane(url, key=key, name=name, emulated=True)
     return open_lane(url, key=key, name=name)
-
-
-def needing(scheme: str) -> list[pytest.MarkDecorator]:
-    """Marks of a test that needs this lane."""
-    library = LIBRARY.get(scheme)
-    if library is None:
-        return []
-    is_absent = importlib.util.find_spec(library) is None
-    return [pytest.mark.skipif(is_absent, reason=f"{library} is not installed: pip install 'pdx-kv[{scheme}]'")]
 
 
 class OpenPair:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pdx.errors import ConfigError, UnknownTransport
-from pdx.transport.registry import choose, known_schemes, open_best, open_lane
+from pdx.errors import ClosedTransport, ConfigError, UnknownTransport
+from pdx.transport.api import Lane
+from pdx.transport.rdma import Rdma
+from pdx.transport.registry import known_schemes, offer_of, open_lane, open_lanes
+from pdx.wire import LaneOffer
 
 
 def test_tcp_binds_a_free_port_and_publishes_it() -> None:
@@ -46,23 +49,94 @@ def test_a_taken_port_is_a_configuration_error() -> None:
         lane.abort()
 
 
-def test_the_best_common_lane_and_why_not_a_better_one() -> None:
-    theirs = ["tcp://10.0.0.2:1", "ucx://10.0.0.2:2"]
-    assert choose(["ucx", "tcp"], theirs).endpoint == "ucx://10.0.0.2:2"
-    choice = choose(["nixl", "ucx", "tcp"], theirs, avoid={"ucx://10.0.0.2:2"})
-    assert (choice.endpoint, choice.scheme) == ("tcp://10.0.0.2:1", "tcp")
-    assert choice.reason == "the peer has no nixl, ucx failed between the two"
-    with pytest.raises(UnknownTransport, match="the peer has no nixl; the peer offers"):
-        choose(["nixl"], theirs)
+NO_RDMA = Rdma((), "no RDMA device here")
+ONE_DEVICE = Rdma(("mlx5_0",))
 
 
-def test_a_lane_that_cannot_be_had_costs_a_reason_and_the_last_an_error() -> None:
-    lanes, reasons = open_best("127.0.0.1", schemes=["carrier-pigeon", "tcp"], key=None, name="test")
+class Machine:
+    """Opens tcp, and under other names what is installed here: by scheme, with the RDMA devices that it uses."""
+
+    def __init__(self, **devices: tuple[str, ...]) -> None:
+        self.devices = devices
+        self.opened: list[Lane] = []
+
+    def open(self, url: str) -> Lane:
+        scheme = url.partition("://")[0]
+        if scheme != "tcp" and scheme not in self.devices:
+            raise UnknownTransport(f"{scheme}:// is not installed")
+        lane = open_lane("tcp://127.0.0.1:0", key=None, name="test")
+        self.opened.append(lane)
+        if scheme != "tcp":
+            lane.scheme = scheme
+            lane.devices = self.devices[scheme]  # type: ignore[attr-defined]
+        return lane
+
+
+def opened(machine: Machine, rdma: Rdma, transport: str = "auto", *, require_rdma: bool = False) -> tuple[str, str]:
+    """The schemes, and the reasons."""
     try:
-        assert [lane.scheme for lane in lanes] == ["tcp"]
-        assert len(reasons) == 1 and reasons[0].startswith("carrier-pigeon: no lane for scheme")
+        lanes, reasons = open_lanes(
+            "127.0.0.1", transport=transport, require_rdma=require_rdma, rdma=rdma, open_one=machine.open
+        )
+        assert lanes == machine.opened
+        return " ".join(lane.scheme for lane in lanes), ", ".join(reasons)
+    finally:
+        for lane in machine.opened:
+            lane.abort()
+
+
+@pytest.mark.parametrize(
+    ("devices", "rdma", "transport", "schemes", "reason"),
+    [
+        ({"nixl": ("mlx5_0",), "ucx": ("mlx5_0",)}, ONE_DEVICE, "auto", "nixl tcp", ""),
+        ({"ucx": ("mlx5_0",)}, ONE_DEVICE, "auto", "ucx tcp", "nixl:// is not installed"),
+        ({}, ONE_DEVICE, "auto", "tcp", "nixl:// is not installed, ucx:// is not installed"),
+        ({"nixl": ()}, NO_RDMA, "auto", "tcp", "no RDMA device here"),
+        ({"nixl": ()}, NO_RDMA, "nixl", "nixl tcp", ""),
+        ({"nixl": ("mlx5_0",)}, ONE_DEVICE, "tcp", "tcp", ""),
+    ],
+)
+def test_the_lanes_that_a_daemon_opens(
+    devices: dict[str, tuple[str, ...]], rdma: Rdma, transport: str, schemes: str, reason: str
+) -> None:
+    assert opened(Machine(**devices), rdma, transport) == (schemes, reason)
+
+
+def test_required_rdma_leaves_tcp_out() -> None:
+    assert opened(Machine(nixl=("mlx5_0",)), ONE_DEVICE, require_rdma=True) == ("nixl", "")
+
+
+@pytest.mark.parametrize(
+    ("devices", "rdma", "transport", "says"),
+    [
+        ({"nixl": ()}, NO_RDMA, "auto", "can't be met: no RDMA device here"),
+        ({"nixl": ()}, NO_RDMA, "nixl", "can't be met: no RDMA device here"),
+        ({}, ONE_DEVICE, "auto", "can't be met: nixl:// is not installed, ucx:// is not installed"),
+        ({"cma": ()}, ONE_DEVICE, "cma", "can't be met: the cma lane uses none"),
+    ],
+)
+def test_required_rdma_that_is_not_there(
+    devices: dict[str, tuple[str, ...]], rdma: Rdma, transport: str, says: str
+) -> None:
+    machine = Machine(**devices)
+    with pytest.raises(ConfigError, match=says):
+        opened(machine, rdma, transport, require_rdma=True)
+    for lane in machine.opened:
+        with pytest.raises(ClosedTransport):
+            lane.register(memoryview(bytearray(1)))
+
+
+def test_a_lane_that_is_asked_for_and_not_there() -> None:
+    with pytest.raises(UnknownTransport, match="nixl:// is not installed"):
+        opened(Machine(), NO_RDMA, "nixl")
+
+
+def test_what_peers_are_told_of_a_lane() -> None:
+    machine = Machine(nixl=("mlx5_0",))
+    lanes = [machine.open("nixl://"), machine.open("tcp://")]
+    try:
+        assert [offer_of(lane).devices for lane in lanes] == [["mlx5_0"], []]
+        assert offer_of(lanes[1]) == LaneOffer(endpoint=lanes[1].endpoint)
     finally:
         for lane in lanes:
             lane.abort()
-    with pytest.raises(UnknownTransport):
-        open_best("127.0.0.1", schemes=["carrier-pigeon"], key=None, name="test")

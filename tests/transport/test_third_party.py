@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,23 +9,16 @@ from pathlib import Path
 
 import pytest
 from lane_pairs import EXAMPLE, KEY, OpenPair
+from lanes_here import install_example
 
 from pdx.errors import UnknownTransport
 from pdx.transport.conformance import check_all
-from pdx.transport.registry import ENTRY_POINT_GROUP, known_schemes, open_lane
+from pdx.transport.registry import known_schemes, open_lane
 
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pip would leave of the example, from its pyproject.toml."""
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
-    (tmp_path / "cma_lane.py").write_text((EXAMPLE / "cma_lane.py").read_text())
-    information = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    information.mkdir()
-    information.joinpath("METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
-    entries = project["entry-points"][ENTRY_POINT_GROUP]
-    lines = [f"[{ENTRY_POINT_GROUP}]", *(f"{name} = {value}" for name, value in entries.items())]
-    information.joinpath("entry_points.txt").write_text("\n".join(lines))
+    install_example(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
 
