@@ -111,7 +111,7 @@ class LiveFeed:
             seen = self._seen.get(known.ref.daemon_id) or _Seen()
             row = DaemonRow(
                 daemon=known.ref.daemon_id,
-                lanes=known.ref.lanes,
+                lanes=[offer.endpoint for offer in known.ref.lanes],
                 heard_s=round(now - known.heard_at, 3),
                 view=seen.view,
                 view_s=round(now - seen.view_at, 3) if seen.view is not None else 0.0,

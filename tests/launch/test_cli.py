@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdx import __version__, cli
-from pdx.launch import bench, check, kv
+from pdx.launch import bench, kv
 from pdx.launch.publish import publish
 
 
@@ -38,35 +38,6 @@ def test_kv_starts_no_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert kv.main(["stats", "--run-dir", str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.startswith("pdx kv: no daemon runs in")
     assert not (tmp_path / "absent").exists()
-
-
-def test_check_fails_with_a_configuration_that_cannot_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PDX_RUN_DIR", str(tmp_path / "run"))
-    monkeypatch.setenv("PDX_ARENA", "1000TiB")
-    assert check.main([]) == 1
-    line = next(line for line in capsys.readouterr().out.splitlines() if "memory" in line)
-    assert line.startswith("MISSING")
-
-
-@pytest.mark.parametrize(
-    ("packages", "ok", "says"),
-    [
-        ({}, False, "pip install 'pdx-kv[cuda]'"),
-        ({"cuda-core": "1.2", "cuda-bindings": "13.0"}, False, "no NVRTC"),
-        ({"cuda-core": "1.2", "cuda-bindings": "13.0", "nvidia-cuda-nvrtc": "13.0"}, True, "cuda.core 1.2"),
-    ],
-)
-def test_check_says_what_a_gpu_lacks(
-    monkeypatch: pytest.MonkeyPatch, packages: dict[str, str], ok: bool, says: str
-) -> None:
-    monkeypatch.setattr(check, "_gpus", lambda: ["nvidia0"])
-    monkeypatch.setattr(check, "_version", lambda name: packages.get(name, ""))
-    monkeypatch.setattr(check.ctypes.util, "find_library", lambda _: None)
-    finding = next(each for each in check.look() if each.item == "gpu")
-    assert (finding.ok, finding.needed) == (ok, True)
-    assert says in finding.line
 
 
 def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
