@@ -7,9 +7,11 @@ import json
 from typing import Any
 
 import msgspec
+import pytest
 from engine_fakes import MODEL, FakeEngine, Fleet, fleet, until, within
 from test_admin import TOKEN, admin_of, answer, questions
 
+from pdx.router import live_feed
 from pdx.router.directory import HEALTH_FAILURES_MAX, Directory
 from pdx.router.live import Journal, Live
 from pdx.router.live_feed import placed
@@ -72,6 +74,18 @@ async def test_what_is_under_way_is_counted_and_who_leaves_is_told() -> None:
         await until(lambda: engine.dropped == 1, "the engine's call is dropped")
         (row,) = (await live(router, seen)).requests
         assert (row.code, [step.what for step in row.steps][-2:]) == (499, ["client_gone", "finished"])
+
+
+@within(20)
+async def test_daemons_are_asked_once_in_a_while_however_many_look() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_feed, "VIEW_S", 60.0)
+        async with admin_of(FakeEngine("a", "decode")) as router:
+            looking = asyncio.create_task(live(router))
+            await answer(router.daemons[0], 0, VIEW)
+            await looking
+            assert (await live(router)).daemons[0].view == VIEW
+            assert len(questions(router.daemons[0])) == 1
 
 
 @within(20)
