@@ -24,10 +24,10 @@ from benchmarks.harness.report import Report
 from pdx.buffer.index import Index
 from pdx.daemon.holdings import TURN_S, HoldingsTeller
 from pdx.keys import ContentFingerprint, LayoutFingerprint, short_names, space_of
-from pdx.router.knowledge import Knowledge
-from pdx.router.policy import Asked, Candidate, PolicyName, choose_instead, choose_pair
-from pdx.router.prompt import Prompt
-from pdx.router.work import Piece, Work
+from pdx.router.choice.knowledge import Knowledge
+from pdx.router.choice.policy import Asked, Candidate, PolicyName, choose_instead, choose_pair
+from pdx.router.choice.prompt import Prompt
+from pdx.router.choice.work import Piece, Work
 from pdx.wire import DaemonRef, EngineInfo, Holdings
 
 ENGINES = 16  # on either side

@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pdx.router.live import DaemonRow, EngineRow, Live, RequestRow
+from pdx.router.live.values import DaemonRow, EngineRow, Live, RequestRow
 from pdx.verbs import DaemonView
 from pdx.watched import Watched
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pdx.admin import parsed
 from pdx.kv import post
-from pdx.router.live import Live, RequestRow
+from pdx.router.live.values import Live, RequestRow
 
 PARTS_MAX = 64  # of a first answer: more than a router keeps
 

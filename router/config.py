@@ -16,7 +16,7 @@ from msgspec import Meta
 from pdx.config import Config, is_loopback, load, parse_size, router_environ
 from pdx.errors import ConfigError
 from pdx.layered import Source, read_yaml, resolve
-from pdx.router.policy import PolicyName
+from pdx.router.choice.policy import PolicyName
 
 POLICIES: dict[PolicyName, str] = {
     "prefix": "by the first token that is predicted to come soonest, from what each host keeps of the prompt, what "

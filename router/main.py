@@ -38,11 +38,11 @@ def options_of(found: Resolved) -> Options:
     """How the server is to run. Reads the key files. Raises ConfigError."""
     from pdx.config import cluster_key, parse_size
     from pdx.keys import admin_token
-    from pdx.router.access import Origins, read_keys
-    from pdx.router.app import Door
-    from pdx.router.breaker import BreakerSettings
-    from pdx.router.journey import Settings
+    from pdx.router.front.access import Origins, read_keys
+    from pdx.router.front.app import Door
+    from pdx.router.request.journey import Settings
     from pdx.router.service import Options
+    from pdx.router.standing.breaker import BreakerSettings
 
     config = found.config
     settings = Settings(
@@ -93,7 +93,7 @@ def _run(options: Options) -> int:
     import uvloop
 
     from pdx.router.service import serve
-    from pdx.router.workers import lead
+    from pdx.router.workers.supervisor import lead
 
     if options.workers > 1:
         return lead(options, options.workers)

@@ -10,23 +10,23 @@ from contextlib import contextmanager
 
 import msgspec
 
-from pdx.router.directory import Directory
-from pdx.router.forecast import NOMINAL_TOKENS_PER_S, worth_bringing
-from pdx.router.gate import Gate
-from pdx.router.knowledge import Knowledge
-from pdx.router.live_recorder import Recorder
+from pdx.router.choice.forecast import NOMINAL_TOKENS_PER_S, worth_bringing
+from pdx.router.choice.knowledge import Knowledge
+from pdx.router.choice.policy import Asked, Candidate, Snapshot, choose_pair
+from pdx.router.choice.prompt import Prompt
+from pdx.router.choice.prompts import Prompts
+from pdx.router.choice.sharing import Sharing
+from pdx.router.choice.work import Work
+from pdx.router.engines.directory import Directory
+from pdx.router.engines.registry import Registry
+from pdx.router.engines.upstream import Upstream
+from pdx.router.line.gate import Gate
+from pdx.router.line.retries import RetryBudget
+from pdx.router.live.recorder import Recorder
 from pdx.router.metrics import Metrics, Moment
-from pdx.router.pending import Pending
-from pdx.router.policy import Asked, Candidate, Snapshot, choose_pair
-from pdx.router.prompt import Prompt
-from pdx.router.prompts import Prompts
-from pdx.router.registry import Registry
-from pdx.router.request import Request
-from pdx.router.retries import RetryBudget
-from pdx.router.sharing import Sharing
-from pdx.router.standing import Standing
-from pdx.router.upstream import Upstream
-from pdx.router.work import Work
+from pdx.router.request.pending import Pending
+from pdx.router.request.request import Request
+from pdx.router.standing.standing import Standing
 
 
 class Outside:

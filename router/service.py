@@ -15,26 +15,26 @@ import msgspec
 from aiohttp import web
 
 from pdx.errors import ConfigError
-from pdx.router.admin import Admin
-from pdx.router.app import Door, Front
-from pdx.router.breaker import BreakerSettings
-from pdx.router.control import Control, ControlSocket, SharedControl
-from pdx.router.daemons import Daemons
-from pdx.router.directory import Directory
-from pdx.router.drains import Drains
-from pdx.router.gate import Gate
-from pdx.router.journey import Settings
-from pdx.router.knowledge import Knowledge
-from pdx.router.listener import HEADER_BYTES_MAX, Listener
-from pdx.router.live_feed import LiveFeed
+from pdx.router.choice.knowledge import Knowledge
+from pdx.router.engines.control import Control, ControlSocket, SharedControl
+from pdx.router.engines.daemons import Daemons
+from pdx.router.engines.directory import Directory
+from pdx.router.engines.named import Named
+from pdx.router.engines.registry import Registry
+from pdx.router.engines.upstream import Upstream
+from pdx.router.front.admin import Admin
+from pdx.router.front.app import Door, Front
+from pdx.router.front.drains import Drains
+from pdx.router.front.listener import HEADER_BYTES_MAX, Listener
+from pdx.router.line.gate import Gate
+from pdx.router.live.feed import LiveFeed
 from pdx.router.metrics import Metrics
-from pdx.router.named import Named
 from pdx.router.outside import Outside
-from pdx.router.pending import Pending
-from pdx.router.registry import Registry
-from pdx.router.standing import Standing
-from pdx.router.texts import serve_text
-from pdx.router.upstream import Upstream
+from pdx.router.request.journey import Settings
+from pdx.router.request.pending import Pending
+from pdx.router.standing.breaker import BreakerSettings
+from pdx.router.standing.standing import Standing
+from pdx.router.workers.texts import serve_text
 from pdx.wire import Announce
 
 TICK_S = 0.1  # resolution of health polls and of a silent daemon's expiry

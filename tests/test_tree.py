@@ -167,7 +167,7 @@ def test_page_agrees_with_receiving_states() -> None:
 
 
 def test_page_agrees_with_journey_states() -> None:
-    from pdx.router.states import MOVES
+    from pdx.router.request.states import MOVES
 
     shown = {}
     for state, _, goes_on, ends_by in rows_under("Journey states (router)"):
@@ -179,7 +179,7 @@ def test_page_agrees_with_journey_states() -> None:
 
 
 def test_page_agrees_with_breaker_states() -> None:
-    from pdx.router.breaker import MOVES
+    from pdx.router.standing.breaker import MOVES
 
     assert moves_under("Circuit breakers") == MOVES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pdx.keys import ContentFingerprint, LayoutFingerprint
-from pdx.router.seed import Seed
+from pdx.router.request.seed import Seed
 from pdx.wire import EngineInfo
 
 ENGINE = EngineInfo(

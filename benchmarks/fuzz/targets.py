@@ -17,11 +17,11 @@ from benchmarks.harness.rig import REPOSITORY
 from pdx import admin, wire
 from pdx.errors import HandleError, Refused, WireError
 from pdx.handoff.handle import TransferHandle, peek, verify
-from pdx.router import seedable, servable
-from pdx.router.knowledge import Knowledge
-from pdx.router.prefill_reply import PrefillReply
-from pdx.router.prompts import Prompts
-from pdx.router.usage import EventStream, with_cached_tokens
+from pdx.router.choice.knowledge import Knowledge
+from pdx.router.choice.prompts import Prompts
+from pdx.router.request import seedable, servable
+from pdx.router.request.prefill_reply import PrefillReply
+from pdx.router.request.usage import EventStream, with_cached_tokens
 from pdx.transport import frames
 from pdx.transport.api import Span
 from pdx.transport.link_messages import Ask, Bye, Drained, Granted, Landed, MessageStream, Shut, Unknown, encode

@@ -16,7 +16,10 @@ from benchmarks.simulate.engine import SimulatedEngine
 from benchmarks.simulate.host import Host
 from benchmarks.simulate.work import HTTP_S, Call
 from benchmarks.simulate.world import Link, Process, World
-from pdx.router.actions import (
+from pdx.router.choice.policy import Candidate, Pair
+from pdx.router.line.admission import Admission, TurnAway, Wish, Word
+from pdx.router.line.retries import RetryBudget
+from pdx.router.request.actions import (
     Action,
     Answer,
     Begin,
@@ -39,11 +42,8 @@ from pdx.router.actions import (
     TurnedAway,
     Write,
 )
-from pdx.router.admission import Admission, TurnAway, Wish, Word
-from pdx.router.journey import Journey, Request, Settings
-from pdx.router.policy import Candidate, Pair
-from pdx.router.retries import RetryBudget
-from pdx.router.seed import Continuation
+from pdx.router.request.journey import Journey, Request, Settings
+from pdx.router.request.seed import Continuation
 from pdx.wire import CancelHandoff, DaemonRef, EngineInfo, HandoffFailed
 
 CONTROL_S = 0.0005

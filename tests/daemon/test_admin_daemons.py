@@ -145,9 +145,9 @@ def test_examples_with_a_router(cluster: Cluster, example: str, capsys: pytest.C
 
 
 def test_example_with_curl(cluster: Cluster) -> None:
-    """README's, without curl: the same method, headers and body."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    line = next(line for line in readme.splitlines() if line.startswith("curl") and "/admin/kv/" in line)
+    """The manual's, without curl: the same method, headers and body."""
+    manual = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
+    line = next(line for line in manual.splitlines() if line.startswith("curl") and "/admin/kv/" in line)
     words = shlex.split(line.replace("http://127.0.0.1:8001", cluster.admin))
     url = next(word for word in words if word.startswith("http"))
     headers = dict(words[at + 1].split(": ", 1) for at, word in enumerate(words) if word == "-H")

@@ -11,7 +11,7 @@ from pdx.buffer.index import Index
 from pdx.daemon import holdings
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.keys import short_names, space_of, tenant_of
-from pdx.router.knowledge import Found, Knowledge
+from pdx.router.choice.knowledge import Found, Knowledge
 from pdx.tiers.memory import MemoryTier
 from pdx.wire import ARENA_BIT, DISK_BIT, Holdings
 

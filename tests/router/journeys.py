@@ -8,14 +8,14 @@ from typing import Any
 import msgspec
 from engine_fakes import KEY, daemon_ref, engine_info
 
-from pdx.router.actions import (
+from pdx.router.choice.policy import Candidate
+from pdx.router.request.actions import (
     Begin,
     DecodeFailed,
     Event,
     PrefillAnswered,
 )
-from pdx.router.journey import Journey, JourneyName, Request, Settings
-from pdx.router.policy import Candidate
+from pdx.router.request.journey import Journey, JourneyName, Request, Settings
 from pdx.wire import Budgets, Role
 
 BODY: dict[str, Any] = {"model": "smol", "prompt": "x"}

@@ -10,7 +10,7 @@ import pytest
 from engine_fakes import FakeEngine, fleet, within
 
 from pdx.errors import ConfigError
-from pdx.router.access import ApiKeys, Caller, Origins, read_keys
+from pdx.router.front.access import ApiKeys, Caller, Origins, read_keys
 
 ALICE, BOB = "alice-" + "a" * 20, "bob-" + "b" * 20
 KEYS = ApiKeys({ALICE: Caller("alice"), BOB: Caller("bob", "team-b")})

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pdx.router.admission import QUEUE_BYTES_MAX, RETRY_AFTER_MAX_S, Admission, Call, TurnAway, Wish, Word
+from pdx.router.line.admission import QUEUE_BYTES_MAX, RETRY_AFTER_MAX_S, Admission, Call, TurnAway, Wish, Word
 
 NEED = "pair smol"
 

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from engine_fakes import daemon_ref, engine_info
 
-from pdx.router.breaker import MOVES, Breaker, BreakerSettings
-from pdx.router.policy import Candidate, Pair, choose_pair
-from pdx.router.retries import RESERVE, RetryBudget
-from pdx.router.standing import PAIR_BREAKER, Standing
+from pdx.router.choice.policy import Candidate, Pair, choose_pair
+from pdx.router.line.retries import RESERVE, RetryBudget
+from pdx.router.standing.breaker import MOVES, Breaker, BreakerSettings
+from pdx.router.standing.standing import PAIR_BREAKER, Standing
 
 SETTINGS = BreakerSettings(failure_threshold=3, success_threshold=2, timeout_s=10.0, window_s=30.0)
 P0, D0, D1 = (

@@ -16,7 +16,7 @@ from aiohttp import web
 from engine_fakes import Fleet, fleet, within
 from model_engine import ModelEngine
 
-from pdx.router.access import ApiKeys, Caller
+from pdx.router.front.access import ApiKeys, Caller
 
 openai = pytest.importorskip("openai", reason="the client is not installed: pip install 'pdx-kv[dev]'")
 anthropic = pytest.importorskip("anthropic", reason="the client is not installed: pip install 'pdx-kv[dev]'")

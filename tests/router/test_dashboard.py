@@ -16,7 +16,7 @@ from engine_fakes import MODEL, FakeEngine, Fleet, fleet, until, within
 from test_admin import TOKEN, admin_of, answer, questions
 from test_live import VIEW
 
-from pdx.router import dashboard
+from pdx.router.live import dashboard
 from pdx.wire import Answer, encode
 
 pytestmark = pytest.mark.browser
@@ -225,7 +225,7 @@ def test_every_mark_of_a_daemon_has_words() -> None:
     source = "".join(path.read_text() for path in (ROOT / "pdx" / "daemon").glob("*.py"))
     noted = set(re.findall(r"trace\([\w.]*key, \"(\w+)\"", source)) - {"landed", "put", "sent"}
     assert {"granted", "open_send", "receive_ended"} <= noted
-    script = (ROOT / "router" / "dashboard.js").read_text()
+    script = (ROOT / "router" / "live" / "dashboard.js").read_text()
     assert [what for what in sorted(noted) if f"{what}:" not in script] == []
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from engine_fakes import daemon_ref, engine_info
 
 from pdx.keys import space_of
-from pdx.router import directory as limits
-from pdx.router.directory import Directory
-from pdx.router.policy import fit
+from pdx.router.choice.policy import fit
+from pdx.router.engines import directory as limits
+from pdx.router.engines.directory import Directory
 from pdx.wire import Announce, EngineInfo, EngineLoad, LinkRate
 
 P0, D0 = engine_info("p0", "prefill"), engine_info("d0", "decode")

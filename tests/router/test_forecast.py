@@ -8,10 +8,10 @@ from engine_fakes import LAYOUT, daemon_ref, engine_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdx.router.forecast import COMPUTE_WEIGHT, HANDOFF_S, better_alone, of_pair
-from pdx.router.knowledge import Found
-from pdx.router.policy import Asked, Candidate, Pair, choose_alone, choose_instead, choose_pair
-from pdx.router.prompt import Prompt
+from pdx.router.choice.forecast import COMPUTE_WEIGHT, HANDOFF_S, better_alone, of_pair
+from pdx.router.choice.knowledge import Found
+from pdx.router.choice.policy import Asked, Candidate, Pair, choose_alone, choose_instead, choose_pair
+from pdx.router.choice.prompt import Prompt
 from pdx.wire import Role
 
 SPACE = b"s"

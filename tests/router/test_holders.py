@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdx.router.holders import NOBODY, Held, Holders
+from pdx.router.choice.holders import NOBODY, Held, Holders
 
 NAMES = st.integers(0, 40).map(lambda n: n * 1024 % (1 << 64))  # all in one shard, 0 among them
 PUTS = st.tuples(NAMES, st.integers(0, 3), st.booleans(), st.booleans())

@@ -37,7 +37,8 @@ from journeys import (
 )
 
 from pdx.errors import IllegalTransition
-from pdx.router.actions import (
+from pdx.router.choice.policy import Snapshot
+from pdx.router.request.actions import (
     Answer,
     CallDecode,
     CallPrefill,
@@ -58,9 +59,8 @@ from pdx.router.actions import (
     TurnedAway,
     Write,
 )
-from pdx.router.journey import Journey, JourneyName
-from pdx.router.policy import Snapshot
-from pdx.router.states import MOVES
+from pdx.router.request.journey import Journey, JourneyName
+from pdx.router.request.states import MOVES
 
 
 def test_a_pair_serves() -> None:

@@ -30,7 +30,9 @@ from journeys import (
     through,
 )
 
-from pdx.router.actions import (
+from pdx.router.choice.policy import Snapshot
+from pdx.router.line.retries import RetryBudget
+from pdx.router.request.actions import (
     Answer,
     CallDecode,
     CallPrefill,
@@ -41,9 +43,7 @@ from pdx.router.actions import (
     LineUp,
     TurnedAway,
 )
-from pdx.router.journey import Journey, Settings
-from pdx.router.policy import Snapshot
-from pdx.router.retries import RetryBudget
+from pdx.router.request.journey import Journey, Settings
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from engine_fakes import daemon_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdx.router.knowledge import EXPECTED_S, Found, Knowledge
+from pdx.router.choice.knowledge import EXPECTED_S, Found, Knowledge
 from pdx.wire import ARENA_BIT, DISK_BIT, Holdings
 
 BOTH = ARENA_BIT | DISK_BIT

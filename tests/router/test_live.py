@@ -11,10 +11,10 @@ import pytest
 from engine_fakes import MODEL, FakeEngine, Fleet, fleet, until, within
 from test_admin import TOKEN, admin_of, answer, questions
 
-from pdx.router import live_feed
-from pdx.router.directory import HEALTH_FAILURES_MAX, Directory
-from pdx.router.live import Journal, Live
-from pdx.router.live_feed import placed
+from pdx.router.engines.directory import HEALTH_FAILURES_MAX, Directory
+from pdx.router.live import feed as live_feed
+from pdx.router.live.feed import placed
+from pdx.router.live.values import Journal, Live
 from pdx.verbs import Course, DaemonView, Mark, PageEvent
 
 VIEW = DaemonView(

@@ -7,7 +7,9 @@ import weakref
 
 from engine_fakes import daemon_ref, engine_info
 
-from pdx.router.actions import (
+from pdx.router.choice.policy import Candidate
+from pdx.router.live.recorder import STEPS_MAX, TEXT_CHARS_MAX, Record, Recorder
+from pdx.router.request.actions import (
     Answer,
     CallDecode,
     CallPrefill,
@@ -18,8 +20,6 @@ from pdx.router.actions import (
     StreamFinished,
     TurnedAway,
 )
-from pdx.router.live_recorder import STEPS_MAX, TEXT_CHARS_MAX, Record, Recorder
-from pdx.router.policy import Candidate
 
 P = Candidate(info=engine_info("P", "prefill"), daemon=daemon_ref("a"))
 D = Candidate(info=engine_info("D", "decode"), daemon=daemon_ref("b"))

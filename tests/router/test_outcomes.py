@@ -8,8 +8,8 @@ import time
 import msgspec
 from engine_fakes import CONTENT, FakeEngine, Fleet, fleet, until, verified, within
 
-from pdx.router.breaker import BreakerSettings
 from pdx.router.service import drain
+from pdx.router.standing.breaker import BreakerSettings
 from pdx.wire import HandoffFailed, encode
 
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from engine_fakes import CONTENT, LAYOUT, daemon_ref, engine_info
 
-from pdx.router.policy import Candidate, Snapshot, choose_alone, choose_pair, fit
+from pdx.router.choice.policy import Candidate, Snapshot, choose_alone, choose_pair, fit
 from pdx.wire import Role
 
 

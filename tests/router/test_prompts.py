@@ -12,13 +12,13 @@ from engine_fakes import CONTENT, FakeEngine, daemon_ref, within
 
 from pdx.chain import block_hashes
 from pdx.keys import short_names, space_of, tenant_of
-from pdx.router import prompts
-from pdx.router.knowledge import Found, Knowledge
-from pdx.router.policy import Candidate
-from pdx.router.prompt import Prompt
-from pdx.router.prompts import PATIENCE_MAX_S, PATIENCE_MIN_S, Prompts, patience_for, tokenize_question
-from pdx.router.servable import CHAT, COMPLETIONS
-from pdx.router.upstream import Upstream
+from pdx.router.choice import prompts
+from pdx.router.choice.knowledge import Found, Knowledge
+from pdx.router.choice.policy import Candidate
+from pdx.router.choice.prompt import Prompt
+from pdx.router.choice.prompts import PATIENCE_MAX_S, PATIENCE_MIN_S, Prompts, patience_for, tokenize_question
+from pdx.router.engines.upstream import Upstream
+from pdx.router.request.servable import CHAT, COMPLETIONS
 
 NAMED = msgspec.structs.replace(CONTENT, hash_algorithm="sha256_cbor/vllm-none-hash")
 TEXT = "a text of more than one block, whatever the guess, and then some more"

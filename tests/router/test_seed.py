@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdx.router.prefill_reply import PrefillReply
-from pdx.router.seed import Continuation, Seed, own_answer, straddles
-from pdx.router.usage import EventStream
+from pdx.router.request.prefill_reply import PrefillReply
+from pdx.router.request.seed import Continuation, Seed, own_answer, straddles
+from pdx.router.request.usage import EventStream
 
 USAGE = {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 2}}
 REPLY: dict[str, Any] = {

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from engine_fakes import engine_info
 
-from pdx.router.seedable import UNSEEDABLE_RULES, unseedable_reason
-from pdx.router.servable import CHAT, COMPLETIONS
+from pdx.router.request.seedable import UNSEEDABLE_RULES, unseedable_reason
+from pdx.router.request.servable import CHAT, COMPLETIONS
 
 PROMPT: dict[str, Any] = {"model": "m", "prompt": "x"}
 TALK: dict[str, Any] = {"model": "m", "messages": []}

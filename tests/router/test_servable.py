@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pdx.router.servable import (
+from pdx.router.request.servable import (
     ALONE_RULES,
     CHAT,
     COMPLETIONS,

@@ -9,11 +9,11 @@ from engine_fakes import LAYOUT, daemon_ref, engine_info, until, within
 from test_knowledge import holdings
 
 from pdx.keys import short_names, tenant_of
-from pdx.router.forecast import BRING_S, Bring, worth_bringing
-from pdx.router.knowledge import Found, Knowledge
-from pdx.router.policy import Candidate
-from pdx.router.prompt import Prompt
-from pdx.router.sharing import Sharing
+from pdx.router.choice.forecast import BRING_S, Bring, worth_bringing
+from pdx.router.choice.knowledge import Found, Knowledge
+from pdx.router.choice.policy import Candidate
+from pdx.router.choice.prompt import Prompt
+from pdx.router.choice.sharing import Sharing
 from pdx.wire import ARENA_BIT, DaemonRef, Share
 
 SPACE = b"s" * 24

@@ -9,8 +9,8 @@ from engine_fakes import daemon_ref, engine_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdx.router.policy import Candidate
-from pdx.router.spread import Choice, affinity, power_of_two
+from pdx.router.choice.policy import Candidate
+from pdx.router.choice.spread import Choice, affinity, power_of_two
 
 
 def engines(*loads: int) -> list[Candidate]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pdx import top
 from pdx.keys import admin_token
-from pdx.router.live import DaemonRow, EngineRow, Live, RequestRow, Step
+from pdx.router.live.values import DaemonRow, EngineRow, Live, RequestRow, Step
 from pdx.top_frame import frame
 from pdx.verbs import DaemonView, DiskView
 from pdx.watched import Watched

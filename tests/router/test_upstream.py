@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 from engine_fakes import until, within
 
-from pdx.router import upstream as code
-from pdx.router.engine_connection import HEAD_BYTES_MAX, READ_AHEAD_BYTES
-from pdx.router.upstream import Upstream, UpstreamError
+from pdx.router.engines import upstream as code
+from pdx.router.engines.connection import HEAD_BYTES_MAX, READ_AHEAD_BYTES
+from pdx.router.engines.upstream import Upstream, UpstreamError
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"

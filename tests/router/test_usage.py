@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdx.router.usage import EVENT_BYTES_MAX, EventStream, with_cached_tokens
+from pdx.router.request.usage import EVENT_BYTES_MAX, EventStream, with_cached_tokens
 
 USAGE = {"choices": [], "usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 8, "x": 1}}}
 DELTA = b'data: {"choices":[{"text":"say \\"cached_tokens\\" \xf0\x9f\x99\x82"}]}\n\n'

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pdx.router.wishes import wish_of
+from pdx.router.line.wishes import wish_of
 
 
 def test_nothing_is_said() -> None:

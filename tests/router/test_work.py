@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdx.router.work import NOMINAL_STEP_S, Work
+from pdx.router.choice.work import NOMINAL_STEP_S, Work
 
 KIND = b"kind"
 

@@ -19,8 +19,8 @@ from engine_fakes import KEY, FakeDaemon, FakeEngine, daemon_ref, until, within
 from prometheus_client import generate_latest
 
 from pdx.launch import processes
-from pdx.router.merging import Totals, added
 from pdx.router.metrics import Metrics
+from pdx.router.workers.merging import Totals, added
 
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 

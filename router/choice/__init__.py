@@ -1,0 +1,1 @@
+"""Which engines serve a request: policies, and what they know of prompts, prefixes and paces."""

@@ -1,0 +1,44 @@
+"""What the router knows of one request's prompt when it chooses engines. A value: made once, for one snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pdx.router.choice.knowledge import Found
+
+if TYPE_CHECKING:
+    from pdx.router.choice.policy import Candidate
+
+# pdxd itself judges whether reading beats computing, which the router does not know: such blocks count by half.
+DISK_SHARE = 0.5
+NOTHING = Found()
+
+
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
+    tokens: int  # how many; a guess if there are no ids
+    token_ids: list[int] | None = None
+    hashes: Mapping[bytes, Sequence[bytes]] = {}  # space of engines -> what they call its full blocks
+    names: Mapping[bytes, tuple[int, ...]] = {}  # the same, in short, under the tenant
+    found: Mapping[bytes, Mapping[str, Found]] = {}  # space -> daemon id -> what it has of them
+    generation: int = 0  # of the knowledge that says so
+
+    def names_at(self, engine: Candidate) -> tuple[int, ...]:
+        return self.names.get(engine.space, ())
+
+    def cached_tokens(self, engine: Candidate) -> int:
+        """Of leading blocks that its daemon has. An engine computes at least the last token."""
+        blocks = self.found_at(engine).blocks
+        return min(blocks * engine.info.content.block_tokens, max(0, self.tokens - 1))
+
+    def found_at(self, engine: Candidate) -> Found:
+        """What its daemon has."""
+        return self.found.get(engine.space, {}).get(engine.daemon.daemon_id, NOTHING)
+
+    def work_tokens(self, engine: Candidate) -> float:
+        """What it would have to compute, what comes from a disk in part."""
+        found = self.found_at(engine)
+        from_disk = (found.blocks - found.arena_blocks) * engine.info.content.block_tokens
+        return self.tokens - self.cached_tokens(engine) + DISK_SHARE * min(from_disk, self.cached_tokens(engine))

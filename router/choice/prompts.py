@@ -1,0 +1,207 @@
+"""Makes a request's `Prompt`: its token ids, what engines call its blocks, and who has them.
+
+A completion that comes as token ids is read as it is. A text or a chat is tokenized by one of its engines, once: the
+ids are remembered by content, under the tenant. That takes a request's time, so it is asked for only where it can be
+worth that, and not for longer than `patience_s` says; who gets no ids is chosen for by the length of the text alone.
+
+What can't be named from its tokens (adapters, images, engines with hashes of their own) has no names, and is placed by
+its length too. One event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from pdx.admin import tokens_in
+from pdx.chain import TOKENS_MAX, block_hashes
+from pdx.errors import Refused
+from pdx.keys import short_names, tenant_of
+from pdx.router.choice.forecast import NOMINAL_TOKENS_PER_S
+from pdx.router.choice.knowledge import Found, Knowledge
+from pdx.router.choice.policy import Candidate, Snapshot
+from pdx.router.choice.prompt import Prompt
+from pdx.router.engines.upstream import Upstream, UpstreamError
+from pdx.router.request.servable import CHAT, COMPLETIONS, alone_reason
+
+# English has four letters a token, code three: a guess that is too long only makes a prompt weigh more.
+LETTERS_A_TOKEN = 3
+IDS_MAX = 1 << 22  # remembered, of four bytes: 16 MiB
+SPACES_MAX = 4  # kinds of blocks that one model's engines have; while weights roll there are two
+# Tokenizing is worth a twentieth of what the prompt takes to compute: choosing well saves more of that than so much.
+TAKES_SHARE = 0.1  # of the last one, in what asking takes on average
+PATIENCE_SHARE, PATIENCE_MIN_S, PATIENCE_MAX_S = 0.05, 0.01, 0.5
+# What of a body makes a text of tokens. A chat with other ways into its prompt is named wrong, and so found nowhere.
+TEXT_FIELDS = ("add_special_tokens",)
+CHAT_FIELDS = (
+    "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
+    "add_special_tokens", "mm_processor_kwargs",
+)  # fmt: skip
+
+
+class Prompts:
+    """Owned by the event loop's thread."""
+
+    def __init__(self, upstream: Upstream, knowledge: Knowledge) -> None:
+        self._upstream = upstream
+        self._knowledge = knowledge
+        self._ids: OrderedDict[bytes, array[int]] = OrderedDict()  # the one used last comes last
+        self._ids_kept = 0
+        self._takes_s = 0.0  # to ask, on average, the last ones more
+        self.asked = 0
+        self.late = 0  # or not answered with tokens
+        self.remembered = 0
+
+    def __repr__(self) -> str:
+        return f"<Prompts {len(self._ids)} remembered, {self.asked} asked, {self.late} late>"
+
+    async def read(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        model: str,
+        snapshot: Snapshot,
+        *,
+        turn: int,
+        headers: Mapping[str, str],
+        now: float,
+    ) -> Prompt | None:
+        """None for what is no prompt of one sequence of tokens. Never raises for what a client or an engine says."""
+        if path not in (COMPLETIONS, CHAT) or alone_reason(path, body):
+            return None
+        engines = [c for c in snapshot if model in c.info.models]
+        salt = body.get("cache_salt") or ""
+        given = _only(body.get("prompt")) if path == COMPLETIONS else None
+        ids: list[int] | None
+        if isinstance(given, list):
+            ids = given if given and all(type(token) is int for token in given) else None
+            guess = len(given)
+        else:
+            guess = 1 + _letters(given if path == COMPLETIONS else body.get("messages")) // LETTERS_A_TOKEN
+            patience_s = patience_for(guess, engines, takes_s=self._takes_s)
+            asks = patience_s and isinstance(salt, str) and model not in _adapters(engines)
+            ids = await self._tokenized(path, body, salt, engines, turn, headers, patience_s) if asks else None
+        if ids is None or not isinstance(salt, str) or model in _adapters(engines):
+            return Prompt(tokens=guess, token_ids=ids)
+        return self._named(ids, salt, engines, now)
+
+    def refreshed(self, prompt: Prompt, now: float) -> Prompt:
+        """With what daemons have of it now: it may have waited in a line."""
+        if prompt.generation == self._knowledge.generation:
+            return prompt
+        found = {space: self._knowledge.found(names, now) for space, names in prompt.names.items()}
+        return msgspec.structs.replace(prompt, found=found, generation=self._knowledge.generation)
+
+    def _named(self, ids: list[int], salt: str, engines: Sequence[Candidate], now: float) -> Prompt:
+        tenant = tenant_of(salt)
+        hashes: dict[bytes, list[bytes]] = {}
+        names: dict[bytes, tuple[int, ...]] = {}
+        found: dict[bytes, dict[str, Found]] = {}
+        for engine in engines:
+            if engine.space in names or len(names) >= SPACES_MAX:
+                continue
+            try:
+                hashes[engine.space] = block_hashes(engine.info.content, ids, salt=salt)
+            except Refused:
+                hashes[engine.space] = []
+            names[engine.space] = tuple(short_names(engine.space + tenant, hashes[engine.space]))
+            found[engine.space] = self._knowledge.found(names[engine.space], now)
+        return Prompt(
+            tokens=len(ids), token_ids=ids, hashes=hashes, names=names, found=found,
+            generation=self._knowledge.generation,
+        )  # fmt: skip
+
+    async def _tokenized(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        salt: str,
+        engines: Sequence[Candidate],
+        turn: int,
+        headers: Mapping[str, str],
+        patience_s: float,
+    ) -> list[int] | None:
+        question = tokenize_question(path, body)
+        # Under the tenant: how soon an answer comes must not tell one what another has asked.
+        name = hashlib.blake2b(repr((salt, engines[0].info.content)).encode() + question, digest_size=16).digest()
+        kept = self._ids.get(name)
+        if kept is not None:
+            self._ids.move_to_end(name)
+            self.remembered += 1
+            return list(kept)
+        self.asked += 1
+        engine, began_at = engines[turn % len(engines)], time.monotonic()
+        try:
+            async with asyncio.timeout(patience_s):
+                url = engine.info.url.rstrip("/") + "/tokenize"
+                async with self._upstream.call(url, question, headers) as reply:
+                    ids = tokens_in(await reply.read()) if reply.status == 200 else None
+        except (UpstreamError, TimeoutError, Refused):
+            ids = None
+        self._takes_s += TAKES_SHARE * (time.monotonic() - began_at - self._takes_s)
+        if not ids or len(ids) > TOKENS_MAX or not 0 <= min(ids) <= max(ids) < 1 << 32:
+            self.late += 1
+            return None
+        self._remember(name, ids)
+        return ids
+
+    def _remember(self, name: bytes, ids: list[int]) -> None:
+        if len(ids) > IDS_MAX:
+            return
+        self._ids_kept += len(ids) - len(self._ids.pop(name, ()))
+        self._ids[name] = array("I", ids)
+        while self._ids_kept > IDS_MAX:
+            self._ids_kept -= len(self._ids.popitem(last=False)[1])
+
+
+def tokenize_question(path: str, body: Mapping[str, Any]) -> bytes:
+    """For /tokenize, whose defaults are those of completions and of chats."""
+    first = {"messages": body.get("messages")} if path == CHAT else {"prompt": _only(body.get("prompt"))}
+    others = ("model", *(CHAT_FIELDS if path == CHAT else TEXT_FIELDS))
+    return msgspec.json.encode(first | {field: body[field] for field in others if body.get(field) is not None})
+
+
+def patience_for(tokens: int, engines: Sequence[Candidate], *, takes_s: float = 0.0) -> float:
+    """How long to wait for a prompt's ids, in seconds; 0: not at all, for there is nothing to choose, or to save.
+
+    `takes_s`: which asking for ids takes, as a rule.
+    """
+    prefills = sum(engine.info.role != "decode" for engine in engines)
+    decodes = sum(engine.info.role != "prefill" for engine in engines)
+    if prefills < 2 and decodes < 2:
+        return 0.0
+    if not any(tokens >= engine.info.content.block_tokens for engine in engines):
+        return 0.0
+    paces = [engine.tokens_per_s for engine in engines if engine.tokens_per_s]
+    worth_s = PATIENCE_SHARE * tokens / (max(paces) if paces else NOMINAL_TOKENS_PER_S)
+    return min(max(worth_s, PATIENCE_MIN_S), PATIENCE_MAX_S) if worth_s >= takes_s else 0.0
+
+
+def _only(prompt: Any) -> Any:
+    """The prompt of a completion, which may be given as a list of one."""
+    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int) else prompt
+
+
+def _adapters(engines: Sequence[Candidate]) -> set[str]:
+    return {name for engine in engines for name in engine.info.adapters}
+
+
+def _letters(prompt: object) -> int:
+    """Of a text, or of all texts in a chat."""
+    letters, left = 0, [prompt]  # not by recursion: JSON may be as deep as Python's stack
+    while left:
+        each = left.pop()
+        if isinstance(each, str):
+            letters += len(each)
+        elif isinstance(each, list):
+            left.extend(each)
+        elif isinstance(each, dict):
+            left.append(each.get("content") or each.get("text"))
+    return letters

@@ -1,0 +1,1 @@
+"""Engines and daemons, as the router hears of them and speaks to them."""

@@ -1,0 +1,180 @@
+"""HTTP to the engines: whole answers, streams, health. Keeps connections to those that it has asked.
+
+Knows addresses and bytes; nothing of journeys, handoffs or clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import ssl
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from pdx.router.engines.connection import EngineConnection, UpstreamError
+
+CONNECT_S = 5.0  # engines are one hop away; past this the request is better served elsewhere
+HEALTH_S = 2.0
+PAGE_BYTES_MAX = 1 << 20
+# A whole answer is held in memory; logprobs of a long completion take some MiB.
+ANSWER_BYTES_MAX = 256 << 20
+# Idle connections are closed by the engine after 5 s; ours must go first, or a request could meet the closing.
+KEEPALIVE_S = 3.0
+IDLE_MAX = 1024  # connections kept to one engine; those that a peak leaves over are closed
+
+__all__ = ["Reply", "Upstream", "UpstreamError"]
+
+
+class _Address(NamedTuple):
+    host: str
+    port: int
+    tls: bool
+
+
+class Upstream:
+    """Connections to all engines. Use as an async context manager, on one event loop."""
+
+    async def __aenter__(self) -> Upstream:
+        self._idle: dict[_Address, list[EngineConnection]] = {}
+        self._open: set[EngineConnection] = set()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for connection in [*self._open, *(each for idle in self._idle.values() for each in idle)]:
+            connection.close()
+        self._idle.clear()
+        await asyncio.sleep(0)  # their transports close in the loop's next turn
+
+    @asynccontextmanager
+    async def call(self, url: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Reply]:
+        """Posts and yields the reply once its head is here. Leaving the block early drops the request upstream.
+
+        Raises UpstreamError, also from the reply's methods. No limit on connections: the engines queue, and a queue
+        here would hide their load from the policy.
+        """
+        address, host, path = _taken_apart(url)
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n{_lines(headers)}\r\n"
+        connection = await self._connection(address)
+        try:
+            # As clients sent it, byte for byte.
+            await connection.send(head.encode("utf-8", "surrogateescape"), body)
+            await connection.head()
+            yield Reply(connection)
+        finally:
+            self._done_with(address, connection)
+
+    async def healthy(self, url: str) -> bool:
+        """Whether GET `url` answers 200 within HEALTH_S."""
+        return await self._get(url) is not None
+
+    async def page(self, url: str) -> bytes:
+        """What GET `url` answers within HEALTH_S, if that is 200 and at most PAGE_BYTES_MAX; else nothing."""
+        return await self._get(url) or b""
+
+    async def _get(self, url: str) -> bytes | None:
+        try:
+            address, host, path = _taken_apart(url)
+            async with asyncio.timeout(HEALTH_S):
+                connection = await self._connection(address)
+                try:
+                    await connection.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode(), b"")
+                    await connection.head()
+                    return await Reply(connection).read(PAGE_BYTES_MAX) if connection.status == 200 else None
+                finally:
+                    self._done_with(address, connection)
+        except (UpstreamError, TimeoutError):
+            return None
+
+    async def _connection(self, address: _Address) -> EngineConnection:
+        """One of ours to there, or a new one. Raises UpstreamError."""
+        connection = self._kept(address) or await self._connected(address)
+        self._open.add(connection)
+        return connection
+
+    def _kept(self, address: _Address) -> EngineConnection | None:
+        idle, oldest = self._idle.get(address, []), time.monotonic() - KEEPALIVE_S
+        while idle:
+            connection = idle.pop()
+            if connection.reusable and connection.idle_since >= oldest:
+                return connection
+            connection.close()
+        return None
+
+    async def _connected(self, address: _Address) -> EngineConnection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                _, connection = await loop.create_connection(
+                    EngineConnection, address.host, address.port, ssl=_tls() if address.tls else None
+                )
+        except TimeoutError as error:
+            raise UpstreamError("timeout", unreachable=True) from error
+        except OSError as error:
+            raise UpstreamError("unreachable", unreachable=True) from error
+        return connection
+
+    def _done_with(self, address: _Address, connection: EngineConnection) -> None:
+        """Keeps it if its answer was read to the end, else closes it."""
+        self._open.discard(connection)
+        idle = self._idle.setdefault(address, [])
+        if not connection.reusable or len(idle) >= IDLE_MAX:
+            connection.close()
+            return
+        connection.idle_since = time.monotonic()
+        idle.append(connection)
+
+
+class Reply:
+    """An engine's answer whose head has arrived."""
+
+    def __init__(self, connection: EngineConnection) -> None:
+        self._connection = connection
+        self.status = connection.status
+        self.content_type = connection.content_type
+
+    async def read(self, bytes_max: int = ANSWER_BYTES_MAX) -> bytes:
+        """The whole body, if it has not more bytes."""
+        parts = bytearray()
+        while chunk := await self._connection.chunk():
+            parts += chunk
+            if len(parts) > bytes_max:
+                raise UpstreamError("answer_too_long")
+        return bytes(parts)
+
+    async def chunk(self) -> bytes:
+        """The body as it comes; empty at its end."""
+        return await self._connection.chunk()
+
+
+@functools.lru_cache(maxsize=8192)
+def _taken_apart(url: str) -> tuple[_Address, str, str]:
+    """Where to connect, what Host says, and the page. Raises UpstreamError."""
+    try:
+        parts = urlsplit(url)
+        tls = parts.scheme == "https"
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError
+        address = _Address(parts.hostname, parts.port or (443 if tls else 80), tls)
+    except ValueError as error:
+        raise UpstreamError("unreachable", unreachable=True) from error
+    path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+    return address, parts.netloc.rpartition("@")[2], path
+
+
+def _lines(headers: Mapping[str, str]) -> str:
+    """Raises UpstreamError if a value would end its line: it would go on as a header of its own."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    if not lines.count("\r") == lines.count("\n") == len(headers):
+        raise UpstreamError("broken")
+    return lines
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()

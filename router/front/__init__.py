@@ -1,0 +1,1 @@
+"""What clients and operators see: the two HTTP ports."""

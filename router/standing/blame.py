@@ -1,0 +1,98 @@
+"""What one request has to say about the engines and daemons that it used: how their calls and its handoff went.
+
+Owned by the request's task; the tasks of its calls report here when they are done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from pdx.router.choice.policy import Candidate, Pair
+from pdx.router.outside import Outside
+from pdx.router.request.actions import (
+    DecodeAnswered,
+    DecodeFailed,
+    Event,
+    PrefillAnswered,
+    PrefillFailed,
+    StreamFinished,
+)
+from pdx.router.standing.standing import Ticket
+
+
+class Blame:
+    """Tells `Standing`. `overdue`: the request's deadline has passed, so that a silent engine is to blame."""
+
+    def __init__(self, outside: Outside) -> None:
+        self.overdue = False
+        self._outside = outside
+        self._watching = ExitStack()
+        self._handoff: tuple[Pair, Ticket, asyncio.Future[str]] | None = None
+        self._stream: tuple[Candidate, Ticket] | None = None
+
+    def call_began(self, engine: Candidate) -> Callable[[asyncio.Task[Event]], None]:
+        """To be called with the call's task when it is done."""
+        ticket = self._outside.standing.call_began(engine.engine_id)
+
+        def done(task: asyncio.Task[Event]) -> None:
+            if _streams(task):
+                self._stream = (engine, ticket)  # judged at the stream's end
+            else:
+                self._judge(engine, ticket, False if self.overdue and task.cancelled() else _went_well(task))
+
+        return done
+
+    def stream_ended(self, pump: asyncio.Task[Event] | None) -> None:
+        """None: it was not heard to the end. Does nothing the second time."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._judge(*stream, None if pump is None else _went_well(pump))
+
+    def handoff_began(self, pair: Pair, handoff_id: bytes) -> asyncio.Future[str]:
+        """Its result is a daemon's word that the handoff has failed."""
+        failure = self._watching.enter_context(self._outside.pending.watch(handoff_id))
+        self._handoff = (pair, self._outside.standing.handoff_began(pair), failure)
+        return failure
+
+    def request_ended(self, outcome: str) -> None:
+        """`outcome`: of the journey's handoff. One that was given up for other reasons says nothing about daemons."""
+        self.stream_ended(None)
+        if self._handoff is None:
+            return
+        pair, ticket, failure = self._handoff
+        ok = None
+        if outcome == "ok":
+            ok = not failure.done()
+        elif outcome in ("handoff_failed", "not_sent"):
+            ok = False
+        self._outside.standing.handoff_ended(pair, ticket, ok=ok, now=time.monotonic())
+        self._watching.close()
+
+    def _judge(self, engine: Candidate, ticket: Ticket, ok: bool | None) -> None:
+        self._outside.standing.call_ended(engine.engine_id, ticket, ok=ok, now=time.monotonic())
+
+
+def _went_well(task: asyncio.Task[Event]) -> bool | None:
+    """Whether the engine did what engines are for; None if it was not waited for, or is not the one to blame."""
+    if task.cancelled() or task.exception() is not None:
+        return None
+    match task.result():
+        case PrefillAnswered() | DecodeAnswered() as answered:
+            return answered.status < 500
+        case StreamFinished():
+            return True
+        case PrefillFailed() | DecodeFailed():
+            return False
+        case _:
+            return None
+
+
+def _streams(task: asyncio.Task[Event]) -> bool:
+    """Whether it has ended with the beginning of a stream."""
+    if task.cancelled() or task.exception() is not None:
+        return False
+    event = task.result()
+    return isinstance(event, DecodeAnswered) and event.streaming

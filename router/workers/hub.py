@@ -1,0 +1,105 @@
+"""The process that several workers of one router share: it has the control socket, and adds up the metrics.
+
+To daemons it is the router: what they say goes to every worker, what a worker says goes to the daemon that it names.
+(Cancels and questions bear ids that one worker knows; the answers go to all, and mean nothing to the others.) Frames
+that are none of the protocol's end here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from pdx.errors import WireError
+from pdx.router.engines.control import ControlSocket
+from pdx.router.metrics import Metrics, Moment
+from pdx.router.workers.merging import Totals
+from pdx.router.workers.texts import read_text
+from pdx.wire import ROUTER, decoder_of
+
+_decode = decoder_of(ROUTER)
+
+
+class Places:
+    """Names of sockets within a private folder of this router."""
+
+    def __init__(self, folder: Path) -> None:
+        self.control = f"ipc://{folder}/control"
+        self.metrics = folder / "metrics"
+        self.folder = folder
+
+    def metrics_of(self, worker: int, life: int) -> Path:
+        return self.folder / f"metrics-{worker}-{life}"
+
+
+class Hub:
+    """Forwards until cancelled."""
+
+    def __init__(self, control: ControlSocket, places: Places, metrics: Metrics) -> None:
+        """Binds the workers' side."""
+        self._control = control
+        self._metrics = metrics
+        self._workers: set[bytes] = set()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.router_mandatory = True
+        self._socket.router_handover = True  # a worker that was started anew has the old one's name
+        self._socket.bind(places.control)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._control.run())
+            tasks.create_task(self._to_workers())
+            tasks.create_task(self._to_daemons())
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+    async def _to_workers(self) -> None:
+        while True:
+            frames = await self._control.receive()
+            try:
+                if len(frames) != 2:
+                    raise WireError(f"{len(frames)} frames instead of 2")
+                _decode(frames[1])
+            except WireError:
+                self._metrics.bad_frames.inc()
+                continue
+            for worker in list(self._workers):
+                try:
+                    await self._socket.send_multipart([worker, *frames], flags=zmq.NOBLOCK)
+                except zmq.ZMQError:  # it has ended, and says hello when it is back; or it hears nothing any more
+                    self._workers.discard(worker)
+
+    async def _to_daemons(self) -> None:
+        while True:
+            worker, *frames = await self._socket.recv_multipart()
+            self._workers.add(worker)
+            if len(frames) != 2 or not frames[0]:
+                continue  # its hello
+            try:
+                await self._control.send(*frames)
+            except zmq.ZMQError:
+                self._metrics.undelivered.inc()
+
+
+class AddedUp:
+    """The metrics of all workers that there have ever been, and of the hub itself."""
+
+    def __init__(self, places: Places, own: Metrics) -> None:
+        self._places = places
+        self._own = own
+        self._totals = Totals()
+
+    async def refresh(self) -> None:
+        paths = sorted(self._places.folder.glob("metrics-*"))
+        texts = await asyncio.gather(*(read_text(path) for path in paths))
+        self._totals.heard({path.name: text for path, text in zip(paths, texts, strict=True) if text})
+
+    def text(self) -> bytes:
+        return self._totals.added(self._own.render(Moment()))

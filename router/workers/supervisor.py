@@ -1,0 +1,203 @@
+"""`--workers N`: N processes serve one port (SO_REUSEPORT), a hub hears the daemons for them, and one starts them all.
+
+It forks before there is any loop or thread, and holds nothing but their ids: what it was told at its start is what a
+worker that follows a dead one is told. Its own death, however sudden, ends all of them by the pipe that they watch. A
+killed worker takes its connections with it, and up to REFRESH_S of its counters; a killed hub those of ended workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import msgspec
+import uvloop
+
+from pdx.errors import ConfigError
+from pdx.router.engines.control import ControlSocket
+from pdx.router.metrics import Metrics
+from pdx.router.service import Options, serve
+from pdx.router.workers.hub import AddedUp, Hub, Places
+from pdx.router.workers.texts import serve_text
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+RESTARTS_MAX = 10  # within RESTARTS_S, of all together: then something is wrong that starting anew does not mend
+RESTARTS_S = 60.0
+REFRESH_S = 1.0  # how much of its counters a killed worker takes with it
+HUB = -1
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+_log = logging.getLogger(__name__)
+
+
+class Workers:
+    """The children, by number. Owned by the process that forks, which must have no threads."""
+
+    def __init__(self, options: Options, count: int, places: Places, *, life: int, alive: int) -> None:
+        """`life` and `alive`: the ends of a pipe that nobody writes into; the second closes with this process."""
+        self._options = options
+        self._count = count
+        self._places = places
+        self._life = life
+        self._alive = alive
+        self._pids: dict[int, int] = {}  # process id -> HUB, or the worker's number
+        self._lives = 0
+        self._restarts: list[float] = []
+        self._stopping = False
+
+    def run(self) -> int:
+        """Starts them and waits until all have ended. Exit status: theirs, if it was not asked for."""
+        for number in STOPS:
+            signal.signal(number, self._stop)
+        endpoint = self._start_hub()
+        self._options = msgspec.structs.replace(self._options, control=endpoint)
+        for worker in range(self._count) if endpoint else ():
+            self._start_worker(worker)
+        status = 0
+        while self._pids:
+            pid, ended = os.wait()
+            who = self._pids.pop(pid, None)
+            if who is None or self._stopping:
+                continue
+            if os.waitstatus_to_exitcode(ended) == 2 or not self._may_restart():
+                status = status or os.waitstatus_to_exitcode(ended) or 1
+                self._stop(signal.SIGTERM, None)
+                continue
+            _log.warning("%s has ended (%d): starting it anew", "the hub" if who == HUB else f"worker {who}", ended)
+            if who == HUB:
+                self._start_hub()
+            else:
+                self._start_worker(who)
+        return max(status, 0) or (1 if status else 0)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """A second signal is passed on like the first."""
+        self._stopping = True
+        for pid in self._pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _may_restart(self) -> bool:
+        now = time.monotonic()
+        self._restarts = [at for at in self._restarts if now - at < RESTARTS_S] + [now]
+        return len(self._restarts) <= RESTARTS_MAX
+
+    def _start_hub(self) -> str:
+        """Returns where daemons are to connect, once it listens; nothing if it has ended before."""
+        reader, writer = os.pipe()
+        with suppress(FileNotFoundError):
+            self._places.metrics.unlink()
+
+        def hub() -> None:
+            os.close(reader)
+            uvloop.run(_serve_hub(self._options, self._places, ready=writer, life=self._life))
+
+        self._fork(HUB, hub)
+        os.close(writer)
+        with os.fdopen(reader) as said:
+            return said.read()
+
+    def _start_worker(self, worker: int) -> None:
+        self._lives += 1
+        metrics = self._places.metrics_of(worker, self._lives)
+        for old in self._places.folder.glob(f"metrics-{worker}-*"):
+            old.unlink()
+        first = worker == 0
+        options = msgspec.structs.replace(
+            self._options,
+            hub=self._places.control,
+            worker=worker,
+            own_metrics=str(metrics),
+            all_metrics=str(self._places.metrics),
+            admin_port=self._options.admin_port if first else None,
+            publish=self._options.publish if first else "",
+            life=self._life,
+        )
+        self._fork(worker, lambda: uvloop.run(serve(options)))
+
+    def _fork(self, who: int, child: Callable[[], None]) -> None:
+        # Between fork and its own handlers a child has ours: a signal must wait until it has them no more.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        pid = os.fork()
+        if not pid:
+            os.close(self._alive)
+            _be(child)
+        self._pids[pid] = who
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+def lead(options: Options, count: int) -> int:
+    """Serves with so many workers until SIGINT or SIGTERM. Exit status as of one. Raises ConfigError."""
+    with ExitStack() as stack:
+        # Bound, never listening: it keeps the port, and says which one it is if any would do.
+        held = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET))
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            held.bind((options.host, options.port))
+        except OSError as error:
+            raise ConfigError(f"can't listen on {options.host}:{options.port}: {error.strerror or error}") from error
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdx-router-", ignore_cleanup_errors=True))
+        life, alive = os.pipe()
+        stack.callback(os.close, life)
+        stack.callback(os.close, alive)
+        options = msgspec.structs.replace(options, port=held.getsockname()[1])
+        return Workers(options, count, Places(Path(folder)), life=life, alive=alive).run()
+
+
+async def _serve_hub(options: Options, places: Places, *, ready: int, life: int) -> None:
+    metrics = Metrics()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in STOPS:
+        loop.add_signal_handler(number, stop.set)
+    loop.add_reader(life, stop.set)
+    async with AsyncExitStack() as stack:
+        control = ControlSocket(options.control, cluster_key=options.settings.cluster_key, metrics=metrics)
+        stack.callback(control.close)
+        hub = Hub(control, places, metrics)
+        stack.callback(hub.close)
+        added = AddedUp(places, metrics)
+        await serve_text(stack, places.metrics, added.text)
+        os.write(ready, control.endpoint.encode())
+        os.close(ready)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(hub.run()), tasks.create_task(_refresh(added))]
+            await stop.wait()
+            for task in running:
+                task.cancel()
+
+
+async def _refresh(added: AddedUp) -> None:
+    while True:
+        await added.refresh()
+        await asyncio.sleep(REFRESH_S)
+
+
+def _be(child: Callable[[], None]) -> NoReturn:
+    """What a forked process does, and no more. It tells its failures as the program tells them."""
+    status = 1
+    try:
+        os.setpgid(0, 0)  # a terminal's Ctrl-C goes to the process that passes signals on
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        child()
+        status = 0
+    except ConfigError as error:
+        os.write(2, f"pdx-router: {error}\n".encode())
+        status = 2
+    except Exception:  # noqa: BLE001 - the top of a process
+        _log.exception("a process of this router failed")
+    finally:
+        os._exit(status)
