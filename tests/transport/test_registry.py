@@ -120,8 +120,8 @@ def test_required_rdma_that_is_not_there(
 ) -> None:
     machine = Machine(**devices)
     with pytest.raises(ConfigError, match=says):
-        opened(machine, rdma, transport, require_rdma=True)
-    for lane in machine.opened:
+        open_lanes("127.0.0.1", transport=transport, require_rdma=True, rdma=rdma, open_one=machine.open)
+    for lane in machine.opened:  # whatever was opened before is closed again
         with pytest.raises(ClosedTransport):
             lane.register(memoryview(bytearray(1)))
 
