@@ -14,7 +14,7 @@ setup:  ## Make .venv and the demo model; every other target does this by itself
 demo: setup  ## Two engines, one conversation: watch KV stream from prefill to decode
 	@$(PYTHON_IN_VENV) -m benchmarks.demo $(ARGS)
 
-test: setup  ## Run all tests, in two processes: one has the real engines
+test: setup  ## Run all tests
 	@scripts/browser
 	@$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
 

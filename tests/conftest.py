@@ -38,13 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and not is_here():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(key=lambda item: REAL_ENGINES not in item.path.parents)  # the longest first; else as they were
+    # Real engines last: they spin on all cores, and what is killed beside them takes seconds to die.
+    items.sort(key=lambda item: REAL_ENGINES in item.path.parents)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Files stay whole, and one process of several has all real engines: more of them at once would not fit."""
+    """Files stay whole and in order, and one process of several has all real engines: more at once would not fit."""
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:

@@ -54,7 +54,7 @@ class ProcessLane:
         self.process = subprocess.Popen(
             [*command, str(memory_fd), str(theirs.fileno())],
             pass_fds=(memory_fd, theirs.fileno()),
-            env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
+            env={**os.environ, "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"},
         )
         os.close(memory_fd)
         theirs.close()

@@ -95,7 +95,7 @@ def test_two_network_namespaces(scheme: str) -> None:
         pytest.skip("this machine lets nobody make network namespaces")
     done = subprocess.run(
         ["unshare", "-rnm", sys.executable, str(HERE / "namespace_checks.py"), scheme],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent.parent), "UCX_TLS": "tcp"},
+        env={**os.environ, "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}", "UCX_TLS": "tcp"},
         capture_output=True,
         text=True,
         timeout=110,
