@@ -38,6 +38,8 @@ FRAME_BYTES_MAX = 8 << 20
 
 # What is added up: sums of such numbers stay far below what MessagePack can carry.
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+# A time, or what is kept beside times in arrays of 64 signed bits.
+Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 # A measurement. Bounded so that it is a number: no NaN, no infinity.
 Measured = Annotated[float, msgspec.Meta(ge=0, lt=1e18)]
 Epoch = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]  # as in keys.ContentFingerprint
@@ -95,7 +97,7 @@ class OpenSend(Message, tag="open_send", frozen=True):
 
 class FilledEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     handoff_id: bytes
-    blocks: list[int]
+    blocks: list[Count]
 
 
 class Filled(Message, tag="filled", frozen=True):
@@ -104,10 +106,10 @@ class Filled(Message, tag="filled", frozen=True):
     Of several ranks each speaks of the layers of its own shard, as the slot counts them.
     """
 
-    step: int
-    step_started_ns: int
-    layer: int
-    filled_ns: int
+    step: Count
+    step_started_ns: Nanoseconds
+    layer: Count
+    filled_ns: Nanoseconds
     entries: list[FilledEntry]
 
 
@@ -164,7 +166,7 @@ class LetGo(Message, tag="let_go", frozen=True):
     ok: bool
     reason: str = ""
     pages: Count = 0  # pages copied and verified
-    done_ns: int = 0
+    done_ns: Nanoseconds = 0
     seconds: Measured = 0.0  # load: which its pages took to come out of the arena, other loads' not counted
     spoilt: list[int] = []  # load: which of the places told held a page with a wrong checksum or digest
 

@@ -29,16 +29,8 @@ import msgspec
 
 from pdx.errors import IllegalTransition
 from pdx.handoff.handle import TransferHandle, mint
-from pdx.router.choice.policy import (
-    NO_LIMIT,
-    Candidate,
-    Pair,
-    Snapshot,
-    choose_alone,
-    choose_instead,
-    choose_pair,
-    unfit,
-)
+from pdx.router.choice import policy
+from pdx.router.choice.policy import Candidate, Pair, Snapshot
 from pdx.router.front.replies import REFUSALS, as_event, error_body
 from pdx.router.line.retries import RetryBudget
 from pdx.router.request.actions import (
@@ -174,17 +166,17 @@ class Journey:
         if need in begin.behind:
             return self._line_up(need)
         roomy = msgspec.structs.replace(begin, snapshot=tuple(filter(self._has_room, begin.snapshot)))
-        line_max = self._settings.max_waiting or NO_LIMIT
+        line_max = self._settings.max_waiting or policy.NO_LIMIT
         pair = None if reason else self._choose_pair(roomy, line_max)
         instead = self._choose_instead(pair, roomy, line_max) if pair is not None else None
         if instead is not None:
             return self._go_alone(*instead, begin)
         if pair is not None:
             return self._set_out(pair, begin)
-        if not reason and self._choose_pair(begin, NO_LIMIT) is not None:
+        if not reason and self._choose_pair(begin, policy.NO_LIMIT) is not None:
             return self._line_up(need)
         decode = self._choose_alone(roomy, line_max)
-        if decode is None and self._choose_alone(begin, NO_LIMIT) is not None:
+        if decode is None and self._choose_alone(begin, policy.NO_LIMIT) is not None:
             return self._line_up(need)
         if decode is None:
             self.reason = "no_decode"
@@ -203,15 +195,17 @@ class Journey:
         return not limit or engine.in_flight < limit
 
     def _choose_pair(self, begin: Begin, line_max: int) -> Pair | None:
-        policy, model = self._settings.policy, self._request.model
-        return choose_pair(begin.snapshot, model, policy=policy, turn=begin.turn, line_max=line_max, asked=begin.asked)
+        name, model = self._settings.policy, self._request.model
+        return policy.choose_pair(
+            begin.snapshot, model, policy=name, turn=begin.turn, line_max=line_max, asked=begin.asked
+        )
 
     def _choose_instead(self, pair: Pair, begin: Begin, line_max: int) -> tuple[Candidate, str] | None:
-        policy, model = self._settings.policy, self._request.model
-        return choose_instead(pair, begin.snapshot, model, policy=policy, line_max=line_max, asked=begin.asked)
+        name, model = self._settings.policy, self._request.model
+        return policy.choose_instead(pair, begin.snapshot, model, policy=name, line_max=line_max, asked=begin.asked)
 
     def _choose_alone(self, begin: Begin, line_max: int, exclude: frozenset[str] = frozenset()) -> Candidate | None:
-        return choose_alone(
+        return policy.choose_alone(
             begin.snapshot,
             self._request.model,
             policy=self._settings.policy,
@@ -319,7 +313,7 @@ class Journey:
     def _is_all(self, seed: Seed) -> bool:
         """Whether the answer ends with its first token."""
         assert self.decode is not None
-        room = (self.decode.info.context_tokens or NO_LIMIT) - seed.prompt_tokens
+        room = (self.decode.info.context_tokens or policy.NO_LIMIT) - seed.prompt_tokens
         limit = output_limit(self._request.path, self._request.body)
         if seed.finish_reason == "length":
             return limit == 1 or room == 1
@@ -403,8 +397,8 @@ class Journey:
         if snapshot is not None:
             begin = msgspec.structs.replace(begin, snapshot=snapshot)
         like = failed if self._seed else None  # token ids go on only with an engine that reads them alike
-        excluded = unfit(begin.snapshot, self._tried, self._request.model, like=like)
-        other = self._choose_alone(begin, NO_LIMIT, excluded)
+        excluded = policy.unfit(begin.snapshot, self._tried, self._request.model, like=like)
+        other = self._choose_alone(begin, policy.NO_LIMIT, excluded)
         if other is not None and not self._budget.take():
             self.held_back = True
             return None
