@@ -365,9 +365,13 @@ def _cores() -> str:
     return ",".join(map(str, sorted(cores)))
 
 
+_WORKERS_OWN = ("LD_PRELOAD", "OMP_", "GOMP_", "KMP_")
+
+
 def _daemon_environment() -> dict[str, str]:
-    """The environment, with a path by which the child finds this very package."""
-    environment = dict(os.environ)
+    """The environment, with a path by which the child finds this very package, and without what a CPU worker has set
+    for its own threads: a preloaded libgomp binds the daemon to the core on which that worker spins."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_WORKERS_OWN)}
     package_root = str(Path(__file__).resolve().parent.parent)
     paths = [package_root, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))

@@ -100,6 +100,17 @@ DaemonClient.attach(settings, Attach(kind="tool"), deadline_s=90).close()
     assert os.sched_getaffinity(daemon.pid) == os.sched_getaffinity(0)
 
 
+def test_a_daemon_does_not_inherit_what_binds_a_workers_threads(
+    settings: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("OMP_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+    for name in names:
+        monkeypatch.setenv(name, "0")
+    with DaemonClient.attach(settings, TOOL):
+        (daemon,) = daemons_in(settings)
+        assert not set(names) & set(daemon.environ())
+
+
 def test_a_daemon_that_cannot_start_says_why_to_its_client(settings: Config, tmp_path: Path) -> None:
     huge = load({"run_dir": str(tmp_path / "run"), "arena": "900TiB"}, environ={})
     with pytest.raises(ConfigError, match=r"could not start: an arena of .* does not fit"):
