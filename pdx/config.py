@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from pdx import keys
 from pdx.errors import ConfigError
 from pdx.layered import checked, read_yaml
 from pdx.wire import Budgets
@@ -257,6 +258,11 @@ def cluster_key(config: Config) -> bytes:
             "every host and set PDX_KEY_FILE"
         )
     return _read_key(_local_key_file(ensure_run_dir(config.run_path)))
+
+
+def admin_token(config: Config) -> str:
+    """What the admin port of a router with this key file wants; empty: without one it asks for none."""
+    return keys.admin_token(cluster_key(config)) if config.key_file else ""
 
 
 def is_loopback(host: str) -> bool:

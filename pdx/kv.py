@@ -136,7 +136,7 @@ class RouterKv:
     def __init__(self, url: str, *, token: str = "") -> None:
         """`token`: keys.admin_token of the cluster key; needed off loopback, and where the router has a key file."""
         self._url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = bearer(token)
 
     def lookup(self, request: LookupRequest) -> Report:
         return self._ask("lookup", request)
@@ -157,6 +157,11 @@ class RouterKv:
         body = None if request is None else msgspec.json.encode(request)
         answer = post(f"{self._url}/admin/kv/{verb}", body, self._headers)
         return admin.parsed(answer, Report, what=f"{self._url} gave no report")
+
+
+def bearer(token: str) -> dict[str, str]:
+    """The headers that show this token; none if it is empty."""
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def post(url: str, body: bytes | None, headers: dict[str, str] | None = None) -> bytes:

@@ -54,12 +54,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _token(options: argparse.Namespace, *, needed: bool = False) -> str:
-    from pdx.keys import admin_token
-
     settings = config.load({"key_file": options.key_file})
     if not settings.key_file and needed:
         raise ConfigError("name the cluster key: --key-file FILE, or PDX_KEY_FILE")
-    return admin_token(config.cluster_key(settings)) if settings.key_file else ""
+    return config.admin_token(settings)
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdx.admin import parsed
-from pdx.kv import post
+from pdx.kv import bearer, post
 from pdx.router.live.values import Live, RequestRow
 
 PARTS_MAX = 64  # of a first answer: more than a router keeps
@@ -18,7 +18,7 @@ class Watched:
         self.requests: dict[int, RequestRow] = {}
         self.lost_at: float | None = None  # monotonic: since when it does not answer
         self.began_anew = 0
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = bearer(token)
 
     def look(self) -> None:
         """Asks until nothing is new. Raises Refused, DaemonGone."""

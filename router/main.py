@@ -40,7 +40,7 @@ def options_of(found: Resolved) -> Options:
     from pdx.keys import admin_token
     from pdx.router.front.access import Origins, read_keys
     from pdx.router.front.app import Door
-    from pdx.router.request.journey import Settings
+    from pdx.router.request.settings import Settings
     from pdx.router.service import Options
     from pdx.router.standing.breaker import BreakerSettings
 

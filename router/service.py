@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -30,11 +29,12 @@ from pdx.router.line.gate import Gate
 from pdx.router.live.feed import LiveFeed
 from pdx.router.metrics import Metrics
 from pdx.router.outside import Outside
-from pdx.router.request.journey import Settings
 from pdx.router.request.pending import Pending
+from pdx.router.request.settings import Settings
 from pdx.router.standing.breaker import BreakerSettings
 from pdx.router.standing.standing import Standing
 from pdx.router.workers.texts import serve_text
+from pdx.whole import write_whole
 from pdx.wire import Announce
 
 TICK_S = 0.1  # resolution of health polls and of a silent daemon's expiry
@@ -101,7 +101,7 @@ async def serve(options: Options) -> None:
         if published.admin:
             _log.info("admin port at %s, %s a token", published.admin, "with" if options.admin_token else "without")
         if options.publish:
-            publish(Path(options.publish), published)
+            write_whole(Path(options.publish), msgspec.json.encode(published))
         stopped = asyncio.create_task(signals.get())
         await asyncio.wait({stopped, keeper}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
@@ -168,13 +168,6 @@ async def running(options: Options) -> AsyncIterator[Router]:
         keeper = asyncio.create_task(_keep(outside, named))
         stack.push_async_callback(_cancelled, keeper)
         yield Router(Published(http=http, control=control.endpoint, admin=admin_url), outside, keeper)
-
-
-def publish(path: Path, published: Published) -> None:
-    """Writes it whole or not at all: readers wait for the file to appear."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_bytes(msgspec.json.encode(published))
-    temporary.replace(path)
 
 
 def _control(options: Options, metrics: Metrics) -> Control:

@@ -26,6 +26,7 @@ import xxhash
 from benchmarks.harness.report import HISTORY, Report
 from benchmarks.simulate.breaks import BREAKS
 from benchmarks.simulate.simulator import Outcome, run_episode
+from pdx.whole import write_whole
 
 EPISODE_HANDOFFS = 200
 BATCH = 20  # episodes one process runs: half a minute, so that progress is seen and little is lost
@@ -113,7 +114,7 @@ def _simulate(progress: Progress, options: argparse.Namespace) -> int:
             left_s = max(0, options.handoffs - progress.handoffs) / rate
             print(f"  {progress.handoffs:,} handoffs, {rate:.0f}/s, about {left_s / 60:.1f} min to go", flush=True)
             if options.resume:
-                _keep(progress, options.resume)
+                write_whole(options.resume, msgspec.json.encode(progress))
             if progress.findings:
                 break
     except KeyboardInterrupt:
@@ -138,12 +139,6 @@ def _run_batch(seed: int, number: int) -> int:
         outcome = run_episode(seed_of(seed, episode), handoffs=EPISODE_HANDOFFS)
         sys.stdout.buffer.write(msgspec.json.encode(outcome) + b"\n")
     return 0
-
-
-def _keep(progress: Progress, path: Path) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(msgspec.json.encode(progress))
-    unfinished.replace(path)
 
 
 def _judge(report: Report, progress: Progress, wanted: int) -> None:

@@ -10,7 +10,7 @@ from benchmarks.simulate.host import KEY
 from benchmarks.simulate.prompts import MODEL, Talk, answer_of, text_of
 from benchmarks.simulate.router import Conductor, SimulatedRouter, request_of
 from benchmarks.simulate.world import Violation, World
-from pdx.router.request.journey import Settings
+from pdx.router.request.settings import Settings
 from pdx.wire import Budgets
 
 BUDGETS = Budgets(grant_s=3.0, slab_s=3.0, total_s=12.0, claim_s=1.0)

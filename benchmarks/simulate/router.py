@@ -42,8 +42,10 @@ from pdx.router.request.actions import (
     TurnedAway,
     Write,
 )
-from pdx.router.request.journey import Journey, Request, Settings
+from pdx.router.request.journey import Journey
+from pdx.router.request.request import Request
 from pdx.router.request.seed import Continuation
+from pdx.router.request.settings import Settings
 from pdx.wire import CancelHandoff, DaemonRef, EngineInfo, HandoffFailed
 
 CONTROL_S = 0.0005

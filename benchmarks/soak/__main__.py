@@ -27,6 +27,7 @@ from benchmarks.soak.burst import BURST, ENGINES, Burst, Failed
 from benchmarks.soak.parts import Engine, Host
 from pdx.errors import PdxError
 from pdx.launch import processes
+from pdx.whole import write_whole
 
 # 1 MiB holds some 15 prompts: reservations wait and cache is evicted all the time.
 SETTINGS = {"arena": "1MiB", "linger_s": "2", "lease_s": "2", "digest_mode": "true", "poison": "true"}
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
             soak.burst()
             _tell(soak, options)
             if options.resume:
-                _keep(progress, options.resume)
+                write_whole(options.resume, msgspec.json.encode(progress))
     except (Failed, TimeoutError, PdxError) as error:
         finding = f"burst {progress.bursts} of seed {progress.seed}: {error}"
     except KeyboardInterrupt:
@@ -176,12 +177,6 @@ def _tell(soak: Soak, options: argparse.Namespace) -> None:
     counts = ", ".join(f"{count} {what}" for what, count in sorted(progress.counts.items()))
     print(f"  burst {progress.bursts}: {soak.handoffs} handoffs, {soak.handoffs / progress.seconds:.0f}/s ({counts}); "
           f"about {left_s:.0f} s to go", flush=True)  # fmt: skip
-
-
-def _keep(progress: Progress, path: Path) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(msgspec.json.encode(progress))
-    unfinished.replace(path)
 
 
 def _judge(report: Report, soak: Soak, finding: str, left: list[int]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pdx import __version__, config
 from pdx.errors import ConfigError, PdxError
+from pdx.whole import write_whole
 
 if TYPE_CHECKING:
     from pdx.tiers.disk import DiskTier
@@ -106,11 +107,11 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: service.stop())
-            _write(run_dir / config.FLAGS_NAME, config.flags_of(settings))
+            write_whole(run_dir / config.FLAGS_NAME, json.dumps(config.flags_of(settings)).encode())
             me = service.me
             endpoints = [offer.endpoint for offer in me.lanes]
             info = {"pid": os.getpid(), "daemon_id": me.daemon_id, "control": me.control, "lanes": endpoints}
-            _write(run_dir / INFO_NAME, info)
+            write_whole(run_dir / INFO_NAME, json.dumps(info).encode())
             log.info("serving: arena %d MiB, control %s, lanes %s", settings.arena_bytes >> 20, me.control,
                      ", ".join(endpoints))  # fmt: skip
             service.run()
@@ -148,13 +149,6 @@ def _open_disk(settings: config.Config, key: bytes) -> DiskTier | None:
     tier = DiskTier.open(Path(settings.disk), cap_bytes=settings.disk_cap_bytes, secret=secret)
     log.info("disk tier %s: %d blocks from earlier lives", settings.disk, tier.stats().blocks)
     return tier
-
-
-def _write(path: Path, content: object) -> None:
-    """Written whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

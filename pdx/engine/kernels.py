@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from pdx.errors import DeviceLost, Refused
+from pdx.whole import write_whole
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
@@ -83,9 +84,7 @@ def keep(path: Path, content: bytes) -> None:
     """In one step, so that nobody reads half of it. A folder that can't be written to only costs the work again."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_whole(path, content)
     except OSError:
         pass
 

@@ -52,11 +52,9 @@ def _drain(options: argparse.Namespace) -> int:
     import msgspec
 
     from pdx.admin import DrainRequest
-    from pdx.keys import admin_token
+    from pdx.kv import bearer
 
-    settings = config.load({"key_file": options.key_file})
-    token = admin_token(config.cluster_key(settings)) if settings.key_file else ""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers = bearer(config.admin_token(config.load({"key_file": options.key_file})))
     if not options.engine and not options.all:
         print(_words(_asked(options.router, "drain", None, headers)))
         return 0

@@ -119,10 +119,9 @@ def _do(kv: Kv, verb: str, request: Any) -> Report:
 
 
 def _router(url: str, settings: config.Config) -> Kv:
-    from pdx.keys import admin_token
     from pdx.kv import RouterKv
 
-    return RouterKv(url, token=admin_token(config.cluster_key(settings)) if settings.key_file else "")
+    return RouterKv(url, token=config.admin_token(settings))
 
 
 def _fields(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from pdx.whole import write_whole
 
 
 def publish(path: Path, value: dict[str, Any]) -> None:
     """Writes `value` to `path` in one step."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, f"{json.dumps(value, indent=2)}\n".encode())

@@ -29,8 +29,10 @@ from pdx.router.line.wishes import wish_of
 from pdx.router.outside import Outside
 from pdx.router.request.actions import Begin
 from pdx.router.request.conductor import Conductor
-from pdx.router.request.journey import Journey, Request, Settings
+from pdx.router.request.journey import Journey
+from pdx.router.request.request import Request
 from pdx.router.request.servable import CHAT, COMPLETIONS, without_private
+from pdx.router.request.settings import Settings
 from pdx.router.workers.texts import read_text
 
 BODY_BYTES_MAX = 32 << 20  # a million token ids as JSON are 8 MiB; images travel as base64 in chat messages

@@ -58,7 +58,7 @@ from pdx.router.request.actions import (
     Write,
 )
 from pdx.router.request.prefill_reply import PrefillReply
-from pdx.router.request.request import Request as Request
+from pdx.router.request.request import Request
 from pdx.router.request.seed import Seed, own_answer
 from pdx.router.request.seedable import unseedable_reason
 from pdx.router.request.servable import (
@@ -70,8 +70,7 @@ from pdx.router.request.servable import (
     prefill_body,
     seeded_body,
 )
-from pdx.router.request.settings import JourneyName as JourneyName
-from pdx.router.request.settings import Settings as Settings
+from pdx.router.request.settings import Settings
 from pdx.router.request.states import HEARD, MOVES, State
 from pdx.router.request.usage import with_cached_tokens
 

@@ -19,7 +19,7 @@ from pdx.handoff.handle import verify
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.router.front.app import Door
 from pdx.router.outside import Outside
-from pdx.router.request.journey import Settings
+from pdx.router.request.settings import Settings
 from pdx.router.service import Options, Published, running
 from pdx.wire import TO_DAEMON, Announce, CancelHandoff, DaemonRef, EngineInfo, EngineLoad, Role, decoder_of, encode
 

@@ -15,7 +15,9 @@ from pdx.router.request.actions import (
     Event,
     PrefillAnswered,
 )
-from pdx.router.request.journey import Journey, JourneyName, Request, Settings
+from pdx.router.request.journey import Journey
+from pdx.router.request.request import Request
+from pdx.router.request.settings import JourneyName, Settings
 from pdx.wire import Budgets, Role
 
 BODY: dict[str, Any] = {"model": "smol", "prompt": "x"}

@@ -59,7 +59,8 @@ from pdx.router.request.actions import (
     TurnedAway,
     Write,
 )
-from pdx.router.request.journey import Journey, JourneyName
+from pdx.router.request.journey import Journey
+from pdx.router.request.settings import JourneyName
 from pdx.router.request.states import MOVES
 
 

@@ -43,7 +43,8 @@ from pdx.router.request.actions import (
     LineUp,
     TurnedAway,
 )
-from pdx.router.request.journey import Journey, Settings
+from pdx.router.request.journey import Journey
+from pdx.router.request.settings import Settings
 
 
 @pytest.mark.parametrize(

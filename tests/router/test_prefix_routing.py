@@ -20,7 +20,7 @@ from engine_fakes import FakeEngine, Fleet, fleet, until, within
 from pdx.chain import block_hashes
 from pdx.keys import tenant_of
 from pdx.router.choice import prompts
-from pdx.router.request.journey import Settings
+from pdx.router.request.settings import Settings
 from pdx.router.service import Options, running
 from pdx.wire import EngineLoad, Renew, Role
 
