@@ -64,8 +64,16 @@ async def on_new_connections(url: str, count: int) -> list[aiohttp.ClientRespons
         return replies
 
 
+def listening(url: str) -> int:
+    """How many sockets of this machine listen there, as the kernel says."""
+    port = f":{int(url.rpartition(':')[2]):04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(local.endswith(port) and state == "0A" for _, local, _, state, *_ in rows)
+
+
 async def ready(url: str, count: int) -> None:
-    """So many answers in a row of routers that know both engines: of all workers, in all likelihood."""
+    """Two workers listen, and so many answers in a row know both engines: of both workers, in all likelihood."""
+    await until(lambda: listening(url) == 2, "both listen")
     in_a_row = 0
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as client:
         while in_a_row < count:
