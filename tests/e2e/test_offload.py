@@ -1,75 +1,38 @@
-"""A real vLLM engine by itself: what left its cache comes back from the arena, and from the disk after a restart.
-
-An answer after a load is compared with the one after a hit in the engine's own cache, bit for bit. Not with the first
-one: a whole prompt and the tail behind a hit are other shapes, which bf16 rounds otherwise, and of a prompt of random
-tokens vLLM by itself then continues some in another way (the first two tokens of `prompt_of(PROMPT_TOKENS, 1)` are one
-step of bf16 apart, or none).
-"""
+"""A real vLLM engine by itself, with a disk: what left its cache comes back from the arena, and from the disk after a
+restart. The same checks run in `make test` on the pair's prefill engine, which is there anyway."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hosts import (
+    BLOCK_TOKENS,
+    CHAT,
+    DEADLINE_S,
+    ENVIRONMENT,
+    FLAGS,
+    LASTING,
+    LAYERS,
+    LONG,
+    PROMPT_TOKENS,
+    WHOLE,
+    Host,
+    assert_same,
+    check_that_lookup_says_what_the_next_request_gets,
+    check_that_what_left_the_engines_cache_is_loaded,
+)
 from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.measure import prompt_of
-from benchmarks.harness.rig import START_S, Part, Reply, Rig, counter, post, rig_in, stats, unleased, wait_until
-from pdx.admin import ClearRequest, LookupRequest
+from benchmarks.harness.rig import START_S, counter, rig_in, stats, unleased, wait_until
 from pdx.client import DaemonClient
-from pdx.kv import LocalKv
 from pdx.launch import processes
-from pdx.verbs import Cleared, Found
 from pdx.wire import Attach
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
-
-LAYERS, BLOCK_TOKENS = 30, 128
-ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
-PROMPT_TOKENS = 5 * BLOCK_TOKENS + 40
-WHOLE = PROMPT_TOKENS // BLOCK_TOKENS
-# Bounds of hangs, no claims of speed: on a machine whose cores others had taken, one step has needed 50 s.
-DEADLINE_S = 240.0
-LASTING = {"lookup_s": str(DEADLINE_S), "lease_s": str(DEADLINE_S)}
-
-
-@dataclass
-class Host:
-    rig: Rig
-    engine: Part
-    tool: DaemonClient
-
-    def ask(self, prompt: list[int], max_tokens: int = 8, **more: Any) -> Reply:
-        reply = self.rig.complete(
-            prompt, url=self.engine.url, max_tokens=max_tokens, deadline_s=DEADLINE_S, logprobs=5, **more
-        )
-        assert reply.status == 200, reply.text
-        return reply
-
-    def hit(self, prompt: list[int]) -> Reply:
-        """The answer where the engine itself has the prompt's whole blocks."""
-        self.ask(prompt)
-        reply = self.ask(prompt)
-        assert cached_tokens(reply) == WHOLE * BLOCK_TOKENS
-        return reply
-
-    def forget(self, query: str = "") -> None:
-        """The engine's own cache."""
-        assert post(f"{self.engine.url}/reset_prefix_cache{query}", {}, deadline_s=DEADLINE_S).status == 200
-
-    def reload(self, model: Path) -> None:
-        """The weights of this folder, in the engine as it runs."""
-        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
-        assert post(f"{self.engine.url}/collective_rpc", rpc, deadline_s=DEADLINE_S).status == 200
-
-    def grown(self, before: dict[str, int], name: str) -> int:
-        return counter(self.tool, name) - before.get(name, 0)
-
-    def counters(self) -> dict[str, int]:
-        return dict(stats(self.tool)["counters"])
+pytestmark = [pytest.mark.vllm, pytest.mark.prove, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +41,13 @@ def host(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host
     with rig_in(model, tmp_path_factory.mktemp("rig")) as rig:
         rig.start_router()
         engine = rig.start_engine(
-            "E0", "both", "a", cpu="0-1", environment=ENVIRONMENT, flags=("--enable-prompt-tokens-details",),
+            "E0", "both", "a", cpu="0-1", environment=ENVIRONMENT, flags=FLAGS,
             arena="512MiB", digest_mode="true", poison="true", linger_s="1", disk=str(tmp_path_factory.mktemp("disk")),
             disk_cap="1GiB", **LASTING,
         )  # fmt: skip
         sessions = {part.process.pid for part in rig.parts}
         rig.wait_routable(1)
-        host = Host(rig, engine, rig.tool("a"))
+        host = Host(rig, engine, "a", rig.tool("a"))
         # And its connection, which ZeroMQ makes in the background, is there.
         assert unleased(host.tool, deadline_s=DEADLINE_S)
         yield host
@@ -92,17 +55,7 @@ def host(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host
 
 
 def test_a_prompt_that_left_the_engines_cache_is_loaded(host: Host) -> None:
-    prompt = prompt_of(PROMPT_TOKENS, 1)
-    hit = host.hit(prompt)
-    before = host.counters()
-    host.forget()
-    assert_same(host.ask(prompt), hit)
-    assert host.grown(before, "lookup_hit_blocks") == WHOLE
-    assert host.grown(before, "pages_verified") == WHOLE * LAYERS
-    assert (host.grown(before, "loads_ok"), host.grown(before, "loads_failed")) == (1, 0)
-    assert unleased(host.tool, deadline_s=DEADLINE_S)
-    costs = stats(host.tool)["costs"]
-    assert costs["tokens_per_s"]["E0"] > 0 and costs["arena_bytes_per_s"]["E0"] > 0, "both sides are measured"
+    check_that_what_left_the_engines_cache_is_loaded(host)
 
 
 def test_what_was_generated_is_kept(host: Host) -> None:
@@ -112,58 +65,19 @@ def test_what_was_generated_is_kept(host: Host) -> None:
     assert host.grown(before, "blocks_kept") == 2
 
 
-LONG = "The manual says on every page that safety comes first. " * 40
-CHAT = [{"role": "system", "content": LONG}, {"role": "user", "content": "What comes first?"}]
-
-
 @pytest.mark.parametrize(
     ("path", "said"),
     [
         ("completions", {"text": LONG}),
-        pytest.param("completions", {"tokens": prompt_of(PROMPT_TOKENS, 4)}, marks=pytest.mark.prove),
-        pytest.param("completions", {"text": "A tenant's. " + LONG, "cache_salt": "alice"}, marks=pytest.mark.prove),
-        pytest.param("chat/completions", {"messages": CHAT}, marks=pytest.mark.prove),
+        ("completions", {"tokens": prompt_of(PROMPT_TOKENS, 4)}),
+        pytest.param("completions", {"text": "A tenant's. " + LONG, "cache_salt": "alice"}),
+        pytest.param("chat/completions", {"messages": CHAT}),
         ("chat/completions", {"messages": CHAT, "cache_salt": "alice"}),
     ],
     ids=["text", "tokens", "salted", "chat", "salted chat"],
 )
 def test_lookup_says_what_the_next_request_gets(host: Host, path: str, said: dict[str, Any]) -> None:
-    salt = {name: said[name] for name in ("cache_salt",) if name in said}
-    ways = {"messages": said["messages"]} if "messages" in said else {"prompt": said.get("text", said.get("tokens"))}
-    # Its prompt is kept in the steps after the first: there must be some.
-    body = {"model": str(host.rig.model), "max_tokens": 16, "temperature": 0, **ways, **salt}
-
-    def ask() -> None:
-        reply = post(f"{host.engine.url}/v1/{path}", body, deadline_s=120)
-        assert reply.status == 200, reply.text
-        assert unleased(host.tool, deadline_s=30)
-
-    with LocalKv.open(host.rig.settings_of("a")) as kv:
-
-        def found(**changed: str) -> Found:
-            report = kv.lookup(LookupRequest(**{**said, **changed}))
-            assert report.prompt_tokens is not None and report.prompt_tokens > 3 * BLOCK_TOKENS
-            (result,) = report.daemons[0].results
-            assert isinstance(result, Found)
-            return result
-
-        assert found().blocks == 0
-        ask()
-        told = found()
-        assert told.blocks >= 3
-        assert found(cache_salt="bob").blocks == 0
-        before = host.counters()
-        host.forget()
-        assert found() == told, "nothing has come or gone"
-        ask()
-        assert host.grown(before, "lookup_hit_blocks") == told.blocks
-        (cleared,) = kv.clear(ClearRequest(**said)).daemons[0].results
-        assert isinstance(cleared, Cleared) and cleared.arena.blocks == told.blocks
-        before = host.counters()
-        host.forget()
-        assert found().blocks == 0
-        ask()
-        assert host.grown(before, "lookup_hit_blocks") == 0
+    check_that_lookup_says_what_the_next_request_gets(host, path, said)
 
 
 def test_new_weights_find_nothing_old_and_share_what_is_theirs(host: Host, tmp_path: Path) -> None:
@@ -216,7 +130,6 @@ def perturbed(model: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.prove
 def test_a_daemon_that_was_killed_leaves_its_disk_to_the_next(host: Host) -> None:
     prompt = prompt_of(PROMPT_TOKENS, 3)
     hit = host.hit(prompt)
@@ -233,15 +146,3 @@ def test_a_daemon_that_was_killed_leaves_its_disk_to_the_next(host: Host) -> Non
         assert counter(tool, "blocks_promoted") == WHOLE
         assert (counter(tool, "loads_ok"), counter(tool, "loads_failed")) == (1, 0)
         assert unleased(tool, deadline_s=DEADLINE_S)
-
-
-def assert_same(reply: Reply, other: Reply) -> None:
-    """The same tokens, of the same probabilities: the same KV went into both."""
-    assert reply.text == other.text
-    assert reply.logprobs == other.logprobs
-    assert reply.logprobs["top_logprobs"]
-
-
-def cached_tokens(reply: Reply) -> int:
-    """Of the prompt: what was computed before, here or elsewhere."""
-    return int((reply.usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import hosts
 import pytest
 
 from benchmarks.harness.rig import (
@@ -71,6 +72,10 @@ class System:
     def counters(self) -> Counter[str]:
         return Counter(stats(self.target)["counters"])
 
+    @property
+    def prefill_alone(self) -> hosts.Host:
+        return hosts.Host(self.rig, self.prefill, "a", self.source)
+
     def free(self) -> bool:
         return unleased(self.source, self.target, deadline_s=DEADLINE_S)
 
@@ -86,7 +91,10 @@ def system(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sy
             rig.start_daemon(
                 name, arena="512MiB", digest_mode="true", poison="true", linger_s=str(START_S), lease_s=str(DEADLINE_S)
             )
-        prefill = rig.start_engine("P0", "prefill", "a", cpu=0, flags=("--max-num-batched-tokens", str(CHUNK_TOKENS)))
+        prefill = rig.start_engine(
+            "P0", "prefill", "a", cpu=0, flags=("--max-num-batched-tokens", str(CHUNK_TOKENS), *hosts.FLAGS),
+            environment=hosts.ENVIRONMENT, lookup_s=str(DEADLINE_S),
+        )  # fmt: skip
         decode = rig.start_engine("D0", "decode", "b", cpu=1)
         sessions = {part.process.pid for part in rig.parts}
         rig.wait_routable(2)
@@ -191,6 +199,7 @@ def test_the_anthropic_client(system: System) -> None:
     assert (system.counters() - before)["loads_ok"] == 2, "both came through the pair"
 
 
+@pytest.mark.prove
 def test_vllm_bench_serve(system: System) -> None:
     """As its users call it, by the model that the router names first."""
     before = system.counters()
@@ -251,6 +260,22 @@ def test_the_next_turn_finds_the_answer_where_its_prompt_is_computed(system: Sys
     assert (grown["lookup_hit_blocks"], grown["loads_ok"], grown["loads_failed"]) == (1, 1, 0)
     assert grown["pages_verified"] == LAYERS
     assert through_pair.text == system.complete(second, url=system.decode.url).text
+
+
+def test_what_left_the_engines_cache_is_loaded(system: System) -> None:
+    hosts.check_that_what_left_the_engines_cache_is_loaded(system.prefill_alone)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("completions", {"text": hosts.LONG}),
+        ("chat/completions", {"messages": hosts.CHAT, "cache_salt": "alice"}),
+    ],
+    ids=["text", "salted chat"],
+)
+def test_lookup_says_what_the_next_request_gets(system: System, path: str, said: dict[str, Any]) -> None:
+    hosts.check_that_lookup_says_what_the_next_request_gets(system.prefill_alone, path, said)
 
 
 def test_a_client_that_leaves_in_mid_prompt_frees_everything(system: System) -> None:
