@@ -291,7 +291,7 @@ def check_cancel_leaves_nothing(make_pair: MakePair) -> None:
         used: list[tuple[int, int]] = []
         tracemalloc.start()
         try:
-            for _ in range(4):
+            for _ in range(6):
                 for number in range(300):
                     copies = [Copy(n * 9000, n * 9000, 4096) for n in range(8)]
                     near.put(channel, window, copies, notice=bytes(512), queue=b"%d" % (number % 3))
@@ -306,8 +306,12 @@ def check_cancel_leaves_nothing(make_pair: MakePair) -> None:
         finally:
             tracemalloc.stop()
         grown_bytes = used[-1][0] - used[0][0]
-        assert grown_bytes < 300 << 10, f"1,200 cancelled puts with 700 KB of notices left {grown_bytes} bytes"
-        assert used[-1][1] == used[0][1], "cancelled puts left threads or descriptors"
+        assert grown_bytes < 300 << 10, f"1,800 cancelled puts with 900 KB of notices left {grown_bytes} bytes"
+        open_things = [count for _, count in used]
+        # A lane may open one more, once, on its way; none for every so many puts.
+        assert open_things[-1] == open_things[-3] <= open_things[0] + 1, (
+            f"threads and descriptors after each 300 cancelled puts: {open_things}"
+        )
 
 
 def check_close_drains(make_pair: MakePair) -> None:

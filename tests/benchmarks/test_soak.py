@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEED = "27"  # a burst without faults, then one in which a daemon and a decode engine are killed
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_a_burst_finds_nothing_and_is_resumed(tmp_path: Path) -> None:
     for bursts in (1, 2):
         command = [

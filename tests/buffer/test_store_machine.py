@@ -282,7 +282,7 @@ def allowed_blocks(layout: PageLayout) -> int:
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=80,
     stateful_step_count=50,
     deadline=None,
     derandomize=True,

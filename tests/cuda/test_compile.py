@@ -10,7 +10,9 @@ import pytest
 from pdx.engine import kernels
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.prove) for arch in ("sm_80", "sm_100"))]
+)
 def test_nvrtc_compiles_every_kernel(arch: str) -> None:
     cubin = kernels.compile_for(arch)
     assert cubin.startswith(b"\x7fELF")

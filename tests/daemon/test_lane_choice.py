@@ -24,7 +24,10 @@ from pdx.errors import ConfigError
 from pdx.transport.rdma import rdma_here
 from pdx.wire import Attach, DaemonRef, LaneOffer
 
-ONE_SIDED = [pytest.param(scheme, marks=needing(scheme)) for scheme in ("cma", "nixl")]
+ONE_SIDED = [
+    pytest.param("cma", marks=needing("cma")),
+    pytest.param("nixl", marks=[*needing("nixl"), pytest.mark.prove]),
+]
 Pair = tuple[Fleet, BareEngine, BareEngine]
 
 

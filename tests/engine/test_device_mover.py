@@ -16,7 +16,7 @@ from pdx.engine.staging_ring import Buffer, StagingRing
 from pdx.errors import Refused
 from pdx.wire import Filled, LetGo
 
-SEEDS = range(12)
+SEEDS = range(6)
 PACES = ("eager", "random", "lazy", "copies starve", "loads starve", "compute far ahead")
 
 

@@ -55,7 +55,9 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
             pair.close()
 
 
-@pytest.mark.parametrize("pair", [*WAYS, pytest.param("nixl", marks=needing("nixl"))], indirect=True)
+@pytest.mark.parametrize(
+    "pair", [*WAYS, pytest.param("nixl", marks=[*needing("nixl"), pytest.mark.prove])], indirect=True
+)
 def test_answers_are_those_of_a_lone_engine(pair: Pair) -> None:
     generator = random.Random(1)
     texts = prompts(generator)

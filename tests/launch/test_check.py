@@ -55,6 +55,7 @@ def test_the_table_shows_a_figure_of_the_lane_that_is_always_there(capsys: pytes
     assert "GB/s between two processes, verified" in tcp
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("scheme", [pytest.param("nixl", marks=needing("nixl"))])
 def test_a_lane_without_rdma_is_there_for_who_asks(scheme: str) -> None:
     (finding,) = lane_figures.lane_findings([scheme])

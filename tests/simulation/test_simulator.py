@@ -16,19 +16,19 @@ from benchmarks.simulate.simulator import Episode, Outcome, run_episode
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_nothing_is_wrong_late_left_over_or_touched_by_mistake(seed: int) -> None:
     outcome = run_episode(seed, handoffs=60)
     assert not outcome.finding, "\n".join([f"seed {seed}", *outcome.trace[-80:], outcome.finding])
     assert outcome.handoffs >= 60
 
 
-@pytest.mark.parametrize("seed", range(20, 23))
+@pytest.mark.parametrize("seed", range(20, 22))
 def test_accounts_add_up_after_every_event(seed: int) -> None:
     Episode(seed, handoffs=15, audit_events=1).run()
 
 
-@pytest.mark.parametrize("seed", range(30, 36))
+@pytest.mark.parametrize("seed", range(30, 34))
 def test_any_message_of_daemons_and_engines_may_be_lost(seed: int) -> None:
     """More of them than in any other world: only the budgets notice."""
     episode = Episode(seed, handoffs=40)
