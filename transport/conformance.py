@@ -309,9 +309,7 @@ def check_cancel_leaves_nothing(make_pair: MakePair) -> None:
         assert grown_bytes < 300 << 10, f"1,800 cancelled puts with 900 KB of notices left {grown_bytes} bytes"
         open_things = [count for _, count in used]
         # A lane may open one more, once, on its way; none for every so many puts.
-        assert open_things[-1] == open_things[-3] <= open_things[0] + 1, (
-            f"threads and descriptors after each 300 cancelled puts: {open_things}"
-        )
+        assert open_things[-1] <= open_things[0] + 1, f"threads and descriptors, each 300 puts: {open_things}"
 
 
 def check_close_drains(make_pair: MakePair) -> None:
