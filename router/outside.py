@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import msgspec
 
@@ -64,6 +63,7 @@ class Outside:
         metrics.unpaired.set_function(lambda: len(standing.broken_pairs()))
         self.in_flight: Tally[str] = Tally()  # engine id -> calls under way
         self.in_line: Tally[str] = Tally()  # engine id -> those of them from which nothing has come yet
+        self.changes = 0  # of these two
 
     def snapshot(self) -> Snapshot:
         """The engines that may be asked now, with this router's own load counted in."""
@@ -135,23 +135,23 @@ class Outside:
         piece = self.work.sent(engine.engine_id, tokens, now, load=load, kind=engine.space)
         return lambda answered: self.work.over(piece, time.monotonic(), answered=answered)
 
-    @contextmanager
-    def in_flight_at(self, engine: Candidate) -> Iterator[None]:
-        with self._counted(self.in_flight, engine.engine_id):
-            yield
+    def in_flight_at(self, engine: Candidate) -> Callable[[], None]:
+        """One call more is under way there, until the result is called."""
+        return self._counted(self.in_flight, engine.engine_id)
 
-    @contextmanager
-    def in_line_at(self, engine: Candidate) -> Iterator[None]:
-        with self._counted(self.in_line, engine.engine_id):
-            yield
+    def in_line_at(self, engine: Candidate) -> Callable[[], None]:
+        """One call more from which nothing has come yet, until the result is called."""
+        return self._counted(self.in_line, engine.engine_id)
 
-    @contextmanager
-    def _counted(self, tally: Tally[str], engine_id: str) -> Iterator[None]:
+    def _counted(self, tally: Tally[str], engine_id: str) -> Callable[[], None]:
         tally[engine_id] += 1
-        try:
-            yield
-        finally:
+        self.changes += 1
+
+        def over() -> None:
             tally[engine_id] -= 1
+            self.changes += 1
             if not tally[engine_id]:
                 del tally[engine_id]
             self.gate.stir()
+
+        return over

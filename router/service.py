@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import time
@@ -102,6 +103,8 @@ async def serve(options: Options) -> None:
             _log.info("admin port at %s, %s a token", published.admin, "with" if options.admin_token else "without")
         if options.publish:
             write_whole(Path(options.publish), msgspec.json.encode(published))
+        gc.collect()
+        gc.freeze()  # what was imported stays: to look through it takes 10 ms, in which no stream moves
         stopped = asyncio.create_task(signals.get())
         await asyncio.wait({stopped, keeper}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()

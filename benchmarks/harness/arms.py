@@ -45,7 +45,10 @@ DAEMON_SETTINGS = {"arena": "512MiB", "linger_s": "600"}
 
 
 class Scratch:
-    """A folder, a model and every arm started with them. Leaving the context stops all arms, whatever happened."""
+    """A folder, a model and every arm started with them. Leaving the context stops all arms, whatever happened.
+
+    SIGTERM leaves it too: arms run in sessions of their own, and would outlive us.
+    """
 
     def __init__(self, model: Path) -> None:
         self.model = model
@@ -54,6 +57,7 @@ class Scratch:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        self._stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _leave))
         return self
 
     def __exit__(
@@ -70,6 +74,10 @@ class Scratch:
         folder = self.folder / name
         folder.mkdir()
         return self._stack.enter_context(Rig(self.model, folder))
+
+
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 class Arm:

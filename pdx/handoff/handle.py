@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import hmac
 
 import msgspec
@@ -107,4 +106,4 @@ def _decoded(body: bytes) -> TransferHandle:
 
 
 def _mac(body: bytes, cluster_key: bytes) -> bytes:
-    return hmac.new(cluster_key, b"pdx-handle-1" + body, hashlib.sha256).digest()
+    return hmac.digest(cluster_key, b"pdx-handle-1" + body, "sha256")

@@ -84,6 +84,7 @@ class Directory:
     def __init__(self) -> None:
         self._daemons: dict[str, _Daemon] = {}
         self._engines: dict[str, _Engine] = {}
+        self._seen: Snapshot | None = None  # until something changes
 
     def __repr__(self) -> str:
         ready = sum(engine.ready for engine in self._engines.values())
@@ -91,6 +92,7 @@ class Directory:
 
     def on_announce(self, announce: Announce, now: float) -> list[str]:
         """Takes in what a daemon serves; returns warnings for its operator."""
+        self._seen = None
         ref = announce.daemon
         if announce.leaving:
             self._daemons.pop(ref.daemon_id, None)
@@ -120,12 +122,14 @@ class Directory:
 
     def on_named(self, info: EngineInfo, now: float) -> None:
         """An engine that an operator has named. It gives way to one that a daemon announces under the same address."""
+        self._seen = None
         if info.url.rstrip("/") not in self.urls(announced=True):
             self._join(info, NOBODY, now)
             self._engines[info.engine_id].pairable = False
 
     def on_health(self, engine_id: str, ok: bool, now: float) -> None:
         """The answer of one poll of /health. Unknown engines are ignored: they left meanwhile."""
+        self._seen = None
         engine = self._engines.get(engine_id)
         if engine is None:
             return
@@ -143,6 +147,7 @@ class Directory:
 
     def on_unreachable(self, engine_id: str, now: float) -> None:
         """A request could not connect there: not routable before /health answers again."""
+        self._seen = None
         tried = self._engines.get(engine_id)
         for each_id, engine in self._engines.items():
             behind_it = tried is not None and (engine is tried or same_server(engine.info, tried.info))
@@ -160,6 +165,7 @@ class Directory:
 
     def expire(self, now: float) -> list[str]:
         """Forgets silent daemons and abandoned engines; returns the daemons' ids."""
+        self._seen = None
         silent = [d.ref.daemon_id for d in self._daemons.values() if now - d.heard_at > DAEMON_SILENT_S]
         for daemon_id in silent:
             _log.warning("daemon %s has been silent for %.1f s", daemon_id, DAEMON_SILENT_S)
@@ -172,15 +178,17 @@ class Directory:
         return silent
 
     def snapshot(self) -> Snapshot:
-        """The routable engines."""
-        return tuple(
-            Candidate(
-                info=e.info, daemon=e.daemon, pairable=e.pairable, waiting=e.waiting, space=e.space,
-                told_tokens_per_s=e.tokens_per_s, links=self._links_of(e.daemon),
-            )
-            for e in self._engines.values()
-            if e.ready
-        )  # fmt: skip
+        """The routable engines: the same object until something has changed."""
+        if self._seen is None:
+            self._seen = tuple(
+                Candidate(
+                    info=e.info, daemon=e.daemon, pairable=e.pairable, waiting=e.waiting, space=e.space,
+                    told_tokens_per_s=e.tokens_per_s, links=self._links_of(e.daemon),
+                )
+                for e in self._engines.values()
+                if e.ready
+            )  # fmt: skip
+        return self._seen
 
     def knows_daemon(self, ref: DaemonRef) -> bool:
         """Whether this very incarnation is alive."""

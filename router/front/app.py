@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -37,6 +37,7 @@ from pdx.router.workers.texts import read_text
 
 BODY_BYTES_MAX = 32 << 20  # a million token ids as JSON are 8 MiB; images travel as base64 in chat messages
 BODY_S = 60.0  # 32 MiB at 5 Mbit/s
+MOMENT_S = 0.001  # for so long engines stay as they were seen, if no request comes or ends
 # Administration of single engines: through a router it would reach one of many, by chance.
 FORBIDDEN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 ROOT_PATHS = frozenset({"/tokenize", "/detokenize"})  # engines serve these outside /v1
@@ -184,7 +185,8 @@ class Front:
                 headers["traceparent"] = request.traceparent
             self._outside.retry_budget.on_request()
             session = client.headers.get(SESSION_HEADER, "") or session_of(request.body)
-            prompt = await self._prompt(request, headers)
+            seen = self._look()
+            prompt = await self._prompt(request, headers, seen.engines)
             journey = Journey(request, self._settings, self._outside.retry_budget)
             conductor = Conductor(
                 journey,
@@ -193,7 +195,7 @@ class Front:
                 model=model,
                 headers=headers,
                 shown=shown,
-                begins=partial(self._begin, model, session, prompt),
+                begins=partial(self._begin, model, session, prompt, seen),
                 wish=wish,
             )
             return await conductor.play(timeout_s=self._door.request_timeout_s)
@@ -201,21 +203,28 @@ class Front:
             self._outside.metrics.in_flight.dec()
             self._outside.under_way -= 1
 
-    async def _prompt(self, request: Request, headers: dict[str, str]) -> Prompt | None:
+    def _look(self) -> _Look:
+        return _Look(self.snapshot(), self._outside.changes, time.monotonic())
+
+    async def _prompt(self, request: Request, headers: dict[str, str], snapshot: Snapshot) -> Prompt | None:
         if self._settings.policy != "prefix":
             return None
-        outside, turn, snapshot = self._outside, self._turn, self.snapshot()
+        outside, turn = self._outside, self._turn
         prompt = await outside.prompts.read(
             request.path, request.body, request.model, snapshot, turn=turn, headers=headers, now=time.monotonic()
         )
         return await outside.brought(prompt, request, snapshot, turn)
 
-    def _begin(self, model: str, session: str, prompt: Prompt | None) -> Begin:
+    def _begin(self, model: str, session: str, prompt: Prompt | None, seen: _Look) -> Begin:
+        """`seen`: by which the prompt was read; looked at anew unless nothing has happened since."""
         self._turn += 1
-        seen = prompt and self._outside.prompts.refreshed(prompt, time.monotonic())
-        asked = Asked(draws=_draws(), session=session, prompt=seen)
+        now = time.monotonic()
+        same = seen.changes == self._outside.changes and now - seen.at < MOMENT_S
+        engines = seen.engines if same else self.snapshot()
+        known = prompt and self._outside.prompts.refreshed(prompt, now)
+        asked = Asked(draws=_draws(), session=session, prompt=known)
         return Begin(
-            snapshot=self.snapshot(),
+            snapshot=engines,
             behind=self._outside.gate.queue.needs,
             retry_after_s=self._outside.retry_after_s(model),
             turn=self._turn,
@@ -226,6 +235,8 @@ class Front:
 
     async def _read(self, client: web.BaseRequest) -> bytes:
         """The whole body. A client that stops in the middle must not stay for ever."""
+        if client.content.is_eof():
+            return await client.read()
         try:
             async with asyncio.timeout(min(BODY_S, self._door.request_timeout_s)):
                 return await client.read()
@@ -363,6 +374,12 @@ def session_of(body: Mapping[str, Any]) -> str:
 
 def _draws() -> tuple[float, float, float, float]:
     return random.random(), random.random(), random.random(), random.random()  # noqa: S311 - it only spreads load
+
+
+class _Look(NamedTuple):
+    engines: Snapshot
+    changes: int  # as `Outside.changes`
+    at: float
 
 
 class _Refused(Exception):

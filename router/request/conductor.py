@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
 import msgspec
@@ -85,6 +85,7 @@ class Conductor:
         self._handoff_failed: asyncio.Future[str] | None = None
         self._started_at = time.monotonic()
         self._calls: dict[Side, asyncio.Task[Event]] = {}
+        self._heard: asyncio.Future[None] | None = None  # done when one of them is
         self._decode_call = AsyncExitStack()  # decode's connection, open as long as its stream
         self._reply: Reply | None = None  # decode's, of which the stream is passed on
         self._events = EventStream(None)
@@ -149,13 +150,13 @@ class Conductor:
                 pair = Pair(action.engine, self._journey.decode)
                 self._handoff_failed = self._blame.handoff_began(pair, self._journey.handoff_id)
                 # Decode's place is taken now: else all requests in prefill's line would choose the same free engine.
-                self._decode_call.enter_context(self._outside.in_flight_at(pair.decode))
+                self._decode_call.callback(self._outside.in_flight_at(pair.decode))
                 sent = self._outside.sent(action.engine, action.prompt, waits=False)
                 self._start("prefill", action.engine, self._prefill(action), sent)
             case CallDecode():
                 await self._drop("decode")
                 # Counted before the first await: of requests that come together, each must see those before it.
-                self._decode_call.enter_context(self._outside.in_flight_at(action.engine))
+                self._decode_call.callback(self._outside.in_flight_at(action.engine))
                 sent = self._outside.sent(action.engine, action.prompt, waits=action.waits)
                 self._start("decode", action.engine, self._decode(action), sent)
             case DropPrefill():
@@ -173,6 +174,7 @@ class Conductor:
                 await self._write(action.body)
                 self._calls["decode"] = pump = asyncio.create_task(self._pump())
                 pump.add_done_callback(self._blame.stream_ended)
+                pump.add_done_callback(self._wake)
             case CloseStream():
                 assert self._response is not None
                 if action.body:
@@ -188,26 +190,37 @@ class Conductor:
         call: Coroutine[Any, Any, Event],
         sent: Callable[[bool], None],
     ) -> None:
-        counts = ExitStack()
-        counts.enter_context(self._outside.in_line_at(engine))
+        counts = [self._outside.in_line_at(engine)]
         if side == "prefill":
-            counts.enter_context(self._outside.in_flight_at(engine))
+            counts.append(self._outside.in_flight_at(engine))
         judge = self._blame.call_began(engine)
-        self._calls[side] = task = asyncio.create_task(call)
+
         # Not within the coroutine: of a task that is cancelled before it has begun, nothing runs.
-        task.add_done_callback(judge)
-        task.add_done_callback(lambda task: sent(_answered(task)))
-        task.add_done_callback(lambda _: counts.close())
+        def ended(task: asyncio.Task[Event]) -> None:
+            self._wake(task)
+            for over in counts:
+                over()
+            judge(task)
+            sent(_answered(task))
+
+        self._calls[side] = task = asyncio.create_task(call)
+        task.add_done_callback(ended)
 
     async def _next_event(self) -> Event | None:
         """What the line, or else the calls under way, say next; None when there are none."""
         if self._place is not None:
             return await self._turn(self._place)
-        if not self._calls:
-            return None
-        await asyncio.wait(self._calls.values(), return_when=asyncio.FIRST_COMPLETED)
-        side = next(side for side in SIDES if side in self._calls and self._calls[side].done())
-        return self._calls.pop(side).result()
+        while self._calls:
+            for side in SIDES:
+                if side in self._calls and self._calls[side].done():
+                    return self._calls.pop(side).result()
+            self._heard = asyncio.get_running_loop().create_future()
+            await self._heard
+        return None
+
+    def _wake(self, _: asyncio.Task[Event]) -> None:
+        if self._heard is not None and not self._heard.done():
+            self._heard.set_result(None)
 
     async def _drop(self, side: Side) -> None:
         task = self._calls.pop(side, None)
@@ -247,8 +260,7 @@ class Conductor:
 
     async def _call_prefill(self, action: CallPrefill) -> Event:
         try:
-            async with asyncio.timeout(action.timeout_s), AsyncExitStack() as stack:
-                reply = await self._open(stack, action.engine, action.body)
+            async with asyncio.timeout(action.timeout_s), self._called(action.engine, action.body) as reply:
                 return PrefillAnswered(reply.status, await reply.read())
         except UpstreamError as error:
             self._note(action.engine, error)
@@ -259,7 +271,7 @@ class Conductor:
     async def _decode(self, action: CallDecode) -> Event:
         self._events = EventStream(action.cached_tokens, action.seed)
         try:
-            reply = await self._open(self._decode_call, action.engine, action.body)
+            reply = await self._decode_call.enter_async_context(self._called(action.engine, action.body))
             if reply.status == 200 and reply.content_type.startswith("text/event-stream"):
                 self._content_type = reply.content_type
                 self._reply = reply
@@ -296,11 +308,11 @@ class Conductor:
                 return passed
         return self._events.finish()
 
-    async def _open(self, stack: AsyncExitStack, engine: Candidate, body: bytes) -> Reply:
+    def _called(self, engine: Candidate, body: bytes) -> AbstractAsyncContextManager[Reply]:
         url, headers = engine.info.url.rstrip("/") + self._client.path, self._headers
         if engine.info.data_parallel_rank is not None:  # its server would choose another: the handoff is for this one
             headers = {**headers, RANK_HEADER: str(engine.info.data_parallel_rank)}
-        return await stack.enter_async_context(self._outside.upstream.call(url, body, headers))
+        return self._outside.upstream.call(url, body, headers)
 
     # --- the line ---------------------------------------------------------------------------------------------
 

@@ -307,7 +307,7 @@ class Journey:
         self._move("seed")
         self._reply, self._seed = reply, seed
         call = self._call(self._seeded_body(self._handle))
-        return [call, Write(seed.opening())] if self._streams else [call]
+        return [Write(seed.opening()), call] if self._streams else [call]
 
     def _is_all(self, seed: Seed) -> bool:
         """Whether the answer ends with its first token."""

@@ -190,10 +190,10 @@ def test_after_the_first_byte_only_an_error_event_is_left(event: Event, code: in
 # --- seeded ---------------------------------------------------------------------------------------------------
 
 
-def test_the_seed_is_written_when_decode_is_called() -> None:
+def test_the_seed_is_written_before_decode_is_called() -> None:
     machine = journey(STREAMED, wish="auto")
     assert kinds(machine.on(begin(P0, D0))) == [CallPrefill]
-    call, write = machine.on(SEED)
+    write, call = machine.on(SEED)
     assert isinstance(call, CallDecode)
     assert isinstance(write, Write)
     asked = json.loads(call.body)
