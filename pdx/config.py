@@ -1,4 +1,4 @@
-"""All settings of pdx, in one frozen object. The only module that reads the environment.
+"""All settings of pdx, in one frozen object. The only module that reads PDX_* variables.
 
 Precedence: command line > PDX_* variables > YAML file > default. Unknown keys are errors that suggest the nearest
 known one. Secrets come from a file named by PDX_KEY_FILE (mode 0600), never from a flag or kv_transfer_config.

@@ -170,7 +170,7 @@ class HandoffView(Shape, frozen=True, kw_only=True):
     pages: int
     pages_wanted: int  # 0: not known yet
     age_s: float
-    is_return: bool = False  # an answer on its way back: no request waits for it
+    is_spare: bool = False  # without engines: an answer on its way back, or blocks that a router has brought
 
 
 class DiskView(Shape, frozen=True, kw_only=True):

@@ -4,7 +4,8 @@ A frame is b"PDX", one version byte, then one MessagePack map tagged by "type". 
 body is decoded. Conversations, each with its own union so that a socket decodes only what may arrive on it:
 
     ATTACH   engine or tool -> pdxd on a Unix socket (the arena's file descriptor comes back)
-    ENGINE   engine or tool -> pdxd    TO_ENGINE  the way back      ZeroMQ over ipc
+    ENGINE   engine or tool -> pdxd    TO_ENGINE  the way back      ZeroMQ over ipc; a worker says its part of it
+             (FILLED, LET_GO) on the Unix socket of its ATTACH
     PEER     pdxd <-> pdxd      ZeroMQ over tcp; bytes of KV never travel here
     NOTICE   what a lane delivers after a put's bytes have landed
     ROUTER   pdxd -> router     TO_DAEMON  router -> pdxd      ZeroMQ over tcp

@@ -17,6 +17,7 @@ from pdx.config import Config, is_loopback, load, parse_size, router_environ
 from pdx.errors import ConfigError
 from pdx.layered import Source, read_yaml, resolve
 from pdx.router.choice.policy import PolicyName
+from pdx.router.request.settings import JourneyName
 
 POLICIES: dict[PolicyName, str] = {
     "prefix": "by the first token that is predicted to come soonest, from what each host keeps of the prompt, what "
@@ -80,7 +81,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="how engines are chosen: " + "; ".join(f"{name}: {what}" for name, what in POLICIES.items())),
     ] = "prefix"
     journey: Annotated[
-        Literal["auto", "seeded", "paired", "after"],
+        JourneyName,
         Meta(
             description="how a pair answers; seeded: prefill's first token is streamed at once and decode continues "
             "from it. " + "; ".join(f"{name}: {what}" for name, what in JOURNEYS.items())

@@ -41,12 +41,6 @@ class Copy(msgspec.Struct, frozen=True):
     length: int
 
 
-class RemoteRegion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a peer may be told of a region: encodable and powerless. What a fabric needs beyond it, lanes tell lanes."""
-
-    length: int
-
-
 class PutDone(msgspec.Struct, frozen=True):
     """The source bytes of this put may be reused. (That they have landed is the peer's to say, by its notice.)"""
 
@@ -87,8 +81,6 @@ Event = PutDone | PutFailed | Arrived | WindowClosed | PeerLost
 
 class Region(Protocol):
     """Local power over registered memory. Not encodable, so it can't be sent by mistake."""
-
-    def describe(self) -> RemoteRegion: ...
 
     def open_window(self, spans: Sequence[Span]) -> int:
         """A new window over these spans of this region; its id is random and never reused.

@@ -163,6 +163,5 @@ class FaultyRegion:
     def __init__(self, inner: Region, memory: memoryview) -> None:
         self.inner = inner
         self.memory = memory.cast("B") if memory.format != "B" or memory.ndim != 1 else memory[:]
-        self.describe = inner.describe
         self.open_window = inner.open_window
         self.close_window = inner.close_window

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal
 
 from pdx.errors import ClosedTransport
-from pdx.transport.api import Copy, Event, PeerLost, Region, RemoteRegion, Span
+from pdx.transport.api import Copy, Event, PeerLost, Region, Span
 from pdx.transport.fabric import Fabric, host_memory
 from pdx.transport.link_messages import SPANS_IN_WINDOW_MAX
 from pdx.transport.mailbox import Mailbox
@@ -36,9 +36,6 @@ class OneSidedRegion:
         self.view = view.cast("B") if view.format != "B" or view.ndim != 1 else view[:]
         self.memory = host_memory(self.view)
         self.reactor = reactor
-
-    def describe(self) -> RemoteRegion:
-        return RemoteRegion(length=self.memory.length)
 
     def open_window(self, spans: Sequence[Span]) -> int:
         check_inside(spans, self.memory.length)

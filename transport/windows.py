@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from pdx.errors import WireError
-from pdx.transport.api import Arrived, Event, RemoteRegion, Span, WindowClosed
+from pdx.transport.api import Arrived, Event, Span, WindowClosed
 from pdx.transport.spans import SpanSet, check_inside
 
 
@@ -21,9 +21,6 @@ class CheckedRegion:
     def __init__(self, memory: memoryview, windows: WindowTable) -> None:
         self.memory = memory.cast("B") if memory.format != "B" or memory.ndim != 1 else memory[:]
         self.windows = windows
-
-    def describe(self) -> RemoteRegion:
-        return RemoteRegion(length=self.memory.nbytes)
 
     def open_window(self, spans: Sequence[Span]) -> int:
         return self.windows.open(self.memory, spans)

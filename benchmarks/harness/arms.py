@@ -33,7 +33,7 @@ from pdx.launch.ports import free_ports
 # The kernel may have taken away what a stopped arm did not use: a probe of several steps brings it back.
 PROBE_TOKENS = 513
 WARM_S = 120.0
-RESUME_S = 30.0  # a router that was stopped with its engines hears of all of them again within two heartbeats
+RESUME_S = 120.0  # pages that the kernel took away meanwhile come back; and routers hear of their engines again
 PREFILL_CPUS, DECODE_CPUS = "0", "1"
 # 11,600 tokens of the demo model: the longest prompt here, three times, and other streams beside it.
 KV_CACHE = ("--kv-cache-memory-bytes", str(256 << 20))

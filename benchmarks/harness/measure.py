@@ -237,11 +237,14 @@ def memcpy_rate() -> float:
                 buffer[offset] = 1
         rates = []
         with memoryview(source) as from_view, memoryview(target) as to_view:
-            for offset in range(0, total, COPY_BYTES):
-                started = time.perf_counter()
-                to_view[offset : offset + COPY_BYTES] = from_view[offset : offset + COPY_BYTES]
-                rates.append(COPY_BYTES / (time.perf_counter() - started))
-    return statistics.median(rates)
+            for _ in range(3):  # the first time a virtual machine may have to get these pages from its host
+                taken = []
+                for offset in range(0, total, COPY_BYTES):
+                    started = time.perf_counter()
+                    to_view[offset : offset + COPY_BYTES] = from_view[offset : offset + COPY_BYTES]
+                    taken.append(COPY_BYTES / (time.perf_counter() - started))
+                rates.append(statistics.median(taken))
+    return max(rates)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from pdx.tiers.cost import Busy, Rate
+from pdx.rates import Busy, Rate
 from pdx.wire import LinkRate
 
 PEERS_MAX = 256  # of whom rates are remembered, those used last

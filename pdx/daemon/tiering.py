@@ -20,7 +20,8 @@ from pdx.buffer.slots import Slot
 from pdx.daemon.ports import Desk
 from pdx.errors import BadBlock, Refused
 from pdx.layout import PageLayout, Place
-from pdx.tiers.cost import Busy, CostModel
+from pdx.rates import Busy
+from pdx.tiers.cost import CostModel
 from pdx.tiers.pages import meta_of, pages_of, restore
 from pdx.tiers.spill import Spill, WriteMode
 from pdx.tiers.sweep import Sweeper, Swept

@@ -66,7 +66,7 @@ def _sending(half: Outgoing, now: float) -> HandoffView:
         pages=sender.pages_put,
         pages_wanted=len(sender.wanted) * half.pages.layers,
         age_s=now - sender.started_at,
-        is_return=half.engine is None,
+        is_spare=half.engine is None,
     )
 
 
@@ -81,7 +81,7 @@ def _receiving(half: Incoming, now: float) -> HandoffView:
         pages=receiver.pages_landed,
         pages_wanted=len(receiver.wanted) * half.reserve.pages.layers,
         age_s=now - receiver.started_at,
-        is_return=half.reserve.spare,
+        is_spare=half.reserve.spare,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a handoff machine wants done. The driver (daemon.mover, or a simulator) does it, in order."""
+"""What a handoff machine wants done. The driver (daemon.sending and .receiving, or a simulator) does it, in order."""
 
 from __future__ import annotations
 

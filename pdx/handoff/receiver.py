@@ -100,7 +100,7 @@ class Receiver:
         return watermarks
 
     def check(self) -> list[Action]:
-        """Asks for the final comparison once COMMIT and every page are in. Call after landed() and committed()."""
+        """Asks for the final comparison once COMMIT and every page are in. Call after landed(); commit() does it."""
         if self.state is not Receiving.GRANTED or self._commit is None or self._checking:
             return []
         if any(bits != self._whole for bits in self._landed.values()):

@@ -1,4 +1,4 @@
-"""The states of a handoff, as data. Rule 1: nothing outside this file decides what follows what.
+"""The states of a handoff, as data. Nothing outside this file decides what follows what.
 
 Theory of operation. A handoff has two halves, one in each daemon, and no shared truth between them: only messages
 that may come late, twice or never. Each half therefore ends by itself. It starts when a handle is used, and it ends

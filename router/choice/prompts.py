@@ -37,6 +37,7 @@ IDS_MAX = 1 << 22  # remembered, of four bytes: 16 MiB
 SPACES_MAX = 4  # kinds of blocks that one model's engines have; while weights roll there are two
 # Tokenizing is worth a twentieth of what the prompt takes to compute: choosing well saves more of that than so much.
 TAKES_SHARE = 0.1  # of the last one, in what asking takes on average
+FORGIVEN = 0.999  # of that average, after each prompt for which nobody was asked
 PATIENCE_SHARE, PATIENCE_MIN_S, PATIENCE_MAX_S = 0.05, 0.01, 0.5
 # What of a body makes a text of tokens. A chat with other ways into its prompt is named wrong, and so found nowhere.
 TEXT_FIELDS = ("add_special_tokens",)
@@ -86,6 +87,8 @@ class Prompts:
         else:
             guess = 1 + _letters(given if path == COMPLETIONS else body.get("messages")) // LETTERS_A_TOKEN
             patience_s = patience_for(guess, engines, takes_s=self._takes_s)
+            if not patience_s:
+                self._takes_s *= FORGIVEN  # who was slow once is asked again some day
             asks = patience_s and isinstance(salt, str) and model not in _adapters(engines)
             ids = await self._tokenized(path, body, salt, engines, turn, headers, patience_s) if asks else None
         if ids is None or not isinstance(salt, str) or model in _adapters(engines):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pdx.tiers.cost import Busy, Rate
+from pdx.rates import Busy, Rate
 
 MEASURED_TOKENS_MIN = 64  # a shorter prompt says more of the way than of computing
 NOMINAL_STEP_S = 0.001

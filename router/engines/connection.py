@@ -49,8 +49,12 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether its last answer is over and the engine keeps the connection open."""
-        return self._complete and self._keeps_open and not self._error
+        """Whether its last request and answer are over, and the engine keeps the connection open.
+
+        One that answers before it has read the whole request takes the next one for the rest of it.
+        """
+        over = self._sent and self._complete and not self._paused
+        return over and self._keeps_open and not self._error
 
     async def send(self, head: bytes, body: bytes) -> None:
         """Raises UpstreamError."""
@@ -59,6 +63,7 @@ class EngineConnection(asyncio.Protocol):
             raise UpstreamError("broken")
         if len(body) <= PIECE_BYTES:
             self._transport.write(head + body)
+            self._sent = True
             return
         self._transport.write(head)
         pieces = memoryview(body)
@@ -68,6 +73,7 @@ class EngineConnection(asyncio.Protocol):
             self._transport.write(pieces[start : start + PIECE_BYTES])
             if self._writable is not None:
                 await self._writable
+        self._sent = True
 
     async def head(self) -> None:
         """Until status and headers are here. Raises UpstreamError."""
@@ -107,7 +113,7 @@ class EngineConnection(asyncio.Protocol):
         self.content_type = "application/json"
         self._parser = httptools.HttpResponseParser(self)
         self._has_head, self._complete, self._keeps_open, self._until_closed = False, False, False, True
-        self._paused = False
+        self._sent = self._paused = False
         self._chunks: deque[bytes] = deque()
         self._held_bytes = self._head_bytes = 0
 

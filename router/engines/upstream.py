@@ -115,7 +115,7 @@ class Upstream:
                 )
         except TimeoutError as error:
             raise UpstreamError("timeout", unreachable=True) from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the second of names that can't be ones
             raise UpstreamError("unreachable", unreachable=True) from error
         return connection
 

@@ -44,11 +44,11 @@ ROOT_PATHS = frozenset({"/tokenize", "/detokenize"})  # engines serve these outs
 RESPONSES = "/v1/responses"
 MODELS_PATH = "/v1/models"
 OPEN_PATHS = frozenset({"/health", "/readyz", "/metrics"})  # for probes and scrapers: they bring no key
-# What a client says to the engine. Everything else stays here: x-data-parallel-rank steers, cookies are not ours.
 SESSION_HEADER = "x-session-id"
 SESSION_FIELDS = ("prompt_cache_key", "user")
 SESSION_CHARS_MAX = 1024
-PASSED_HEADERS = ("Content-Type", "tracestate", "x-session-id")
+# What a client says to the engine. Everything else stays here: x-data-parallel-rank steers, cookies are not ours.
+PASSED_HEADERS = ("Content-Type", "tracestate", SESSION_HEADER)
 # What the engine is to check, if this router does not; in the two ways of the two kinds of clients.
 KEY_HEADERS = ("Authorization", "x-api-key")
 

@@ -21,7 +21,8 @@ class Place:
 
     async def turn(self) -> TurnedAwayWhy | None:
         """Waits until it is this request's turn to look (None), or why it is turned away. Once per word."""
-        why = await self._word
+        await self._word
+        why = self._word.result()  # of the newest: it may have been turned away since it was called
         self._word = asyncio.get_running_loop().create_future()
         return why
 

@@ -204,7 +204,7 @@ function drawHandoffs(daemons) {
   }, (tr, h) => {
     const cells = tr.cells;
     set(cells[0], h.handoff.slice(0, 12)); cells[0].title = h.handoff;
-    set(cells[1], h.at); set(cells[2], h.side + (h.is_return ? ", an answer" : "")); set(cells[3], h.state);
+    set(cells[1], h.at); set(cells[2], h.side + (h.is_spare ? ", spare" : "")); set(cells[3], h.state);
     parts(cells[4].children[0], [h.pages_wanted ? h.pages / h.pages_wanted : 0]);
     set(cells[4].children[1], h.pages_wanted ? `${number(h.pages)} of ${number(h.pages_wanted)}` : "not known yet");
     set(cells[5], h.peer === h.at ? "itself" : h.peer); set(cells[6], span(h.age_s));

@@ -76,9 +76,7 @@ class EngineRow(Shape, frozen=True, kw_only=True):
     model: str
     url: str
     daemon: str
-    health: (
-        Health  # alone: its daemon is silent, so it pairs with nobody; joining: not seen well yet; lost: not any more
-    )
+    health: Health
     waiting: int = 0  # in the engine, as its daemon says
     in_line: int = 0  # of this router, without an answer yet
     in_flight: int = 0  # of this router

@@ -119,15 +119,20 @@ class Conductor:
                 self._client.transport.abort()
         finally:
             self._leave_line(went=False)
-            await self._drop_all()
-            if self._journey.state not in ("choosing", "ended"):
-                self._record.saw(ClientGone(), time.monotonic())
-                for action in self._journey.on(ClientGone()):
-                    if isinstance(action, EndHandoff):
-                        self._end_handoff(action)
-            self._blame.request_ended(self._journey.outcome)
-            self._count()
+            try:
+                await self._drop_all()
+            finally:
+                self._end()
         return self._response or web.Response(status=CLIENT_GONE_CODE)
+
+    def _end(self) -> None:
+        if self._journey.state not in ("choosing", "ended"):
+            self._record.saw(ClientGone(), time.monotonic())
+            for action in self._journey.on(ClientGone()):
+                if isinstance(action, EndHandoff):
+                    self._end_handoff(action)
+        self._blame.request_ended(self._journey.outcome)
+        self._count()
 
     async def _run(self, first: Event) -> None:
         event: Event | None = first
@@ -224,18 +229,22 @@ class Conductor:
 
     async def _drop(self, side: Side) -> None:
         task = self._calls.pop(side, None)
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
-            if not task.cancelled():
-                task.exception()  # seen: what a dropped call ended with is of no interest
-        if side == "decode":
-            ended, self._decode_call = self._decode_call, AsyncExitStack()
-            await ended.aclose()
+        try:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
+                if not task.cancelled():
+                    task.exception()  # seen: what a dropped call ended with is of no interest
+        finally:  # we may be cancelled in here, by a client that leaves now
+            if side == "decode":
+                ended, self._decode_call = self._decode_call, AsyncExitStack()
+                await ended.aclose()
 
     async def _drop_all(self) -> None:
-        for side in SIDES:
-            await self._drop(side)
+        try:
+            await self._drop("prefill")
+        finally:
+            await self._drop("decode")
 
     async def _prefill(self, action: CallPrefill) -> Event:
         """Prefill's answer, or the daemons' word that it is of no use any more, whichever comes first."""

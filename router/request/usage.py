@@ -15,6 +15,9 @@ from pdx.router.request.seed import DONE, Continuation, Seed
 # An event that does not end within this is passed on as it is: no event that the router rewrites is that long.
 EVENT_BYTES_MAX = 1 << 20
 _DATA = b"data: "
+# vLLM's are the first of each; a named engine may be any server of the same API.
+_SEPARATORS = (b"\n\n", b"\r\n\r\n")
+_DONE_LINES = (DONE.rstrip(), b"data:[DONE]")
 
 
 class EventStream:
@@ -32,12 +35,13 @@ class EventStream:
 
     def feed(self, chunk: bytes) -> bytes:
         """The events that are whole by now."""
-        whole, separator, self._rest = (self._rest + chunk).rpartition(b"\n\n")
-        if not separator and len(self._rest) > EVENT_BYTES_MAX:
-            whole, self._rest = self._rest, b""
-        passed = whole + separator
+        held = self._rest + chunk
+        end = max(held.rfind(separator) + len(separator) if separator in held else 0 for separator in _SEPARATORS)
+        if not end and len(held) > EVENT_BYTES_MAX:
+            end = len(held)
+        passed, self._rest = held[:end], held[end:]
         # Within an event's JSON newlines are escaped, so that only the event itself can look like this.
-        self.done |= passed == DONE or passed.endswith(b"\n\n" + DONE)
+        self.done |= passed.rstrip().rpartition(b"\n")[2] in _DONE_LINES
         if self._continuation is not None:
             return self._continuation.events(passed)
         if self.cached_tokens is None or not _tells(passed):

@@ -129,11 +129,12 @@ class Workers:
     def _fork(self, who: int, child: Callable[[], None]) -> None:
         # Between fork and its own handlers a child has ours: a signal must wait until it has them no more.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        pid = os.fork()
-        if not pid:
-            os.close(self._alive)
-            _be(child)
-        self._pids[pid] = who
+        if not self._stopping:  # or nobody would tell this one
+            pid = os.fork()
+            if not pid:
+                os.close(self._alive)
+                _be(child)
+            self._pids[pid] = who
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 

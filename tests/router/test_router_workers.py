@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -134,6 +135,20 @@ def test_none_outlives_the_first(tmp_path: Path) -> None:
         await until(lambda: processes.of_sessions({process.pid}) == [], "all have ended")
 
     run()
+
+
+def test_a_stop_at_any_moment_of_the_start_ends_all(tmp_path: Path) -> None:
+    """No process is started after the signal, whom nobody would tell."""
+    flags = ["--workers", "3", "--port", "0", "--control", "tcp://127.0.0.1:0"]
+    for number in range(6):
+        process = started([sys.executable, "-m", "pdx.router.main", *flags], PDX_RUN_DIR=str(tmp_path / "run"))
+        deadline = time.monotonic() + 20
+        while len(processes.of_sessions({process.pid})) < 2 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(number * 0.004)  # the moment is what is tried
+        process.terminate()
+        process.wait(10)
+        assert processes.of_sessions({process.pid}) == []
 
 
 @pytest.mark.parametrize("flag", ["--port", "--control"])

@@ -195,6 +195,49 @@ async def test_a_long_body_to_an_engine_that_refuses_it() -> None:
 
 
 @within(10)
+async def test_who_has_answered_before_the_whole_request_is_not_asked_on() -> None:
+    """Such a server, uvicorn among them, takes what comes next for the rest of the first body."""
+
+    async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(WHOLE)
+        await writer.drain()
+        if b"Content-Length: 2\r\n" not in head:
+            await asyncio.sleep(5)  # it keeps the connection, and reads nothing for as long as this test lasts
+
+    async with serving(server) as (upstream, url, connections):
+        assert (await ask(upstream, url, bytes(32 << 20)))[2] == b"hello"
+        assert (await ask(upstream, url))[2] == b"hello"
+        assert connections == [2]
+
+
+@within(10)
+async def test_what_was_left_unread_is_not_the_next_ones() -> None:
+    """A connection that holds more than is read ahead has stopped to read: it would never hear the next answer."""
+    size = 4 * READ_AHEAD_BYTES
+
+    async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await reader.readuntil(b"\r\n\r\n{}")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+            await writer.drain()
+
+    async with serving(server) as (upstream, url, _):
+        for _ in range(8):
+            async with upstream.call(url, b"{}", {}) as reply:
+                await reply.chunk()
+                await asyncio.sleep(0.02)
+        assert len((await ask(upstream, url))[2]) == size
+
+
+@pytest.mark.parametrize("host", ["host..x", "x" * 64 + ".example"])
+@within(10)
+async def test_a_name_that_can_t_be_one_is_nobody(host: str) -> None:
+    async with Upstream() as upstream:
+        assert not await upstream.healthy(f"http://{host}:8000/health")
+
+
+@within(10)
 async def test_no_header_can_become_two() -> None:
     async with serving(answering(WHOLE)) as (upstream, url, connections):
         for value in ("a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rb"):

@@ -81,6 +81,20 @@ def test_a_stream_that_is_done(chunks: list[bytes], done: bool) -> None:
     assert stream.done is done
 
 
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+@pytest.mark.parametrize("done", [b"data: [DONE]", b"data:[DONE]"])
+def test_streams_of_other_servers(end: bytes, done: bytes) -> None:
+    """They may end lines with CR LF, and leave the space out."""
+    events = b'data: {"a": 1}' + end + b'data:{"b": 2}' + end + done + end
+    for seed in range(20):
+        stream, seen = EventStream(3), []
+        for chunk in cut(events, seed):
+            seen.append(stream.feed(chunk))
+            assert not seen[-1] or seen[-1].endswith(end), "whole events only"
+        assert b"".join(seen) == events
+        assert stream.done
+
+
 def anthropic(cached: int) -> bytes:
     usage = {"input_tokens": 10 - cached, "cache_read_input_tokens": cached, "output_tokens": 3}
     text = {"type": "text_delta", "text": 'data: {"usage": {"cache_read_input_tokens": 9}}'}

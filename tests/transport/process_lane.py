@@ -20,7 +20,7 @@ from typing import Any, Literal
 from far_process import decode_event
 from lane_pairs import KEY
 
-from pdx.transport.api import Copy, Event, Lane, RemoteRegion, Span
+from pdx.transport.api import Copy, Event, Lane, Span
 from pdx.transport.side import MEMORY_BYTES, WAIT_S
 from pdx.transport.spans import check_inside
 
@@ -147,9 +147,6 @@ class ProcessRegion:
     def __init__(self, lane: ProcessLane, length: int) -> None:
         self._lane = lane
         self._length = length
-
-    def describe(self) -> RemoteRegion:
-        return RemoteRegion(length=self._length)
 
     def open_window(self, spans: Sequence[Span]) -> int:
         check_inside(spans, self._length)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from pdx.tiers.cost import Busy, Rate
+from pdx.rates import Busy, Rate
 
 STEPS_MAX = 8  # planned and not over: vLLM has two
 

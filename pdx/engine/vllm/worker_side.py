@@ -26,7 +26,7 @@ from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Seen, Step
 from pdx.engine.vllm.watch import Watch
 from pdx.errors import Refused
 from pdx.layout import PageLayout
-from pdx.tiers.cost import Busy
+from pdx.rates import Busy
 from pdx.wire import FilledEntry, LetGo
 
 OTHER_WEIGHTS = "the weights have changed"
