@@ -171,6 +171,8 @@ class EngineConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
         self._has_head = self.status >= 200  # 100 Continue and its like come before the answer
+        if self._has_head:
+            self.resume_writing()  # who has answered may read no more: `send` is to look
 
     def on_body(self, data: bytes) -> None:
         self._chunks.append(data)
