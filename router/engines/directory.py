@@ -165,7 +165,6 @@ class Directory:
 
     def expire(self, now: float) -> list[str]:
         """Forgets silent daemons and abandoned engines; returns the daemons' ids."""
-        self._seen = None
         silent = [d.ref.daemon_id for d in self._daemons.values() if now - d.heard_at > DAEMON_SILENT_S]
         for daemon_id in silent:
             _log.warning("daemon %s has been silent for %.1f s", daemon_id, DAEMON_SILENT_S)
@@ -256,11 +255,13 @@ class Directory:
                 self._leave(engine_id, f"its daemon announces it as {info.engine_id}")
 
     def _orphan(self, daemon_id: str) -> None:
+        self._seen = None
         for engine in self._engines.values():
             if engine.daemon.daemon_id == daemon_id:
                 engine.pairable = False
 
     def _leave(self, engine_id: str, why: str) -> None:
+        self._seen = None
         _log.info("engine %s leaves: %s", engine_id, why)
         del self._engines[engine_id]
 

@@ -17,7 +17,8 @@ EVENT_BYTES_MAX = 1 << 20
 _DATA = b"data: "
 # vLLM's are the first of each; a named engine may be any server of the same API.
 _SEPARATORS = (b"\n\n", b"\r\n\r\n")
-_DONE_LINES = (DONE.rstrip(), b"data:[DONE]")
+_DONES = tuple(line + separator for line in (DONE.rstrip(), b"data:[DONE]") for separator in _SEPARATORS)
+_LAST = tuple(separator + done for done in _DONES for separator in _SEPARATORS)
 
 
 class EventStream:
@@ -36,12 +37,12 @@ class EventStream:
     def feed(self, chunk: bytes) -> bytes:
         """The events that are whole by now."""
         held = self._rest + chunk
-        end = max(held.rfind(separator) + len(separator) if separator in held else 0 for separator in _SEPARATORS)
+        end = max(at + len(each) if (at := held.rfind(each)) >= 0 else 0 for each in _SEPARATORS)
         if not end and len(held) > EVENT_BYTES_MAX:
             end = len(held)
         passed, self._rest = held[:end], held[end:]
         # Within an event's JSON newlines are escaped, so that only the event itself can look like this.
-        self.done |= passed.rstrip().rpartition(b"\n")[2] in _DONE_LINES
+        self.done |= passed in _DONES or passed.endswith(_LAST)
         if self._continuation is not None:
             return self._continuation.events(passed)
         if self.cached_tokens is None or not _tells(passed):

@@ -147,8 +147,12 @@ def test_a_stop_at_any_moment_of_the_start_ends_all(tmp_path: Path) -> None:
             time.sleep(0.002)
         time.sleep(number * 0.004)  # the moment is what is tried
         process.terminate()
-        process.wait(10)
-        assert processes.of_sessions({process.pid}) == []
+        try:
+            process.wait(10)
+            assert processes.of_sessions({process.pid}) == []
+        finally:
+            process.kill()  # the others end with it, also where this test fails
+            process.wait(10)
 
 
 @pytest.mark.parametrize("flag", ["--port", "--control"])
