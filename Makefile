@@ -15,16 +15,16 @@ demo: setup  ## Two engines, one conversation: watch KV stream from prefill to d
 	@$(PYTHON_IN_VENV) -m benchmarks.demo $(ARGS)
 
 test: setup  ## Run all tests
-	@scripts/browser
+	@scripts/testtools
 	@$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
 
 lint: setup  ## Style, types and layers
 	@$(PYTHON_IN_VENV) -m ruff check .
+	@$(PYTHON_IN_VENV) -m ruff format --check .
 	@$(PYTHON_IN_VENV) -m mypy
 	@PYTHONPATH=. .venv/bin/lint-imports
 
-prove: setup  ## Measure every claim on this machine (4 hours; ARGS=--quick, ARGS=handoff)
-	@$(PYTHON_IN_VENV) -m pytest -m prove
+prove: setup  ## Measure every claim on this machine (5 hours; ARGS=--quick, ARGS=handoff)
 	@$(PYTHON_IN_VENV) -m benchmarks.prove $(ARGS)
 
 soak: setup  ## Run a pair under load and faults for a while (ARGS=--help)

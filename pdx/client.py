@@ -124,8 +124,16 @@ class DaemonClient:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 raise
+            if not again:
+                _warn_of_settings(config)
         connection.setblocking(False)
-        return cls(connection, answer, descriptors[0] if descriptors else None, worker=hello.kind == "worker")
+        try:
+            return cls(connection, answer, descriptors[0] if descriptors else None, worker=hello.kind == "worker")
+        except zmq.ZMQError as error:
+            connection.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise DaemonGone(f"no socket to pdxd can be made: {error}") from error
 
     @property
     def alive(self) -> bool:
@@ -268,7 +276,8 @@ class Attachment:
         while not self._stopped_within(backoff_s * random.uniform(0.5, 1.0)):  # noqa: S311
             try:
                 return DaemonClient.attach(self._config, self._hello, deadline_s=REATTACH_DEADLINE_S, again=True)
-            except PdxError as error:  # one that speaks another wire version is as good as none
+            # One that speaks another wire version is as good as none; descriptors and disks may have room again.
+            except (PdxError, OSError) as error:
                 log.warning("no pdxd yet: %s", error)
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
         return None
@@ -295,12 +304,22 @@ def _check_lanes(config: Config, daemon: DaemonRef) -> None:
     raise ConfigError(f"the pdxd of {config.run_path} was started {problem}; end it, or start it so")
 
 
+def _warn_of_settings(config: Config) -> None:
+    """They are the daemon's from its start on: what this engine's operator asks for besides is not had."""
+    theirs = configuration.left_flags(config.run_path)
+    missed = [] if theirs is None else [flag for flag in configuration.flags_of(config) if flag not in theirs]
+    if missed:
+        log.warning("the pdxd of %s was started without %s, which has no effect now (it runs with: %s)",
+                    config.run_path, " ".join(missed), " ".join(theirs or ()) or "defaults")  # fmt: skip
+
+
 def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool, again: bool) -> socket.socket:
     """Connects to the daemon's socket, starting the daemon at most once."""
     started = False
     pause = select.poll()
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        connection.settimeout(max(0.1, deadline - time.monotonic()))  # behind a daemon that accepts nothing
         try:
             connection.connect(str(run_dir / configuration.SOCKET_NAME))
         except OSError:

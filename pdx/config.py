@@ -46,6 +46,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     extent: str = ""  # size of an extent; default: an eighth of the arena, 64 MiB at most
     chunk_tokens: int = 256  # unit of space and transfer
     host: str = "127.0.0.1"  # address that peers reach this host by
+    control_port: int = 0  # TCP port on which other daemons speak to this one; 0: any that is free
+    lane_port: int = 0  # the same for the bytes: of the first lane, the port after it of the second
     transport: str = "auto"  # the lane to other hosts: by itself nixl or ucx where both have RDMA, else tcp
     require_rdma: bool = False  # no other lane, whatever fails
     router: str = ""  # zmq endpoint of the router, e.g. tcp://127.0.0.1:5700; of several, with commas between
@@ -96,6 +98,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError("TLS needs all of tls_cert, tls_key and tls_ca: the peers prove themselves to each other")
         if self.require_rdma and self.transport == "tcp":
             raise ConfigError("require_rdma can't be met by transport tcp: choose auto, nixl or ucx")
+        for name, port in (("control_port", self.control_port), ("lane_port", self.lane_port)):
+            if not 0 <= port < 1 << 16:
+                raise ConfigError(f"{name} is a port from 1 to 65535, or 0 for any that is free, not {port}")
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be positive, not {self.chunk_tokens}")
 
@@ -136,6 +141,8 @@ FLAGS = {
     "arena": "shared memory for KV, e.g. 512MiB or 16GiB (default 1GiB)",
     "extent": "size of an extent (default: an eighth of the arena, 64MiB at most)",
     "host": "address that peers reach this host by (default 127.0.0.1)",
+    "control_port": "TCP port for other hosts' daemons (default: any that is free)",
+    "lane_port": "TCP port for KV from other hosts; a second lane takes the next (default: any that are free)",
     "transport": "lane to other hosts: auto (default), tcp, nixl, ucx, or one that another package brings",
     "require_rdma": "true: only lanes over RDMA; start nothing where there are none",
     "key_file": "file with the cluster key, mode 0600; required off loopback",

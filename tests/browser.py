@@ -24,8 +24,8 @@ KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), " ": (32, " ")}
 
 
 def found() -> str:
-    """The program's path, or nothing. PDX_BROWSER names another one."""
-    named = os.environ.get("PDX_BROWSER")
+    """The program's path, or nothing. CHROMIUM names another one."""
+    named = os.environ.get("CHROMIUM")
     return named or next(filter(None, map(shutil.which, NAMES)), "")
 
 

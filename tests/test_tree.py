@@ -19,6 +19,10 @@ FUNCTION_LINES_MAX = 70
 CODE = ("pdx", "transport", "router", "benchmarks", "tests")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".cu", ".cuh", ".sh", ".yml", ".yaml", ""}
 HEAVY = ("torch", "vllm", "transformers", "aiohttp", "numpy", "zmq")
+PROGRAMS = (
+    "pdx.cli", "pdx.launch.serve", "pdx.launch.up", "pdx.launch.kv", "pdx.launch.drain", "pdx.launch.bench",
+    "pdx.launch.check", "pdx.top", "pdx.daemon.main", "pdx.router.main",
+)  # fmt: skip
 UNSAFE = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}
 
 
@@ -76,20 +80,7 @@ def test_top_level_names_are_refused(name: str) -> None:
     "code",
     [
         "import pdx",
-        "from pdx.cli import main; main(['--help'])",
-        *(
-            f"from {module} import main\ntry: main(['--help'])\nexcept SystemExit: pass"
-            for module in (
-                "pdx.launch.serve",
-                "pdx.launch.up",
-                "pdx.launch.kv",
-                "pdx.launch.bench",
-                "pdx.launch.check",
-                "pdx.top",
-                "pdx.daemon.main",
-                "pdx.router.main",
-            )
-        ),
+        *(f"from {name} import main\ntry: main(['--help'])\nexcept SystemExit: pass" for name in PROGRAMS),
     ],
 )
 def test_help_loads_nothing_heavy(code: str) -> None:
@@ -99,8 +90,8 @@ def test_help_loads_nothing_heavy(code: str) -> None:
 
 
 def test_help_has_examples() -> None:
-    for module in ("pdx.cli", "pdx.launch.serve", "pdx.launch.up", "pdx.top", "pdx.daemon.main", "pdx.router.main"):
-        assert "examples:" in run_python(f"from {module} import main; main(['--help'])").stdout
+    for module in PROGRAMS:
+        assert "examples:" in run_python(f"from {module} import main; main(['--help'])").stdout, module
 
 
 @pytest.mark.parametrize("path", python_files(), ids=named)

@@ -24,6 +24,7 @@ class Link:
         self._socket = connection
         self._stream = MessageStream()
         self._unsent = bytearray()
+        self._is_finished = False
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -37,7 +38,9 @@ class Link:
         return len(self._unsent) > CONGESTED_BYTES
 
     def send(self, message: LinkMessage) -> None:
-        """Now, or as soon as flush() can. Raises OSError."""
+        """Now, or as soon as flush() can; after finish() never. Raises OSError."""
+        if self._is_finished:
+            return
         self._unsent += encode(message)
         self.flush()
 
@@ -68,7 +71,9 @@ class Link:
             return
 
     def finish(self) -> None:
-        """No more from us; the peer may still talk. Raises OSError."""
+        """No more from us, nor what is unsent yet; the peer may still talk, and write. Raises OSError."""
+        self._is_finished = True
+        self._unsent.clear()
         self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:

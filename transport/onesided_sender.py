@@ -124,7 +124,9 @@ class OneSidedChannel:
             case Granted(window):
                 self._granted(window, message)
             case Unknown(window):
-                self._permits.pop(window, None)
+                permit = self._permits.pop(window, None)
+                if permit is not None and permit.spans is not None:
+                    raise WireError("a window that was granted is said to be unknown")
                 self._fail_window(window, "the peer has no such window open")
             case Shut(window):
                 self._fail_window(window, "the peer closed the window")

@@ -83,6 +83,7 @@ class Reactor:
         self._ticked_s = 0.0
         self._announced_s = 0.0
         self._owes_announcement = False
+        self._is_deaf = False  # accepts nothing until the next tick
         self._is_stopped = False
         self._is_over = False
         self._drain_until_s: float | None = None
@@ -125,7 +126,7 @@ class Reactor:
     def close_window(self, window: int) -> None:
         askers = self.grants.close(window)
         for party in list(self._inbound.values()):
-            if party.number in askers:
+            if party.number in askers:  # one that is refused hears nothing any more: its own end closes the window
                 self._guarded_send(party, Shut(window))
 
     def connect(self, number: int, endpoint: str) -> None:
@@ -183,8 +184,15 @@ class Reactor:
             if all(self._may_pause(channel) for channel in self.channels.values()):
                 select.select([self._poll], [], [], TRANSFER_POLL_S)
             return self._poll.poll(0)
-        is_due = self._settling or self._blocked_since or any(not channel.is_idle for channel in self.channels.values())
-        return self._poll.poll(TICK_S if is_due or self._is_stopped else None)
+        return self._poll.poll(TICK_S if self._is_stopped or self._is_due() else None)
+
+    def _is_due(self) -> bool:
+        """Something has a deadline, or must be sent again and again, until a peer takes it."""
+        return (
+            bool(self._settling or self._blocked_since or self._is_deaf)
+            or any(not channel.is_idle for channel in self.channels.values())
+            or any(party.link.unsent_bytes for party in self._inbound.values())
+        )
 
     def _may_pause(self, channel: OneSidedChannel) -> bool:
         return not channel.is_eager and channel.moved_s + SPIN_S < time.monotonic()
@@ -224,16 +232,25 @@ class Reactor:
             self._greetings.discard(greeting)
             then(outcome)
 
-        greeting = Greeting(
-            peer, scheme=self._scheme, key=self._key, stall_s=self._stall_s, at_end=at_end, name=self._name
-        )
+        try:
+            greeting = Greeting(
+                peer, scheme=self._scheme, key=self._key, stall_s=self._stall_s, at_end=at_end, name=self._name
+            )
+        except RuntimeError as error:  # no more threads
+            if isinstance(peer, socket.socket):
+                peer.close()
+            reason = f"no more connections can be made here: {error}"
+            self.call(lambda: then(reason))
+            return
         self._greetings.add(greeting)
 
     def _accept(self) -> None:
         try:
             accepted, address = self._listening.accept()
-        except OSError as error:
+        except OSError as error:  # the peer has gone already, or descriptors ran out: the next tick may fare better
             logger.warning("%s: accept failed: %s", self._name, error)
+            self._poll.unregister(self._listening)
+            self._is_deaf = True
             return
         if len(self._inbound) + len(self._greetings) >= LINKS_MAX:
             self.refused_count += 1
@@ -360,6 +377,9 @@ class Reactor:
         if now < self._ticked_s + TICK_S:
             return
         self._ticked_s = now
+        if self._is_deaf:
+            self._is_deaf = False
+            self._poll.register(self._listening, select.EPOLLIN)
         for number, slices_left in list(self._settling.items()):
             if slices_left:
                 self._settling[number] = slices_left - 1
@@ -390,7 +410,9 @@ class Reactor:
         self._run_commands()  # puts that came before stop()
         while time.monotonic() < self._drain_until_s and not all(c.is_idle for c in self.channels.values()):
             self._turn()
-        self._poll.unregister(self._listening)
+        if not self._is_deaf:
+            self._poll.unregister(self._listening)
+        self._is_deaf = False
         self._listening.close()
         for greeting in self._greetings:
             greeting.stop()

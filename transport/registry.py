@@ -47,23 +47,29 @@ def open_lane(url: str, *, key: bytes | None, name: str, tls: LaneTls | None = N
 
 
 def open_lanes(
-    host: str, *, transport: str, require_rdma: bool, rdma: Rdma, open_one: OpenLane
+    host: str, *, port: int = 0, transport: str, require_rdma: bool, rdma: Rdma, open_one: OpenLane
 ) -> tuple[list[Lane], list[str]]:
     """A daemon's lanes, best first, and why it has no better ones. tcp is always among them, unless RDMA is required.
+
+    `port`: of the first, and the one after it of the second; 0: any that are free.
 
     Raises, and leaves nothing open, UnknownTransport or ConfigError if what the operator asks for can't be had.
     """
     lanes: list[Lane] = []
     reasons: list[str] = []
+
+    def opened(scheme: str) -> Lane:
+        return open_one(f"{scheme}://{host}:{port + len(lanes) if port else 0}")
+
     try:
         if transport == AUTO:
-            lanes += _first_over_rdma(host, rdma, open_one, reasons)
+            lanes += _first_over_rdma(rdma, opened, reasons)
         else:
-            lanes.append(open_one(f"{transport}://{host}:0"))
+            lanes.append(opened(transport))
         if require_rdma:
             _check_rdma(lanes, rdma, reasons)
         elif transport != TCP:
-            lanes.append(open_one(f"{TCP}://{host}:0"))
+            lanes.append(opened(TCP))
     except BaseException:
         for lane in lanes:
             lane.abort()
@@ -81,13 +87,13 @@ def known_schemes() -> list[str]:
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-def _first_over_rdma(host: str, rdma: Rdma, open_one: OpenLane, reasons: list[str]) -> list[Lane]:
+def _first_over_rdma(rdma: Rdma, opened: Callable[[str], Lane], reasons: list[str]) -> list[Lane]:
     if not rdma.devices:
         reasons.append(rdma.lack)
         return []
     for scheme in OVER_RDMA:
         try:
-            return [open_one(f"{scheme}://{host}:0")]
+            return [opened(scheme)]
         except (UnknownTransport, ConfigError) as error:
             reasons.append(str(error))
     return []

@@ -119,8 +119,14 @@ class TcpListener:
             return
         peer = f"{address[0]}:{address[1]}"
         connection = _Connection(accepted, peer, self._key, self._windows, self._mailbox, self._stall_s, self._tls)
+        try:
+            connection.start(f"{self._name}-receive", at_end=self._note_end)
+        except RuntimeError as error:  # no more threads
+            logger.warning("%s: refused %s: %s", self._name, peer, error)
+            self.refused_count += 1
+            connection.close()
+            return
         self._connections.add(connection)
-        connection.start(f"{self._name}-receive", at_end=self._note_end)
 
     def _note_end(self, connection: _Connection) -> None:
         """The last act of a connection's thread: what follows is the listener's."""

@@ -34,6 +34,7 @@ ANNOUNCE_EVERY_S = 0.001
 class TcpStream:
     """Public methods are the control thread's; the rest runs in the thread that the constructor starts.
 
+    The constructor raises PeerGone if descriptors or threads have run out.
     `at_end` is that thread's last call: why it ended, and the puts that thereby failed.
     """
 
@@ -64,10 +65,17 @@ class TcpStream:
         self._stop_reason: str | None = None  # stop now; set once
         self._lost_reason: str | None = None
         self._announced_s = 0.0
+        self._owes_announcement = False
         self._socket: socket.socket | None = None
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = -1
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._thread.start()
+        except (OSError, RuntimeError) as error:
+            if self._wake >= 0:
+                os.close(self._wake)
+            raise PeerGone(f"no more connections can be made here: {error}") from error
 
     def put(self, put: Put, urgency: float) -> None:
         with self._lock:
@@ -187,9 +195,12 @@ class TcpStream:
             is_empty = not self._outbox
         if end is not None:
             self._mailbox.add_quietly(end)
-            if is_empty or now_s > self._announced_s + ANNOUNCE_EVERY_S:
-                self._announced_s = now_s
-                self._mailbox.announce()
+            self._owes_announcement = True
+        # After every frame: the next put of another queue may take seconds.
+        if self._owes_announcement and (is_empty or now_s > self._announced_s + ANNOUNCE_EVERY_S):
+            self._owes_announcement = False
+            self._announced_s = now_s
+            self._mailbox.announce()
 
     def _wait(self, poll: select.poll, pipe: Pipe) -> None:
         """Until there is something to do. No deadline of its own: keep-alive ends a dead connection."""

@@ -9,6 +9,7 @@ at the other end a wake-up, for every 16 KiB.
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import stat
@@ -55,9 +56,11 @@ class TlsPipe:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=is_acceptor)
         self._raw = memoryview(bytearray(TRAVEL_BYTES))
+        self._stall_s = math.inf  # before the greeting nothing is received
 
     def shake_hands(self, stall_s: float) -> None:
         """Raises WireError unless the peer is one of ours; WireError or OSError within twice `stall_s`."""
+        self._stall_s = stall_s
         deadline_s = time.monotonic() + stall_s  # for the whole of it, however its bytes drip
         try:
             while not self._is_greeted():
@@ -82,11 +85,17 @@ class TlsPipe:
         self._flush()
 
     def recv_into(self, buffer: memoryview) -> int:
-        """Up to a record; 0 at the end of the stream. Raises BlockingIOError, PeerGone and OSError."""
+        """Up to a record; 0 at the end of the stream.
+
+        Raises BlockingIOError if there is none within the stall time, however its bytes drip, PeerGone and OSError.
+        """
+        deadline_s = time.monotonic() + self._stall_s
         while True:
             try:
                 return self._tls.read(len(buffer), buffer)  # type: ignore[return-value]  # how many
-            except ssl.SSLWantReadError:
+            except ssl.SSLWantReadError as error:
+                if time.monotonic() > deadline_s:
+                    raise BlockingIOError("no whole record within the stall time") from error
                 if not self._fill():
                     return 0
             except ssl.SSLError as error:

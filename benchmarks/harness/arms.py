@@ -36,7 +36,8 @@ WARM_S = 120.0
 RESUME_S = 120.0  # pages that the kernel took away meanwhile come back; and routers hear of their engines again
 PREFILL_CPUS, DECODE_CPUS = "0", "1"
 # 11,600 tokens of the demo model: the longest prompt here, three times, and other streams beside it.
-KV_CACHE = ("--kv-cache-memory-bytes", str(256 << 20))
+KV_CACHE_BYTES = 256 << 20
+KV_CACHE = ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
 ENGINE_FLAGS = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16", *KV_CACHE)
 # The naive ways push nothing for as long as a prompt is computed.
 BUDGETS = ("--handoff-grant-s", "30", "--handoff-slab-s", "60", "--handoff-total-s", "120", "--handoff-claim-s", "30")

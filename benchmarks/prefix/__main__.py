@@ -50,7 +50,7 @@ def _hits(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
     fio_rate = hits.fio(FILE_SYSTEM)
     peers = _peers(scratch, report, chosen)
     ours = pdx(scratch, OURS, arena=ARENA, disk=chosen.disk)
-    taken = hits.measure([ours, *peers], 2 if chosen.quick else 9, report)
+    taken = hits.measure([ours, *peers], 2 if chosen.quick else 6, report)
     hits.judge(taken, report, ours=OURS, peers=[arm.name for arm in peers], fio_rate=fio_rate)
 
 

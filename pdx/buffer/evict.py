@@ -21,7 +21,10 @@ class Policy(Protocol[Item]):
         """These have just become idle, in chain order. A head must outlive its tail: without it, the tail is no hit."""
 
     def removed(self, item: Item) -> None:
-        """It is idle no longer: in use again, or gone. Items never touched are ignored."""
+        """It is idle no longer. Items never touched are ignored."""
+
+    def forgotten(self, item: Item) -> None:
+        """It is gone, and not because room was needed. Items never touched, or gone already, are ignored."""
 
     def evicted(self, item: Item) -> None:
         """It is gone because room was needed. Policies that age, age here."""
@@ -45,6 +48,9 @@ class Lru(Generic[Item]):
 
     def removed(self, item: Item) -> None:
         self._items.pop(item, None)
+
+    def forgotten(self, item: Item) -> None:
+        self.removed(item)
 
     def evicted(self, item: Item) -> None:
         self.removed(item)

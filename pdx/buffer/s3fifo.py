@@ -57,6 +57,11 @@ class S3Fifo(Generic[Item]):
             self._idle -= record.is_idle
             record.is_idle = False
 
+    def forgotten(self, item: Item) -> None:
+        self.removed(item)
+        self._small.pop(item, None)
+        self._main.pop(item, None)
+
     def evicted(self, item: Item) -> None:
         self._age()
         self.removed(item)

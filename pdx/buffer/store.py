@@ -420,6 +420,7 @@ class Store:
             size_bytes = slot.size_bytes
             self.arena.memory[slot.run.offset : slot.run.offset + size_bytes] = bytes([POISON]) * size_bytes
         del self.slots[slot.run.offset]
+        self.policy.forgotten(slot)
         self.quotas.credit(slot.tenant, slot.size_bytes)
         self.extents.give(slot.run)
 

@@ -155,7 +155,11 @@ class Announcer:
         if len(self._sockets) + len(self._impossible) >= ROUTERS_MAX:
             self._counters["routers_refused"] += 1
             return
-        socket = self._context.socket(zmq.DEALER)
+        try:
+            socket = self._context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:  # no more descriptors: the next turn may fare better
+            log.warning("no socket to router %s: %s", endpoint, error)
+            return
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
         socket.setsockopt(zmq.IDENTITY, f"{self._me.daemon_id}/{self._me.incarnation}".encode())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from functools import partial
@@ -71,6 +73,13 @@ def _serve(settings: config.Config, lock_fd: int | None) -> int:
     return 0
 
 
+def _raise_descriptor_limit() -> None:
+    """To what the machine allows: each peer takes some ten, and running out of them costs connections."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _run_locked(settings: config.Config, run_dir: Path) -> None:
     # Imported here so that --help stays light.
     from pdx.buffer.arena import Arena
@@ -83,10 +92,12 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
     from pdx.transport.rdma import rdma_here
     from pdx.transport.registry import open_lane, open_lanes
 
+    _raise_descriptor_limit()
     key = config.cluster_key(settings)
     log.info("configuration:\n%s", config.shown(settings))
     lanes, why_no_better = open_lanes(
-        settings.host, transport=settings.transport, require_rdma=settings.require_rdma, rdma=rdma_here(),
+        settings.host, port=settings.lane_port, transport=settings.transport, require_rdma=settings.require_rdma,
+        rdma=rdma_here(),
         open_one=partial(open_lane, key=key, tls=_lane_tls(settings), name=str(run_dir)),
     )  # fmt: skip
     arena: Arena | None = None

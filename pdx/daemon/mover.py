@@ -195,15 +195,15 @@ class Mover:
         self._sharing.ask(wish, now)
 
     def peer_lost(self, control: str, now: float) -> None:
-        """The connection to a peer daemon broke: its handoffs with us are over."""
+        """The connection to a peer daemon broke: its handoffs with us are over. It is told, for it may live."""
         self._returns.peer_lost(control)
         self._desk.ports.lanes.forget(control)
         for record in list(self._sending.records.values()):
             if record.sender.handle.decode_daemon.control == control:
-                self._sending.act(record, record.sender.fail("decode daemon is gone", tell_peer=False), now)
+                self._sending.act(record, record.sender.fail("decode daemon is gone", tell_peer=True), now)
         for incoming in list(self._receiving.records.values()):
             if incoming.receiver.handle.prefill_daemon.control == control:
-                self._receiving.act(incoming, incoming.receiver.fail("prefill daemon is gone", tell_peer=False), now)
+                self._receiving.act(incoming, incoming.receiver.fail("prefill daemon is gone", tell_peer=True), now)
 
     # --- from lanes and the clock ---
 

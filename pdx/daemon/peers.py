@@ -1,7 +1,12 @@
-"""Outgoing ZeroMQ connections of a daemon: one DEALER per peer daemon, watched so that a death is noticed at once."""
+"""Outgoing ZeroMQ connections of a daemon: one DEALER per peer daemon, watched so that a death is noticed at once.
+
+ZeroMQ tries for ever to reach an address at which nobody is any more, and keeps descriptors for that: a peer that is
+not reached within UNREACHED_S is lost like one whose connection breaks.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,6 +17,8 @@ from pdx.curve import lock
 from pdx.wire import DaemonRef, Message, encode
 
 PEERS_MAX = 1024
+SOCKETS_A_PEER = 3  # its own, and the two ends of its monitor
+UNREACHED_S = 30.0
 # A peer that stops reading must not make us hold its messages for ever: 10,000 are minutes of control traffic.
 SEND_QUEUE_MAX = 10_000
 
@@ -33,6 +40,7 @@ class Peers:
         self._counters = counters
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._monitors: dict[zmq.Socket[bytes], str] = {}
+        self._unreached: dict[str, float] = {}  # control -> when it was first spoken to
 
     def send(self, peer: DaemonRef, message: Message) -> None:
         """Queues a message; never blocks. What can't be queued is counted and lost: budgets cover it.
@@ -50,9 +58,17 @@ class Peers:
             if monitor not in ready:
                 continue
             event = recv_monitor_message(monitor, zmq.DONTWAIT)["event"]
-            if event == zmq.EVENT_DISCONNECTED:
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._unreached.pop(control, None)
+            elif event == zmq.EVENT_DISCONNECTED:
                 self._forget(control)
                 lost(control)
+
+    def tick(self, lost: Callable[[str], None], now: float) -> None:
+        for control in [control for control, since in self._unreached.items() if now - since > UNREACHED_S]:
+            self._counters["peers_not_reached"] += 1
+            self._forget(control)
+            lost(control)
 
     def close(self) -> None:
         for control in list(self._sockets):
@@ -72,7 +88,8 @@ class Peers:
             except zmq.ZMQError:
                 socket.close(0)
                 raise
-            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            self._unreached[control] = time.monotonic()
             self._poller.register(monitor, zmq.POLLIN)
             self._sockets[control] = socket
             self._monitors[monitor] = control
@@ -81,6 +98,7 @@ class Peers:
     def _forget(self, control: str) -> None:
         """Drops the connection with all it had queued: a peer that comes back is a new incarnation."""
         socket = self._sockets.pop(control)
+        self._unreached.pop(control, None)
         monitor = next(m for m, c in self._monitors.items() if c == control)
         del self._monitors[monitor]
         self._poller.unregister(monitor)

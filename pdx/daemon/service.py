@@ -19,14 +19,14 @@ import zmq
 from pdx.buffer.store import Store
 from pdx.buffer.water import Waterline
 from pdx.config import Config
-from pdx.curve import lock
 from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
 from pdx.daemon.flush import flush
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.lanes import Lanes
+from pdx.daemon.listening import listening, new_context
 from pdx.daemon.mover import Mover
-from pdx.daemon.peers import SEND_QUEUE_MAX, Peers
+from pdx.daemon.peers import Peers
 from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Engine, Session, Sessions
 from pdx.daemon.trace import Tracer
@@ -38,7 +38,6 @@ from pdx.transport.api import Lane
 from pdx.transport.registry import offer_of
 from pdx.wire import (
     ENGINE,
-    FRAME_BYTES_MAX,
     PEER,
     Ask,
     Attached,
@@ -94,7 +93,7 @@ class Service:
         self._store = store
         self._lanes = lanes
         self._tier = tier
-        self._context = zmq.Context()
+        self._context = new_context()
         self._poller = zmq.Poller()
         self._counters: Counter[str] = Counter()
         self._tracer = Tracer()
@@ -103,8 +102,8 @@ class Service:
         self._to_self: list[Message] = []
         self._ipc = f"ipc://{run_dir / IPC_NAME}"
         self._door = Door(run_dir)
-        self._clients = self._bind(self._ipc)
-        self._peer_socket = self._bind(f"tcp://{config.host}:0", cluster_key=key)
+        self._clients = listening(self._context, self._ipc)
+        self._peer_socket = listening(self._context, f"tcp://{config.host}:{config.control_port}", cluster_key=key)
         self.me = DaemonRef(
             daemon_id=secrets.token_hex(6),
             incarnation=secrets.randbits(63),
@@ -117,6 +116,8 @@ class Service:
             self._context, self._poller, self.me, self._counters, cluster_key=key,
             holdings=HoldingsTeller(self.me, store.index, tier),
         )  # fmt: skip
+        for bound in (self._clients, self._peer_socket):
+            self._poller.register(bound, zmq.POLLIN)
         for lane in lanes:
             self._poller.register(lane.fileno(), zmq.POLLIN)
         if tier is not None:
@@ -184,6 +185,7 @@ class Service:
         if self._peer_socket in ready:
             self._take_peers(now)
         self._peers.handle_ready(ready, lambda control: self._mover.peer_lost(control, now))
+        self._peers.tick(lambda control: self._mover.peer_lost(control, now), now)
         self._announcer.handle_ready(
             ready,
             cancel=lambda message: self._cancel(message, now),
@@ -413,17 +415,6 @@ class Service:
         engine = self._sessions.engines.get(engine_id)
         workers = engine.workers.values() if engine is not None else ()  # those that have left touch nothing
         return all(self._store.arena.fence(worker.fence_offset) >= step for worker in workers)
-
-    def _bind(self, endpoint: str, *, cluster_key: bytes | None = None) -> zmq.Socket[bytes]:
-        bound = self._context.socket(zmq.ROUTER)
-        if cluster_key is not None:
-            lock(bound, cluster_key, server=True)
-        bound.setsockopt(zmq.LINGER, 0)
-        bound.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
-        bound.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
-        bound.bind(endpoint)
-        self._poller.register(bound, zmq.POLLIN)
-        return bound
 
     # --- for the verbs ----------------------------------------------------------------------------------------
 

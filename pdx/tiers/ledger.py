@@ -233,6 +233,7 @@ class Ledger:
 
     def _forget(self, entry: Entry) -> None:
         del self._entries[entry.name]
+        self.policy.forgotten(entry.name)
         self._charged_bytes -= entry.charged_bytes
 
     def _move(self, entry: Entry, event: EntryEvent) -> None:

@@ -3,9 +3,10 @@
     POST /admin/kv/lookup, pin, unpin, clear    bodies and reports: pdx.admin; 207 where some daemon did not answer
     GET  /admin/kv/stats, health, check
     …    /admin/drain, /admin/undrain           see drains
+    GET  /admin/metrics                         daemons' gauges and counters for Prometheus: see daemon_metrics
     GET  /dashboard                             the live page: it asks for the token, and holds nothing itself
-    GET  /admin/live?run=RUN&since=CURSOR       live.Live: engines, daemons, requests that changed since
-    GET  /admin/live/HANDOFF                    live.Journal: one request, layer by layer
+    GET  /admin/live?run=RUN&since=CURSOR       live.values.Live: engines, daemons, requests that changed since
+    GET  /admin/live/HANDOFF                    live.values.Journal: one request, layer by layer
 
 A port of its own, because it is for operators: off loopback it wants a token made from the cluster key. On loopback it
 needs none, and takes nothing that a web page could send there: only JSON, only to a loopback name.
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from pdx import admin
 from pdx.admin import BlockNames, ClearRequest, ForPrompt, LookupRequest, PinRequest, Prompt, Report, UnpinRequest
@@ -28,6 +30,7 @@ from pdx.config import is_loopback
 from pdx.errors import Refused
 from pdx.router.engines.daemons import Daemons
 from pdx.router.engines.upstream import Upstream, UpstreamError
+from pdx.router.front import daemon_metrics
 from pdx.router.front.drains import Drains
 from pdx.router.front.replies import error_body
 from pdx.router.live import dashboard
@@ -60,6 +63,7 @@ class Admin:
         app.router.add_post("/admin/kv/unpin", self._unpin)
         app.router.add_post("/admin/kv/clear", self._clear)
         app.router.add_get(f"/admin/kv/{{question:{'|'.join(QUESTIONS)}}}", self._question)
+        app.router.add_get("/admin/metrics", self._metrics)
         app.router.add_routes(self._drains.routes())
         app.router.add_get(DASHBOARD, self._dashboard)
         app.router.add_get("/admin/live", self._now)
@@ -106,6 +110,11 @@ class Admin:
     async def _question(self, client: web.Request) -> web.StreamResponse:
         question = QUESTIONS[client.match_info["question"]]
         return _reported(Report(daemons=await self._daemons.asked(question)))
+
+    async def _metrics(self, client: web.Request) -> web.StreamResponse:
+        reports = await self._daemons.asked(Ask(verb="view"))
+        body = await asyncio.to_thread(daemon_metrics.exposed, reports)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _of_prompt(self, request: Prompt, verbs: ForPrompt, *, attached: bool = True) -> web.StreamResponse:
         """To each daemon what is meant there, by the names that its own engines would give to the prompt's blocks."""

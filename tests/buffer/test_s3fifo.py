@@ -112,7 +112,18 @@ def hit_rate(trace: list[str], policy: Policy[str], *, room: int) -> float:
     return hits / len(trace)
 
 
-CALLS = st.lists(st.tuples(st.sampled_from(["touched", "removed", "evicted"]), st.integers(0, 9)), max_size=60)
+def test_what_is_forgotten_leaves_nothing_behind() -> None:
+    """As a store that is cleared before it was ever full: nothing is evicted, and so nothing ages."""
+    policy = fifo()
+    for number in range(1000):
+        use(policy, str(number))
+        policy.forgotten(str(number))
+    assert repr(policy) == "<S3Fifo 0 idle: 0 small, 0 main, 0 ghosts>"
+
+
+CALLS = st.lists(
+    st.tuples(st.sampled_from(["touched", "removed", "forgotten", "evicted"]), st.integers(0, 9)), max_size=60
+)
 MAKERS: tuple[Callable[[], Policy[str]], ...] = (fifo, Lru[str])
 
 
@@ -126,6 +137,9 @@ def test_victims_are_exactly_the_idle_items(calls: list[tuple[str, int]], maker:
             idle.add(name)
         elif call == "removed":
             policy.removed(name)
+            idle.discard(name)
+        elif call == "forgotten":
+            policy.forgotten(name)
             idle.discard(name)
         elif name in idle:
             policy.evicted(name)

@@ -22,7 +22,7 @@ import xxhash
 
 from pdx.buffer.headers import Headers
 from pdx.client import DaemonClient
-from pdx.config import Config, load
+from pdx.config import Config, flags_of, load
 from pdx.handoff.handle import TransferHandle, mint
 from pdx.keys import ContentFingerprint, LayoutFingerprint, tail_hash
 from pdx.layout import PageLayout, Place
@@ -77,40 +77,10 @@ class Daemon:
                 "poison": "true", "digest_mode": "true", **settings,
             }, environ={},
         )  # fmt: skip
-        flags = [
-            "run_dir",
-            "key_file",
-            "arena",
-            "linger_s",
-            "lease_s",
-            "poison",
-            "digest_mode",
-            "handoff_share",
-            "extent",
-            "pin_share",
-            "tenant_share",
-            "return_answers",
-            "transport",
-            "require_rdma",
-            "disk",
-            "disk_cap",
-            "disk_write",
-            "disk_flush_s",
-            "eviction",
-            "low_water",
-            "high_water",
-            "tls_cert",
-            "tls_key",
-            "tls_ca",
-        ]
-        arguments = [
-            f"--{f.replace('_', '-')}={value!s}" for f in flags if (value := getattr(self.config, f)) not in ("", None)
-        ]
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log = (run_dir / "log").open("wb")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pdx.daemon.main", *arguments], stdout=self._log, stderr=self._log
-        )
+        command = [sys.executable, "-m", "pdx.daemon.main", f"--run-dir={run_dir}", *flags_of(self.config)]
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
         until(lambda: (run_dir / "pdxd.json").exists() or self.process.poll() is not None, "pdxd serves")
         assert self.process.poll() is None, (run_dir / "log").read_text()
         self.tool = DaemonClient.attach(self.config, Attach(kind="tool"), deadline_s=5, start=False)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from daemon.fleet import DEADLINE_S, PAGES, Daemon, Fleet, fleet_in, prompt_of, until
@@ -20,6 +21,7 @@ from wire_samples import ENGINE
 from pdx.client import Attachment, DaemonClient
 from pdx.config import Config, load
 from pdx.errors import ConfigError, DaemonGone, Refused
+from pdx.launch.ports import free_ports
 from pdx.wire import Ask, Attach
 
 TOOL = Attach(kind="tool")
@@ -64,6 +66,30 @@ def test_it_lingers_for_a_client_that_comes_back_then_exits_and_cleans_up(settin
         assert again.alive
     until(lambda: not daemons_in(settings), "it exits")
     assert not {"pdxd.sock", "pdxd.ipc", "pdxd.json"} & set(os.listdir(settings.run_path))
+
+
+def test_who_asks_for_other_settings_than_the_daemon_has_is_told(
+    settings: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    larger = msgspec.structs.replace(settings, arena="16MiB")
+    with DaemonClient.attach(settings, WORKER):
+        assert not caplog.messages
+        with DaemonClient.attach(larger, Attach(kind="scheduler", engine=ENGINE)):
+            (warning,) = caplog.messages
+            assert "was started without --arena=16MiB" in warning
+            assert "--arena=4MiB" in warning
+
+
+def test_a_daemon_listens_where_it_is_told(fleet: Fleet) -> None:
+    control, first, second = free_ports(3)
+    daemon = fleet.daemon(control_port=str(control), lane_port=str(first))
+    assert daemon.ref.control == f"tcp://127.0.0.1:{control}"
+    assert [offer.endpoint for offer in daemon.ref.lanes] == [f"tcp://127.0.0.1:{first}"]
+    flags = [f"--run-dir={daemon.run_dir}-2", f"--control-port={control}", f"--lane-port={second}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pdx.daemon.main", *flags], capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert (done.returncode, "--control-port" in done.stderr) == (2, True), done.stderr
 
 
 def test_clients_racing_to_start_make_one_daemon(settings: Config) -> None:
@@ -217,6 +243,26 @@ def test_an_attachment_survives_the_daemon(settings: Config) -> None:
         assert second.attached.daemon.incarnation != first.attached.daemon.incarnation
         with pytest.raises(DaemonGone):
             first.send(Ask(verb="health"))
+    finally:
+        attachment.close()
+
+
+def test_an_attachment_survives_a_run_directory_that_is_away_for_a_while(settings: Config) -> None:
+    """As where a user's session has ended and its engines have not."""
+    attachment = Attachment(settings, TOOL)
+    try:
+        assert attachment.client() is not None
+        (daemon,) = daemons_in(settings)
+        away = settings.run_path.with_name("away")
+        settings.run_path.rename(away)
+        settings.run_path.touch()  # no directory can be made here
+        daemon.kill()
+        until(lambda: attachment.client() is None, "the daemon's death is noticed")
+        assert attachment._keeper is not None
+        attachment._keeper.join(2.0)  # several tries
+        settings.run_path.unlink()
+        away.rename(settings.run_path)
+        until(lambda: attachment.client(), "attached again")
     finally:
         attachment.close()
 

@@ -207,7 +207,7 @@ class MovingEngine:
         self.device.step = self.number
         saves, written = self._plan(blocks_a_step)
         loads = [
-            Load(name, self.receiving[name].places, [self.receiving[name].block_ids], 99.0)
+            Load(name, self.receiving[name].places, [self.receiving[name].block_ids], 99.0, self.daemon.ref.incarnation)
             for name in starting
             if name in self.receiving
         ]

@@ -208,6 +208,22 @@ def test_no_step_has_touched_the_slots_of_a_daemon_that_came_after_it(daemon: Me
     assert [(m.side, m.fence) for m in attachment.daemon.let_go] == [("send", 0)]
 
 
+def test_places_are_those_of_the_daemon_that_granted_them(daemon: MemoryDaemon) -> None:
+    """The next one may be there when the step is made: places in its arena may hold anybody's blocks."""
+    attachment = MemoryAttachment(daemon)
+    link = Link(attachment)  # type: ignore[arg-type]
+    scheduler = SchedulerSide(link, role="both", layout=LAYOUT, block_tokens=BLOCK_TOKENS)
+    scheduler.on_new_request(send_request(daemon))
+    scheduler.on_new_request(load_request(daemon))
+    assert scheduler.matched_tokens("l", 0) == (10, True)
+    scheduler.allocated("l", [[7, 8, 9]], 10)
+    daemon.die()
+    attachment.daemon = MemoryDaemon(LAYOUT, blocks=8, incarnation=2)
+    step = scheduler.step(IDLE)  # type: ignore[arg-type]
+    assert step.incarnation == 2
+    assert [load.incarnation for load in step.loads] == [1]
+
+
 def test_a_send_is_ended_by_its_handoff(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
     scheduler.on_new_request(send_request(daemon))
     assert scheduler.matched_tokens("s", 0) == (0, False)
@@ -290,7 +306,7 @@ def test_a_load_takes_its_share_of_a_step_and_no_more(forward_s: float | None, s
     report = None
     for number in range(2, 2 + steps):
         assert report is None
-        loads = [Load("r", places, [[5, 6, 7, 8]], 999.0)] if number == 2 else []
+        loads = [Load("r", places, [[5, 6, 7, 8]], 999.0, daemon.ref.incarnation)] if number == 2 else []
         worker.begin(Step(number, daemon.ref.incarnation, 16 * (forward_s is not None), loads=loads))
         clock.now += forward_s or 0.0
         worker.load()
@@ -307,7 +323,8 @@ def test_what_has_landed_is_taken_before_a_load_that_gets_no_more_ends() -> None
     daemon, clock = MemoryDaemon(LARGE, blocks=4), Clock()
     worker, places = filled_worker(daemon, clock)
     daemon.arena.set_watermark(places[3].header_offset, 2)
-    loads = [Load("r", places, [[5, 6, 7, 8]], 9.0), Load("s", places, [[1, 2, 3, 4]], 9.0)]
+    here = daemon.ref.incarnation
+    loads = [Load("r", places, [[5, 6, 7, 8]], 9.0, here), Load("s", places, [[1, 2, 3, 4]], 9.0, here)]
     report, number = None, 2
     worker.begin(Step(2, daemon.ref.incarnation, 16, loads=loads))
     while report is None or "r" not in report.loads:
@@ -365,7 +382,8 @@ def test_a_rank_that_writes_nothing_lets_go_all_the_same(clock: Clock) -> None:
 def test_a_load_for_another_incarnation_fails_untouched(daemon: MemoryDaemon, clock: Clock) -> None:
     places = opened(daemon, 2)
     worker = worker_of(daemon, LAYOUT, clock)
-    worker.begin(Step(1, daemon.ref.incarnation + 1, 0, loads=[Load("r", places, [[3, 4]], 9.0)]))
+    here = daemon.ref.incarnation  # the step's own: a daemon that came after the places were granted
+    worker.begin(Step(1, here, 0, loads=[Load("r", places, [[3, 4]], 9.0, here + 1)]))
     worker.load()
     worker.end()
     report = worker.take_ended()

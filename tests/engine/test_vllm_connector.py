@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: the connector is not tested against it")
 pytestmark = pytest.mark.vllm
 
+from markdown_tables import rows_under  # noqa: E402
 from memory_connector import the_daemon  # noqa: E402
 from prometheus_client import Counter, Gauge, Histogram  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
@@ -227,6 +228,8 @@ def test_stats_reach_prometheus(prefill: Engine, model_dir: Path) -> None:
     metrics.observe({"pages_saved": 5})
     assert metrics._counters["pages_saved"][0]._value.get() == 5
     assert set(metrics._counters) == set(COUNTERS)
+    listed = [name.strip("`") for name, _ in rows_under("Exported by vLLM", page="docs/metrics.md")]
+    assert listed == [f"vllm:pdx_{name}_total" for name in COUNTERS]
 
 
 def test_hooks_have_vllm_s_signatures() -> None:

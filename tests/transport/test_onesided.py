@@ -6,6 +6,7 @@ import contextlib
 import random
 import select
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,6 +15,7 @@ import pytest
 from lane_pairs import KEY, example_fabric
 
 from pdx.errors import ConfigError, PeerGone, TransportError, WireError
+from pdx.transport import reactor
 from pdx.transport.api import Arrived, Copy, PutDone, PutFailed, Span, WindowClosed
 from pdx.transport.handshake import greet_as_acceptor, greet_as_connector
 from pdx.transport.link import Link
@@ -142,7 +144,8 @@ def test_a_window_closes_when_its_writer_is_gone(says_bye: bool) -> None:
         assert side.events == [WindowClosed(window)]
 
 
-def test_a_dropped_writer_keeps_its_window_until_it_has_hung_up_too() -> None:
+def test_a_dropped_writer_keeps_its_window_until_it_has_hung_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reactor, "SETTLE_SLICES", 0)
     with opened() as side:
         window = side.region.open_window([Span(0, 100)])
         with writer(side) as peer:
@@ -152,11 +155,44 @@ def test_a_dropped_writer_keeps_its_window_until_it_has_hung_up_too() -> None:
             assert peer.is_dropped()
             side.region.close_window(window)
             peer.link.send(Drained(window))  # not heard any more
-            barrier = side.region.open_window([])
-            side.region.close_window(barrier)
-            side.wait_closed(barrier)
-            assert side.events == [WindowClosed(barrier)]
+            # For longer than a peer that has left is waited for: this one has not, and may be writing.
+            deadline_s = time.monotonic() + 3 * reactor.TICK_S
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                select.select([side.lane.fileno()], [], [], left_s)
+                side.events += side.lane.take_events()
+            assert side.events == []
         side.wait_closed(window)
+
+
+def test_what_a_peer_did_not_take_at_once_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else happens meanwhile that would wake the lane."""
+    with opened() as side, writer(side) as peer:
+        flush, held = Link.flush, []
+
+        def full_at_first(link: Link) -> None:
+            if link is not peer.link and not held:
+                held.append(link.unsent_bytes)
+                return
+            flush(link)
+
+        window = side.region.open_window([Span(100, 50)])
+        monkeypatch.setattr(Link, "flush", full_at_first)
+        peer.link.send(Ask(window))
+        assert isinstance(peer.next(), Granted)
+        assert held > [0]
+
+
+def test_no_thread_for_one_more_peer_costs_that_peer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with opened() as side, reader(side) as (_, channel):
+        with monkeypatch.context() as exhausted:
+            exhausted.setattr(threading.Thread, "start", start)
+            lost = side.lane.connect("raw://127.0.0.1:9")
+            side.wait_lost(lost)
+        assert "no more connections" in losses_of(side.events, lost)[0].reason
+        assert not losses_of(side.events, channel)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +252,22 @@ def test_the_sender_asks_once_and_says_when_it_has_drained() -> None:
         peer.link.send(Unknown(1))
         assert isinstance(side.wait_end(late), PutFailed)
         assert not losses_of(side.events, channel)
+
+
+def test_a_window_that_was_granted_is_not_unknown() -> None:
+    """A put may be under way through it: so this costs the channel, and the channel only."""
+    with opened(seed=1) as side, opened() as target, reader(side) as (peer, channel):
+        side.put(channel, 1, [Copy(0, 0, 10)], notice=b"n")
+        assert peer.next() == Ask(1)
+        at = target.region.memory.address  # type: ignore[attr-defined]
+        metadata = example_fabric().metadata()
+        peer.link.send(Granted(1, at, MEMORY_BYTES, "DRAM", 0, [Span(0, 10)], metadata))
+        assert peer.next() == Landed(1, b"n")
+        peer.link.send(Unknown(1))
+        side.wait_lost(channel)
+        with reader(side) as (other, another):
+            side.put(another, 2, [Copy(0, 0, 10)], notice=b"m")
+            assert other.next() == Ask(2), "the lane lives"
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(KEY, None), (None, KEY), (KEY, b"another key 0123")])

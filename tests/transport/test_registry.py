@@ -59,8 +59,10 @@ class Machine:
     def __init__(self, **devices: tuple[str, ...]) -> None:
         self.devices = devices
         self.opened: list[Lane] = []
+        self.urls: list[str] = []
 
     def open(self, url: str) -> Lane:
+        self.urls.append(url)
         scheme = url.partition("://")[0]
         if scheme != "tcp" and scheme not in self.devices:
             raise UnknownTransport(f"{scheme}:// is not installed")
@@ -100,6 +102,16 @@ def test_the_lanes_that_a_daemon_opens(
     devices: dict[str, tuple[str, ...]], rdma: Rdma, transport: str, schemes: str, reason: str
 ) -> None:
     assert opened(Machine(**devices), rdma, transport) == (schemes, reason)
+
+
+def test_each_lane_has_the_port_after_the_last_ones() -> None:
+    machine = Machine(nixl=())
+    open_lanes(
+        "10.0.0.1", port=7000, transport="nixl", require_rdma=False, rdma=NO_RDMA, open_one=machine.open
+    )  # fmt: skip
+    for lane in machine.opened:
+        lane.abort()
+    assert machine.urls == ["nixl://10.0.0.1:7000", "tcp://10.0.0.1:7001"]
 
 
 def test_required_rdma_leaves_tcp_out() -> None:

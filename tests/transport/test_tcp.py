@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import select
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pdx.errors import PeerGone
 from pdx.transport.api import Arrived, Copy, PutFailed, Span, WindowClosed
 from pdx.transport.frames import GREETING_BYTES, LANE_VERSION, Head, encode_frame_start
 from pdx.transport.handshake import greet_as_connector
@@ -185,6 +187,20 @@ def test_an_idle_connection_lives_on() -> None:
         assert not losses_of(near.events, channel), "six silent stall times cost the channel"
         near.put(channel, window, [], notice=b"two")
         far.wait_arrived(b"two")
+
+
+def test_no_descriptor_for_one_more_peer_costs_that_peer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with opened() as far, opened(seed=1) as near:
+        with monkeypatch.context() as exhausted:
+            exhausted.setattr(os, "eventfd", none_left)
+            with pytest.raises(PeerGone, match="Too many open files"):
+                near.lane.connect(far.lane.endpoint)
+        window = far.region.open_window([Span(0, 10)])
+        near.put(near.lane.connect(far.lane.endpoint), window, [Copy(0, 0, 10)], notice=b"n")
+        far.wait_arrived(b"n")
 
 
 def test_counts() -> None:

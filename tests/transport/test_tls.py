@@ -21,6 +21,8 @@ from pdx import config
 from pdx.errors import ConfigError, WireError
 from pdx.transport.api import Copy, PutFailed, Span
 from pdx.transport.conformance import CHECKS, Check
+from pdx.transport.frames import Head, encode_frame_start
+from pdx.transport.handshake import greet_as_connector
 from pdx.transport.registry import open_lane
 from pdx.transport.side import MEMORY_BYTES, WAIT_S, Side, losses_of
 from pdx.transport.sockets import parse_endpoint
@@ -131,6 +133,28 @@ def test_a_handshake_that_drips_ends_in_time(files: TlsFiles) -> None:
                     break
             else:
                 pytest.fail("200 bytes, 0.05 s apart, were waited for")
+
+
+def test_a_record_that_drips_does_not_hold_a_window(files: TlsFiles) -> None:
+    with opened(LaneTls(files), stall_s=0.3) as far:
+        window = far.region.open_window([Span(0, 4096)])
+        with socket.create_connection(parse_endpoint(far.lane.endpoint), timeout=WAIT_S) as connection:
+            pipe = LaneTls(files).pipe(connection, is_acceptor=False)
+            pipe.shake_hands(WAIT_S)
+            greet_as_connector(pipe, KEY)
+            pipe.sendall(encode_frame_start(Head(True, window, 1, 1, 4096, 0), [Span(0, 4096)]))
+            pipe._tls.write(bytes(4096))
+            for byte in pipe._outgoing.read():
+                try:
+                    connection.send(bytes([byte]))
+                except ConnectionError:
+                    break
+                if select.select([connection], [], [], 0.05)[0]:
+                    break
+            else:
+                pytest.fail("a record of 4 KiB, 0.05 s for each byte, was waited for")
+            far.region.close_window(window)
+            far.wait_closed(window)
 
 
 @pytest.mark.parametrize("absent", ["certificate", "key", "authority"])

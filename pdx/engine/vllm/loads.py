@@ -122,10 +122,12 @@ class Loads:
         self._end(load, ok=True, reason="the engine has it all")
         return 0
 
-    def allocated(self, request_id: str, tables: Sequence[list[int]], external_tokens: int) -> None:
+    def allocated(
+        self, request_id: str, tables: Sequence[list[int]], external_tokens: int, *, incarnation: int
+    ) -> None:
         """vLLM has blocks for the request; with external tokens it now waits for our worker to fill the last ones.
 
-        `tables`: the block ids of the whole request, by KV group.
+        `tables`: the block ids of the whole request, by KV group. `incarnation`: of the daemon that has granted.
         """
         load = self._loads.get(request_id)
         if load is None or load.places is None or load.loading:
@@ -139,7 +141,7 @@ class Loads:
         places, targets = load.places[first:end], [table[first:end] for table in tables]
         assert places
         assert all(len(target) == len(places) for target in targets)
-        self._starting.append(Load(request_id, places, targets, _total_s(load.prompt)))
+        self._starting.append(Load(request_id, places, targets, _total_s(load.prompt), incarnation))
         load.loading = True
 
     def opened(self, message: LoadOpened, now: float) -> None:

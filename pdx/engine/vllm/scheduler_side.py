@@ -125,7 +125,7 @@ class SchedulerSide:
         """`tables`: the request's block ids, by KV group."""
         if self._tainted.admitted(request_id):
             self._sends.drop(request_id, "it shares blocks that were computed with other weights")
-        self._loads.allocated(request_id, tables, external_tokens)
+        self._loads.allocated(request_id, tables, external_tokens, incarnation=self._incarnation)
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """The request ended in any way. Returns what its reply's kv_transfer_params may say."""

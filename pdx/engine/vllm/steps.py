@@ -30,6 +30,7 @@ class Load:
     places: list[Place]
     tables: list[list[int]]  # engine block ids of these places, by KV group
     budget_s: float
+    incarnation: int  # of the pdxd whose arena the places mean: a step may tell of the next one already
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Step:
     """Scheduler to worker."""
 
     number: int
-    incarnation: int  # of the pdxd whose arena the places mean; 0: none
+    incarnation: int  # of the pdxd whose arena the places of `saves` mean; 0: none
     tokens: int  # scheduled in this step; 0: no forward pass
     saves: list[Save] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)

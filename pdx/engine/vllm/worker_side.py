@@ -86,7 +86,7 @@ class WorkerSide:
             self._gaps.update(save.handoff_id for save in step.saves if not save.last)
         for load in step.loads:
             if current:
-                self._take_load(load, step.incarnation)
+                self._take_load(load)
             else:
                 self._refuse_load(load, OTHER_WEIGHTS)
         for request_id in step.finishing:
@@ -162,16 +162,16 @@ class WorkerSide:
 
     # --- loading ----------------------------------------------------------------------------------------------
 
-    def _take_load(self, load: Load, incarnation: int) -> None:
+    def _take_load(self, load: Load) -> None:
         try:
             plan = LoadPlan(load.places, load.tables, group_of=self._layers.group_of, ahead=self._mover.copies_ahead)
         except Refused as error:
             self._refuse_load(load, str(error))
             return
-        if not self._mover.usable(incarnation):
+        if not self._mover.usable(load.incarnation):
             self._refuse_load(load, "pdxd is gone")
             return
-        self._loading[load.request_id] = Loading(plan, self._clock() + load.budget_s, incarnation)
+        self._loading[load.request_id] = Loading(plan, self._clock() + load.budget_s, load.incarnation)
 
     def _advance(self, loading: Loading, budget: LoadBudget) -> None:
         """Scatters pages until the budget is spent, and says why this load cannot go on if it can't."""
