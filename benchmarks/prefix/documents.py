@@ -46,31 +46,21 @@ class Outcome:
 
 
 def measure(arms: Sequence[CachingArm], cases: Sequence[Case], report: Report, *, peers: Sequence[str] = ()) -> None:
-    """`peers`: arms of which ours must be as good in every case.
-
-    A peer's engine that is stopped for longer than its own heartbeats allow does not come back: so peers read last and
-    answer first, at the same place of every case, and the long case of the plain engine comes when they are done.
-    """
+    """`peers`: arms of which ours must be as good in every case."""
     taken: dict[tuple[str, Case], Outcome] = {}
     numbers = itertools.count()
-    [small] = (arm for arm in arms if arm.name == SMALL)
-    theirs = [arm for arm in arms if arm.name in peers]
-    own = [arm for arm in arms if arm is not small and arm not in theirs]
-    for arm in [*own, *theirs]:
-        report.progress(f"documents: {arm.name} reads")
-        with arm.active():
-            for document in range(DOCUMENTS):
-                arm.ask(prompt_of(DOCUMENT_TOKENS, document), 1)
-    turns = [
-        (arm, case)
-        for number, case in enumerate(cases)
-        for arm in [*theirs, *(own if number % 2 == 0 else reversed(own))]
-    ]
-    turns += [(small, case) for case in cases if (case.clients, case.answer_tokens) == PLAIN_CASE]
-    for arm, case in turns:
-        report.progress(f"documents: {arm.name}, {case}")
-        with arm.active():
-            taken[arm.name, case] = _ask(arm, case, numbers)
+    for arm in arms:
+        if arm.name != SMALL:
+            report.progress(f"documents: {arm.name} reads")
+            with arm.active():
+                for document in range(DOCUMENTS):
+                    arm.ask(prompt_of(DOCUMENT_TOKENS, document), 1)
+    for number, case in enumerate(cases):
+        for arm in arms if number % 2 == 0 else list(reversed(arms)):
+            if arm.name != SMALL or (case.clients, case.answer_tokens) == PLAIN_CASE:
+                report.progress(f"documents: {arm.name}, {case}")
+                with arm.active():
+                    taken[arm.name, case] = _ask(arm, case, numbers)
     _judge(taken, cases, report, peers)
 
 

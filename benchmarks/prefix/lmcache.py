@@ -78,6 +78,8 @@ def lmcache(
             *("--http-host", "127.0.0.1", "--http-port", str(http_port)),
             *("--supported-transfer-mode", mode, "--l1-size-gb", str(memory_gib), "--chunk-size", str(block_tokens)),
             *("--eviction-policy", "LRU", "--disable-grpc-metrics", *server_flags),
+            # By default an engine that is stopped for two minutes, as idle arms are, is forgotten for good.
+            *("--worker-reap-timeout-seconds", "7200"),
         ],
         environment=surroundings, cpus=DECODE_CPUS,
     )  # fmt: skip

@@ -260,8 +260,10 @@ class Tiering:
         store.release(promotion.claim.lease)
 
     def _tell(self, promotion: _Promotion, reason: str) -> None:
-        """Everybody who waits, once: of what a load had yet to get, it takes no more then."""
+        """Everybody who waits, once: of what a load had yet to get, it takes no more then. A pin takes what it gets."""
         for load, engine_id in list(promotion.asked_by.items()):
+            if not engine_id:
+                continue
             self._desk.ports.to_engine(engine_id, LoadEnded(handoff_id=load, reason=f"disk: {reason}"))
             self.withdrawn(load)
 

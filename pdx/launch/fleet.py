@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from pathlib import Path
 from pdx.launch.engine import EngineSpec
 from pdx.launch.shares import shares
 
-# Two engines at vLLM's default would each ask for most of the machine's memory.
+# Two engines at vLLM's default would each ask for most of the machine's memory, or of the GPU that they share.
 KV_CACHE_BYTES = 1 << 30
+GPU_MEMORY_SHARE = 0.9  # of all engines of a GPU together: vLLM's default for one
 # `pdx up` ends its daemons itself; until then one that waits for slow engines must not take itself for left alone.
 LINGER_S = 1e9
 MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
@@ -90,13 +92,17 @@ def design(wish: Wish, ground: Ground) -> Fleet:
             cpus=cpus[index],
             gpus=gpus[index],
             settings={**wish.settings, "run_dir": str(daemons[0 if role == "prefill" else -1].run_dir)},
-            flags=(*_memory_flags(wish.flags, on_cpu=not ground.gpus), *wish.flags),
+            flags=(*_memory_flags(wish.flags, gpus=len(ground.gpus), engines=len(roles)), *wish.flags),
         )
         for index, role in enumerate(roles)
     )
     return Fleet(daemons=daemons, engines=engines, router_cpus=cpus[-1])
 
 
-def _memory_flags(flags: Sequence[str], *, on_cpu: bool) -> tuple[str, ...]:
-    chosen = any(flag.replace("_", "-").startswith(MEMORY_FLAGS) for flag in flags)
-    return () if chosen or not on_cpu else ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
+def _memory_flags(flags: Sequence[str], *, gpus: int, engines: int) -> tuple[str, ...]:
+    if any(flag.replace("_", "-").startswith(MEMORY_FLAGS) for flag in flags):
+        return ()
+    if not gpus:
+        return ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
+    on_one = math.ceil(engines / gpus)
+    return () if on_one == 1 else ("--gpu-memory-utilization", f"{GPU_MEMORY_SHARE / on_one:.2f}")

@@ -11,6 +11,7 @@ from test_tiering import crowd_out, fill, keep_filled, watermark
 
 from pdx.errors import Refused
 from pdx.keys import SPACE_BYTES, space_of, tenant_of
+from pdx.tiers import memory
 from pdx.tiers.memory import MemoryTier
 from pdx.verbs import Clear, Cleared, Found, Lookup, Pin, Pinned, TierCleared, Unpin, Unpinned
 from pdx.wire import LoadEnded, SendOpened
@@ -149,6 +150,21 @@ class TestPin:
         assert described["blocks"] == 2
         unpin(host)
         assert leases(host) == 0
+
+    def test_takes_what_still_waits_to_be_read_when_one_block_is_rotten(
+        self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it would hold of the others, were they not to come, is no cache and can't be evicted."""
+        keep_filled(host)
+        crowd_out(host)
+        monkeypatch.setattr(memory, "OPEN_MAX", 1)
+        pin(host)
+        tier.remove((SPACE, HASHES[0]))
+        for _ in HASHES:
+            host.tick()
+        assert is_here(host) == [False, True, True]
+        (described,) = host.mover.kept(host.now)["pinned"]["pins"]
+        assert (described["blocks"], described["coming_blocks"]) == (2, 0)
 
     def test_ends_with_its_time(self, host: Host) -> None:
         keep_filled(host)

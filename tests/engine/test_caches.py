@@ -229,6 +229,7 @@ def test_equal_engines_describe_themselves_equally_and_others_do_not(model_dir: 
         ("different page sizes", lambda: hybrid_config(full_attention(), sliding_window(), latents())),
         ("no KV cache", lambda: KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=[])),
         ("compressed", lambda: kv_cache_config(latents(tokens_per_state=4))),
+        ("look ahead", lambda: kv_cache_config(full_attention(non_causal=True))),
     ],
 )  # fmt: skip
 def test_caches_that_can_not_be_carried_are_refused_by_name(

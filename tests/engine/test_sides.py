@@ -21,7 +21,7 @@ from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
 from pdx.engine.vllm.watch import Watch
 from pdx.engine.vllm.worker_side import WorkerSide
 from pdx.layout import PageLayout, Place
-from pdx.wire import Filled, LetGo, LoadEnded, LoadOpened, OpenLoad, OpenSend, Renew, SendEnded, SendOpened
+from pdx.wire import Filled, LetGo, LoadEnded, LoadOpened, LookUp, OpenLoad, OpenSend, Renew, SendEnded, SendOpened
 
 HANDOFF = (1).to_bytes(16, "big")
 IDLE = Scheduled({}, {})
@@ -56,7 +56,7 @@ def load_request(daemon: MemoryDaemon) -> Any:
 @pytest.mark.parametrize(
     "request_",
     [
-        {"mm_features": ["image"]},
+        {"mm_features": [SimpleNamespace(mm_position=SimpleNamespace(offset=0))]},
         {"lora_request": SimpleNamespace(lora_name="new", lora_path="somewhere", load_inplace=False)},
     ],
 )
@@ -66,6 +66,20 @@ def test_prompts_that_tokens_do_not_name_are_served_without_handoff(
     scheduler.on_new_request(send_request(daemon, **request_))
     assert scheduler.matched_tokens("s", 0) == (0, False)
     assert daemon.received == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "blocks"), [(0, 0), (BLOCK_TOKENS - 1, 0), (BLOCK_TOKENS, 1), (9, 9 // BLOCK_TOKENS)]
+)
+def test_only_what_comes_before_an_image_is_looked_for(daemon: MemoryDaemon, offset: int, blocks: int) -> None:
+    """Its name may be a counter of this engine's life, or the client's own word."""
+    link = Link(MemoryAttachment(daemon))  # type: ignore[arg-type]
+    scheduler = SchedulerSide(link, role="both", layout=LAYOUT, block_tokens=BLOCK_TOKENS, offload="all")
+    image = SimpleNamespace(mm_position=SimpleNamespace(offset=offset))
+    scheduler.on_new_request(Request("r", list(range(10)), mm_features=[image]))
+    scheduler.matched_tokens("r", 0)
+    asked = [len(message.block_hashes) for message in daemon.received if isinstance(message, LookUp)]
+    assert asked == [blocks] * (blocks > 0)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ def test_gpus_are_dealt_out() -> None:
     assert fleet.engines[0].flags == ()
 
 
+def test_engines_of_one_gpu_share_its_memory() -> None:
+    fleet = designed(gpus=("0",))
+    assert [(spec.gpus, spec.flags) for spec in fleet.engines] == [("0", ("--gpu-memory-utilization", "0.45"))] * 2
+
+
 @pytest.mark.parametrize(
     ("items", "count", "expected"),
     [

@@ -197,6 +197,8 @@ def _checked(spec: object, is_draft: bool) -> AttentionSpec:
         )
     if is_draft:
         raise Refused("KV caches of draft models are not supported")
+    if getattr(known, "non_causal", False) or getattr(known, "non_causal_multi_token_decode", False):
+        raise Refused("layers that look ahead are not supported: a block's KV would depend on what follows it")
     if known.kv_quant_mode.value or known.tokens_per_state != 1:
         raise Refused("quantized or compressed KV caches are not supported: a page is no plain K and V")
     return known

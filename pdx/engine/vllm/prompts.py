@@ -56,10 +56,12 @@ def blocks_of(
 ) -> Prompt | None:
     """The full blocks of a request, from block `first` on and of its first `tokens` tokens (None: those of its prompt).
 
-    None if there are none. Their hashes name all that went into them, images too; of an adapter they name the place,
-    where tomorrow there may be another one: hence its `salt`.
+    None if there are none. Their hashes name all that went into them; of an adapter they name the place, where tomorrow
+    there may be another one: hence its `salt`. Of an image they have the name that vLLM, or the client, has given it,
+    which another image may have in another engine: so what comes from the first image on is not meant here.
     """
     covered = request.num_prompt_tokens if tokens is None else tokens
+    covered = min([covered, *(feature.mm_position.offset for feature in request.mm_features or ())])
     hashes = [salted(block_hash, salt) for block_hash in request.block_hashes[first : covered // block_tokens]]
     if not hashes:
         return None

@@ -49,6 +49,9 @@ class Tainted:
         """vLLM has freed the blocks of `preempted`, and admitted nobody since."""
         if self._requests.intersection(preempted):
             self._forget(None)  # nobody says any more which blocks these were
+        if self._own is not None:
+            for request_id in self._requests:  # now, for blocks behind a window leave them while they run
+                self._own.forget(self._own.blocks_of(request_id))
 
     def finished(self, request_id: str) -> None:
         """Its blocks are about to be freed."""

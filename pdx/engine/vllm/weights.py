@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ SAFETENSORS_HEADER_BYTES_MAX = 100 << 20  # the format's own limit
 
 
 def content_of(vllm_config: VllmConfig, block_tokens: int) -> ContentFingerprint:
-    """Raises Refused where block hashes have a random seed, or a file is none of what its name says."""
+    """Raises Refused where block hashes have a random seed, a file is none of what its name says, or there is none."""
     model = vllm_config.model_config
     algorithm = vllm_config.cache_config.prefix_caching_hash_algo
     return ContentFingerprint(
@@ -37,36 +38,61 @@ def content_of(vllm_config: VllmConfig, block_tokens: int) -> ContentFingerprint
 def _weights_digest(vllm_config: VllmConfig) -> str:
     """Names, sizes, headers and samples of the weight files, and what changes their meaning. Not their gigabytes.
 
-    The samples tell checkpoints of one shape apart: training changes nearly every weight.
+    The samples tell checkpoints of one shape apart: training changes nearly every weight. A model of a hub is named by
+    its commit, for what a branch means may change. Raises Refused where neither is known.
     """
     model = vllm_config.model_config
     digest = hashlib.blake2b(digest_size=16, person=b"pdx-weights")
+    rope = repr(getattr(model.hf_text_config, "rope_parameters", None))
     overrides = {
         "hf_overrides": repr(model.hf_overrides),
         "quantization": model.quantization,
-        "rope": repr(getattr(model.hf_config, "rope_parameters", None)),
+        "rope": rope,
         "load_format": str(vllm_config.load_config.load_format),
     }
-    if overrides["load_format"] == "dummy":  # random weights
+    if "longrope" in rope or "llama4" in str(getattr(model.hf_text_config, "model_type", "")):
+        # vLLM chooses their rotation, or their attention's temperature, by the longest prompt that it is to serve.
+        overrides["longest"] = [
+            model.max_model_len, model.override_generation_config, model.try_get_generation_config()
+        ]  # fmt: skip
+    is_random = overrides["load_format"] == "dummy"
+    if is_random:
         overrides["seed"] = model.seed
-    folder = Path(model.model)
-    if not folder.is_dir():
-        overrides |= {"model": model.model, "revision": model.revision}
+    path = Path(model.model)
+    if not path.exists():
+        overrides |= {"model": model.model, "commit": getattr(model.hf_config, "_commit_hash", None)}
     digest.update(json.dumps(overrides, sort_keys=True, default=str).encode())
-    for part in _weight_files(folder) if folder.is_dir() else ():
+    files = list(_files(path)) if path.exists() else []
+    if not (is_random or any(map(_has_weights, files)) or overrides.get("commit")):
+        raise Refused(
+            f"the weights of {model.model} can't be told from others: it is no folder with weight files, and no "
+            "commit of a hub is known; download it, and name the folder"
+        )
+    for part in itertools.chain.from_iterable(map(_content, files)):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> Iterator[bytes]:
-    for path in sorted(folder.iterdir()):
-        if path.name == "config.json":
-            yield path.read_bytes()
-        elif path.suffix in WEIGHT_SUFFIXES:
-            yield f"{path.name} {path.stat().st_size}".encode()
-            if path.suffix == ".safetensors":
-                yield _safetensors_header(path)
-            yield from _samples(path)
+def _files(path: Path) -> Iterator[Path]:
+    """Of a model's folder those that say what it computes; or its only file, as of GGUF."""
+    if path.is_file():
+        yield path
+        return
+    yield from (file for file in sorted(path.iterdir()) if file.name == "config.json" or _has_weights(file))
+
+
+def _has_weights(file: Path) -> bool:
+    return file.suffix in WEIGHT_SUFFIXES
+
+
+def _content(file: Path) -> Iterator[bytes]:
+    if not _has_weights(file):
+        yield file.read_bytes()
+        return
+    yield f"{file.name} {file.stat().st_size}".encode()
+    if file.suffix == ".safetensors":
+        yield _safetensors_header(file)
+    yield from _samples(file)
 
 
 def _samples(path: Path) -> Iterator[bytes]:
