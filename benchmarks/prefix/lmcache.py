@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.harness.arms import DECODE_CPUS, PREFILL_CPUS, Scratch, serving, start_plain, wait_engines
 from benchmarks.harness.counters import scraped
-from benchmarks.harness.rig import get, wait_until
+from benchmarks.harness.rig import get, tail, wait_until
 from benchmarks.prefix.engines import ENVIRONMENT, CachingArm
 from pdx.errors import PdxError
 from pdx.launch.engine import import_path
@@ -79,12 +79,14 @@ def lmcache(
             *("--supported-transfer-mode", mode, "--l1-size-gb", str(memory_gib), "--chunk-size", str(block_tokens)),
             *("--eviction-policy", "LRU", "--disable-grpc-metrics", *server_flags),
             # By default an engine that is stopped for two minutes, as idle arms are, is forgotten for good.
-            *("--worker-reap-timeout-seconds", "7200"),
+            *("--worker-reap-timeout-seconds", "0"),
         ],
         environment=surroundings, cpus=DECODE_CPUS,
     )  # fmt: skip
     health = f"http://127.0.0.1:{http_port}/healthcheck"
-    wait_until(lambda: get(health) == 200, START_S, f"LMCache serves; see {server.log}")
+    wait_until(lambda: get(health) == 200 or server.process.poll() is not None, START_S, "LMCache serves")
+    if server.process.poll() is not None:
+        raise PdxError(f"LMCache ended by itself, see {server.log}:\n{tail(server.log)}")
     transfer = {
         "kv_connector": "LMCacheMPConnector", "kv_role": "kv_both",
         "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
