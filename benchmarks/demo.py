@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks import timeline
 from benchmarks.model import build, dtype_flags
-from pdx import config, timeline
+from pdx import config
 from pdx.client import DaemonClient
 from pdx.launch import processes
 from pdx.wire import Ask, Attach

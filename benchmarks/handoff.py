@@ -42,7 +42,7 @@ QUICK = Plan((257, 513, 1025, 2049), 2, ("proxy",), after=False)
 def run(scratch: Scratch, report: Report, plan: Plan) -> None:
     with Relay() as pdx_relay, Relay() as nixl_relay:
         peers = nixl_pairs(scratch, NIXL, plan.fronts, lanes=TCP, relay=nixl_relay)
-        pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.harness.late", relay=pdx_relay)
+        pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.naive.late", relay=pdx_relay)
         ways = [Way(PAIRED, pair, "paired"), Way(NAIVE, pair, "paired", late=True)]
         ways += [Way(AFTER, pair, "after")] if plan.after else []
         ways += [Way(f"{NIXL}, {front}", peer) for front, peer in zip(plan.fronts, peers, strict=True)]

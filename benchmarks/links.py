@@ -18,7 +18,6 @@ from importlib.util import find_spec
 
 from benchmarks.harness.arms import DAEMON_SETTINGS, DECODE_CPUS, ENGINE_FLAGS, PREFILL_CPUS, Arm, Scratch, wait_engines
 from benchmarks.harness.exposure import Exposure, read_exposure
-from benchmarks.harness.late import after_prefill
 from benchmarks.harness.measure import completion, median, pin_client, prompt_of, stream, table
 from benchmarks.harness.netns import WIRE_DEVICE, Wire, why_not
 from benchmarks.harness.part import Part
@@ -27,6 +26,7 @@ from benchmarks.harness.relay import Relay
 from benchmarks.harness.report import Report, options
 from benchmarks.harness.rig import counter, wait_until
 from benchmarks.model import build
+from benchmarks.naive.late import after_prefill
 from pdx.wire import Ask
 
 RHOS = (0.1, 0.5, 0.9, 1.5)
@@ -78,7 +78,7 @@ class TwoHosts:
         rig.start_router(*LONG_BUDGETS, host=wire.outside, cpus=DECODE_CPUS)
         for name, host, cpus in (("source", wire.source, PREFILL_CPUS), ("target", wire.target, DECODE_CPUS)):
             rig.start_daemon(
-                name, cpus=cpus, prefix=host.prefix, module="benchmarks.harness.late", host=host.wire, **DAEMON_SETTINGS
+                name, cpus=cpus, prefix=host.prefix, module="benchmarks.naive.late", host=host.wire, **DAEMON_SETTINGS
             )
         self._start_engine("D", "decode", ())
         self.source, self.target = rig.tool("source"), rig.tool("target")

@@ -32,10 +32,10 @@ from benchmarks.harness.measure import (
     stream,
     table,
 )  # fmt: skip
-from benchmarks.harness.polling import polling
 from benchmarks.harness.report import Report, options
 from benchmarks.harness.rig import counter
 from benchmarks.model import build
+from benchmarks.naive.polling import polling
 
 TAX_MAX, EXCLUDED = 1.03, 1.05  # the bar of the median, and what its 95 % interval must not reach
 STEADY_PROMPT, STEADY_TOKENS, LOADED_TOKENS = 64, 64, 240  # a stream alone, and one that outlasts a prefill beside it
@@ -239,7 +239,7 @@ def main() -> int:
     report, plan = Report("tax"), QUICK if chosen.quick else FULL
     report.figures["ceiling_memcpy_gb_per_s"] = round(memcpy_rate() / 1e9, 2)
     with Scratch(chosen.model or build()) as scratch:
-        pair = pdx_pair(scratch, PDX, daemon_module="benchmarks.harness.polling")
+        pair = pdx_pair(scratch, PDX, daemon_module="benchmarks.naive.polling")
         cpus = {f"{name}-{core}": core for name in (BASE, "control") for core in (PREFILL_CPUS, DECODE_CPUS)}
         engines = plain_engines(scratch, "plain", cpus)
         plains = {BASE: (engines[0], engines[1]), "control": (engines[2], engines[3])}

@@ -81,7 +81,7 @@ def run(scratch: Scratch, report: Report, plan: Plan) -> None:
 
 
 def run_with(relay: Relay, scratch: Scratch, report: Report, plan: Plan) -> None:
-    pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.harness.late", relay=relay)
+    pair = pdx_pair(scratch, "pdx", daemon_module="benchmarks.naive.late", relay=relay)
     others = [Way(ALONE, plain(scratch, "alone"))]
     others += [Way(NIXL, nixl_pair(scratch, "NixlConnector"))] if plan.peer else []
     seeded = Way(SEEDED, pair, "auto")

@@ -11,11 +11,11 @@ VERBS = {
     "serve": ("pdx.launch.serve", "start vLLM servers of one role on this host"),
     "up": ("pdx.launch.up", "start router, daemons and engines on this machine"),
     "router": ("pdx.router.main", "start the router (also pdx-router)"),
-    "kv": ("pdx.launch.kv", "ask and steer what daemons keep: lookup, pin, clear, stats …"),
-    "drain": ("pdx.launch.drain", "take an engine or a router out of service"),
-    "top": ("pdx.top", "watch a router: engines, daemons and requests as they are"),
-    "bench": ("pdx.launch.bench", "list the benchmarks and run one"),
-    "check": ("pdx.launch.check", "say what this machine can run, and what is missing"),
+    "kv": ("pdx.commands.kv", "ask and steer what daemons keep: lookup, pin, clear, stats …"),
+    "drain": ("pdx.commands.drain", "take an engine or a router out of service"),
+    "top": ("pdx.commands.top", "watch a router: engines, daemons and requests as they are"),
+    "bench": ("pdx.commands.bench", "list the benchmarks and run one"),
+    "check": ("pdx.commands.check", "say what this machine can run, and what is missing"),
     "version": ("", "print the version"),
 }
 EXAMPLES = """examples:

@@ -29,6 +29,7 @@ LOOKUP_S = 0.02  # pdxd answers in some 0.2 ms
 # Names in the run directory on which a daemon and its clients must agree.
 SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
+INFO_NAME = "pdxd.json"  # where the daemon is, for people and tests
 FLAGS_NAME = "pdxd.flags"  # of the daemon that runs, or was killed: whoever misses it starts it anew as it was
 ROUTER_PREFIX = "PDX_ROUTER_"  # of variables that only a router reads
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)

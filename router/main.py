@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pdx.errors import ConfigError
+from pdx.limits import raise_descriptor_limit
 from pdx.router.config import Resolved, dumped, resolved
 from pdx.router.flags import parsed
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(
             level=found.config.log_level.upper(), format="%(asctime)s pdx-router %(levelname)s %(message)s"
         )
+        raise_descriptor_limit()
         return _run(options_of(found))
     except ConfigError as error:
         print(f"pdx-router: {error}", file=sys.stderr)

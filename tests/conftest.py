@@ -28,7 +28,7 @@ REAL_ENGINES = Path(__file__).parent / "e2e"
 MARKS: dict[str, tuple[Callable[[], bool], str]] = {
     "vllm": (lambda: importlib.util.find_spec("vllm") is not None, "vLLM is not installed: pip install 'pdx-kv[cpu]'"),
     "gpu": (lambda: Path("/dev/nvidia0").exists(), "this machine has no NVIDIA GPU"),
-    "browser": (lambda: bool(browser.found()), "no Chromium: scripts/browser, which make test runs, installs one"),
+    "browser": (lambda: bool(browser.found()), "no Chromium: scripts/testtools, which make test runs, installs one"),
 }
 
 

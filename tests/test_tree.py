@@ -20,8 +20,8 @@ CODE = ("pdx", "transport", "router", "benchmarks", "tests")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".cu", ".cuh", ".sh", ".yml", ".yaml", ""}
 HEAVY = ("torch", "vllm", "transformers", "aiohttp", "numpy", "zmq")
 PROGRAMS = (
-    "pdx.cli", "pdx.launch.serve", "pdx.launch.up", "pdx.launch.kv", "pdx.launch.drain", "pdx.launch.bench",
-    "pdx.launch.check", "pdx.top", "pdx.daemon.main", "pdx.router.main",
+    "pdx.cli", "pdx.launch.serve", "pdx.launch.up", "pdx.commands.kv", "pdx.commands.drain", "pdx.commands.bench",
+    "pdx.commands.check", "pdx.commands.top", "pdx.daemon.main", "pdx.router.main",
 )  # fmt: skip
 UNSAFE = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}
 

@@ -124,9 +124,10 @@ class OneSidedChannel:
             case Granted(window):
                 self._granted(window, message)
             case Unknown(window):
-                permit = self._permits.pop(window, None)
-                if permit is not None and permit.spans is not None:
+                permit = self._permits.get(window)
+                if permit is not None and permit.spans is not None:  # what flies through it still ends
                     raise WireError("a window that was granted is said to be unknown")
+                self._permits.pop(window, None)
                 self._fail_window(window, "the peer has no such window open")
             case Shut(window):
                 self._fail_window(window, "the peer closed the window")

@@ -34,8 +34,8 @@ LOADING_S = 20.0
 def measure(model: Path, scratch: Path, report: Report, pool: Sequence[Known]) -> None:
     chosen = _unlike(pool)
     right = _arm(model, scratch / "pdx", chosen)
-    naive = _arm(model, scratch / "naive", chosen, daemon="benchmarks.harness.hasty",
-                 connector="benchmarks.harness.trusting")  # fmt: skip
+    naive = _arm(model, scratch / "naive", chosen, daemon="benchmarks.naive.hasty",
+                 connector="benchmarks.naive.trusting")  # fmt: skip
     report.figures["stopped_readers"] = {"pdx": right, "naive": naive}
     print(f"  decode stopped for {STOPPED_S:g} s with a lease of {LEASE_S} s: pdx {dict(right)}, naive {dict(naive)}")
     report.equal("readers stopped past their lease: right answers", right["right"], len(chosen))

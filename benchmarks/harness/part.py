@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdx.launch import processes
+from pdx.launch.guard import parse_cpus as cores_of
 
 
 @dataclass(eq=False)
@@ -101,9 +102,3 @@ class Part:
             pass
         self.kill()
         processes.unlink_unused(shared)
-
-
-def cores_of(cpus: str) -> set[int]:
-    """{0, 2, 3} of "0,2-3", as taskset reads it."""
-    ranges = [part.partition("-") for part in cpus.split(",")]
-    return {core for low, _, high in ranges for core in range(int(low), int(high or low) + 1)}

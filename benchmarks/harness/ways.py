@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from benchmarks.harness.arms import Arm, PdxPair
-from benchmarks.harness.late import after_prefill
 from benchmarks.harness.measure import Timing, completion, median, prompt_of, stream
 from benchmarks.harness.relay import Relay
 from benchmarks.harness.rig import counter
+from benchmarks.naive.late import after_prefill
 from pdx.errors import PdxError
 
 BLOCK_TOKENS = 128  # vLLM's on CPU

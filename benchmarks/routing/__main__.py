@@ -5,9 +5,9 @@ memory, which forgets what was used longest ago; decode engines take longer for 
 what they say goes back to the prompt's host. Sessions come by chance, at a rate that is raised until the 95th
 percentile of first-token times reaches 2 s: that rate is a policy's throughput.
 
-"served" is the router's own process, asked over HTTP, with engines and daemons that are HTTP servers and ZeroMQ
-sockets. "simulated" are the router's choices alone, in virtual time, and so more exact. The full run takes about 25
-minutes, the quick one 3.
+"simulated" are the router's choices alone, in virtual time, and so more exact. "served" is the router's own process,
+asked over HTTP, with engines and daemons that are HTTP servers and ZeroMQ sockets. "real" are 2 + 2 engines of vLLM,
+asked in a closed loop: see `real`. The full run takes about 40 minutes, the quick one, without "real", 3.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.harness.arms import PREFILL_CPUS, Scratch
-from benchmarks.harness.measure import table
+from benchmarks.harness.measure import pin_client, table
 from benchmarks.harness.part import cores_of
 from benchmarks.harness.report import Report, options
-from benchmarks.routing import served, simulated
+from benchmarks.model import build
+from benchmarks.routing import real, served, simulated
 from benchmarks.routing.host import MODEL
 from benchmarks.routing.workloads import TTFT_P95_S, WORKLOADS, Workload
 from pdx.router.choice.policy import PolicyName
@@ -41,16 +42,20 @@ def main(argv: list[str] | None = None) -> int:
         epilog="examples:\n  pdx bench routing --only simulated\n  pdx bench routing --quick",
     )
     options(parser)
-    parser.add_argument("--only", choices=("simulated", "served"), help="one of the two parts")
+    parser.add_argument("--only", choices=("simulated", "served", "real"), help="one of the three parts")
     chosen = parser.parse_args(argv)
     report = Report("routing")
-    if chosen.only != "served":
+    if chosen.only in (None, "simulated"):
         judge_simulated(report, QUICK_SIMULATED_S if chosen.quick else SIMULATED_S)
-    if chosen.only != "simulated":
+    if chosen.only in (None, "served"):
         os.sched_setaffinity(0, cores_of(PREFILL_CPUS))  # with the engines: the router has the other core
         workloads = {name: WORKLOADS[name] for name in QUICK_SERVED} if chosen.quick else WORKLOADS
-        with Scratch(chosen.model or Path(MODEL)) as scratch:
+        with Scratch(Path(MODEL)) as scratch:
             judge_served(scratch, report, workloads, QUICK_SERVED_S if chosen.quick else SERVED_S)
+    if chosen.only == "real" or (chosen.only is None and not chosen.quick):
+        pin_client()
+        with Scratch(chosen.model or build()) as scratch:
+            judge_real(scratch, report)
     report.write(chosen.json)
     return 0 if report.all_hold else 1
 
@@ -81,6 +86,29 @@ def judge_served(scratch: Scratch, report: Report, workloads: Mapping[str, Workl
             round(ours.p95_s, 3), f"<= {TTFT_P95_S}", ours.holds, unit="s",
         )  # fmt: skip
     table("The router's process before 16 + 16 simulated engines", ("", "policy", *over.figures()), rows)
+
+
+def judge_real(scratch: Scratch, report: Report) -> None:
+    quartet, rows = real.Quartet(scratch), []
+    for name, workload in real.WORKLOADS.items():
+        found = {policy: real.Outcome() for policy in POLICIES}
+        for number in range(workload.rounds):
+            for policy in POLICIES if number % 2 == 0 else reversed(POLICIES):
+                outcome = quartet.run(workload, policy)
+                found[policy].add(outcome)
+                report.progress(f"{name}, {policy}, real: {outcome.figures()}")
+        figures = {policy: outcome.figures() for policy, outcome in found.items()}
+        report.figures[f"{name}, real"] = figures
+        rows += [(name, policy, *each.values()) for policy, each in figures.items()]
+        theirs, ours = found["round_robin"], found["prefix"]
+        ratio = round(ours.requests_per_s / theirs.requests_per_s, 2)
+        report.bar(f"{name}, real: throughput over round robin's", ratio, f">= {workload.least}",
+                   ratio >= workload.least, unit="x")  # fmt: skip
+        if workload.least > 1:
+            later = round(ours.p95_s / theirs.p95_s, 2)
+            report.bar(f"{name}, real: p95 of the first token, of round robin's", later, "<= 1", later <= 1)
+    report.figures["real, CPU seconds"] = quartet.cpu_seconds()
+    table("2 + 2 engines of vLLM, each on a host of its own", ("", "policy", *figures["prefix"]), rows)
 
 
 if __name__ == "__main__":

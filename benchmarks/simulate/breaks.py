@@ -16,7 +16,7 @@ from pdx.buffer.claim import Claim
 from pdx.buffer.headers import Headers
 from pdx.buffer.lease import Lease, LeaseState, Owner
 from pdx.buffer.store import Store
-from pdx.daemon.mover import Mover
+from pdx.daemon.handoffs import Handoffs
 from pdx.daemon.ports import HandoffKey, Ports
 from pdx.daemon.receiving import Incoming, ReceivingHalves
 from pdx.daemon.sending import SendingHalves
@@ -36,7 +36,7 @@ class Parts:
     """What a run is made of. `trusting`: accesses are not checked, so that only what is served can be wrong."""
 
     store: Callable[..., Store] = Store
-    mover: Callable[[Store, Ports], Mover] = Mover
+    handoffs: Callable[[Store, Ports], Handoffs] = Handoffs
     sessions: Callable[[int], Sessions] = Sessions
     fence_passed: Callable[[FencePassed], FencePassed] = lambda ask: ask
     region: Callable[[memoryview, WindowTable], CheckedRegion] = CheckedRegion
@@ -77,7 +77,7 @@ class SharedTails(Store):
         return super().claim(owner, namespace, pages, hashes, tail=False, now=now, ttl_s=ttl_s)
 
 
-class NoBudgets(Mover):
+class NoBudgets(Handoffs):
     """Waits for ever."""
 
     def tick(self, now: float) -> None:
@@ -87,7 +87,7 @@ class NoBudgets(Mover):
         self._serve_waiting(now)
 
 
-class UnpinnedReads(Mover):
+class UnpinnedReads(Handoffs):
     """Tells decode engines where the pages are, and keeps nothing for them. Right only with the generation check."""
 
     def open_load(self, engine: Engine, message: OpenLoad, now: float) -> None:
@@ -96,7 +96,7 @@ class UnpinnedReads(Mover):
         self.let_go(engine.info.engine_id, done, now)
 
 
-class CommitBelieved(Mover):
+class CommitBelieved(Handoffs):
     """Takes COMMIT's word for it, and counts no page."""
 
     def __init__(self, store: Store, ports: Ports) -> None:
@@ -112,7 +112,7 @@ class _BelievingHalves(ReceivingHalves):
             super().message(record, message, now)
 
 
-class UnheldReturns(Mover):
+class UnheldReturns(Handoffs):
     """Hands blocks back out of slots that it does not hold: they are cache anyway."""
 
     def __init__(self, store: Store, ports: Ports) -> None:
@@ -154,12 +154,12 @@ def only_generation(page: bytes, arena: Headers, place: Place, layer: int) -> st
 PRODUCTION = Parts()
 BREAKS: dict[str, Parts] = {
     "quarantine": replace(PRODUCTION, store=NoQuarantine),
-    "generation": replace(PRODUCTION, mover=UnpinnedReads, fault=only_checksum, trusting=True),
+    "generation": replace(PRODUCTION, handoffs=UnpinnedReads, fault=only_checksum, trusting=True),
     "checksum": replace(PRODUCTION, fault=only_generation),
-    "commit": replace(PRODUCTION, mover=CommitBelieved),
+    "commit": replace(PRODUCTION, handoffs=CommitBelieved),
     "tail": replace(PRODUCTION, store=SharedTails),
-    "budgets": replace(PRODUCTION, mover=NoBudgets),
+    "budgets": replace(PRODUCTION, handoffs=NoBudgets),
     "fence": replace(PRODUCTION, fence_passed=believe_let_go),
     "window": replace(PRODUCTION, region=EverOpen),
-    "hold": replace(PRODUCTION, mover=UnheldReturns),
+    "hold": replace(PRODUCTION, handoffs=UnheldReturns),
 }

@@ -1,6 +1,6 @@
-"""A simulated host: the production mover, store and sessions of one pdxd, without sockets.
+"""A simulated host: the production handoffs, store and sessions of one pdxd, without sockets.
 
-Plays what daemon.service does: takes what has arrived, in its order, then lets the mover look at the clock. Checks
+Plays what daemon.service does: takes what has arrived, in its order, then lets the handoffs look at the clock. Checks
 every access that anybody makes to the arena: the slot must be the one that was meant, and somebody must hold it.
 """
 
@@ -137,7 +137,7 @@ class Host(Process):
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._to_self: list[Message] = []
         self._ringing = self._fence_awaited = False
-        self.mover = self._parts.mover(self.store, self._ports())
+        self.handoffs = self._parts.handoffs(self.store, self._ports())
         world.note(self.name, f"daemon {daemon_id} starts")
         self.later(TICK_S, self._tick)
 
@@ -189,32 +189,32 @@ class Host(Process):
         if engine is None:
             return
         if not engine.workers:
-            self.mover.engine_gone(session.engine_id, self.world.now)
+            self.handoffs.engine_gone(session.engine_id, self.world.now)
         else:
-            self.mover.engine_failing(session.engine_id, self.world.now)
+            self.handoffs.engine_failing(session.engine_id, self.world.now)
         self.announce()
 
     def from_client(self, session: Session, message: Message) -> None:
         """As Service._from_client."""
         if self.sessions.by_identity.get(session.identity) is not session:
             return
-        mover, now = self.mover, self.world.now
+        handoffs, now = self.handoffs, self.world.now
         engine = self.sessions.engines.get(session.engine_id)
         match message:
             case Filled():
-                mover.filled(session.engine_id, message, now)
+                handoffs.filled(session.engine_id, message, now)
             case LetGo():
-                mover.let_go(session.engine_id, message, now, rank=session.rank)
+                handoffs.let_go(session.engine_id, message, now, rank=session.rank)
             case Renew():
-                mover.renew(message.handoff_ids, now)
+                handoffs.renew(message.handoff_ids, now)
             case OpenSend() if engine is not None and engine.complete:
-                mover.open_send(engine, message, now)
+                handoffs.open_send(engine, message, now)
             case OpenLoad() if engine is not None and engine.complete:
-                mover.open_load(engine, message, now)
+                handoffs.open_load(engine, message, now)
             case Keep() if engine is not None and engine.complete:
-                mover.keep(engine, message, now)
+                handoffs.keep(engine, message, now)
             case Finished():
-                mover.finished(session.engine_id, message)
+                handoffs.finished(session.engine_id, message)
             case OpenSend() | Keep():
                 ended = SendEnded(request_id=message.request_id, handoff_id=b"", reason="not attached")
                 self._to_engine(session.engine_id, ended)
@@ -231,7 +231,7 @@ class Host(Process):
             self._ring()
 
     def cancel(self, message: CancelHandoff) -> None:
-        self.mover.cancel(message.handoff_id, message.attempt, message.reason, self.world.now)
+        self.handoffs.cancel(message.handoff_id, message.attempt, message.reason, self.world.now)
 
     def _ring(self) -> None:
         if not self._ringing:
@@ -248,16 +248,16 @@ class Host(Process):
         self._ringing = False
         looped, self._to_self = self._to_self, []
         for message in looped:
-            self.mover.peer_message(cast(Any, message), now)
+            self.handoffs.peer_message(cast(Any, message), now)
         for lane in self.lanes:
-            self.mover.lane_events(lane.scheme, lane.take_events(), now)
+            self.handoffs.lane_events(lane.scheme, lane.take_events(), now)
         while self._inbox:
             act, details = self._inbox.popleft()
             act(*details)
-        self.mover.tick(now)
+        self.handoffs.tick(now)
         if self._to_self:
             self._ring()
-        if self.mover.fences_pending and not self._fence_awaited:
+        if self.handoffs.fences_pending and not self._fence_awaited:
             self._fence_awaited = True
             self.later(FENCE_TICK_S, self._look_at_fences)
 
@@ -269,15 +269,15 @@ class Host(Process):
         self.put_in(self._take_peer, message)
 
     def _take_peer(self, message: Message) -> None:
-        self.mover.peer_message(cast(Any, message), self.world.now)
+        self.handoffs.peer_message(cast(Any, message), self.world.now)
 
     def _peer_lost(self, name: str) -> None:
-        self.mover.peer_lost(name, self.world.now)
+        self.handoffs.peer_lost(name, self.world.now)
 
     def announce(self) -> None:
         self.to_router(self, [engine.info for engine in self.sessions.engines.values() if engine.complete])
 
-    # --- the mover's ports ------------------------------------------------------------------------------------
+    # --- the ports of its handoffs ------------------------------------------------------------------------------------
 
     def _ports(self) -> Ports:
         world = self.world

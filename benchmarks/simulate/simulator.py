@@ -125,12 +125,12 @@ class Episode:
         """What should not be there when all is quiet."""
         left = [f"{conductor.journey!r}" for conductor in self.router.conductors.values()]
         for host in self.hosts.values():
-            left += [f"{host.name}: {half}" for half in host.mover.describe()]
+            left += [f"{host.name}: {half}" for half in host.handoffs.describe()]
             left += [f"{host.name}: {lease}" for lease in host.store.leases.values()]
             if unfinished := unfinished_slots(host):
                 left.append(f"{host.name}: {unfinished} slots that are neither cache nor free")
-            if host.mover.reservations_waiting:
-                left.append(f"{host.name}: {host.mover.reservations_waiting} wait for room")
+            if host.handoffs.reservations_waiting:
+                left.append(f"{host.name}: {host.handoffs.reservations_waiting} wait for room")
             if windows := sum(lane.windows_open for lane in host.lanes):
                 left.append(f"{host.name}: {windows} windows")
             if host.arena.touchers:

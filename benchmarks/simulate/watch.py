@@ -68,11 +68,11 @@ class Watch:
                 raise Violation("late", f"{half!r} is {waited:.1f} s old at {host.name}")
 
     def _halves(self) -> Iterator[Any]:
-        mover: Any = self._host.mover  # its books are private, and this is an audit
-        for record in mover._sending.records.values():
+        handoffs: Any = self._host.handoffs  # its books are private, and this is an audit
+        for record in handoffs._sending.records.values():
             if record.sender.state is not Sending.ENDED:
                 yield record.sender
-        for record in mover._receiving.records.values():
+        for record in handoffs._receiving.records.values():
             yield record.receiver
 
 

@@ -39,6 +39,7 @@ class Progress(msgspec.Struct):
     """What --resume keeps."""
 
     seed: int
+    transport: str = "tcp"
     bursts: int = 0
     seconds: float = 0.0
     counts: dict[str, int] = msgspec.field(default_factory=dict)
@@ -57,7 +58,8 @@ class Soak:
         self._number = 0
         self._fds: dict[int, int] = {}  # pid -> descriptors when it was first seen quiet
         self.fds_grown = 0
-        self.hosts = {n: Host(n, scratch / n, key_file=str(key_file), **SETTINGS) for n in "ab"}
+        settings = {**SETTINGS, "transport": progress.transport, "key_file": str(key_file)}
+        self.hosts = {n: Host(n, scratch / n, **settings) for n in "ab"}
         self.engines: dict[str, Engine] = {}
         for name in ENGINES:
             self.start_engine(name)
@@ -76,6 +78,10 @@ class Soak:
     @property
     def handoffs(self) -> int:
         return sum(self.progress.counts.get(how, 0) for how in ("answered", "given up", "lost"))
+
+    @property
+    def faults(self) -> int:
+        return sum(count for what, count in self.progress.counts.items() if what.startswith(("kill ", "stop ")))
 
     def burst(self) -> None:
         """Raises Failed or TimeoutError."""
@@ -128,16 +134,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__)
     parser.add_argument("--seed", type=int, help="of what is asked and what breaks (default: a random one)")
     parser.add_argument("--handoffs", type=int, help="end after so many")
-    parser.add_argument("--minutes", type=float, help=f"end after so long (default {MINUTES:g}, or as --handoffs says)")
+    parser.add_argument("--faults", type=int, help="end after so many")
+    parser.add_argument("--minutes", type=float, help=f"end after so long (default {MINUTES:g}, or as the others say)")
+    parser.add_argument("--transport", default="tcp", metavar="LANE", help="between the hosts (default %(default)s)")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on where FILE says, and keep it up to date")
     parser.add_argument("--json", type=Path, help=f"where to write (default: a new file in {HISTORY.name}/)")
     options = parser.parse_args(argv)
-    if options.minutes is None and options.handoffs is None:
+    if options.minutes is None and options.handoffs is None and options.faults is None:
         options.minutes = MINUTES
-    progress = Progress(options.seed if options.seed is not None else secrets.randbits(32))
+    progress = Progress(options.seed if options.seed is not None else secrets.randbits(32), options.transport)
     if options.resume and options.resume.exists():
         progress = msgspec.json.decode(options.resume.read_bytes(), type=Progress)
-    report = Report("soak")
+    report = Report(f"soak-{progress.transport}")
     scratch = Path(tempfile.mkdtemp(prefix="pdx-soak-"))
     print(f"seed {progress.seed}; logs in {scratch}", flush=True)
     soak = Soak(scratch, progress)
@@ -164,7 +172,8 @@ def _done(soak: Soak, options: argparse.Namespace) -> float:
     """How much of the run is over, from 0 to 1."""
     by_time = soak.progress.seconds / (options.minutes * 60) if options.minutes else 0.0
     by_count = soak.handoffs / options.handoffs if options.handoffs else 0.0
-    return max(by_time, by_count)
+    by_faults = soak.faults / options.faults if options.faults else 0.0
+    return max(by_time, by_count, by_faults)
 
 
 def _enough(soak: Soak, options: argparse.Namespace) -> bool:
@@ -183,11 +192,13 @@ def _judge(report: Report, soak: Soak, finding: str, left: list[int]) -> None:
     progress, totals = soak.progress, Counter[str]()
     for host in soak.hosts.values():
         totals += host.counters
-    whole = f"{soak.handoffs} handoffs in {progress.bursts} bursts of {BURST}"
+    whole = f"{soak.handoffs} handoffs in {progress.bursts} bursts of {BURST}, {soak.faults} faults"
     report.bar("every page read was right; all leases, slots, descriptors and processes came back", finding or whole,
                "nothing found", not finding and soak.handoffs > 0)  # fmt: skip
     report.equal("processes left at the end", len(left), 0)
     report.bar("pages verified", totals["pages_verified"], "> 0", totals["pages_verified"] > 0)
+    over = totals[f"handoffs_by_{progress.transport}"]
+    report.bar(f"handoffs over {progress.transport}", over, "> 0", over > 0)
     report.figures = {"seed": progress.seed, "descriptors_grown": soak.fds_grown, "seconds": round(progress.seconds, 1),
                       **progress.counts, "daemons": dict(totals)}  # fmt: skip
 

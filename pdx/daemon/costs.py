@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pdx.daemon.holds import Hold
+from pdx.daemon.grips import Grip
 from pdx.daemon.ports import namespace_for
 from pdx.daemon.sessions import Engine
 from pdx.daemon.tiering import Tiering
@@ -60,11 +60,11 @@ class Costs:
             return hashes[:arena_blocks]
         return hashes
 
-    def ended(self, hold: Hold, message: LetGo, pages: PageLayout, now: float) -> None:
+    def ended(self, grip: Grip, message: LetGo, pages: PageLayout, now: float) -> None:
         """A load of what was in the arena. With the ranks' pages of one shard, each has copied all of it."""
         if message.ok and message.pages and message.seconds:
-            size_bytes = message.pages * pages.page_bytes * pages.shards // hold.ranks
-            model = self._arena.setdefault(hold.engine_id, CostModel())
+            size_bytes = message.pages * pages.page_bytes * pages.shards // grip.ranks
+            model = self._arena.setdefault(grip.engine_id, CostModel())
             model.loaded(size_bytes, seconds=message.seconds, now=now)
 
     def forget(self, engine_id: str) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import resource
 import signal
 import sys
 from functools import partial
@@ -18,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from pdx import __version__, config
 from pdx.errors import ConfigError, PdxError
+from pdx.limits import raise_descriptor_limit
 from pdx.whole import write_whole
 
 if TYPE_CHECKING:
     from pdx.tiers.disk import DiskTier
     from pdx.transport.tls import LaneTls
 
-INFO_NAME = "pdxd.json"  # where this daemon is, for people and tests
 DISK_DRAIN_S = 5.0  # for blocks that are on their way to the disk when the daemon ends
 
 log = logging.getLogger("pdxd")
@@ -73,13 +71,6 @@ def _serve(settings: config.Config, lock_fd: int | None) -> int:
     return 0
 
 
-def _raise_descriptor_limit() -> None:
-    """To what the machine allows: each peer takes some ten, and running out of them costs connections."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _run_locked(settings: config.Config, run_dir: Path) -> None:
     # Imported here so that --help stays light.
     from pdx.buffer.arena import Arena
@@ -92,7 +83,7 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
     from pdx.transport.rdma import rdma_here
     from pdx.transport.registry import open_lane, open_lanes
 
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     key = config.cluster_key(settings)
     log.info("configuration:\n%s", config.shown(settings))
     lanes, why_no_better = open_lanes(
@@ -122,7 +113,7 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             me = service.me
             endpoints = [offer.endpoint for offer in me.lanes]
             info = {"pid": os.getpid(), "daemon_id": me.daemon_id, "control": me.control, "lanes": endpoints}
-            write_whole(run_dir / INFO_NAME, json.dumps(info).encode())
+            write_whole(run_dir / config.INFO_NAME, json.dumps(info).encode())
             log.info("serving: arena %d MiB, control %s, lanes %s", settings.arena_bytes >> 20, me.control,
                      ", ".join(endpoints))  # fmt: skip
             service.run()
@@ -130,7 +121,7 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             service.flush()
         finally:
             service.close()
-            for name in (INFO_NAME, config.FLAGS_NAME):
+            for name in (config.INFO_NAME, config.FLAGS_NAME):
                 (run_dir / name).unlink(missing_ok=True)
     finally:
         for lane in lanes:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, LeaseState, Owner
 from pdx.daemon.costs import Costs
-from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.grips import Grip, Grips
 from pdx.daemon.ports import Desk, namespace_for
 from pdx.daemon.sessions import Engine
 from pdx.daemon.tiering import Tiering
@@ -25,9 +25,9 @@ from pdx.wire import Keep, LetGo, LoadOpened, LookUp, SendEnded, SendOpened
 class Prefixes:
     """Owned by the control thread."""
 
-    def __init__(self, desk: Desk, holds: Holds, tiering: Tiering | None, costs: Costs) -> None:
+    def __init__(self, desk: Desk, grips: Grips, tiering: Tiering | None, costs: Costs) -> None:
         self._desk = desk
-        self._holds = holds
+        self._grips = grips
         self._costs = costs
         self._tiering = tiering
 
@@ -35,7 +35,7 @@ class Prefixes:
         """`room`: nobody more important waits for some, so that blocks may come up from below."""
         ports, engine_id, load = self._desk.ports, engine.info.engine_id, message.handoff_id
         places: Sequence[Place] = ()
-        if not self._holds.get(load, "load"):
+        if not self._grips.get(load, "load"):
             assert engine.pages is not None
             namespace = namespace_for(engine, message.tenant)
             here = len(self._desk.store.index.leading(namespace, message.block_hashes))
@@ -47,7 +47,7 @@ class Prefixes:
             if leased is not None:
                 lease, places = leased
                 ranks, from_arena = engine.info.layout.ranks, len(places) <= here
-                self._holds.add(Hold(load, "load", engine_id, lease, places=places, ranks=ranks, from_arena=from_arena))
+                self._grips.add(Grip(load, "load", engine_id, lease, places=places, ranks=ranks, from_arena=from_arena))
         ports.counters["lookups"] += 1
         ports.counters["lookup_blocks"] += len(message.block_hashes)
         ports.counters["lookup_hit_blocks"] += len(places)
@@ -109,7 +109,7 @@ class Prefixes:
         assert engine.pages is not None
         ports, engine_id = self._desk.ports, engine.info.engine_id
         claim, reason = None, "the arena is full"
-        if self._holds.get(message.handoff_id, "send") is not None:
+        if self._grips.get(message.handoff_id, "send") is not None:
             reason = "this name is taken"
         elif room:
             try:
@@ -124,23 +124,23 @@ class Prefixes:
             ports.to_engine(engine_id, SendEnded(request_id=message.request_id, handoff_id=b"", reason=reason))
             return False
         ranks = engine.info.layout.ranks
-        self._holds.add(Hold(message.handoff_id, "send", engine_id, claim.lease, claim=claim, ranks=ranks))
+        self._grips.add(Grip(message.handoff_id, "send", engine_id, claim.lease, claim=claim, ranks=ranks))
         places = [place if block in claim.fresh else None for block, place in enumerate(claim.places)]
         opened = SendOpened(request_id=message.request_id, handoff_id=message.handoff_id, places=places)
         ports.to_engine(engine_id, opened)
         return True
 
-    def ended(self, hold: Hold, message: LetGo, now: float) -> bool:
+    def ended(self, grip: Grip, message: LetGo, now: float) -> bool:
         """The engine touches these slots no more; its lease is about to end. Whether they are kept."""
-        if hold.side == "load":
-            self.withdrawn(hold.handoff_id)
-            if hold.from_arena:
-                self._costs.ended(hold, message, hold.lease.slots[0].layout, now)
+        if grip.side == "load":
+            self.withdrawn(grip.handoff_id)
+            if grip.from_arena:
+                self._costs.ended(grip, message, grip.lease.slots[0].layout, now)
             return False
-        claim = hold.claim
+        claim = grip.claim
         if claim is None:
             return False
-        if not message.ok or hold.lease.state is not LeaseState.LIVE or not self._whole(claim):
+        if not message.ok or grip.lease.state is not LeaseState.LIVE or not self._whole(claim):
             self._desk.store.abandon(claim)
             return False
         self._desk.store.commit(claim)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pdx.buffer.lease import Owner
-from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.grips import Grip, Grips
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.receiving import Incoming, ReceivingHalves
 from pdx.daemon.sessions import Engine
@@ -52,9 +52,9 @@ class Question:
 class Questions:
     """All of them. Owned by the control thread."""
 
-    def __init__(self, desk: Desk, holds: Holds, halves: ReceivingHalves) -> None:
+    def __init__(self, desk: Desk, grips: Grips, halves: ReceivingHalves) -> None:
         self._desk = desk
-        self._holds = holds
+        self._grips = grips
         self._halves = halves
         self._first_asked: dict[bytes, float] = {}
         self._early: dict[HandoffKey, Question] = {}
@@ -138,7 +138,7 @@ class Questions:
             record.claim, Owner("session", engine_id), now=now, ttl_s=self._desk.ports.lease_s
         )
         places = record.places[:common]
-        self._holds.add(Hold(handoff_id, "load", engine_id, lease, record.key, places))
+        self._grips.add(Grip(handoff_id, "load", engine_id, lease, record.key, places))
         self._desk.trace(record.key, "open_load", places=common)
         self._answer(engine, message, handoff_id, "granted", places=places)
 
@@ -148,7 +148,7 @@ class Questions:
         if question.key not in self._desk.tombstones:
             self._desk.bury(question.key, "never reserved")
         reason = self._desk.tombstones[question.key] or "over"
-        if self._holds.get(handoff_id, "load") is not None:
+        if self._grips.get(handoff_id, "load") is not None:
             self._answer(engine, message, handoff_id, "absent", reason=reason)
             return
         owner = Owner("session", engine.info.engine_id)
@@ -158,7 +158,7 @@ class Questions:
         if read is None:
             self._answer(engine, message, handoff_id, "absent", reason=reason)
             return
-        self._holds.add(Hold(handoff_id, "load", engine.info.engine_id, read.lease, places=read.places))
+        self._grips.add(Grip(handoff_id, "load", engine.info.engine_id, read.lease, places=read.places))
         self._answer(engine, message, handoff_id, "granted", places=read.places)
 
     def _answer(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, Owner
-from pdx.daemon.holds import Holds
+from pdx.daemon.grips import Grips
 from pdx.daemon.lanes import Lanes
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sending import Outgoing, checksum_of_checksums
@@ -57,9 +57,9 @@ class Incoming:
 class ReceivingHalves:
     """All receiving halves of this daemon. Owned by the control thread."""
 
-    def __init__(self, desk: Desk, holds: Holds, lanes: Lanes) -> None:
+    def __init__(self, desk: Desk, grips: Grips, lanes: Lanes) -> None:
         self._desk = desk
-        self._holds = holds
+        self._grips = grips
         self._lanes = lanes
         self.records: dict[HandoffKey, Incoming] = {}
         self._windows: dict[int, Incoming] = {}
@@ -216,9 +216,9 @@ class ReceivingHalves:
                 if record.own_claim is not None:
                     self._desk.store.abandon(record.own_claim)
             case do.RevokeEngine():
-                hold = self._holds.get(record.key[0], "load")
-                if hold is not None:
-                    self._desk.store.revoke(hold.lease)
+                grip = self._grips.get(record.key[0], "load")
+                if grip is not None:
+                    self._desk.store.revoke(grip.lease)
             case do.CheckCommit(expected):
                 self._check_commit(record, expected, now)
             case do.CloseWindow():

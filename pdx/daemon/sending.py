@@ -9,7 +9,7 @@ import xxhash
 
 from pdx.buffer.claim import Claim, ReadClaim
 from pdx.buffer.lease import Lease, Owner
-from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.grips import Grip, Grips
 from pdx.daemon.lanes import Lanes, Route
 from pdx.daemon.links import Links, Underway
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
@@ -63,11 +63,11 @@ class SendingHalves:
     """All sending halves of this daemon. Owned by the control thread."""
 
     def __init__(
-        self, desk: Desk, holds: Holds, lanes: Lanes, land_here: Callable[[Outgoing, do.Put, float], bool]
+        self, desk: Desk, grips: Grips, lanes: Lanes, land_here: Callable[[Outgoing, do.Put, float], bool]
     ) -> None:
         """`land_here` takes a put whose receiver is this very daemon; it returns False if it is another one."""
         self._desk = desk
-        self._holds = holds
+        self._grips = grips
         self._lanes = lanes
         self._land_here = land_here
         self.records: dict[HandoffKey, Outgoing] = {}
@@ -83,8 +83,8 @@ class SendingHalves:
         ports = self._desk.ports
         try:
             handle = self._desk.verified(message.handle, daemon="prefill_daemon", use="send")
-            if self._holds.get(handle.handoff_id, "send") or handle.handoff_id in self._by_handoff:
-                raise HandleError("another attempt of this handoff has not ended yet")
+            if self._grips.get(handle.handoff_id, "send") or handle.handoff_id in self._by_handoff:
+                raise HandleError("its handoff is under way")
         except HandleError as error:
             ports.counters["handles_refused"] += 1
             reason = f"handle refused: {error}"
@@ -133,7 +133,7 @@ class SendingHalves:
         record.claim = claim
         record.wire = store.lease(claim, Owner("wire", handoff_id.hex()), now=now, ttl_s=float("inf"))
         ranks = engine.info.layout.ranks
-        self._holds.add(Hold(handoff_id, "send", engine_id, claim.lease, record.key, ranks=ranks))
+        self._grips.add(Grip(handoff_id, "send", engine_id, claim.lease, record.key, ranks=ranks))
         self._desk.trace(record.key, "claimed", fresh=len(claim.fresh))
         reserve = self._reserve(
             record, kind_of(engine), message.handle, message.block_hashes, tail_hash=message.tail_hash,
@@ -183,7 +183,7 @@ class SendingHalves:
                 pages=len(entry.blocks),
                 block=min(entry.blocks, default=-1),
             )
-            self._holds.renew([entry.handoff_id], now)
+            self._grips.renew([entry.handoff_id], now)
             self.act(record, record.sender.filled(message.layer, entry.blocks, now=now), now)
 
     def renewed(self, handoff_ids: Iterable[bytes], now: float) -> None:
@@ -292,9 +292,9 @@ class SendingHalves:
                 assert record.claim is not None
                 self._desk.store.abandon(record.claim)
             case do.RevokeEngine():
-                hold = self._holds.get(record.key[0], "send")
-                if hold is not None:
-                    self._desk.store.revoke(hold.lease)
+                grip = self._grips.get(record.key[0], "send")
+                if grip is not None:
+                    self._desk.store.revoke(grip.lease)
             case do.SendCommit(pages):
                 self._send_commit(record, pages)
             case do.Ended(reason):

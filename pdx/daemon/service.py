@@ -1,7 +1,7 @@
 """The control thread of pdxd: one loop over all sockets, which owns every piece of state.
 
-It only receives, decodes and dispatches. What a message means is the mover's business (handoffs), the sessions'
-(who is attached) or the verbs' (questions).
+It only receives, decodes and dispatches. What a message means is the business of `handoffs`, `sessions` (who is
+attached) or `verbs` (questions).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pdx.config import Config
 from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
 from pdx.daemon.flush import flush
+from pdx.daemon.handoffs import Handoffs
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.lanes import Lanes
 from pdx.daemon.listening import listening, new_context
-from pdx.daemon.mover import Mover
 from pdx.daemon.peers import Peers
 from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Engine, Session, Sessions
@@ -123,7 +123,7 @@ class Service:
         if tier is not None:
             self._poller.register(tier.fileno(), zmq.POLLIN)
         self._poller.register(self._door.listener, zmq.POLLIN)
-        self._mover = Mover(store, self._ports(key, why_no_better))
+        self._handoffs = Handoffs(store, self._ports(key, why_no_better))
         self._alone_since = time.monotonic()
         self._stops = 0
         self._has_left = False
@@ -134,7 +134,7 @@ class Service:
 
     def run(self) -> None:
         while not self._stops:
-            pending = self._mover.fences_pending or self._to_self
+            pending = self._handoffs.fences_pending or self._to_self
             self._step(0.0 if self._to_self else FENCE_TICK_S if pending else TICK_S)
             if self._lingered_out():
                 return
@@ -155,7 +155,7 @@ class Service:
         stops = self._stops
         if self._tier is not None and self._config.disk_flush_s:
             left = flush(
-                lambda: self._mover.flush_step(time.monotonic()), self._tier.fileno(),
+                lambda: self._handoffs.flush_step(time.monotonic()), self._tier.fileno(),
                 deadline_s=self._config.disk_flush_s, hurried=lambda: self._stops > stops,
             )  # fmt: skip
             if left:
@@ -176,20 +176,20 @@ class Service:
         now = time.monotonic()
         looped, self._to_self = self._to_self, []
         for message in looped:
-            self._mover.peer_message(message, now)  # type: ignore[arg-type]
+            self._handoffs.peer_message(message, now)  # type: ignore[arg-type]
         for lane in self._lanes:
             if lane.fileno() in ready:
-                self._mover.lane_events(lane.scheme, lane.take_events(), now)
+                self._handoffs.lane_events(lane.scheme, lane.take_events(), now)
         if self._clients in ready:
             self._take_clients(now)
         if self._peer_socket in ready:
             self._take_peers(now)
-        self._peers.handle_ready(ready, lambda control: self._mover.peer_lost(control, now))
-        self._peers.tick(lambda control: self._mover.peer_lost(control, now), now)
+        self._peers.handle_ready(ready, lambda control: self._handoffs.peer_lost(control, now))
+        self._peers.tick(lambda control: self._handoffs.peer_lost(control, now), now)
         self._announcer.handle_ready(
             ready,
             cancel=lambda message: self._cancel(message, now),
-            share=lambda wish: self._mover.share(wish, now),
+            share=lambda wish: self._handoffs.share(wish, now),
             answer=lambda message: answer(message, service=self),
         )
         # Ends first, then hellos, then new connections: each step may reuse a descriptor that the one before closed.
@@ -199,10 +199,10 @@ class Service:
             self._hello(self._hellos.pop(descriptor))
         if self._door.listener.fileno() in ready:
             self._welcome()
-        self._mover.tick(now)
+        self._handoffs.tick(now)
         self._announcer.tick(
-            self._sessions.engines.values(), reservations_waiting=self._mover.reservations_waiting,
-            links=self._mover.link_rates, now=now,
+            self._sessions.engines.values(), reservations_waiting=self._handoffs.reservations_waiting,
+            links=self._handoffs.link_rates, now=now,
         )  # fmt: skip
 
     def _take_clients(self, now: float) -> None:
@@ -245,29 +245,29 @@ class Service:
                 reply = answer(message, service=self)
                 self._clients.send_multipart([session.identity, encode(reply)], zmq.DONTWAIT)
             case Filled():
-                self._mover.filled(session.engine_id, message, now)
+                self._handoffs.filled(session.engine_id, message, now)
             case LetGo():
-                self._mover.let_go(session.engine_id, message, now, rank=session.rank)
+                self._handoffs.let_go(session.engine_id, message, now, rank=session.rank)
             case Renew():
                 if engine is not None:
                     engine.running, engine.waiting = message.running, message.waiting
                     engine.tokens_per_s = message.tokens_per_s or engine.tokens_per_s
-                self._mover.renew(message.handoff_ids, now)
+                self._handoffs.renew(message.handoff_ids, now)
             case WeightEpoch() if engine is not None and engine.scheduler is session:
-                self._mover.weights_changed(engine, message.epoch, now)
+                self._handoffs.weights_changed(engine, message.epoch, now)
                 self._announcer.changed()
             case Reset() if engine is not None and engine.scheduler is session:
-                self._mover.reset(engine, message.epoch, now)
+                self._handoffs.reset(engine, message.epoch, now)
             case OpenSend() if engine is not None and engine.complete:
-                self._mover.open_send(engine, message, now)
+                self._handoffs.open_send(engine, message, now)
             case OpenLoad() if engine is not None and engine.complete:
-                self._mover.open_load(engine, message, now)
+                self._handoffs.open_load(engine, message, now)
             case LookUp() if engine is not None and engine.complete:
-                self._mover.look_up(engine, message, now)
+                self._handoffs.look_up(engine, message, now)
             case Keep() if engine is not None and engine.complete:
-                self._mover.keep(engine, message, now)
+                self._handoffs.keep(engine, message, now)
             case Finished():
-                self._mover.finished(session.engine_id, message)
+                self._handoffs.finished(session.engine_id, message)
             case OpenSend() | Keep() if engine is not None:
                 self._counters["messages_before_attach"] += 1
                 ended = SendEnded(request_id=message.request_id, handoff_id=b"", reason=HALF_ATTACHED)
@@ -285,14 +285,14 @@ class Service:
         for _ in range(BURST):
             try:
                 frames = self._peer_socket.recv_multipart(zmq.DONTWAIT)
-                self._mover.peer_message(_decode_peer(frames[-1]), now)
+                self._handoffs.peer_message(_decode_peer(frames[-1]), now)
             except zmq.Again:
                 return
             except WireError:
                 self._counters["bad_frames"] += 1
 
     def _cancel(self, message: CancelHandoff, now: float) -> None:
-        self._mover.cancel(message.handoff_id, message.attempt, message.reason, now)
+        self._handoffs.cancel(message.handoff_id, message.attempt, message.reason, now)
 
     # --- attaching --------------------------------------------------------------------------------------------
 
@@ -332,7 +332,7 @@ class Service:
         )
         if session.kind == "worker":
             self._store.arena.set_fence(session.fence_offset, 0)
-            self._mover.spaces.met(self._sessions.engines[session.engine_id])
+            self._handoffs.spaces.met(self._sessions.engines[session.engine_id])
         self._connections[connection.fileno()] = session
         try:
             Door.answer(connection, attached, self._store.arena.fd if session.kind == "worker" else None)
@@ -354,9 +354,9 @@ class Service:
         engine = self._sessions.detach(session)
         if engine is not None:
             if not engine.workers:
-                self._mover.engine_gone(session.engine_id, now)
+                self._handoffs.engine_gone(session.engine_id, now)
             else:
-                self._mover.engine_failing(session.engine_id, now)
+                self._handoffs.engine_failing(session.engine_id, now)
             self._announcer.changed()
         if not self._sessions.by_identity:
             self._alone_since = now
@@ -366,7 +366,7 @@ class Service:
             return False
         return time.monotonic() - self._alone_since > self._config.linger_s
 
-    # --- the mover's ports ------------------------------------------------------------------------------------
+    # --- the handoffs' ports -------------------------------------------------------------------------------------
 
     def _ports(self, key: bytes, why_no_better: Sequence[str]) -> Ports:
         return Ports(
@@ -427,8 +427,8 @@ class Service:
         return self._store
 
     @property
-    def mover(self) -> Mover:
-        return self._mover
+    def handoffs(self) -> Handoffs:
+        return self._handoffs
 
     @property
     def sessions(self) -> Sessions:

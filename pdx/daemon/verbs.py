@@ -39,9 +39,9 @@ def _body(question: Ask, service: Service) -> dict[str, Any]:
         case "check":
             return _check(service)
         case "spaces":
-            return _plain(service.mover.spaces.describe(service.sessions.engines.values()))
+            return _plain(service.handoffs.spaces.describe(service.sessions.engines.values()))
         case what:
-            return _plain(service.mover.steer(what, time.monotonic()))
+            return _plain(service.handoffs.steer(what, time.monotonic()))
 
 
 def _plain(result: msgspec.Struct) -> dict[str, Any]:
@@ -54,9 +54,9 @@ def _stats(service: Service) -> dict[str, Any]:
         "daemon": service.me.daemon_id,
         "counters": dict(service.counters),
         "store": service.store.stats(),
-        **service.mover.kept(time.monotonic()),
-        "handoffs": service.mover.describe(),
-        "reservations_waiting": service.mover.reservations_waiting,
+        **service.handoffs.kept(time.monotonic()),
+        "handoffs": service.handoffs.describe(),
+        "reservations_waiting": service.handoffs.reservations_waiting,
         "engines": {
             name: {
                 "role": e.info.role,
@@ -75,7 +75,7 @@ def _health(service: Service) -> dict[str, Any]:
         "daemon": service.me.daemon_id,
         "incarnation": service.me.incarnation,
         "control": service.me.control,
-        "lanes": service.mover.kept(time.monotonic())["lanes"],
+        "lanes": service.handoffs.kept(time.monotonic())["lanes"],
     }
 
 

@@ -11,15 +11,15 @@ from pdx.daemon.sending import Outgoing
 from pdx.verbs import HANDOFFS_SHOWN, DaemonView, DiskView, HandoffView
 
 if TYPE_CHECKING:
-    from pdx.daemon.mover import Mover
+    from pdx.daemon.handoffs import Handoffs
     from pdx.daemon.service import Service
 
 
 def view(service: Service, now: float) -> DaemonView:
     """Takes time linear in extents and in handoffs under way, not in blocks."""
-    store, mover, counters = service.store, service.mover, service.counters
+    store, handoffs, counters = service.store, service.handoffs, service.counters
     cached = cached_bytes(store)
-    sends, receives = mover.halves
+    sends, receives = handoffs.halves
     halves = chain((_sending(half, now) for half in sends), (_receiving(half, now) for half in receives))
     promoted = counters["blocks_promoted"]
     return DaemonView(
@@ -27,11 +27,11 @@ def view(service: Service, now: float) -> DaemonView:
         leased_bytes=used_bytes(store) - cached,
         cached_bytes=cached,
         cached_blocks=len(store.index),
-        pinned_bytes=mover.pinned_bytes,
-        waiting=mover.reservations_waiting,
+        pinned_bytes=handoffs.pinned_bytes,
+        waiting=handoffs.reservations_waiting,
         handoffs_under_way=len(sends) + len(receives),
         handoffs=list(islice(halves, HANDOFFS_SHOWN)),
-        disk=_disk(mover),
+        disk=_disk(handoffs),
         lookup_blocks=counters["lookup_blocks"],
         arena_hit_blocks=max(0, counters["lookup_hit_blocks"] - promoted),
         disk_hit_blocks=promoted,
@@ -85,8 +85,8 @@ def _receiving(half: Incoming, now: float) -> HandoffView:
     )
 
 
-def _disk(mover: Mover) -> DiskView | None:
-    disk = mover.disk()
+def _disk(handoffs: Handoffs) -> DiskView | None:
+    disk = handoffs.disk()
     if disk is None:
         return None
     return DiskView(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -19,6 +18,7 @@ from pdx.errors import ConfigError, PdxError
 from pdx.launch import engine
 from pdx.launch.engine import EngineSpec
 from pdx.launch.fleet import DaemonSpec, Fleet, Ground, Wish, design
+from pdx.launch.gpus import visible_gpus
 from pdx.launch.ports import answers, free_ports
 from pdx.launch.publish import publish
 from pdx.launch.supervise import ChildDied, Interrupted, Supervisor
@@ -115,7 +115,7 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, ba
     for daemon in fleet.daemons:
         supervisor.start(daemon.name, daemon.command(), env=environ, cpus=daemon.cpus)
     supervisor.wait_ready(
-        {daemon.name: (daemon.run_dir / "pdxd.json").exists for daemon in fleet.daemons}, deadline_s=DAEMON_READY_S
+        {daemon.name: (daemon.run_dir / config.INFO_NAME).exists for daemon in fleet.daemons}, deadline_s=DAEMON_READY_S
     )
     engines = [replace(spec, settings={**spec.settings, "router": control}) for spec in fleet.engines]
     for spec in engines:
@@ -150,7 +150,7 @@ def _start_router(
 
 
 def _ground(base: Path, *, engines: int, pin: bool) -> Ground:
-    gpus = _gpus()
+    gpus = visible_gpus()
     return Ground(
         base=base,
         # On GPU hosts an engine's CPU threads wait for its device: pinning them would only get in the way.
@@ -158,14 +158,6 @@ def _ground(base: Path, *, engines: int, pin: bool) -> Ground:
         gpus=gpus,
         ports=tuple(free_ports(engines)),
     )
-
-
-def _gpus() -> tuple[str, ...]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return tuple(filter(None, visible.split(",")))
-    numbers = [match[1] for path in Path("/dev").glob("nvidia*") if (match := re.fullmatch(r"nvidia(\d+)", path.name))]
-    return tuple(sorted(numbers, key=int))
 
 
 def _write_key(base: Path) -> Path:

@@ -31,6 +31,7 @@ COMPUTE_WEIGHT = 2.0
 NOMINAL_TOKENS_PER_S = 5_000.0
 HANDOFF_S = 0.01  # what a handoff takes when nothing else does: two requests, RESERVE, GRANT and COMMIT
 BRING_S = 0.1  # a wish, a handoff between daemons, and their word that it has come
+BRING_MAX_S = 5.0  # half of what daemons give such a transfer; whoever waits for it waits for twice what is predicted
 # Forecasts this close are one: the others' turn comes, and the pace's noise decides nothing.
 ALIKE_S = 0.001
 
@@ -147,6 +148,8 @@ def worth_bringing(target: Candidate, engines: Iterable[Candidate], prompt: Prom
             continue
         tokens = (blocks - here) * content.block_tokens
         seconds = tokens * token_bytes / bytes_per_s
+        if seconds > BRING_MAX_S:
+            continue
         saves_s = tokens / target.told_tokens_per_s - seconds
         if saves_s > saved_s:
             best, saved_s = Bring(engine, target, blocks, seconds), saves_s

@@ -16,6 +16,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from pdx.chain import TOKENS_MAX, block_hashes
 from pdx.errors import Refused
 from pdx.keys import short_names, tenant_of
 from pdx.router.choice.forecast import NOMINAL_TOKENS_PER_S
-from pdx.router.choice.knowledge import Found, Knowledge
+from pdx.router.choice.knowledge import Knowledge
 from pdx.router.choice.policy import Candidate, Snapshot
 from pdx.router.choice.prompt import Prompt
 from pdx.router.engines.upstream import Upstream, UpstreamError
@@ -34,6 +35,7 @@ from pdx.router.request.servable import CHAT, COMPLETIONS, alone_reason
 # English has four letters a token, code three: a guess that is too long only makes a prompt weigh more.
 LETTERS_A_TOKEN = 3
 IDS_MAX = 1 << 22  # remembered, of four bytes: 16 MiB
+TOKENS_AT_ONCE = 16_384  # to hash on the loop, some 8 ms; more of them on another thread, beside everybody's streams
 SPACES_MAX = 4  # kinds of blocks that one model's engines have; while weights roll there are two
 # Tokenizing is worth a twentieth of what the prompt takes to compute: choosing well saves more of that than so much.
 TAKES_SHARE = 0.1  # of the last one, in what asking takes on average
@@ -91,9 +93,11 @@ class Prompts:
                 self._takes_s *= FORGIVEN  # who was slow once is asked again some day
             asks = patience_s and isinstance(salt, str) and model not in _adapters(engines)
             ids = await self._tokenized(path, body, salt, engines, turn, headers, patience_s) if asks else None
-        if ids is None or not isinstance(salt, str) or model in _adapters(engines):
-            return Prompt(tokens=guess, token_ids=ids)
-        return self._named(ids, salt, engines, now)
+        if ids is None or not isinstance(salt, str) or model in _adapters(engines) or _too_long(ids, engines):
+            return Prompt(tokens=guess if ids is None else len(ids), token_ids=ids)
+        hashes = partial(_hashed, ids, salt, engines)
+        named = await asyncio.to_thread(hashes) if len(ids) > TOKENS_AT_ONCE else hashes()
+        return self._named(ids, salt, named, now)
 
     def refreshed(self, prompt: Prompt, now: float) -> Prompt:
         """With what daemons have of it now: it may have waited in a line."""
@@ -102,20 +106,10 @@ class Prompts:
         found = {space: self._knowledge.found(names, now) for space, names in prompt.names.items()}
         return msgspec.structs.replace(prompt, found=found, generation=self._knowledge.generation)
 
-    def _named(self, ids: list[int], salt: str, engines: Sequence[Candidate], now: float) -> Prompt:
+    def _named(self, ids: list[int], salt: str, hashes: dict[bytes, list[bytes]], now: float) -> Prompt:
         tenant = tenant_of(salt)
-        hashes: dict[bytes, list[bytes]] = {}
-        names: dict[bytes, tuple[int, ...]] = {}
-        found: dict[bytes, dict[str, Found]] = {}
-        for engine in engines:
-            if engine.space in names or len(names) >= SPACES_MAX:
-                continue
-            try:
-                hashes[engine.space] = block_hashes(engine.info.content, ids, salt=salt)
-            except Refused:
-                hashes[engine.space] = []
-            names[engine.space] = tuple(short_names(engine.space + tenant, hashes[engine.space]))
-            found[engine.space] = self._knowledge.found(names[engine.space], now)
+        names = {space: tuple(short_names(space + tenant, each)) for space, each in hashes.items()}
+        found = {space: self._knowledge.found(each, now) for space, each in names.items()}
         return Prompt(
             tokens=len(ids), token_ids=ids, hashes=hashes, names=names, found=found,
             generation=self._knowledge.generation,
@@ -162,6 +156,25 @@ class Prompts:
         self._ids[name] = array("I", ids)
         while self._ids_kept > IDS_MAX:
             self._ids_kept -= len(self._ids.popitem(last=False)[1])
+
+
+def _too_long(ids: Sequence[int], engines: Sequence[Candidate]) -> bool:
+    """Whether every engine will refuse it anyway."""
+    contexts = [engine.info.context_tokens for engine in engines]
+    return all(contexts) and len(ids) > max(contexts, default=0)
+
+
+def _hashed(ids: list[int], salt: str, engines: Sequence[Candidate]) -> dict[bytes, list[bytes]]:
+    """The names that engines give to the full blocks, by space. Of any thread."""
+    hashes: dict[bytes, list[bytes]] = {}
+    for engine in engines:
+        if engine.space in hashes or len(hashes) >= SPACES_MAX:
+            continue
+        try:
+            hashes[engine.space] = block_hashes(engine.info.content, ids, salt=salt)
+        except Refused:
+            hashes[engine.space] = []
+    return hashes
 
 
 def tokenize_question(path: str, body: Mapping[str, Any]) -> bytes:

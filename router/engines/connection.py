@@ -21,6 +21,10 @@ PIECE_BYTES = 256 << 10
 HEAD_BYTES_MAX = 64 << 10
 
 
+# An UpstreamError that says nothing about the engine.
+OWN_FAILURE = "no_descriptors"
+
+
 class UpstreamError(PdxError):
     """An engine could not be reached or broke off. `unreachable`: nobody listens there, try another at once."""
 

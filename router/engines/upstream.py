@@ -6,6 +6,7 @@ Knows addresses and bytes; nothing of journeys, handoffs or clients.
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import ssl
 import time
@@ -15,8 +16,10 @@ from types import TracebackType
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from pdx.router.engines.connection import EngineConnection, UpstreamError
+from pdx.router.engines.connection import OWN_FAILURE, EngineConnection, UpstreamError
 
+# Ours, whoever we wanted to reach: out of descriptors, or of memory for sockets.
+OURS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 CONNECT_S = 5.0  # engines are one hop away; past this the request is better served elsewhere
 HEALTH_S = 2.0
 PAGE_BYTES_MAX = 1 << 20
@@ -116,6 +119,8 @@ class Upstream:
         except TimeoutError as error:
             raise UpstreamError("timeout", unreachable=True) from error
         except (OSError, UnicodeError) as error:  # the second of names that can't be ones
+            if getattr(error, "errno", None) in OURS:
+                raise UpstreamError(OWN_FAILURE) from error
             raise UpstreamError("unreachable", unreachable=True) from error
         return connection
 

@@ -171,13 +171,14 @@ class Front:
             raise _Refused(REFUSALS["draining"][0], "draining", REFUSALS["draining"][1])
         self._outside.metrics.in_flight.inc()
         self._outside.under_way += 1
+        ends_at = time.monotonic() + self._door.request_timeout_s
         try:
             raw = await self._read(client)
             body = self._read_body(client, raw)
             _refuse_state(client.path, body)
             model = self._model_of(body)
             request = self._public_request(client, body, raw, model, caller)
-            wish = self._wish(client, request.body, raw)
+            wish = self._wish(client, request.body, raw, caller)
             headers = {name: client.headers[name] for name in self._passed if name in client.headers}
             headers.setdefault("Content-Type", "application/json")
             headers["X-Request-Id"] = _request_id(client)
@@ -198,7 +199,7 @@ class Front:
                 begins=partial(self._begin, model, session, prompt, seen),
                 wish=wish,
             )
-            return await conductor.play(timeout_s=self._door.request_timeout_s)
+            return await conductor.play(timeout_s=ends_at - time.monotonic())
         finally:
             self._outside.metrics.in_flight.dec()
             self._outside.under_way -= 1
@@ -239,6 +240,9 @@ class Front:
             return await client.read()
         try:
             async with asyncio.timeout(min(BODY_S, self._door.request_timeout_s)):
+                if client.headers.get("Expect", "").lower() == "100-continue":
+                    await client.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    client.writer.output_size = 0  # no byte of the answer yet
                 return await client.read()
         except TimeoutError:
             raise _Refused(408, "slow_body", "the body did not arrive in time") from None
@@ -289,9 +293,9 @@ class Front:
             traceparent=given if _TRACEPARENT.fullmatch(given) else "",
         )
 
-    def _wish(self, client: web.BaseRequest, body: dict[str, Any], raw: bytes) -> Wish:
+    def _wish(self, client: web.BaseRequest, body: dict[str, Any], raw: bytes, caller: Caller | None) -> Wish:
         try:
-            return wish_of(client.headers, body, size_bytes=len(raw))
+            return wish_of(client.headers, body, size_bytes=len(raw), caller=caller)
         except ValueError as error:
             raise _Refused(400, "wish", str(error)) from error
 

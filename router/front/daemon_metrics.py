@@ -80,9 +80,10 @@ class _Views(Collector):
         state = GaugeMetricFamily(PREFIX + DISK_STATE, "1: the disk tier's state", labels=("daemon", "state"))
         views: dict[str, DaemonView] = {}
         for report in self._reports:
-            up.add_metric((report.daemon,), 0 if report.error else 1)
-            if not report.error:
-                views[report.daemon] = msgspec.convert(report.body, DaemonView)
+            view = _view(report)
+            up.add_metric((report.daemon,), 0 if view is None else 1)
+            if view is not None:
+                views[report.daemon] = view
         yield up
         disks = {daemon: view.disk for daemon, view in views.items() if view.disk is not None}
         for daemon, disk in disks.items():
@@ -91,6 +92,14 @@ class _Views(Collector):
         for table, shown in ((OF_DAEMON, views), (OF_DISK, disks)):
             for each in table:
                 yield _family(each, shown)
+
+
+def _view(report: DaemonReport) -> DaemonView | None:
+    """None of one that has not answered, or in words of another version."""
+    try:
+        return None if report.error else msgspec.convert(report.body, DaemonView)
+    except msgspec.ValidationError:
+        return None
 
 
 def _family(shown: Shown, views: Mapping[str, object]) -> Metric:

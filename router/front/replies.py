@@ -6,6 +6,8 @@ import msgspec
 
 from pdx.router.line.admission import TurnedAwayWhy
 
+WORDS_MAX = 500
+
 _TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -31,6 +33,11 @@ def error_body(status: int, message: str) -> bytes:
     """A JSON error object."""
     error = {"message": message, "type": _TYPES.get(status, "InternalServerError"), "param": None, "code": status}
     return msgspec.json.encode({"type": "error", "error": error})  # the first is Anthropic's
+
+
+def words_of(refusal: bytes) -> str:
+    """An engine's, to be told within ours."""
+    return refusal[:WORDS_MAX].decode(errors="replace")
 
 
 def as_event(error: bytes) -> bytes:

@@ -103,14 +103,14 @@ class Admission:
         number = self._numbers
         if self.draining:
             return number, [TurnAway(number, "draining")]
-        if self._size == 0 or self._bytes + wish.size_bytes > QUEUE_BYTES_MAX:
+        if self._size == 0 or wish.size_bytes > QUEUE_BYTES_MAX:
             return number, [TurnAway(number, "queue_full")]
         self._enter(number, need, wish, now)
-        if len(self._waiting) <= self._size:
-            return number, []
-        worst = max(self._crowds, key=lambda crowd: (crowd[0], len(self._crowds[crowd]), crowd == _crowd(wish)))
-        loser = next(reversed(self._crowds[worst]))
-        return number, [TurnAway(loser, "queue_full"), *self._remove(loser)]
+        words: list[Word] = []
+        while len(self._waiting) > self._size or self._bytes > QUEUE_BYTES_MAX:
+            loser = self._loser(_crowd(wish))
+            words += [TurnAway(loser, "queue_full"), *self._remove(loser)]
+        return number, words
 
     def stir(self) -> list[Word]:
         """Something may have become free: the head of each line is to look."""
@@ -192,6 +192,17 @@ class Admission:
         heapq.heappush(line.heap, (key, number))
         line.members += 1
         self._prune(line)
+
+    def _loser(self, newest: tuple[int, str]) -> int:
+        """The last one of the crowd that has most of what there is too much of: places, or else bytes."""
+
+        def weight(crowd: tuple[int, str]) -> tuple[int, int, bool]:
+            members = self._crowds[crowd]
+            if len(self._waiting) > self._size:
+                return crowd[0], len(members), crowd == newest
+            return sum(self._waiting[number].wish.size_bytes for number in members), crowd[0], crowd == newest
+
+        return next(reversed(self._crowds[max(self._crowds, key=weight)]))
 
     def _prune(self, line: _Line) -> None:
         """Forgets who has left: a line may live long and see many."""

@@ -3,8 +3,9 @@
     x-pdx-priority: -100 … 100      lower goes first; without it the body's `priority`, which engines see too
     x-pdx-ttl-secs: 2.5             504 if no engine has room by then; the router's --queue-timeout-secs if shorter
 
-Who waits for whom is told by the credentials, or else by the `cache_salt`: tenants take turns. Both are clients' own
-words; a router that is open to strangers should not be open without keys.
+Who waits for whom is told by the API key, or else, where nobody needs one, by the credentials for engines or by the
+`cache_salt`: tenants take turns. These two are clients' own words, as the priority is; a router that is open to
+strangers should not be open without keys.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pdx.router.front.access import Caller
 from pdx.router.line.admission import PRIORITIES, Wish
 
 PRIORITY_HEADER = "x-pdx-priority"
 TTL_HEADER = "x-pdx-ttl-secs"
 
 
-def wish_of(headers: Mapping[str, str], body: Mapping[str, Any], *, size_bytes: int) -> Wish:
-    """Raises ValueError, in words for the client, if a header is not what it should be."""
-    return Wish(tenant=_tenant(headers, body), priority=_priority(headers, body), ttl_s=_ttl_s(headers),
+def wish_of(
+    headers: Mapping[str, str], body: Mapping[str, Any], *, size_bytes: int, caller: Caller | None = None
+) -> Wish:
+    """Raises ValueError, in words for the client, if a header is not what it should be.
+
+    With a `caller` the tenant is its key's, or the key itself: no way to write a header makes two of one.
+    """
+    tenant = (caller.tenant or caller.name) if caller is not None else _tenant(headers, body)
+    return Wish(tenant=tenant, priority=_priority(headers, body), ttl_s=_ttl_s(headers),
                 size_bytes=size_bytes)  # fmt: skip
 
 

@@ -57,11 +57,20 @@ class DecodeAnswered(msgspec.Struct, frozen=True):
     snapshot: Snapshot | None = None  # who is there now, should it have to be repeated
 
 
+# Not implemented, no such HTTP: what the client wants, which no other engine has either.
+NEVER_STATUSES = frozenset((501, 505))
+# Neither these nor 503 say that something is wrong with an engine: vLLM says 503 when its own queue is full
+# (--max-num-queued-reqs), and of one that is dead /health says so.
+UNJUDGED_STATUSES = NEVER_STATUSES | {503}
+
+
 class DecodeFailed(msgspec.Struct, frozen=True):
     """Decode's call broke or could not connect."""
 
     reason: str
     snapshot: Snapshot | None = None  # who is there now
+    words: str = ""  # the engine's own, for the client
+    blames: bool = True  # whether it says that something is wrong with the engine
 
 
 class StreamFinished(msgspec.Struct, frozen=True):

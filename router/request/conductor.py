@@ -15,12 +15,15 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pdx.router.choice.policy import Candidate, Pair, Side
+from pdx.router.choice.policy import Candidate, Pair, Side, Snapshot
 from pdx.router.engines.upstream import Reply, UpstreamError
+from pdx.router.front.replies import words_of
 from pdx.router.line.admission import Wish
 from pdx.router.line.gate import Place
 from pdx.router.outside import Outside
 from pdx.router.request.actions import (
+    NEVER_STATUSES,
+    UNJUDGED_STATUSES,
     Action,
     Answer,
     Begin,
@@ -171,11 +174,14 @@ class Conductor:
             case EndHandoff():
                 self._end_handoff(action)
             case Answer():
-                self._answer(action)
+                await self._drop_all()  # engines have no part in how fast a client reads
+                await self._answer(action)
             case Write():
                 self._content_type = STREAM_TYPE
                 await self._write(action.body)
             case PassOn():
+                if self._journey.handed_over:
+                    self._blame.handoff_went()
                 await self._write(action.body)
                 self._calls["decode"] = pump = asyncio.create_task(self._pump())
                 pump.add_done_callback(self._blame.stream_ended)
@@ -291,7 +297,10 @@ class Conductor:
             body = await reply.read()
         except UpstreamError as error:
             self._note(action.engine, error)
-            return DecodeFailed(str(error), self._outside.snapshot())
+            told = self._events.error
+            if told is not None and (told.code < 500 or told.code in NEVER_STATUSES):
+                return DecodeAnswered(told.code, told.body)
+            return self._failed(error, self._outside.snapshot())
         self._content_type = reply.content_type
         return DecodeAnswered(reply.status, body, snapshot=self._outside.snapshot() if reply.status >= 500 else None)
 
@@ -305,17 +314,26 @@ class Conductor:
                 last = now
                 await self._response.write(passed)
         except UpstreamError as error:
-            return StreamFinished() if self._events.done else DecodeFailed(str(error))
+            return StreamFinished() if self._events.done else self._failed(error)
         cut = self._client.path in (CHAT, COMPLETIONS) and not self._events.done
         return DecodeFailed("unfinished") if cut else StreamFinished()
 
     async def _next_events(self) -> bytes:
         """The next whole events; empty at the stream's end."""
         assert self._reply is not None
-        while chunk := await self._reply.chunk():
+        while self._events.error is None and (chunk := await self._reply.chunk()):
             if passed := self._events.feed(chunk):
                 return passed
+        if self._events.error is not None:
+            raise UpstreamError("error_in_stream")
         return self._events.finish()
+
+    def _failed(self, error: UpstreamError, snapshot: Snapshot | None = None) -> DecodeFailed:
+        told = self._events.error
+        if told is None:
+            return DecodeFailed(str(error), snapshot)
+        blames = told.code >= 500 and told.code not in UNJUDGED_STATUSES
+        return DecodeFailed(str(error), snapshot, words=words_of(told.body), blames=blames)
 
     def _called(self, engine: Candidate, body: bytes) -> AbstractAsyncContextManager[Reply]:
         url, headers = engine.info.url.rstrip("/") + self._client.path, self._headers
@@ -347,13 +365,16 @@ class Conductor:
             self._observe_first_byte()
         await self._response.write(events)
 
-    def _answer(self, action: Answer) -> None:
+    async def _answer(self, action: Answer) -> None:
+        """Here, and not when we have returned it: within the request's deadline, however slowly the client reads."""
         content_type = self._content_type if action.status == 200 else "application/json"
         headers = {**self._pdx_headers(), "Content-Type": content_type}
         if action.retry_after_s:
             headers["Retry-After"] = str(action.retry_after_s)
-        self._response = web.Response(status=action.status, body=action.body, headers=headers)
+        self._response = answer = web.Response(status=action.status, body=action.body, headers=headers)
         self._observe_first_byte()
+        await answer.prepare(self._client)
+        await answer.write_eof()
 
     def _note(self, engine: Candidate, error: UpstreamError) -> None:
         if error.unreachable:

@@ -31,9 +31,10 @@ from pdx.errors import IllegalTransition
 from pdx.handoff.handle import TransferHandle, mint
 from pdx.router.choice import policy
 from pdx.router.choice.policy import Candidate, Pair, Snapshot
-from pdx.router.front.replies import REFUSALS, as_event, error_body
+from pdx.router.front.replies import REFUSALS, as_event, error_body, words_of
 from pdx.router.line.retries import RetryBudget
 from pdx.router.request.actions import (
+    NEVER_STATUSES,
     Action,
     Answer,
     Begin,
@@ -76,8 +77,6 @@ from pdx.router.request.usage import with_cached_tokens
 
 Way = Literal["seeded", "paired", "after", "alone"]
 
-WORDS_MAX = 500  # of an engine's refusal, in an error event
-
 
 class Journey:
     """One request. `on(event)` returns what to do next, in order; an event the table forbids changes nothing.
@@ -99,6 +98,7 @@ class Journey:
         self.repeats = 0
         self.held_back = False
         self._request = request
+        self._streams = bool(request.body.get("stream"))
         self._settings = settings
         self._budget = budget or RetryBudget()
         self._tried: list[Candidate] = []  # decode engines that have failed
@@ -115,8 +115,10 @@ class Journey:
         return bool(self.handoff_id) and not self.reason
 
     @property
-    def _streams(self) -> bool:
-        return bool(self._request.body.get("stream"))
+    def handed_over(self) -> bool:
+        """Whether decode goes on from what prefill, whose reply is there, has handed over."""
+        reply = self._reply
+        return self.by_pair and self.outcome == "none" and not self._beside and bool(reply and reply.handed_over)
 
     @property
     def _opened(self) -> bool:
@@ -344,10 +346,10 @@ class Journey:
     # --- decode -----------------------------------------------------------------------------------------------
 
     def _on_decode(self, event: DecodeAnswered) -> list[Action]:
-        if event.status >= 500:
+        if event.status >= 500 and event.status not in NEVER_STATUSES:
             return self._retry(f"decode_{event.status}", event.snapshot)
         if event.status >= 400 and self._opened:
-            return self._give_up("client_error", _no_answer("the engine refused to go on: " + _words(event.body)))
+            return self._give_up("client_error", _no_answer("the engine refused to go on: " + words_of(event.body)))
         if event.status >= 400:
             self._move("answer")
             return [*self._end_handoff("client_error"), Answer(status=event.status, body=event.body)]
@@ -371,7 +373,8 @@ class Journey:
 
     def _on_decode_failure(self, event: DecodeFailed) -> list[Action]:
         if self.state in ("streaming", "overtaking"):
-            return self._give_up(f"decode_{event.reason}", _no_answer(f"the engine broke off: {event.reason}"))
+            told = event.words or event.reason
+            return self._give_up(f"decode_{event.reason}", _no_answer(f"the engine broke off: {told}"))
         return self._retry(f"decode_{event.reason}", event.snapshot)
 
     def _retry(self, reason: str, snapshot: Snapshot | None) -> list[Action]:
@@ -440,7 +443,3 @@ class Journey:
 
 def _no_answer(message: str) -> Answer:
     return Answer(status=502, body=error_body(502, message))
-
-
-def _words(body: bytes) -> str:
-    return body[:WORDS_MAX].decode(errors="replace")

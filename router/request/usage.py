@@ -8,6 +8,8 @@ from a seed: then `seed` says what changes.
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from pdx.router.request.seed import DONE, Continuation, Seed
@@ -18,21 +20,48 @@ _DATA = b"data: "
 # vLLM's are the first of each; a named engine may be any server of the same API.
 _SEPARATORS = (b"\n\n", b"\r\n\r\n")
 _DONES = tuple(line + separator for line in (DONE.rstrip(), b"data:[DONE]") for separator in _SEPARATORS)
+_ERROR = re.compile(rb'(?:\A|(?<=\n\n)|(?<=\r\n\r\n))(?:(?P<named>event: ?error\r?\n)|data: ?(?=\{"error"))')
+_COMMENTS = re.compile(rb"(?:(?::[^\n]*)?\r?\n)*")
+_DATA_LINE = re.compile(rb"^data: ?(.*)$", re.MULTILINE)
 _LAST = tuple(separator + done for done in _DONES for separator in _SEPARATORS)
+
+
+class EngineError(msgspec.Struct, frozen=True):
+    """What an engine has said in a stream that began with 200: the status that it would have been, and the JSON."""
+
+    code: int
+    body: bytes
+
+    @classmethod
+    def read(cls, data: bytes, *, named: bool) -> EngineError | None:
+        """`named`: an event of that name, which is one whatever its data says. None for what is none."""
+        try:
+            told = msgspec.json.decode(data)["error"]
+        except (msgspec.MsgspecError, ValueError, RecursionError, LookupError, TypeError):
+            told = None
+        if not told and not named:
+            return None
+        code = told.get("code") if isinstance(told, dict) else None
+        if not isinstance(code, int) or not 400 <= code < 600:
+            code = 400 if isinstance(told, dict) and told.get("type") == "invalid_request_error" else 500
+        return cls(code, data)
 
 
 class EventStream:
     """Cuts a stream into whole server-sent events, so that one broken off never reaches the client in part.
 
     `cached_tokens` may still become known while the stream passes. `done`: its [DONE] has passed; the client has all,
-    however the connection ends.
+    however the connection ends. `error`: the engine has said in the stream that it can't go on; vLLM does, also of what
+    a client has done wrong, and then says [DONE] all the same. What came before has passed, the rest never does.
     """
 
     def __init__(self, cached_tokens: int | None, seed: Seed | None = None) -> None:
         self.cached_tokens = cached_tokens
         self._continuation = Continuation(seed) if seed is not None else None
         self._rest = b""
+        self._began = seed is not None  # before, servers may send comments, which are no answer yet
         self.done = False
+        self.error: EngineError | None = None
 
     def feed(self, chunk: bytes) -> bytes:
         """The events that are whole by now."""
@@ -41,6 +70,12 @@ class EventStream:
         if not end and len(held) > EVENT_BYTES_MAX:
             end = len(held)
         passed, self._rest = held[:end], held[end:]
+        if not self._began:
+            self._began = _COMMENTS.fullmatch(passed) is None
+            if not self._began:
+                return b""
+        if b"error" in passed or self.error is not None:
+            passed = self._up_to_error(passed)
         # Within an event's JSON newlines are escaped, so that only the event itself can look like this.
         self.done |= passed in _DONES or passed.endswith(_LAST)
         if self._continuation is not None:
@@ -52,7 +87,17 @@ class EventStream:
     def finish(self) -> bytes:
         """What is left when the engine has ended the stream in order."""
         rest, self._rest = self._rest, b""
-        return rest
+        return b"" if self.error is not None else rest
+
+    def _up_to_error(self, events: bytes) -> bytes:
+        if self.error is not None:
+            return b""
+        for found in _ERROR.finditer(events):
+            data = _DATA_LINE.search(events, found.start())
+            self.error = EngineError.read(data[1] if data is not None else b"", named=bool(found["named"]))
+            if self.error is not None:
+                return events[: found.start()]
+        return events
 
     def _rewritten(self, event: bytes) -> bytes:
         named, line, _ = event.partition(b"\n") if event.startswith(b"event: ") else (b"", b"", b"")

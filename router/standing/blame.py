@@ -11,8 +11,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from pdx.router.choice.policy import Candidate, Pair
+from pdx.router.engines.connection import OWN_FAILURE
 from pdx.router.outside import Outside
 from pdx.router.request.actions import (
+    UNJUDGED_STATUSES,
     DecodeAnswered,
     DecodeFailed,
     Event,
@@ -38,8 +40,8 @@ class Blame:
         ticket = self._outside.standing.call_began(engine.engine_id)
 
         def done(task: asyncio.Task[Event]) -> None:
-            if _streams(task):
-                self._stream = (engine, ticket)  # judged at the stream's end
+            if _streams(task):  # judged at the stream's end, but for what a probe was to find out
+                self._stream = (engine, self._outside.standing.call_went(engine.engine_id, ticket, time.monotonic()))
             else:
                 self._judge(engine, ticket, False if self.overdue and task.cancelled() else _went_well(task))
 
@@ -56,6 +58,14 @@ class Blame:
         failure = self._watching.enter_context(self._outside.pending.watch(handoff_id))
         self._handoff = (pair, self._outside.standing.handoff_began(pair), failure)
         return failure
+
+    def handoff_went(self) -> None:
+        """Decode answers with what was handed over: the pair's daemons have done their part."""
+        if self._handoff is not None:
+            pair, ticket, failure = self._handoff
+            self._outside.standing.handoff_ended(pair, ticket, ok=not failure.done(), now=time.monotonic())
+            self._handoff = None
+            self._watching.close()
 
     def request_ended(self, outcome: str) -> None:
         """`outcome`: of the journey's handoff. One that was given up for other reasons says nothing about daemons."""
@@ -81,9 +91,13 @@ def _went_well(task: asyncio.Task[Event]) -> bool | None:
         return None
     match task.result():
         case PrefillAnswered() | DecodeAnswered() as answered:
-            return answered.status < 500
+            return None if answered.status in UNJUDGED_STATUSES else answered.status < 500
         case StreamFinished():
             return True
+        case PrefillFailed() | DecodeFailed() as failed if failed.reason == OWN_FAILURE:
+            return None
+        case DecodeFailed(blames=False):
+            return None
         case PrefillFailed() | DecodeFailed():
             return False
         case _:

@@ -16,6 +16,7 @@ from pdx.errors import IllegalTransition
 State = Literal["closed", "open", "half_open"]
 
 BURST_S = 1.0
+SAYS_NOTHING = -1  # no life's number
 
 MOVES: dict[tuple[State, str], State] = {
     ("closed", "trip"): "open",
@@ -71,6 +72,13 @@ class Breaker:
             self._failures = 0
         elif self.state == "closed" and ok is False:
             self._failed(now)
+
+    def went(self, ticket: int, *, now: float) -> int:
+        """The call goes well so far, and may go on for long: a probe is over with that. Its ticket from now on."""
+        if ticket != self._life or self.state != "half_open":
+            return ticket
+        self.ended(ticket, ok=True, now=now)
+        return self._life if self.state == "closed" else SAYS_NOTHING
 
     @property
     def idle(self) -> bool:

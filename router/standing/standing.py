@@ -66,6 +66,15 @@ class Standing:
         if breaker.state != before:
             _log.warning("the breaker of engine %s is %s", engine_id, breaker.state)
 
+    def call_went(self, engine_id: str, ticket: Ticket, now: float) -> Ticket:
+        """The first of a stream has come. The ticket for its end."""
+        breaker, number = ticket
+        before = breaker.state
+        number = breaker.went(number, now=now)
+        if breaker.state != before:
+            _log.warning("the breaker of engine %s is %s", engine_id, breaker.state)
+        return breaker, number
+
     def handoff_began(self, pair: Pair) -> Ticket:
         breaker = self._pairs.setdefault(_daemons(pair), Breaker(PAIR_BREAKER))
         return breaker, breaker.began()

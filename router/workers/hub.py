@@ -99,7 +99,7 @@ class AddedUp:
     async def refresh(self) -> None:
         paths = sorted(self._places.folder.glob("metrics-*"))
         texts = await asyncio.gather(*(read_text(path) for path in paths))
-        self._totals.heard({path.name: text for path, text in zip(paths, texts, strict=True) if text})
+        self._totals.heard({path.name: text for path, text in zip(paths, texts, strict=True)})
 
     def text(self) -> bytes:
         return self._totals.added(self._own.render(Moment()))

@@ -20,10 +20,11 @@ class Totals:
         self._ended = b""
 
     def heard(self, texts: Mapping[str, bytes]) -> None:
-        """What the processes say that there are now; one that answers no more has ended."""
+        """What the processes say that there are now, each by name. One that says nothing is only slow, and its last
+        text stands; one that is not named has ended."""
         for name in set(self._alive) - set(texts):
             self._ended = added([self._ended, self._alive.pop(name)], gauges=False)
-        self._alive.update(texts)
+        self._alive.update({name: text for name, text in texts.items() if text})
 
     def added(self, own: bytes) -> bytes:
         return added([own, *self._alive.values(), self._ended])

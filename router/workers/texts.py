@@ -9,6 +9,7 @@ from pathlib import Path
 
 ASK_S = 2.0
 TEXT_BYTES_MAX = 16 << 20
+PART_BYTES = 64 << 10
 
 
 async def serve_text(stack: AsyncExitStack, path: Path, text: Callable[[], bytes]) -> None:
@@ -26,7 +27,17 @@ async def read_text(path: Path) -> bytes:
     """What is served there; nothing if nobody answers within ASK_S."""
     with suppress(OSError, TimeoutError):
         async with asyncio.timeout(ASK_S):
-            reader, writer = await asyncio.open_unix_connection(path, limit=TEXT_BYTES_MAX)
+            reader, writer = await asyncio.open_unix_connection(path)
             with closing(writer):
-                return await reader.read(TEXT_BYTES_MAX)
+                return await _whole(reader)
     return b""
+
+
+async def _whole(reader: asyncio.StreamReader) -> bytes:
+    """Up to the end of the connection; nothing if that is too much."""
+    parts = bytearray()
+    while part := await reader.read(PART_BYTES):
+        parts += part
+        if len(parts) > TEXT_BYTES_MAX:
+            return b""
+    return bytes(parts)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.late import SIGN, LateSender, after_prefill
+from benchmarks.naive.late import SIGN, LateSender, after_prefill
 from pdx.handoff.actions import Action, Put, SendCommit
 from pdx.handoff.handle import TransferHandle
 from pdx.layout import Place

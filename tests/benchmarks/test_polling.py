@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.harness.polling import SIGN, poll_while_told, polling
+from benchmarks.naive.polling import SIGN, poll_while_told, polling
 
 
 def test_it_polls_while_the_sign_stands(tmp_path: Path) -> None:

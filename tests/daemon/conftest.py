@@ -1,4 +1,4 @@
-"""Daemons that end without a lease, and a tier for one Mover on one host."""
+"""Daemons that end without a lease, and a tier for one daemon's handoffs on one host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One Mover without sockets, lanes or loop: a daemon whose two engines, P and D, live on its host."""
+"""One daemon's handoffs without sockets, lanes or loop: a daemon whose two engines, P and D, live on its host."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pdx.buffer.policies import POLICIES
 from pdx.buffer.store import Store
 from pdx.buffer.water import NEVER, Waterline
 from pdx.config import Eviction
+from pdx.daemon.handoffs import Handoffs
 from pdx.daemon.lanes import Lanes
-from pdx.daemon.mover import Mover
 from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Engine
 from pdx.daemon.trace import Tracer
@@ -57,7 +57,7 @@ class Host:
         self.heard: dict[str, list[Message]] = {"P": [], "D": []}
         self.counters: Counter[str] = Counter()
         self._to_self: list[PeerMessage] = []
-        self.mover = Mover(
+        self.handoffs = Handoffs(
             self.store,
             Ports(
                 me=HERE, cluster_key=KEY, to_engine=lambda name, message: self.heard.get(name, []).append(message),
@@ -72,27 +72,27 @@ class Host:
     def tick(self, after_s: float = 0.0) -> None:
         self.now += after_s
         while self._to_self:
-            self.mover.peer_message(self._to_self.pop(0), self.now)
-        self.mover.tick(self.now)
+            self.handoffs.peer_message(self._to_self.pop(0), self.now)
+        self.handoffs.tick(self.now)
         self.store.check_integrity()
 
     def send(self, number: int = 0, hashes: list[bytes] = HASHES) -> None:
         message = OpenSend(request_id="p", handle=handle(number), block_hashes=hashes, prompt_tokens=0, tail_hash=b"")
-        self.mover.open_send(engine("P"), message, self.now)
+        self.handoffs.open_send(engine("P"), message, self.now)
         self.tick()
 
     def fill(self, blocks: list[int], layers: range = range(PAGES.layers), number: int = 0) -> None:
         for layer in layers:
             entry = FilledEntry(handoff_id=name(number), blocks=blocks)
             message = Filled(step=1, step_started_ns=0, layer=layer, filled_ns=0, entries=[entry])
-            self.mover.filled("P", message, self.now)
+            self.handoffs.filled("P", message, self.now)
             self.tick()
 
     def prefill(self, number: int = 0) -> None:
         """All of it, to the end."""
         self.send(number)
         self.fill([0, 1, 2], number=number)
-        self.mover.let_go("P", LetGo(handoff_id=name(number), side="send", fence=1, ok=True), self.now)
+        self.handoffs.let_go("P", LetGo(handoff_id=name(number), side="send", fence=1, ok=True), self.now)
         self.tick()
 
     def ask(self, number: int = 0, *, early: bool = True, hashes: list[bytes] = HASHES) -> str:
@@ -100,12 +100,12 @@ class Host:
         message = OpenLoad(
             request_id="d", handle=handle(number), block_hashes=hashes, prompt_tokens=0, tail_hash=b"", early=early
         )
-        self.mover.open_load(engine("D"), message, self.now)
+        self.handoffs.open_load(engine("D"), message, self.now)
         (answer,) = self.answers()
         return answer.status
 
     def let_go(self, number: int = 0, **about: Any) -> None:
-        self.mover.let_go("D", LetGo(handoff_id=name(number), side="load", fence=0, **about), self.now)
+        self.handoffs.let_go("D", LetGo(handoff_id=name(number), side="load", fence=0, **about), self.now)
         self.tick()
 
     def answers(self) -> list[LoadOpened]:

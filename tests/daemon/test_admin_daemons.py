@@ -18,10 +18,10 @@ from tokenizer import tokenizer, tokens_of
 
 from pdx.admin import ClearRequest, LookupRequest, PinRequest, Report, UnpinRequest
 from pdx.chain import block_hashes
+from pdx.commands import kv
 from pdx.errors import DaemonGone, Refused
 from pdx.keys import admin_token, tenant_of
 from pdx.kv import RouterKv
-from pdx.launch import kv
 from pdx.verbs import Cleared, Found, Pinned, Unpinned
 
 ALGORITHM = "sha256_cbor/vllm-none-hash"

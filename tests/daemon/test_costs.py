@@ -11,7 +11,7 @@ from test_tiering import crowd_out, keep_filled
 
 from pdx.buffer.lease import Lease, Owner
 from pdx.daemon.costs import Costs
-from pdx.daemon.holds import Hold
+from pdx.daemon.grips import Grip
 from pdx.layout import PageLayout, Place
 from pdx.tiers.cost import TRIED_EVERY
 from pdx.tiers.memory import MemoryTier
@@ -45,7 +45,7 @@ def host(tier: Stalling) -> Host:
 
 def look_up(host: Host, tokens_per_s: float, hashes: list[bytes] = HASHES, called: bytes = MINE) -> list[Place]:
     message = LookUp(request_id="r", handoff_id=called, block_hashes=hashes, tokens_per_s=tokens_per_s)
-    host.mover.look_up(engine("P"), message, host.now)
+    host.handoffs.look_up(engine("P"), message, host.now)
     answer = heard(host)
     assert isinstance(answer, LoadOpened)
     return answer.places
@@ -147,7 +147,7 @@ def test_waiting_behind_others_is_not_the_disks_slowness(host: Host, tier: Stall
     host.tick(1.0)
     tier.stalled = False
     host.tick()
-    assert host.mover.kept(host.now)["costs"]["disk_bytes_per_s"] == pytest.approx(6 * PAGES.block_bytes)
+    assert host.handoffs.kept(host.now)["costs"]["disk_bytes_per_s"] == pytest.approx(6 * PAGES.block_bytes)
 
 
 def test_memory_is_loaded_where_the_disk_below_it_is_skipped(slow_disk: Host) -> None:
@@ -171,15 +171,15 @@ def test_an_engine_that_copies_slowly_skips_the_arena_and_others_do_not(host: Ho
         assert look_up(host, FAST) == []
     assert skipped(host) == (TRIED_EVERY - 1, 0, 0)
     message = LookUp(request_id="r", handoff_id=OTHER, block_hashes=HASHES, tokens_per_s=FAST)
-    host.mover.look_up(engine("D"), message, host.now)
+    host.handoffs.look_up(engine("D"), message, host.now)
     (answer,) = host.answers()
     assert answer.status == "granted"
     host.now += 600.0
     load_from_arena(host, seconds=0.01, tokens_per_s=FAST)
     assert skipped(host) == (TRIED_EVERY - 1, 0, 1)
     load_from_arena(host, seconds=0.01, tokens_per_s=FAST)
-    host.mover.engine_gone("P", host.now)
-    assert "P" not in host.mover.kept(host.now)["costs"]["arena_bytes_per_s"]
+    host.handoffs.engine_gone("P", host.now)
+    assert "P" not in host.handoffs.kept(host.now)["costs"]["arena_bytes_per_s"]
 
 
 @pytest.mark.parametrize("about", [{"ok": False, "seconds": 9.0}, {"seconds": 0.0}])
@@ -205,8 +205,8 @@ def test_ranks_that_copy_beside_each_other_are_as_fast_as_one_of_all(shards: int
     """A block of two layers in half a second: each of two ranks its own half, or each the whole."""
     layout = PageLayout(layers=2, page_bytes=64, chunk_blocks=2, shards=shards)
     costs = Costs(Counter(), None)
-    hold = Hold(MINE, "load", "P", Lease(1, Owner("session", "P"), (), 0.0), ranks=2)
-    costs.ended(hold, LetGo(handoff_id=MINE, side="load", fence=1, ok=True, pages=pages, seconds=0.5), layout, 0.0)
+    grip = Grip(MINE, "load", "P", Lease(1, Owner("session", "P"), (), 0.0), ranks=2)
+    costs.ended(grip, LetGo(handoff_id=MINE, side="load", fence=1, ok=True, pages=pages, seconds=0.5), layout, 0.0)
     assert costs.stats()["arena_bytes_per_s"] == {"P": 2 * layout.block_bytes}
 
 
@@ -215,6 +215,6 @@ def test_the_verb_tells_what_is_there_whatever_it_costs(slow_disk: Host) -> None
 
     space = host_space(slow_disk)
     assert look_up(slow_disk, FAST) == []
-    slow_disk.mover.spaces.met(engine("P"))
-    found = slow_disk.mover.steer(Lookup(space=space, block_hashes=HASHES), slow_disk.now)
+    slow_disk.handoffs.spaces.met(engine("P"))
+    found = slow_disk.handoffs.steer(Lookup(space=space, block_hashes=HASHES), slow_disk.now)
     assert getattr(found, "blocks", 0) == getattr(found, "disk_blocks", 0) == 3

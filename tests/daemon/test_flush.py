@@ -33,21 +33,23 @@ def below(tier: SlowTier) -> list[int]:
 
 
 def all_of(host: Host, tier: SlowTier, *, deadline_s: float = 5.0, hurried: bool = False) -> int:
-    return flush(lambda: host.mover.flush_step(host.now), tier.fileno(), deadline_s=deadline_s, hurried=lambda: hurried)
+    return flush(
+        lambda: host.handoffs.flush_step(host.now), tier.fileno(), deadline_s=deadline_s, hurried=lambda: hurried
+    )  # fmt: skip
 
 
 def test_all_goes_down_the_last_to_be_evicted_first(host: Host, tier: SlowTier) -> None:
     tier.pace = 1
     places = look_up(host, CHAINS[1])  # in use, and not for long: also worth keeping
     seen = []
-    while host.mover.flush_step(host.now):
+    while host.handoffs.flush_step(host.now):
         seen.append(below(tier))
     assert seen[2] == [0, 2, 0, 0]
     assert seen[4] == [0, 2, 0, 2]
     assert below(tier) == [2, 2, 2, 2]
     assert places
     let_go(host, side="load")
-    assert host.mover.flush_step(host.now) == 0
+    assert host.handoffs.flush_step(host.now) == 0
 
 
 def test_a_deadline_or_a_hurry_ends_it(host: Host, tier: SlowTier) -> None:

@@ -85,7 +85,7 @@ def test_a_daemon_listens_where_it_is_told(fleet: Fleet) -> None:
     daemon = fleet.daemon(control_port=str(control), lane_port=str(first))
     assert daemon.ref.control == f"tcp://127.0.0.1:{control}"
     assert [offer.endpoint for offer in daemon.ref.lanes] == [f"tcp://127.0.0.1:{first}"]
-    flags = [f"--run-dir={daemon.run_dir}-2", f"--control-port={control}", f"--lane-port={second}"]
+    flags = [f"--run-dir={daemon.run_dir}-2", "--arena=4MiB", f"--control-port={control}", f"--lane-port={second}"]
     done = subprocess.run(
         [sys.executable, "-m", "pdx.daemon.main", *flags], capture_output=True, text=True, timeout=DEADLINE_S
     )

@@ -25,7 +25,7 @@ def heard(host: Host) -> Any:
 
 
 def look_up(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE) -> list[Place]:
-    host.mover.look_up(engine("P"), LookUp(request_id="r", handoff_id=called, block_hashes=hashes), host.now)
+    host.handoffs.look_up(engine("P"), LookUp(request_id="r", handoff_id=called, block_hashes=hashes), host.now)
     answer = heard(host)
     assert isinstance(answer, LoadOpened)
     assert (answer.status == "granted") == bool(answer.places)
@@ -33,7 +33,7 @@ def look_up(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE) -> l
 
 
 def keep(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE) -> SendOpened | SendEnded:
-    host.mover.keep(engine("P"), Keep(request_id="r", handoff_id=called, block_hashes=hashes), host.now)
+    host.handoffs.keep(engine("P"), Keep(request_id="r", handoff_id=called, block_hashes=hashes), host.now)
     answer: SendOpened | SendEnded = heard(host)
     if isinstance(answer, SendOpened):  # and the engine fills them
         for place in filter(None, answer.places):
@@ -42,7 +42,7 @@ def keep(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE) -> Send
 
 
 def let_go(host: Host, called: bytes = MINE, side: str = "send", *, ok: bool = True, **about: Any) -> None:
-    host.mover.let_go("P", LetGo(handoff_id=called, side=side, fence=1, ok=ok, **about), host.now)  # type: ignore[arg-type]
+    host.handoffs.let_go("P", LetGo(handoff_id=called, side=side, fence=1, ok=ok, **about), host.now)  # type: ignore[arg-type]
     host.tick()
 
 
@@ -141,7 +141,7 @@ def test_offers_take_no_room_from_handoffs(host: Host) -> None:
     for number in range(2):
         hashes = [b"%d/%d" % (number, n) for n in range(int(blocks * 0.6))]
         host.send(number, hashes)
-    assert host.mover.reservations_waiting
+    assert host.handoffs.reservations_waiting
     host.heard["P"].clear()
     answer = keep(host, [b"small"])
     assert isinstance(answer, SendEnded) and "full" in answer.reason
@@ -159,7 +159,7 @@ def test_an_engine_that_died_leaves_nothing(host: Host) -> None:
     let_go(host)
     look_up(host)
     keep(host, [b"more"], OTHER)
-    host.mover.engine_gone("P", host.now)
+    host.handoffs.engine_gone("P", host.now)
     assert leases(host) == 0
     assert len(look_up(host)) == 3, "what it kept stays"
 

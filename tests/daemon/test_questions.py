@@ -1,4 +1,4 @@
-"""When a decode engine's question is answered, and how: one Mover without sockets, both engines on its host."""
+"""When a decode engine's question is answered, and how: one daemon without sockets, both engines on its host."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_the_router_s_cancel_answers_at_once(host: Host, reserved: bool) -> None
     assert host.ask() == "wait"
     if reserved:
         host.send()
-    host.mover.cancel(name(0), 1, "prefill failed", host.now)
+    host.handoffs.cancel(name(0), 1, "prefill failed", host.now)
     host.tick()
     assert host.told() == [("absent", 0)]
-    assert host.mover.describe() == []
+    assert host.handoffs.describe() == []
 
 
 def test_prefill_s_failure_answers_at_once_with_what_the_cache_has(host: Host) -> None:
@@ -81,7 +81,7 @@ def test_prefill_s_failure_answers_at_once_with_what_the_cache_has(host: Host) -
     longer = [*HASHES, b"four"]
     assert host.ask(1, hashes=longer) == "wait"
     host.send(1, longer)
-    host.mover.let_go("P", LetGo(handoff_id=name(1), side="send", fence=1, ok=False, reason="aborted"), host.now)
+    host.handoffs.let_go("P", LetGo(handoff_id=name(1), side="send", fence=1, ok=False, reason="aborted"), host.now)
     host.tick()
     assert host.told() == [("granted", 3)]
 
@@ -95,8 +95,8 @@ def test_a_full_arena_is_waited_for(host: Host) -> None:
     host.send(1, other)
     host.tick(BUDGETS.grant_s / 2)
     assert host.told() == []
-    host.mover.cancel(name(0), 1, "over", host.now)
-    host.mover.let_go("P", LetGo(handoff_id=name(0), side="send", fence=1, ok=False), host.now)
+    host.handoffs.cancel(name(0), 1, "over", host.now)
+    host.handoffs.let_go("P", LetGo(handoff_id=name(0), side="send", fence=1, ok=False), host.now)
     host.tick()
     assert host.told() == []
     host.fill([0], number=1)
@@ -110,15 +110,15 @@ def test_an_engine_that_waits_no_longer_ends_its_handoff(host: Host) -> None:
     assert isinstance(host.heard["P"][-1], SendEnded)
     host.fill([0])
     assert host.told() == []
-    host.mover.let_go("P", LetGo(handoff_id=name(0), side="send", fence=1, ok=False), host.now)
+    host.handoffs.let_go("P", LetGo(handoff_id=name(0), side="send", fence=1, ok=False), host.now)
     host.tick()
     assert host.store.stats()["leases"] == {"live": 0, "quarantined": 0}
-    assert host.mover.describe() == []
+    assert host.handoffs.describe() == []
 
 
 def test_a_dead_engine_is_not_answered(host: Host) -> None:
     assert host.ask() == "wait"
-    host.mover.engine_failing("D", host.now)
+    host.handoffs.engine_failing("D", host.now)
     host.prefill()
     host.tick(BUDGETS.grant_s + 0.1)
     assert host.told() == []
@@ -138,12 +138,12 @@ def test_a_spoilt_block_is_found_no_more(host: Host, spoilt: list[int]) -> None:
     host.prefill()
     assert host.ask() == "granted"
     host.let_go(ok=True)
-    host.mover.cancel(name(1), 1, "prefill failed", host.now)
+    host.handoffs.cancel(name(1), 1, "prefill failed", host.now)
     assert host.ask(1) == "granted", "from the cache"
     host.let_go(1, ok=False, reason="1 pages of layer 0 differ in checksum", pages=3, spoilt=spoilt)
     assert host.counters["blocks_spoilt"] == 1
     host.tick()
-    host.mover.cancel(name(2), 1, "prefill failed", host.now)
+    host.handoffs.cancel(name(2), 1, "prefill failed", host.now)
     assert host.ask(2) == "granted"
     host.let_go(2, ok=True)
     host.send(3)

@@ -1,4 +1,4 @@
-"""An operator's verbs on one Mover: lookups that are true, pins that hold, and clears after which nothing is served."""
+"""An operator's verbs on one daemon: lookups that are true, pins that hold, clears after which nothing is served."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ALICE = tenant_of("alice")
 @pytest.fixture
 def host(tier: MemoryTier) -> Host:
     host = Host(tier=tier)
-    host.mover.spaces.met(engine("P"))
+    host.handoffs.spaces.met(engine("P"))
     return host
 
 
 def found(host: Host, hashes: list[bytes] = HASHES, tenant: bytes = b"") -> Found:
-    result = host.mover.steer(Lookup(space=SPACE, tenant=tenant, block_hashes=hashes), host.now)
+    result = host.handoffs.steer(Lookup(space=SPACE, tenant=tenant, block_hashes=hashes), host.now)
     assert isinstance(result, Found)
     return result
 
@@ -40,21 +40,21 @@ def counts(host: Host, hashes: list[bytes] = HASHES) -> tuple[int, int, int]:
 
 
 def pin(host: Host, name: str = "manual", hashes: list[bytes] = HASHES, ttl_s: float = 60.0) -> Pinned:
-    result = host.mover.steer(Pin(name=name, ttl_s=ttl_s, space=SPACE, block_hashes=hashes), host.now)
+    result = host.handoffs.steer(Pin(name=name, ttl_s=ttl_s, space=SPACE, block_hashes=hashes), host.now)
     assert isinstance(result, Pinned)
     host.store.check_integrity()
     return result
 
 
 def unpin(host: Host, name: str = "manual", tenant: bytes = b"") -> int:
-    result = host.mover.steer(Unpin(name=name, tenant=tenant), host.now)
+    result = host.handoffs.steer(Unpin(name=name, tenant=tenant), host.now)
     assert isinstance(result, Unpinned)
     host.store.check_integrity()
     return result.blocks
 
 
 def clear(host: Host, **which: object) -> Cleared:
-    result = host.mover.steer(Clear(**which), host.now)  # type: ignore[arg-type]
+    result = host.handoffs.steer(Clear(**which), host.now)  # type: ignore[arg-type]
     assert isinstance(result, Cleared)
     host.store.check_integrity()
     return result
@@ -87,7 +87,7 @@ class TestLookup:
         chance = random.Random(seed)
         tier = MemoryTier(cap_bytes=chance.choice([2000, 20_000]))
         host, prompts, agreed = Host(extents=1, tier=tier), [], 0
-        host.mover.spaces.met(engine("P"))
+        host.handoffs.spaces.met(engine("P"))
         for stem in range(8):
             prompts.append([b"%d/%d" % (stem, n) for n in range(6)])
         for _ in range(300):
@@ -135,7 +135,7 @@ class TestPin:
         pinned = pin(host)
         assert (pinned.blocks, pinned.coming_blocks) == (3, 3)
         host.tick()
-        (described,) = host.mover.kept(host.now)["pinned"]["pins"]
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
         assert (described["blocks"], described["coming_blocks"]) == (3, 0)
         pressed(host)
         assert [watermark(host, place) for place in look_up(host)] == [PAGES.layers] * 3
@@ -146,7 +146,7 @@ class TestPin:
         pin(host)
         tier.remove((SPACE, HASHES[2]))
         host.tick()
-        (described,) = host.mover.kept(host.now)["pinned"]["pins"]
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
         assert described["blocks"] == 2
         unpin(host)
         assert leases(host) == 0
@@ -163,7 +163,7 @@ class TestPin:
         for _ in HASHES:
             host.tick()
         assert is_here(host) == [False, True, True]
-        (described,) = host.mover.kept(host.now)["pinned"]["pins"]
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
         assert (described["blocks"], described["coming_blocks"]) == (2, 0)
 
     def test_ends_with_its_time(self, host: Host) -> None:
@@ -227,12 +227,12 @@ class TestPin:
         pin(host)
         assert unpin(host, tenant=ALICE) == 0
         other = Pin(name="manual", ttl_s=1.0, space=SPACE, tenant=ALICE, block_hashes=HASHES)
-        assert host.mover.steer(other, host.now).blocks == 0  # type: ignore[union-attr]
+        assert host.handoffs.steer(other, host.now).blocks == 0  # type: ignore[union-attr]
         assert unpin(host) == 3
 
     def test_of_a_model_that_was_never_here_is_refused(self, host: Host) -> None:
         with pytest.raises(Refused, match="no engine with such blocks"):
-            host.mover.steer(Pin(name="x", ttl_s=1.0, space=bytes(SPACE_BYTES), block_hashes=HASHES), host.now)
+            host.handoffs.steer(Pin(name="x", ttl_s=1.0, space=bytes(SPACE_BYTES), block_hashes=HASHES), host.now)
 
     def test_gives_way_to_nobody_but_ends_in_time(self, host: Host) -> None:
         """A handoff that needs the room waits, and gets it."""
@@ -240,11 +240,11 @@ class TestPin:
         pin(host, hashes=[b"%d" % n for n in range(4)], ttl_s=5.0)
         blocks = int(host.store.extents.capacity(PAGES) * host.store.handoff_share)
         host.send(hashes=[b"large %d" % n for n in range(blocks)])
-        assert host.mover.reservations_waiting == 1
+        assert host.handoffs.reservations_waiting == 1
         host.tick(2.0)
         assert unpin(host) == 4
         host.tick()
-        assert host.mover.reservations_waiting == 0
+        assert host.handoffs.reservations_waiting == 0
 
 
 class TestClear:

@@ -22,21 +22,21 @@ def host(tier: MemoryTier) -> Host:
 def keep(host: Host, tenant: bytes) -> None:
     called = b"k" * 16
     message = Keep(request_id="r", handoff_id=called, block_hashes=HASHES, tenant=tenant)
-    host.mover.keep(engine("P"), message, host.now)
+    host.handoffs.keep(engine("P"), message, host.now)
     opened = host.heard["P"].pop()
     assert isinstance(opened, SendOpened)
     fill(host, opened.places)
-    host.mover.let_go("P", LetGo(handoff_id=called, side="send", fence=1, ok=True), host.now)
+    host.handoffs.let_go("P", LetGo(handoff_id=called, side="send", fence=1, ok=True), host.now)
     host.tick()
     host.tick()  # it is on the disk, too
 
 
 def found(host: Host, tenant: bytes, hashes: list[bytes] = HASHES) -> int:
     message = LookUp(request_id="r", handoff_id=LOAD, block_hashes=hashes, tenant=tenant)
-    host.mover.look_up(engine("P"), message, host.now)
+    host.handoffs.look_up(engine("P"), message, host.now)
     answer = host.heard["P"].pop()
     assert isinstance(answer, LoadOpened)
-    host.mover.let_go("P", LetGo(handoff_id=LOAD, side="load", fence=0, ok=True), host.now)
+    host.handoffs.let_go("P", LetGo(handoff_id=LOAD, side="load", fence=0, ok=True), host.now)
     return len(answer.places)
 
 

@@ -1,4 +1,4 @@
-"""Blocks on their way to a tier and back, through one Mover; the tier works when it is asked for events."""
+"""Blocks on their way to a tier and back, through one daemon's handoffs; the tier works when it is asked for events."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_nothing_comes_up_while_handoffs_wait_for_room(host: Host) -> None:
     blocks = host.store.extents.capacity(PAGES)
     for number in range(2):
         host.send(number, [b"%d/%d" % (number, n) for n in range(int(blocks * 0.6))])
-    assert host.mover.reservations_waiting
+    assert host.handoffs.reservations_waiting
     host.heard["P"].clear()
     assert look_up(host) == []
 
@@ -209,7 +209,7 @@ def test_a_promise_outlives_the_engine_that_asked(host: Host) -> None:
     keep_filled(host)
     crowd_out(host)
     look_up(host)
-    host.mover.engine_gone("P", host.now)
+    host.handoffs.engine_gone("P", host.now)
     host.tick()
     assert leases(host) == 0
     assert len(look_up(host)) == 3

@@ -49,7 +49,7 @@ class TieringMachine(RuleBasedStateMachine):
         line = Waterline(low=0.3, high=0.5, batch=3)
         self.host = Host(extents=1, tier=self.tier, policy=self.policy, write_mode=self.mode, waterline=line)
         self.teller = HoldingsTeller(HERE, self.host.store.index, self.tier)
-        self.host.mover.spaces.met(engine("P"))
+        self.host.handoffs.spaces.met(engine("P"))
         self.store = self.host.store
         self.loads: dict[bytes, tuple[list[bytes], list[Place]]] = {}
         self.gone: set[bytes] = set()  # cleared, and not kept again

@@ -1,4 +1,4 @@
-"""Engines whose weights change: over real sockets, and in one Mover where order matters."""
+"""Engines whose weights change: over real sockets, and in one daemon's handoffs where order matters."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_engines_of_different_epochs_hand_nothing_over(fleet: Fleet) -> None:
     assert decode.load(PROMPT, handle) == len(PROMPT.names), "the same weights on both sides"
 
 
-# --- one Mover ---------------------------------------------------------------------------------------------------
+# --- one daemon's handoffs ------------------------------------------------------------------------------------------
 
 
 def test_what_was_claimed_before_is_never_kept() -> None:
@@ -137,7 +137,7 @@ def test_what_was_claimed_before_is_never_kept() -> None:
     engine = engine_of("P")
     opened = keep(host)
     assert isinstance(opened, SendOpened)
-    host.mover.weights_changed(engine, NEW, host.now)
+    host.handoffs.weights_changed(engine, NEW, host.now)
     let_go(host)
     assert look_up(host) == []
     assert engine.info.content.weight_epoch == NEW
@@ -149,12 +149,12 @@ def test_a_load_of_before_is_no_longer_renewed() -> None:
     keep(host)
     let_go(host)
     assert look_up(host)
-    host.mover.weights_changed(engine_of("P"), NEW, host.now)
+    host.handoffs.weights_changed(engine_of("P"), NEW, host.now)
     host.tick(40.0)
     host.tick(40.0)
     assert [type(message).__name__ for message in host.heard["P"]] == ["LoadEnded"], "it is asked to let go"
     host.heard["P"].clear()
-    host.mover.let_go("P", LetGo(handoff_id=b"m" * 16, side="load", fence=1, ok=False), host.now)
+    host.handoffs.let_go("P", LetGo(handoff_id=b"m" * 16, side="load", fence=1, ok=False), host.now)
     host.tick()
     assert not host.store.leases
 
@@ -162,12 +162,12 @@ def test_a_load_of_before_is_no_longer_renewed() -> None:
 def test_a_reset_reaches_the_disk(tier: MemoryTier) -> None:
     host = Host(tier=tier)
     engine = engine_of("P")
-    host.mover.spaces.met(engine)
+    host.handoffs.spaces.met(engine)
     keep_filled(host)
     for _ in range(4):
         host.tick()
     space = space_of(engine.info.content, engine.info.layout)
     assert tier.stats().blocks == len(HASHES)
-    host.mover.reset(engine, "", host.now)
-    assert host.mover.steer(Lookup(space=space, block_hashes=HASHES), host.now).blocks == 0  # type: ignore[union-attr]
+    host.handoffs.reset(engine, "", host.now)
+    assert host.handoffs.steer(Lookup(space=space, block_hashes=HASHES), host.now).blocks == 0  # type: ignore[union-attr]
     assert (tier.stats().blocks, host.counters["resets"]) == (0, 1)

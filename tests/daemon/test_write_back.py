@@ -1,4 +1,4 @@
-"""Write-back and low water on one Mover: what is about to go is written first, and nobody waits for a sick tier."""
+"""Write-back and low water on one daemon: what is about to go is written first, and nobody waits for a sick tier."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def kind_of_tier() -> type[SlowTier]:
 @pytest.fixture(params=POLICIES)
 def host(tier: SlowTier, request: pytest.FixtureRequest) -> Host:
     host = Host(tier=tier, policy=request.param, write_mode=WriteMode.BACK, waterline=LINE)
-    host.mover.spaces.met(engine("P"))
+    host.handoffs.spaces.met(engine("P"))
     return host
 
 
@@ -85,7 +85,7 @@ def test_room_is_made_up_to_the_high_mark_and_all_of_it_is_found_again(host: Hos
         assert before - cached(host) <= LINE.batch, "a round is bounded"
     assert LINE.high <= host.store.extents.free_share < LINE.high + 4 / ROOM
     assert not is_here(host, FIRST[:1])
-    stats = host.mover.kept(host.now)["disk"]
+    stats = host.handoffs.kept(host.now)["disk"]
     assert stats["written_back_blocks"] == stats["written"] == ROOM - cached(host) == host.store.evicted_ahead_blocks
     assert stats["lost_blocks"] == 0
     places = look_up(host, FIRST)
@@ -115,7 +115,7 @@ def test_a_claim_in_a_hurry_evicts_what_is_nowhere_else_and_that_is_counted(host
     keep_filled(host, [b"x%d" % n for n in range(ROOM // 2)])
     crowd_out(host)
     host.tick()
-    stats = host.mover.kept(host.now)["disk"]
+    stats = host.handoffs.kept(host.now)["disk"]
     assert (stats["lost_blocks"], host.store.evicted_ahead_blocks) == (ROOM // 2, 0)
 
 
@@ -125,7 +125,7 @@ def test_what_the_tier_refuses_goes_all_the_same(host: Host, tier: SlowTier) -> 
     for _ in range(ROOM):
         host.tick()
     assert host.store.extents.free_share >= LINE.high
-    assert host.mover.kept(host.now)["disk"]["lost_blocks"] == host.store.evicted_ahead_blocks > 0
+    assert host.handoffs.kept(host.now)["disk"]["lost_blocks"] == host.store.evicted_ahead_blocks > 0
     assert host.counters["writes_failed"] == host.store.evicted_ahead_blocks, "each was asked once"
 
 
@@ -149,7 +149,7 @@ def test_a_tier_that_is_well_again_is_asked_again(host: Host, tier: SlowTier) ->
     tier.says(StateChanged("well", "asked again"))
     for _ in range(ROOM):
         host.tick()
-        lost = host.mover.kept(host.now)["disk"]["lost_blocks"]
+        lost = host.handoffs.kept(host.now)["disk"]["lost_blocks"]
     assert lost <= LINE.batch
     assert tier.stats().written > 0
 
@@ -179,7 +179,7 @@ def test_what_is_cleared_while_it_waits_or_is_written_never_comes_back(
     tier.pace, tier.takes = 0, is_writing
     fill_up(host)
     host.tick()
-    assert host.mover.kept(host.now)["disk"]["waiting_writes"] > 0
+    assert host.handoffs.kept(host.now)["disk"]["waiting_writes"] > 0
     assert tier.stats().open_writes == (LINE.batch if is_writing else 0)
     clear(host, spaces=[SPACE], tenant=b"", block_hashes=FIRST, tier=tiers)
     rest = [key[1] for key, _ in host.store.index.items() if key[1] not in FIRST]
@@ -233,4 +233,4 @@ def test_through_writes_what_is_about_to_go_and_the_tier_has_not(tier: SlowTier)
         host.tick()
     assert not is_here(host)
     assert is_below(tier)
-    assert host.mover.kept(host.now)["disk"]["written_back_blocks"] == 1
+    assert host.handoffs.kept(host.now)["disk"]["written_back_blocks"] == 1

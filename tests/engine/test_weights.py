@@ -16,14 +16,14 @@ from pdx.errors import Refused  # noqa: E402
 
 
 def digest(model: Path | str, *, load_format: str = "auto", text: dict[str, Any] | None = None, **about: Any) -> str:
-    given = {"commit": None, "max_model_len": 4096, **about}
+    given = {"download_dir": None, "max_model_len": 4096, "revision": None, **about}
     config = SimpleNamespace(
         model_config=SimpleNamespace(
             model=str(model), hf_overrides={}, quantization=None, seed=0, max_model_len=given["max_model_len"],
-            override_generation_config={}, try_get_generation_config=dict,
-            hf_config=SimpleNamespace(_commit_hash=given["commit"]), hf_text_config=SimpleNamespace(**(text or {})),
+            override_generation_config={}, try_get_generation_config=dict, revision=given["revision"],
+            hf_text_config=SimpleNamespace(**(text or {})),
         ),
-        load_config=SimpleNamespace(load_format=load_format),
+        load_config=SimpleNamespace(load_format=load_format, download_dir=given["download_dir"]),
     )  # fmt: skip
     return _weights_digest(config)  # type: ignore[arg-type]
 
@@ -34,10 +34,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_model_of_a_hub_is_named_by_its_commit() -> None:
+def test_a_model_of_a_hub_is_its_snapshot(tmp_path: Path) -> None:
     """What its main branch means today is not what it means tomorrow."""
-    assert digest("org/model", commit="a1") == digest("org/model", commit="a1")
-    assert digest("org/model", commit="a1") != digest("org/model", commit="b2")
+    hub = tmp_path / "models--org--model"
+    (hub / "refs").mkdir(parents=True)
+    seen = []
+    for commit, weights in (("a" * 40, b"1"), ("b" * 40, b"2"), ("a" * 40, b"1")):
+        snapshot = hub / "snapshots" / commit
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / "config.json").write_text("{}")
+        (snapshot / "pytorch_model.bin").write_bytes(weights * 5000)
+        (hub / "refs" / "main").write_text(commit)
+        seen.append(digest("org/model", download_dir=str(tmp_path)))
+    assert seen[0] == seen[2] != seen[1]
+    assert digest("org/model", download_dir=str(tmp_path), revision="b" * 40) == seen[1]
 
 
 @pytest.mark.parametrize("load_format", ["auto", "runai_streamer"])

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from lanes_here import needing
 
-from pdx.launch import check, lane_figures, machine
-from pdx.launch.finding import Finding
+from pdx.commands import check, lane_figures, machine
+from pdx.commands.finding import Finding
 from pdx.transport.rdma import rdma_here
 
 
@@ -160,7 +160,7 @@ def test_engines(monkeypatch: pytest.MonkeyPatch, packages: dict[str, str], stat
     ],
 )
 def test_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch, packages: dict[str, str], state: str, says: str) -> None:
-    monkeypatch.setattr(machine, "_gpus", lambda: ["nvidia0"])
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ("0",))
     monkeypatch.setattr(machine, "_version", lambda name: packages.get(name, ""))
     monkeypatch.setattr(machine.ctypes.util, "find_library", lambda _: None)
     finding = found("gpu")
@@ -171,7 +171,7 @@ def test_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch, packages: dict[str, s
 def test_it_loads_no_engine_and_no_lane(settings: pytest.MonkeyPatch) -> None:
     heavy = ["torch", "vllm", "nixl", "ucxx", "cuda.core", "cuda.bindings"]
     code = (
-        "import sys; from pdx.launch import check; check.main(['--lanes', 'none']); "
+        "import sys; from pdx.commands import check; check.main(['--lanes', 'none']); "
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

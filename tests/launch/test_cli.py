@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdx import __version__, cli
-from pdx.launch import bench, kv
+from pdx.commands import bench, kv
 from pdx.launch.publish import publish
 
 

@@ -75,7 +75,8 @@ class FakeEngine:
     """vLLM's two endpoints, faithful in what the router reads, writes and passes on.
 
     `fault` is one of "", "400", "500", "hang", "reset", "bad_reply", "break" (after the first event), "stall" (the
-    same, without an end), "part" (in the middle of the first event), "short" (an orderly end after the first event) or
+    same, without an end), "part" (in the middle of the first event), "short" (an orderly end after the first event),
+    "error" and "late_error" (vLLM's: an error event, and [DONE], as the first or as the second event), "501", "503" or
     "late" (it breaks when all has been said).
     """
 
@@ -88,6 +89,8 @@ class FakeEngine:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[Mapping[str, str]] = []
         self.dropped = 0
+        self.fault_code = 500  # of "error" and "late_error"
+        self.padding = ""  # of a whole answer's text
         self.streamed = b""
         self.url = ""
         self.runner: web.AppRunner | None = None
@@ -138,6 +141,8 @@ class FakeEngine:
         match self.fault:
             case "400":
                 return web.json_response({"error": {"message": "too long", "code": 400}}, status=400)
+            case "501" | "503":
+                return web.json_response({"error": {"message": "not now, or never"}}, status=int(self.fault))
             case "500":
                 return web.json_response({"error": {"message": "engine core died"}}, status=500)
             case "bad_reply":
@@ -162,7 +167,7 @@ class FakeEngine:
             if body.get("return_token_ids"):
                 answer["prompt_token_ids"] = prompt
         else:
-            choice["text"] = f"by {self.engine_id}"
+            choice["text"] = f"by {self.engine_id}{self.padding}"
             if body.get("return_token_ids"):
                 choice["prompt_token_ids"] = prompt
         return answer
@@ -188,6 +193,9 @@ class FakeEngine:
         events = [json.dumps(event, separators=(",", ":")) for event in self._events(request.path, body)]
         frames = [f"data: {event}\n\n".encode() for event in (*events, "[DONE]")]
         await response.prepare(request)
+        if self.fault in ("error", "late_error"):
+            told = b'data: {"error": {"message": "EngineCore has an issue", "code": %d}}\n\n' % self.fault_code
+            frames = [*frames[: self.fault == "late_error"], told, b"data: [DONE]\n\n"]
         for number, frame in enumerate(frames):
             if self.fault == "part" or (self.fault == "break" and number == 1):
                 await response.write(frame[:10])

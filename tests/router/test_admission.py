@@ -130,6 +130,16 @@ def test_no_queue_and_bodies_that_are_too_large_for_it() -> None:
     assert words == [TurnAway(number, "queue_full")]
 
 
+def test_who_fills_the_queue_with_bytes_loses_his_own_places() -> None:
+    queue = line()
+    large = Wish(tenant="large", size_bytes=QUEUE_BYTES_MAX // 2)
+    _, last = fill(queue, large, large)
+    few, words = queue.arrive(NEED, Wish(tenant="few", size_bytes=1), 0.0)
+    assert words == [TurnAway(last, "queue_full")]
+    assert few in served(queue)
+    queue.check_integrity()
+
+
 def test_waiting_has_an_end() -> None:
     queue = line(timeout_s=5.0)
     patient, hasty = fill(queue, Wish(), Wish(ttl_s=2.0), now=10.0)

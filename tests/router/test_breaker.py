@@ -66,6 +66,20 @@ def test_half_open_it_lets_one_through_at_a_time_and_closes_after_successes() ->
     assert (breaker.state, breaker.idle) == ("closed", True)
 
 
+def test_a_probe_that_goes_well_so_far_lets_the_next_one_through() -> None:
+    breaker = tripped()
+    assert breaker.lets_through(10.0)
+    first = breaker.went(breaker.began(), now=10.0)
+    assert breaker.state == "half_open"
+    assert breaker.lets_through(10.0)
+    second = breaker.went(breaker.began(), now=10.0)
+    assert breaker.state == "closed"
+    breaker.ended(first, ok=False, now=20.0)  # of the time before: it says nothing
+    assert breaker.idle
+    breaker.ended(second, ok=False, now=20.0)
+    assert not breaker.idle
+
+
 def test_half_open_a_failure_opens_it_again() -> None:
     breaker = tripped()
     assert breaker.lets_through(10.0)

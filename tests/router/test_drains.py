@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 from engine_fakes import KEY, FakeDaemon, FakeEngine, Fleet, daemon_ref, fleet, until, within
 
-from pdx.launch import drain
+from pdx.commands import drain
 
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 STREAM = {**PROMPT, "stream": True}

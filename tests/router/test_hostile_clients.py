@@ -233,6 +233,37 @@ async def test_a_client_that_reads_nothing_holds_little() -> None:
 
 
 @within(20)
+async def test_a_large_answer_that_nobody_reads_is_dropped_in_time() -> None:
+    async with attacked(request_timeout_s=4.0) as (router, _, d):
+        d.padding = "x" * (12 << 20)  # more than the sockets on its way hold
+        host, port = router.published.http.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1)
+        writer.write(post(body=json.dumps({**PROMPT, "n": 2}).encode()))
+        await until(lambda: bool(d.requests), "it was asked")
+        await until(lambda: not router.outside.in_flight, "the engine has nothing to do with it any more")
+        await until(lambda: router.outside.under_way == 0, "its deadline has passed")
+        with suppress(ConnectionResetError, asyncio.IncompleteReadError):
+            while await reader.read(1 << 20):
+                pass
+        writer.transport.abort()
+        d.padding = ""
+
+
+@within(20)
+async def test_who_waits_to_be_told_to_send_is_told() -> None:
+    async with attacked() as (router, _, _):
+        host, port = router.published.http.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        whole = post(body=json.dumps(PROMPT).encode())
+        head, _, body = whole.partition(b"\r\n\r\n")
+        writer.write(head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+        writer.write(body)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.transport.abort()
+
+
+@within(20)
 async def test_garbage_on_the_control_socket() -> None:
     """From somebody who holds the key. (Others never get a word through: test_router_main.)"""
     luck = random.Random(7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 
 import msgspec
 from engine_fakes import CONTENT, FakeEngine, Fleet, fleet, until, verified, within
@@ -127,6 +128,90 @@ async def test_an_engine_that_keeps_failing_is_not_asked_and_then_once() -> None
         async with asyncio.timeout(10):
             while len(bad.requests) < 4:  # the probe, and then its share
                 assert (await router.ask(PROMPT))[0] == 200
+
+
+@within(20)
+async def test_an_engine_that_is_full_is_asked_again() -> None:
+    """503 is what vLLM says when its own queue is full: nothing is wrong with it."""
+    full, good = FakeEngine("d0", "decode"), FakeEngine("d1", "decode")
+    full.fault = "503"
+    async with fleet(full, good, breaker=HASTY) as router:
+        assert {(await router.ask(PROMPT))[0] for _ in range(8)} == {200}
+        assert len(full.requests) == 4
+
+
+@within(20)
+async def test_what_no_engine_can_do_is_the_clients_answer_and_nobodys_failure() -> None:
+    engines = [FakeEngine(f"d{n}", "decode") for n in range(2)]
+    for engine in engines:
+        engine.fault = "501"
+    async with fleet(*engines, breaker=HASTY) as router:
+        assert {(await router.ask(PROMPT))[0] for _ in range(6)} == {501}
+        assert sum(len(engine.requests) for engine in engines) == 6, "none is repeated"
+        assert not router.outside.standing.spared()
+
+
+@within(20)
+async def test_an_engine_that_fails_in_its_stream_has_not_answered() -> None:
+    """vLLM says so under a 200, and then [DONE]."""
+    bad, good = FakeEngine("d0", "decode"), FakeEngine("d1", "decode")
+    bad.fault = "error"
+    async with fleet(bad, good, breaker=BreakerSettings(failure_threshold=2, timeout_s=60.0)) as router:
+        for _ in range(10):
+            async with router.post("/v1/completions", {**PROMPT, "stream": True}) as reply:
+                heard = await reply.read()
+            assert (b"d1 0" in heard, b"error" in heard, heard.endswith(b"data: [DONE]\n\n")) == (True, False, True)
+        assert len(bad.requests) == 2, "its breaker is open"
+
+
+@within(20)
+async def test_what_the_client_has_done_wrong_is_its_answer_even_if_a_stream_says_it() -> None:
+    """vLLM looks at some fields when the stream has begun, and then says 400 in it."""
+    engines = [FakeEngine(f"d{n}", "decode") for n in range(2)]
+    for engine in engines:
+        engine.fault, engine.fault_code = "error", 400
+    async with fleet(*engines, breaker=HASTY) as router:
+        for _ in range(6):
+            status, answer, _ = await router.ask({**PROMPT, "stream": True})
+            assert (status, answer["error"]["code"]) == (400, 400)
+        assert sum(len(engine.requests) for engine in engines) == 6
+        assert not router.outside.standing.spared()
+
+
+@within(20)
+async def test_a_stream_that_fails_later_ends_with_the_error_and_nothing_else() -> None:
+    engine = FakeEngine("d0", "decode")
+    engine.fault = "late_error"
+    async with fleet(engine, breaker=HASTY) as router:
+        for _ in range(2):
+            async with router.post("/v1/completions", {**PROMPT, "stream": True}) as reply:
+                heard = await reply.read()
+            events = heard.split(b"\n\n")
+            assert b"d0 0" in events[0]
+            assert b'"error"' in events[1]
+            assert b"[DONE]" not in heard
+        assert router.outside.standing.spared() == {"d0": "open"}
+
+
+@within(20)
+async def test_a_probe_is_over_when_its_stream_has_begun() -> None:
+    """What it was to find out is known; its stream may last for minutes."""
+    engine = FakeEngine("d0", "decode")
+    engine.fault = "500"
+    patient = BreakerSettings(failure_threshold=2, success_threshold=2, timeout_s=0.2)
+    async with AsyncExitStack() as streams, fleet(engine, breaker=patient) as router:
+        for _ in range(2):
+            await router.ask(PROMPT)
+        engine.fault = "stall"
+        under_way = 0
+        async with asyncio.timeout(10):
+            while under_way < 2:
+                reply = await streams.enter_async_context(router.post("/v1/completions", {**PROMPT, "stream": True}))
+                under_way += reply.status == 200  # before it is half open: 503
+                await asyncio.sleep(0.02)
+        assert not router.outside.standing.spared(), "closed, while both go on"
+        engine.fault = ""
+        await streams.aclose()
 
 
 @within(20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import msgspec
@@ -163,6 +164,52 @@ def test_patience_is_what_choosing_can_be_worth() -> None:
     assert patience_for(40_000, two) == PATIENCE_MAX_S
     assert patience_for(100, two, takes_s=0.004) == PATIENCE_MIN_S
     assert patience_for(100, two, takes_s=0.006) == 0.0, "what it takes is more than it saves"
+
+
+@within(20)
+async def test_a_prompt_that_every_engine_will_refuse_is_not_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    monkeypatch.setattr(prompts, "block_hashes", lambda *_, **__: hashed.append(1) or [])
+    for context, times in ((64, 0), (0, 1)):
+        engines = [Tokenizer(name, context_tokens=context) for name in ("p0", "p1")]
+        found = await read(engines, {"prompt": list(range(1000, 1065))})
+        assert found is not None
+        assert (found.tokens, len(hashed)) == (65, times)
+
+
+@within(20)
+async def test_a_long_prompt_is_hashed_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def hashes(*about: Any, **more: Any) -> list[bytes]:
+        threads.append(threading.current_thread())
+        return block_hashes(*about, **more)
+
+    monkeypatch.setattr(prompts, "TOKENS_AT_ONCE", 10)
+    monkeypatch.setattr(prompts, "block_hashes", hashes)
+    engines = [Tokenizer("p0"), Tokenizer("p1")]
+    found = await read(engines, {"prompt": list(TEXT.encode())})
+    assert found is not None
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
+    assert found.cached_tokens(engines[0].seen()) == len(TEXT) // 16 * 16
+
+
+@within(20)
+async def test_patience_comes_back_after_prompts_for_which_nobody_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "FORGIVEN", 0.5)
+    engines = [Tokenizer("p0"), Tokenizer("p1")]
+    async with Upstream() as upstream:
+        reader = Prompts(upstream, Knowledge())
+        reader._takes_s = 1.0  # tokenizers were that slow
+        asked = []
+        for turn in range(20):
+            body = {"prompt": f"{turn} {TEXT}"}
+            snapshot = tuple(engine.seen() for engine in engines)
+            await reader.read(COMPLETIONS, body, "smol", snapshot, turn=turn, headers={}, now=1.0)
+            asked.append(reader.asked)
+    assert asked[3] == 0
+    assert asked[-1] > 0
 
 
 def test_a_chat_is_asked_for_with_all_that_makes_its_prompt() -> None:

@@ -22,6 +22,7 @@ from prometheus_client import generate_latest
 from pdx.launch import processes
 from pdx.router.metrics import Metrics
 from pdx.router.workers.merging import Totals, added
+from pdx.router.workers.texts import read_text, serve_text
 
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 
@@ -204,3 +205,23 @@ def test_no_counter_falls_when_a_process_ends() -> None:
     totals.heard({"1-2": some(5), "0-3": some(1)})
     totals.heard({"1-2": some(6), "0-3": some(2)})
     assert value(totals.added(some(1)), line) == 12
+
+
+def test_a_process_that_is_silent_for_a_while_is_not_counted_twice() -> None:
+    totals = Totals()
+    text = b"# HELP a_total x\n# TYPE a_total counter\na_total 3.0\n"
+    for texts in ({"w0": text}, {"w0": b""}, {"w0": text}):
+        totals.heard(texts)
+        assert b"a_total 3.0" in totals.added(b"")
+
+
+def test_a_text_is_read_to_its_end(tmp_path: Path) -> None:
+    """Longer than what one read brings, or a socket holds."""
+    text = b"".join(b"metric_%d 1.0\n" % number for number in range(100_000))
+
+    async def test() -> None:
+        async with AsyncExitStack() as stack:
+            await serve_text(stack, tmp_path / "text", lambda: text)
+            assert await read_text(tmp_path / "text") == text
+
+    asyncio.run(test())

@@ -13,12 +13,12 @@ import pytest
 from engine_fakes import KEY, MODEL, FakeEngine, fleet, within
 from rich.console import Console
 
-from pdx import top
+from pdx.commands import top
+from pdx.commands.top_frame import frame
+from pdx.commands.watched import Watched
 from pdx.keys import admin_token
 from pdx.router.live.values import DaemonRow, EngineRow, Live, RequestRow, Step
-from pdx.top_frame import frame
 from pdx.verbs import DaemonView, DiskView
-from pdx.watched import Watched
 
 VIEW = DaemonView(
     arena_bytes=64 << 20, leased_bytes=16 << 20, cached_bytes=32 << 20, cached_blocks=9, pinned_bytes=0, waiting=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -10,7 +11,7 @@ import pytest
 from engine_fakes import until, within
 
 from pdx.router.engines import upstream as code
-from pdx.router.engines.connection import HEAD_BYTES_MAX, READ_AHEAD_BYTES
+from pdx.router.engines.connection import HEAD_BYTES_MAX, OWN_FAILURE, READ_AHEAD_BYTES
 from pdx.router.engines.upstream import Upstream, UpstreamError
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello"
@@ -253,3 +254,15 @@ async def test_health_and_pages() -> None:
         async with serving(answering(*answers)) as (upstream, url, _):
             assert await upstream.healthy(url) == healthy
             assert await upstream.page(url) == page
+
+
+@within(10)
+async def test_no_descriptors_left_says_nothing_about_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def none_left(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with serving(answering(WHOLE)) as (upstream, url, _):
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", none_left)
+        with pytest.raises(UpstreamError, match=OWN_FAILURE) as raised:
+            await ask(upstream, url)
+        assert not raised.value.unreachable

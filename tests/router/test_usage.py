@@ -114,3 +114,60 @@ def test_anthropics_usage(seed: int) -> None:
     assert json.loads(with_cached_tokens(json.dumps(whole).encode(), 0))["usage"] == {
         "input_tokens": 10, "cache_read_input_tokens": 0
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        b'data: {"error": {"message": "EngineCore encountered an issue", "code": 500}}\n\n',
+        b'data:{"error":{"message":"x"}}\n\n',
+        b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"x"}}\n\n',
+    ],
+)
+@pytest.mark.parametrize("before", [b"", DELTA], ids=["at once", "later"])
+@pytest.mark.parametrize("seed", range(20))
+def test_an_error_in_the_stream_ends_it_and_no_done_follows(error: bytes, before: bytes, seed: int) -> None:
+    """vLLM says [DONE] after it, as after a whole answer."""
+    stream = EventStream(None)
+    assert passed(stream, cut(before + error + b"data: [DONE]\n\n", seed)) == before
+    assert stream.error is not None and not stream.done
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"choices":[{"text":"data: {\\"error\\": 1}"}]}\n\n',
+        b'data: {"error": null, "choices": []}\n\n',
+        b'data: {"choices":[],"error":{"x":1}}\n\n',
+    ],
+)
+def test_what_only_looks_like_an_error_passes(event: bytes) -> None:
+    stream = EventStream(None)
+    assert passed(stream, [event + b"data: [DONE]\n\n"]) == event + b"data: [DONE]\n\n"
+    assert stream.done and stream.error is None
+
+
+def test_comments_before_the_first_event_are_no_beginning() -> None:
+    """An engine that keeps its clients waiting has not begun to answer: another one can still be asked."""
+    stream = EventStream(None)
+    assert stream.feed(b": keep-alive\n\n: keep-alive\n\n") == b""
+    assert stream.feed(DELTA) == DELTA
+    assert stream.feed(b": keep-alive\n\n") == b": keep-alive\n\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (b'data: {"error": {"message": "m", "code": 400}}', 400),
+        (b'data: {"error": {"message": "m", "code": 503}}', 503),
+        (b'data: {"error": {"message": "m", "code": "x"}}', 500),
+        (b'data: {"error": "m"}', 500),
+        (b'event: error\ndata: {"type":"error","error":{"type":"invalid_request_error"}}', 400),
+        (b"event: error\ndata: nonsense", 500),
+    ],
+)
+def test_whose_fault_it_is(error: bytes, code: int) -> None:
+    stream = EventStream(None)
+    assert stream.feed(error + b"\n\n") == b""
+    assert stream.error is not None
+    assert (stream.error.code, stream.error.body) == (code, error.rpartition(b"data: ")[2])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from pdx.router.front.access import Caller
 from pdx.router.line.wishes import wish_of
 
 
@@ -52,3 +53,11 @@ def test_tenants_are_told_apart_and_not_named() -> None:
     assert tenants[-1] == ""
     assert not any("secret" in tenant or "salt" in tenant for tenant in tenants)
     assert wish_of({"Authorization": "Bearer secret-a"}, {"cache_salt": "x"}, size_bytes=0).tenant == tenants[0]
+
+
+def test_a_keys_tenant_is_its_own_however_it_is_sent() -> None:
+    """Who could choose another name in each request would have a turn for each."""
+    caller = Caller("one")
+    said = [{"Authorization": "Bearer  secret"}, {"Authorization": "Bearer secret"}, {"x-api-key": "secret"}]
+    assert {wish_of(headers, {}, size_bytes=0, caller=caller).tenant for headers in said} == {"one"}
+    assert wish_of({}, {}, size_bytes=0, caller=Caller("two", "acme")).tenant == "acme"

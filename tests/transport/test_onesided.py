@@ -170,7 +170,7 @@ def test_what_a_peer_did_not_take_at_once_is_sent_later(monkeypatch: pytest.Monk
         flush, held = Link.flush, []
 
         def full_at_first(link: Link) -> None:
-            if link is not peer.link and not held:
+            if link is not peer.link and link.unsent_bytes and not held:
                 held.append(link.unsent_bytes)
                 return
             flush(link)
@@ -254,17 +254,24 @@ def test_the_sender_asks_once_and_says_when_it_has_drained() -> None:
         assert not losses_of(side.events, channel)
 
 
-def test_a_window_that_was_granted_is_not_unknown() -> None:
-    """A put may be under way through it: so this costs the channel, and the channel only."""
+@pytest.mark.parametrize("flies", [False, True])
+def test_a_window_that_was_granted_is_not_unknown(flies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A put may be under way through it: this costs the channel, and the channel only."""
+    monkeypatch.setattr(reactor, "WIND_DOWN_S", 0.2)
     with opened(seed=1) as side, opened() as target, reader(side) as (peer, channel):
+        fabric = side.lane._fabric  # type: ignore[attr-defined]
+        ends = type(fabric).is_done
         side.put(channel, 1, [Copy(0, 0, 10)], notice=b"n")
         assert peer.next() == Ask(1)
         at = target.region.memory.address  # type: ignore[attr-defined]
         metadata = example_fabric().metadata()
-        peer.link.send(Granted(1, at, MEMORY_BYTES, "DRAM", 0, [Span(0, 10)], metadata))
-        assert peer.next() == Landed(1, b"n")
-        peer.link.send(Unknown(1))
-        side.wait_lost(channel)
+        with monkeypatch.context() as held:
+            held.setattr(type(fabric), "is_done", lambda *about: not flies and ends(*about))
+            peer.link.send(Granted(1, at, MEMORY_BYTES, "DRAM", 0, [Span(0, 10)], metadata))
+            if not flies:
+                assert peer.next() == Landed(1, b"n")
+            peer.link.send(Unknown(1))
+            side.wait_lost(channel)
         with reader(side) as (other, another):
             side.put(another, 2, [Copy(0, 0, 10)], notice=b"m")
             assert other.next() == Ask(2), "the lane lives"

@@ -38,8 +38,8 @@ def content_of(vllm_config: VllmConfig, block_tokens: int) -> ContentFingerprint
 def _weights_digest(vllm_config: VllmConfig) -> str:
     """Names, sizes, headers and samples of the weight files, and what changes their meaning. Not their gigabytes.
 
-    The samples tell checkpoints of one shape apart: training changes nearly every weight. A model of a hub is named by
-    its commit, for what a branch means may change. Raises Refused where neither is known.
+    The samples tell checkpoints of one shape apart: training changes nearly every weight. Of a hub's model they are
+    those of the snapshot that vLLM has loaded, for what a branch means may change. Raises Refused where there are none.
     """
     model = vllm_config.model_config
     digest = hashlib.blake2b(digest_size=16, person=b"pdx-weights")
@@ -58,19 +58,33 @@ def _weights_digest(vllm_config: VllmConfig) -> str:
     is_random = overrides["load_format"] == "dummy"
     if is_random:
         overrides["seed"] = model.seed
-    path = Path(model.model)
-    if not path.exists():
-        overrides |= {"model": model.model, "commit": getattr(model.hf_config, "_commit_hash", None)}
+    path = _local(vllm_config)
     digest.update(json.dumps(overrides, sort_keys=True, default=str).encode())
-    files = list(_files(path)) if path.exists() else []
-    if not (is_random or any(map(_has_weights, files)) or overrides.get("commit")):
+    files = list(_files(path)) if path is not None else []
+    if not is_random and not any(map(_has_weights, files)):
         raise Refused(
-            f"the weights of {model.model} can't be told from others: it is no folder with weight files, and no "
-            "commit of a hub is known; download it, and name the folder"
+            f"the weights of {model.model} can't be told from others: there are no weight files of it on this host; "
+            "download it, and name the folder"
         )
     for part in itertools.chain.from_iterable(map(_content, files)):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
+
+
+def _local(vllm_config: VllmConfig) -> Path | None:
+    """Where the model's files are on this host."""
+    model = vllm_config.model_config
+    if Path(model.model).exists():
+        return Path(model.model)
+    from huggingface_hub import snapshot_download
+
+    try:  # looks into the cache only: vLLM has loaded the model by now
+        found = snapshot_download(
+            model.model, revision=model.revision, cache_dir=vllm_config.load_config.download_dir, local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+    return Path(found)
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from pdx.launch.finding import Finding
+from pdx.commands.finding import Finding
 
 EXAMPLES = """examples:
   pdx check                          is this machine ready, and what would make it better?
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def look(lanes: Sequence[str] | None) -> Iterator[Finding]:
     """Everything worth knowing, the needed first. `lanes`: the schemes to try; None: all that are known here."""
-    from pdx.launch import machine
-    from pdx.launch.lane_figures import lane_findings, memory_finding
+    from pdx.commands import machine
+    from pdx.commands.lane_figures import lane_findings, memory_finding
 
     yield from machine.look()
     if lanes != []:

@@ -2,7 +2,7 @@
 
 It is pdxd as it is in every other respect, so that a bar which it misses is a bar that pushing while computing holds.
 `after_prefill(run_dir)` tells it so, for every handoff that opens in the meantime: both ways are then measured in turns
-on the same processes. Run as `python -m benchmarks.harness.late`, with pdxd's own flags.
+on the same processes. Run as `python -m benchmarks.naive.late`, with pdxd's own flags.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pdx kv: {error}", file=sys.stderr)
         return 2
     # msgspec and rich load here, so that --help stays light.
-    from pdx.launch.kv_table import as_json, as_table
+    from pdx.commands.kv_table import as_json, as_table
 
     print(as_json(report) if options.format == "json" else as_table(report))
     for error_line in report.errors:

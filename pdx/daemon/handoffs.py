@@ -15,7 +15,7 @@ from msgspec import to_builtins
 from pdx.buffer.lease import Lease
 from pdx.buffer.store import Store
 from pdx.daemon.costs import Costs
-from pdx.daemon.holds import Hold, Holds
+from pdx.daemon.grips import Grip, Grips
 from pdx.daemon.lowwater import LowWater
 from pdx.daemon.pins import Pins
 from pdx.daemon.ports import Desk, Ports
@@ -58,22 +58,22 @@ from pdx.wire import (
 log = logging.getLogger("pdxd")
 
 
-class Mover:
+class Handoffs:
     """The front of both halves, and the queue of those who wait for room."""
 
     def __init__(self, store: Store, ports: Ports) -> None:
         self._desk = Desk(store, ports)
-        self._holds = Holds(self._desk)
-        self._receiving = ReceivingHalves(self._desk, self._holds, ports.lanes)
-        self._questions = Questions(self._desk, self._holds, self._receiving)
+        self._grips = Grips(self._desk)
+        self._receiving = ReceivingHalves(self._desk, self._grips, ports.lanes)
+        self._questions = Questions(self._desk, self._grips, self._receiving)
         self._tiering = Tiering(self._desk, ports.tier, mode=ports.write_mode) if ports.tier else None
         self._low_water = LowWater(store, ports.waterline, self._tiering)
         self._costs = Costs(ports.counters, self._tiering)
-        self._prefixes = Prefixes(self._desk, self._holds, self._tiering, self._costs)
+        self._prefixes = Prefixes(self._desk, self._grips, self._tiering, self._costs)
         self.spaces = KnownSpaces()
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
         self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins, self.spaces)
-        self._sending = SendingHalves(self._desk, self._holds, ports.lanes, self._land_here)
+        self._sending = SendingHalves(self._desk, self._grips, ports.lanes, self._land_here)
         self._returns = Returns(self._desk, self._sending)
         self._sharing = Sharing(self._desk, self._sending, self.spaces)
         self._waiting: deque[Outgoing | Incoming] = deque()
@@ -110,10 +110,10 @@ class Mover:
 
         `rank`: of the worker that speaks for itself; None: the scheduler speaks.
         """
-        hold = self._holds.get(message.handoff_id, message.side)
-        if hold is not None:
-            if hold.engine_id == engine_id:
-                self._holds.let_go(hold, message, rank=rank)
+        grip = self._grips.get(message.handoff_id, message.side)
+        if grip is not None:
+            if grip.engine_id == engine_id:
+                self._grips.let_go(grip, message, rank=rank)
                 self._end_passed(now)
             return
         if message.side == "load":
@@ -125,7 +125,7 @@ class Mover:
             self._sending.act(record, record.sender.fail(reason, tell_peer=False), now)
 
     def renew(self, handoff_ids: Sequence[bytes], now: float) -> None:
-        self._holds.renew(handoff_ids, now)
+        self._grips.renew(handoff_ids, now)
         self._sending.renewed(handoff_ids, now)
 
     def weights_changed(self, engine: Engine, epoch: str, now: float) -> None:
@@ -133,8 +133,8 @@ class Mover:
         engine_id = engine.info.engine_id
         self._desk.ports.counters["weight_changes"] += 1
         self._end_handoffs(engine_id, "engine's weights have changed", now)
-        for hold in self._holds.of_engine(engine_id):
-            self._desk.store.revoke(hold.lease)  # it has let go, or its workers will with their next step
+        for grip in self._grips.of_engine(engine_id):
+            self._desk.store.revoke(grip.lease)  # it has let go, or its workers will with their next step
         engine.info = engine.info.at(epoch)
         self.spaces.met(engine)
 
@@ -154,10 +154,10 @@ class Mover:
     def engine_gone(self, engine_id: str, now: float) -> None:
         """No process of this engine maps the arena any more: everything it held is harmless."""
         self.engine_failing(engine_id, now)
-        for hold in self._holds.of_engine(engine_id):
-            self._holds.remove(hold)
-            gone = LetGo(handoff_id=hold.handoff_id, side=hold.side, fence=0, ok=False, reason="engine died")
-            self._end_hold(hold, gone, now)
+        for grip in self._grips.of_engine(engine_id):
+            self._grips.remove(grip)
+            gone = LetGo(handoff_id=grip.handoff_id, side=grip.side, fence=0, ok=False, reason="engine died")
+            self._end_grip(grip, gone, now)
         self._costs.forget(engine_id)
 
     # --- from other daemons and the router ---
@@ -230,8 +230,8 @@ class Mover:
         self._questions.tick(now)
         for lease in self._desk.store.expire(now):
             self._lease_expired(lease, now)
-        for hold in self._holds.unanswered(now):
-            self._ask_to_let_go(hold)
+        for grip in self._grips.unanswered(now):
+            self._ask_to_let_go(grip)
         self._end_passed(now)
         if self._tiering is not None:
             self._tiering.tick(now)
@@ -248,7 +248,7 @@ class Mover:
 
     @property
     def fences_pending(self) -> bool:
-        return self._holds.pending
+        return self._grips.pending
 
     def steer(self, what: Steer, now: float) -> Result:
         """A verb of an operator. Raises Refused, changing nothing."""
@@ -341,56 +341,56 @@ class Mover:
             self._receiving.give_way(now)
 
     def _end_passed(self, now: float) -> None:
-        for hold, message in self._holds.passed():
-            self._end_hold(hold, message, now)
+        for grip, message in self._grips.passed():
+            self._end_grip(grip, message, now)
 
-    def _end_hold(self, hold: Hold, message: LetGo, now: float) -> None:
+    def _end_grip(self, grip: Grip, message: LetGo, now: float) -> None:
         """The engine touches these slots no more."""
         counters = self._desk.ports.counters
-        if hold.side == "load":
+        if grip.side == "load":
             counters["pages_verified"] += message.pages
             counters["loads_ok" if message.ok else "loads_failed"] += 1
-            if message.done_ns and hold.key is not None:
-                self._desk.ports.tracer.note(hold.handoff_id, "loaded", message.done_ns, pages=message.pages)
-            spoilt = [hold.places[n] for n in message.spoilt if 0 <= n < len(hold.places)]
-            forgotten = self._desk.store.forget(hold.lease, spoilt)
+            if message.done_ns and grip.key is not None:
+                self._desk.ports.tracer.note(grip.handoff_id, "loaded", message.done_ns, pages=message.pages)
+            spoilt = [grip.places[n] for n in message.spoilt if 0 <= n < len(grip.places)]
+            forgotten = self._desk.store.forget(grip.lease, spoilt)
             counters["blocks_spoilt"] += len(forgotten)
             if self._tiering is not None:
                 self._tiering.forget(forgotten)
-        kept = self._prefixes.ended(hold, message, now)
-        self._returns.lot_ended(hold.handoff_id, kept=kept)
-        self._desk.end_lease(hold.lease)
-        if hold.key is None:
+        kept = self._prefixes.ended(grip, message, now)
+        self._returns.lot_ended(grip.handoff_id, kept=kept)
+        self._desk.end_lease(grip.lease)
+        if grip.key is None:
             return
-        outgoing, incoming = self._sending.records.get(hold.key), self._receiving.records.get(hold.key)
-        if hold.side == "send" and outgoing is not None:
+        outgoing, incoming = self._sending.records.get(grip.key), self._receiving.records.get(grip.key)
+        if grip.side == "send" and outgoing is not None:
             self._sending.act(outgoing, outgoing.sender.engine_let_go(ok=message.ok, reason=message.reason), now)
-        if hold.side == "load" and incoming is not None:
+        if grip.side == "load" and incoming is not None:
             self._receiving.act(incoming, incoming.receiver.engine_let_go(ok=message.ok, reason=message.reason), now)
 
     def _lease_expired(self, lease: Lease, now: float) -> None:
         if self._pins.expired(lease):
             self._desk.ports.counters["pins_expired"] += 1
             return
-        hold = self._holds.of_lease(lease)
-        if hold is None:
+        grip = self._grips.of_lease(lease)
+        if grip is None:
             return
         self._desk.ports.counters["leases_expired"] += 1
-        self._ask_to_let_go(hold)
-        if hold.key is None:
+        self._ask_to_let_go(grip)
+        if grip.key is None:
             return
-        outgoing, incoming = self._sending.records.get(hold.key), self._receiving.records.get(hold.key)
-        if hold.side == "send" and outgoing is not None:
+        outgoing, incoming = self._sending.records.get(grip.key), self._receiving.records.get(grip.key)
+        if grip.side == "send" and outgoing is not None:
             self._sending.act(outgoing, outgoing.sender.fail("engine lease expired", tell_peer=True), now)
-        if hold.side == "load" and incoming is not None:
+        if grip.side == "load" and incoming is not None:
             self._receiving.act(incoming, incoming.receiver.fail("engine lease expired", tell_peer=True), now)
 
-    def _ask_to_let_go(self, hold: Hold) -> None:
+    def _ask_to_let_go(self, grip: Grip) -> None:
         """Whatever has become of the handoff: a LET_GO that was lost would keep the slots for ever."""
         ended: SendEnded | LoadEnded
         reason = "engine lease expired"
-        if hold.side == "send":
-            ended = SendEnded(request_id="", handoff_id=hold.handoff_id, reason=reason)
+        if grip.side == "send":
+            ended = SendEnded(request_id="", handoff_id=grip.handoff_id, reason=reason)
         else:
-            ended = LoadEnded(handoff_id=hold.handoff_id, reason=reason)
-        self._desk.ports.to_engine(hold.engine_id, ended)
+            ended = LoadEnded(handoff_id=grip.handoff_id, reason=reason)
+        self._desk.ports.to_engine(grip.engine_id, ended)

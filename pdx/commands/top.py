@@ -13,7 +13,7 @@ from pdx.errors import ConfigError, PdxError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pdx.watched import Watched
+    from pdx.commands.watched import Watched
 
 EXAMPLES = """examples:
   pdx top                                          a router of this host, at http://127.0.0.1:8001; Ctrl-C ends it
@@ -65,8 +65,8 @@ def _show(options: argparse.Namespace) -> int:
         raise ConfigError("--every-s takes 0.1 to 3600 seconds")
     from rich.console import Console
 
-    from pdx.top_frame import frame
-    from pdx.watched import Watched
+    from pdx.commands.top_frame import frame
+    from pdx.commands.watched import Watched
 
     watched = Watched(options.router, _token(options))
     watched.look()
@@ -82,8 +82,8 @@ def _watch(watched: Watched, console: Console, every_s: float) -> None:
     """Until Ctrl-C. A router that does not answer is asked again, and what it said stays."""
     from rich.live import Live as Screen
 
+    from pdx.commands.top_frame import frame
     from pdx.errors import DaemonGone, Refused
-    from pdx.top_frame import frame
 
     with Screen(console=console, screen=True, auto_refresh=False) as screen:
         while True:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from pdx import __version__, config
 from pdx.buffer.headroom import memory_available
+from pdx.commands.finding import Finding
 from pdx.config import Config
 from pdx.errors import ConfigError, PdxError
-from pdx.launch.finding import Finding
+from pdx.launch.gpus import visible_gpus
 from pdx.transport.rdma import rdma_here
 
 ENGINE_VERSION = "0.32."
@@ -149,7 +150,7 @@ def _torch() -> Finding:
 
 def _gpu() -> Finding:
     """KV in GPU memory needs a driver, and cuda.core with NVRTC, which compiles the kernels when an engine starts."""
-    gpus = _gpus()
+    gpus = visible_gpus()
     if not gpus:
         return Finding(item="gpu", state="absent", line="no NVIDIA GPU: engines run on the CPU")
     fix = "pip install 'pdx-kv[cuda]'"
@@ -210,10 +211,6 @@ def _write_direct(path: str) -> None:
 
 def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else str(value)
-
-
-def _gpus() -> list[str]:
-    return sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _version(name: str) -> str:

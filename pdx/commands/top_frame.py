@@ -15,9 +15,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pdx.commands.watched import Watched
 from pdx.router.live.values import DaemonRow, EngineRow, Live, RequestRow
 from pdx.verbs import DaemonView
-from pdx.watched import Watched
 
 Justify = Literal["left", "right"]
 Piece = tuple[float, float, str]  # from, to, colour

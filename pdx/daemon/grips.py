@@ -14,7 +14,7 @@ from pdx.wire import LetGo
 
 
 @dataclass(eq=False)
-class Hold:
+class Grip:
     """One engine's lease in one handoff. `key` is None where there is none: loads from the cache, blocks to keep."""
 
     handoff_id: bytes
@@ -30,74 +30,74 @@ class Hold:
     asked_at: float | None = None  # once its right is gone: when the engine was last asked to let go
 
 
-class Holds:
+class Grips:
     """All of them. Owned by the control thread."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._holds: dict[tuple[bytes, str], Hold] = {}
-        self._letting_go: dict[Hold, LetGo] = {}
+        self._grips: dict[tuple[bytes, str], Grip] = {}
+        self._letting_go: dict[Grip, LetGo] = {}
 
-    def add(self, hold: Hold) -> None:
-        self._holds[hold.handoff_id, hold.side] = hold
+    def add(self, grip: Grip) -> None:
+        self._grips[grip.handoff_id, grip.side] = grip
 
-    def get(self, handoff_id: bytes, side: str) -> Hold | None:
-        return self._holds.get((handoff_id, side))
+    def get(self, handoff_id: bytes, side: str) -> Grip | None:
+        return self._grips.get((handoff_id, side))
 
-    def of_engine(self, engine_id: str) -> list[Hold]:
-        return [hold for hold in self._holds.values() if hold.engine_id == engine_id]
+    def of_engine(self, engine_id: str) -> list[Grip]:
+        return [grip for grip in self._grips.values() if grip.engine_id == engine_id]
 
-    def of_lease(self, lease: Lease) -> Hold | None:
-        return next((hold for hold in self._holds.values() if hold.lease is lease), None)
+    def of_lease(self, lease: Lease) -> Grip | None:
+        return next((grip for grip in self._grips.values() if grip.lease is lease), None)
 
     def renew(self, handoff_ids: Iterable[bytes], now: float) -> None:
         for handoff_id in handoff_ids:
             for side in ("send", "load"):
-                hold = self._holds.get((handoff_id, side))
-                if hold is not None:
-                    self._desk.store.renew(hold.lease, now=now, ttl_s=self._desk.ports.lease_s)
+                grip = self._grips.get((handoff_id, side))
+                if grip is not None:
+                    self._desk.store.renew(grip.lease, now=now, ttl_s=self._desk.ports.lease_s)
 
-    def let_go(self, hold: Hold, message: LetGo, *, rank: int | None) -> None:
-        """The engine promises to be done after `message.fence`; `passed` returns the hold once that is so.
+    def let_go(self, grip: Grip, message: LetGo, *, rank: int | None) -> None:
+        """The engine promises to be done after `message.fence`; `passed` returns the grip once that is so.
 
         The first promise counts: an engine that is asked again says the same, later. A worker's word, that of `rank`,
         promises nothing before all ranks have given it; the scheduler's (None) is for all of them.
         """
         if rank is not None:
-            hold.words.setdefault(rank, message)
-            if len(hold.words) < hold.ranks:
+            grip.words.setdefault(rank, message)
+            if len(grip.words) < grip.ranks:
                 return
-            message = next((word for word in hold.words.values() if not word.ok), message)
-        self._letting_go.setdefault(hold, message)
+            message = next((word for word in grip.words.values() if not word.ok), message)
+        self._letting_go.setdefault(grip, message)
 
-    def passed(self) -> list[tuple[Hold, LetGo]]:
-        """Holds whose fence has passed, removed from the books: end their leases now."""
+    def passed(self) -> list[tuple[Grip, LetGo]]:
+        """Grips whose fence has passed, removed from the books: end their leases now."""
         fence_passed = self._desk.ports.fence_passed
         done = [(h, m) for h, m in self._letting_go.items() if fence_passed(h.engine_id, m.fence)]
-        for hold, _ in done:
-            self.remove(hold)
+        for grip, _ in done:
+            self.remove(grip)
         return done
 
-    def unanswered(self, now: float) -> list[Hold]:
-        """Holds without a right whose engine has not let go for a whole lease since it was asked: ask it (again).
+    def unanswered(self, now: float) -> list[Grip]:
+        """Grips without a right whose engine has not let go for a whole lease since it was asked: ask it (again).
 
         Its answer, or our question, was lost: ZeroMQ drops what a stopped engine does not read.
         """
         silent = []
-        for hold in self._holds.values():
-            if hold.lease.state is not LeaseState.QUARANTINED or hold in self._letting_go:
+        for grip in self._grips.values():
+            if grip.lease.state is not LeaseState.QUARANTINED or grip in self._letting_go:
                 continue
-            if hold.asked_at is None:  # whoever ended the right has asked just now
-                hold.asked_at = now
-            elif now - hold.asked_at >= self._desk.ports.lease_s:
-                hold.asked_at = now
-                silent.append(hold)
+            if grip.asked_at is None:  # whoever ended the right has asked just now
+                grip.asked_at = now
+            elif now - grip.asked_at >= self._desk.ports.lease_s:
+                grip.asked_at = now
+                silent.append(grip)
         return silent
 
-    def remove(self, hold: Hold) -> None:
-        """Off the books, at once for the hold of an engine that is gone: no fence to wait for."""
-        self._holds.pop((hold.handoff_id, hold.side), None)
-        self._letting_go.pop(hold, None)
+    def remove(self, grip: Grip) -> None:
+        """Off the books, at once for the grip of an engine that is gone: no fence to wait for."""
+        self._grips.pop((grip.handoff_id, grip.side), None)
+        self._letting_go.pop(grip, None)
 
     @property
     def pending(self) -> bool:

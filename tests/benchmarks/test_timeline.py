@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from xml.etree import ElementTree
 
-from pdx import timeline
+from benchmarks import timeline
 
 MS = 1_000_000
 LAYERS = 4

@@ -1,7 +1,7 @@
 """One end of a lane that `pdx check` tries, in a process of its own: what it says is one JSON line for each step.
 
-    python -m pdx.launch.lane_probe receive SCHEME     says where it listens, then at what rate bytes came
-    python -m pdx.launch.lane_probe send SCHEME        reads that from its input
+    python -m pdx.commands.lane_probe receive SCHEME     says where it listens, then at what rate bytes came
+    python -m pdx.commands.lane_probe send SCHEME        reads that from its input
 
 Both read the key first, a line of hex. A first round of puts is not timed, and the last one is compared byte by byte.
 """

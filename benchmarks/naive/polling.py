@@ -1,7 +1,7 @@
 """The naive variant of waiting: a pdxd that, while told so, never sleeps but asks again and again, as polling lanes do.
 
 `polling(run_dirs)` tells it so, so that both ways are measured in turns on the same processes. It is pdxd as it is in
-every other respect. Run as `python -m benchmarks.harness.polling`, with pdxd's own flags.
+every other respect. Run as `python -m benchmarks.naive.polling`, with pdxd's own flags.
 """
 
 from __future__ import annotations

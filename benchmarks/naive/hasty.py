@@ -1,7 +1,7 @@
 """The naive variant of quarantine: a pdxd that takes an engine's slots back as soon as its lease is over.
 
 It waits for no fence and no LET_GO, and is pdxd as it is in every other respect. Run as
-`python -m benchmarks.harness.hasty`, with pdxd's own flags.
+`python -m benchmarks.naive.hasty`, with pdxd's own flags.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from pdx.commands.finding import Finding, State
 from pdx.launch.engine import import_path
-from pdx.launch.finding import Finding, State
 from pdx.transport.rdma import rdma_here
 from pdx.transport.registry import OVER_RDMA, known_schemes
 
@@ -73,7 +73,7 @@ def _when_taken(scheme: str) -> str:
 def _end(role: str, scheme: str, key: str) -> Iterator[subprocess.Popen[str]]:
     """One process of lane_probe, that has the key."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pdx.launch.lane_probe", role, scheme], env={**os.environ, **import_path()},
+        [sys.executable, "-m", "pdx.commands.lane_probe", role, scheme], env={**os.environ, **import_path()},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     try:
