@@ -1,7 +1,7 @@
 """What is to be done once the device has got so far: one after the other, in a thread that sleeps on the device.
 
-Knows events and callables. When the device is lost nobody waits any more; every callable still runs, once, and finds
-`lost` set.
+Knows events and callables. When the device is lost every callable still runs, once, and finds `lost` set; behind its
+event all the same, for with it go buffers which the device may yet write: not all that looks like a loss is one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Completions:
         if item is None:
             return False
         event, then = item
-        if event is not None and not self.lost:
+        if event is not None:
             try:
                 self._device.synchronize(event)
             except DeviceLost as error:

@@ -70,6 +70,7 @@ class DeviceLoads:
         self._copying: Stream = device.new_stream()
         self._scattering: Stream = device.new_stream()
         self._under_way: deque[_Batch] = deque()
+        self._launched: list[object] = []  # without an event that could be waited for: see DeviceSaves
         self._pages_under_way = 0
         self._pages_max = max(1, IN_FLIGHT_BYTES // layout.page_bytes)
         self._batches_left = 0
@@ -134,13 +135,16 @@ class DeviceLoads:
         if self._ring is None:
             device.copy_straight(self._scattering, arena, layer, blocks, copies)
             digests = device.look(self._scattering, layer, blocks, 0, len(positions))
+            self._launched.append((blocks, digests))
             scattered = device.record(self._scattering)
         else:
             buffer = self._ring.take(self._copying)
             device.copy_in(self._copying, arena, buffer.staging, copies)
             device.wait(self._scattering, device.record(self._copying))
             digests = device.scatter(self._scattering, layer, blocks, 0, len(positions), buffer.staging)
+            self._launched.append((blocks, digests))
             scattered = buffer.emptied = device.record(self._scattering)
+        self._launched.pop()
         plan.issue(layer, positions)
         loading.in_flight += 1
         self._pages_under_way += len(positions)

@@ -90,6 +90,10 @@ class DeviceMover:
             except DeviceLost as error:
                 self._completions.lose(error)
 
+    @property
+    def lost(self) -> bool:
+        return self._completions.lost
+
     def usable(self, incarnation: int) -> bool:
         session = self._session
         return session is not None and session.incarnation == incarnation and not self._completions.lost

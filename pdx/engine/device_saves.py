@@ -88,6 +88,9 @@ class DeviceSaves:
         self._stall_s = stall_s
         self._step: _Step | None = None
         self._failed: set[bytes] = set()  # handoffs with a page that was not saved
+        # What a launch reads and writes until somebody waits for its event. If that can't be recorded, nobody ever
+        # knows when it is done with them: they stay here.
+        self._launched: list[object] = []
 
     def begin(self) -> None:
         """A step, or the end of all: nothing of the last one is known any more."""
@@ -154,11 +157,13 @@ class DeviceSaves:
         step.session.fence.hold(step.saving.step)
         buffer = self._ring.take(self._gathering)
         digests = device.gather(self._gathering, layer, blocks, lot.first, lot.count, buffer.staging)
+        self._launched.append((blocks, digests))
         step.gathered = device.record(self._gathering)
         device.wait(self._copying, step.gathered)
         slot_layer = self._layout.slot_layer(self._shard, layer)
         device.copy_out(self._copying, buffer.staging, arena, [run.copy(self._layout, slot_layer) for run in lot.runs])
         buffer.emptied = device.record(self._copying)
+        self._launched.pop()
         self._completions.put(buffer.emptied, partial(self._copied, step, slot_layer, lot, digests))
 
     # --- in the thread of completions: layers as the slots count them -----------------------------------------

@@ -45,6 +45,10 @@ class HostMover:
         self._step = step
         self._layers_saved = set()
 
+    @property
+    def lost(self) -> bool:
+        return False
+
     def usable(self, incarnation: int) -> bool:
         client = self._client
         return client is not None and client.arena is not None and client.attached.daemon.incarnation == incarnation

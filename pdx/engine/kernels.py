@@ -31,6 +31,7 @@ Mode = Literal["gather", "scatter", "look"]
 BLOCK_BYTES, COPY_WARPS, WAVES = 1024, 8, 4
 DIGEST_BYTES_MIN = 241
 PAGE_BYTES_MAX = 1 << 30
+CHECK_BYTES = 16  # before a kept cubin
 OPTIONS = ("c++17",)
 
 
@@ -68,16 +69,22 @@ def cubin_for(arch: str, folder: Path) -> bytes:
 
     version = nvrtc.nvrtcVersion()[1:]
     text = f"{version} {OPTIONS} {source()}"
-    name = hashlib.blake2b(text.encode(), digest_size=12, person=b"pdx-cubin").hexdigest()
+    name = hashlib.blake2b(text.encode(), digest_size=12, person=b"pdx-cubin-2").hexdigest()
     path = folder / f"page_copy-{arch}-{name}.cubin"
     try:
         if path.stat().st_uid == os.getuid():
-            return path.read_bytes()
+            kept = path.read_bytes()
+            if kept[:CHECK_BYTES] == _check(kept[CHECK_BYTES:]):
+                return kept[CHECK_BYTES:]
     except OSError:
-        pass  # not there, or not ours to read: then it is made anew
+        pass  # not there, or not ours to read, or cut by a power failure: then it is made anew
     cubin = compile_for(arch)
-    keep(path, cubin)
+    keep(path, _check(cubin) + cubin)
     return cubin
+
+
+def _check(cubin: bytes) -> bytes:
+    return hashlib.blake2b(cubin, digest_size=CHECK_BYTES).digest()
 
 
 def keep(path: Path, content: bytes) -> None:

@@ -89,6 +89,10 @@ class Budget(Protocol):
 class Mover(Protocol):
     """Called by the thread that runs the model only. No call raises for what a daemon or a device does."""
 
+    @property
+    def lost(self) -> bool:
+        """A copy has failed on the device, and nobody knows what it still does: the engine must end."""
+
     copies_ahead: bool  # whether LoadPlans are to allow for copies that begin before others are done
 
     def begin(self, client: DaemonClient | None, step: int, *, loads: bool) -> None:

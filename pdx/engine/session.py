@@ -33,8 +33,10 @@ class Session:
         self.refused = False  # it never will be
         self.left = False  # the daemon is gone, or another one has come: what is still copied counts for nothing
         self._voice = client.voice()
-        fence_offset = client.attached.fence_offset
-        self.fence = Fence(lambda step: self.headers.set_fence(fence_offset, step))
+        # Not by way of `self`: in a circle of references the arena would stay mapped until a collection, and vLLM
+        # freezes what it has made at its start.
+        headers, offset = self.headers, client.attached.fence_offset
+        self.fence = Fence(lambda step: headers.set_fence(offset, step))
 
     def pin(self, device: Device) -> None:
         try:

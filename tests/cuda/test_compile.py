@@ -33,6 +33,18 @@ def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert folder.stat().st_mode & 0o077 == 0
 
 
+def test_a_cubin_that_was_cut_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a power failure: it would be taken until somebody deletes it."""
+    monkeypatch.setattr(kernels, "compile_for", lambda _: b"ours and long")
+    kernels.cubin_for("sm_90", tmp_path)
+    (kept,) = tmp_path.glob("*.cubin")
+    whole = kept.read_bytes()
+    for cut in (b"", whole[:10], whole[:-1]):
+        kept.write_bytes(cut)
+        assert kernels.cubin_for("sm_90", tmp_path) == b"ours and long"
+        assert kept.read_bytes() == whole
+
+
 def test_somebody_elses_cubin_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "compile_for", lambda _: b"ours")
     kernels.cubin_for("sm_90", tmp_path)

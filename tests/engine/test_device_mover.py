@@ -13,7 +13,7 @@ from pdx.engine.device_loads import DeviceLoads
 from pdx.engine.fence import Fence
 from pdx.engine.header_words import HeaderWords
 from pdx.engine.staging_ring import Buffer, StagingRing
-from pdx.errors import Refused
+from pdx.errors import DeviceLost, Refused
 from pdx.wire import Filled, LetGo
 
 SEEDS = range(6)
@@ -122,19 +122,20 @@ def test_a_daemon_that_dies_keeps_its_arena_for_the_copies_under_way(pace: str) 
 
 
 @pytest.mark.parametrize("pace", PACES)
-def test_of_a_lost_device_nothing_more_is_believed(pace: str) -> None:
+def test_of_a_lost_device_nothing_more_is_believed_and_its_engine_ends(pace: str) -> None:
     for seed in SEEDS:
         daemon = WatchfulDaemon(LAYOUT, blocks=512)
         engine = MovingEngine(seed, daemon)
         life(engine, pace, steps=6)
         engine.device.lose()
         told, fence = len(daemon.received), daemon.arena.fence(0)
-        for _ in range(5):
-            engine.step()
-            engine.complete(engine.work_left)
+        with pytest.raises(DeviceLost, match="started anew"):
+            for _ in range(8):  # it is noticed with the first copy, or wait for one
+                engine.step()
+                engine.complete(engine.work_left)
+        engine.complete(engine.work_left)
         assert len(daemon.received) == told
         assert daemon.arena.fence(0) == fence
-        assert not engine.receiving, "every load has ended"
         engine.close()
 
 
@@ -370,7 +371,7 @@ def test_loads_are_issued_ahead_of_their_verification_and_no_further_than_allowe
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_fails_takes_no_copy_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own bug, which no device reports: nothing more is told, and blocks are kept until their copies have ended."""
+    """Our own bug, which no device reports: nothing more is told, no block is given back, and the engine ends."""
 
     def fail(words: HeaderWords, *_: object) -> None:
         raise ZeroDivisionError
@@ -385,10 +386,9 @@ def test_a_thread_that_fails_takes_no_copy_for_done(monkeypatch: pytest.MonkeyPa
     thread = engine.mover._completions._thread
     assert thread is not None
     thread.join(10.0)
-    engine.step()
+    with pytest.raises(DeviceLost):
+        engine.step()
     assert engine.over == [], "its scatter is under way"
     engine.device.finish()
-    engine.step()
-    assert [r.result.ok for r in engine.over if r.result] == [False]
     assert engine.daemon.received == []
     engine.worker.close()

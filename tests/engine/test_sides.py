@@ -20,6 +20,7 @@ from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
 from pdx.engine.vllm.watch import Watch
 from pdx.engine.vllm.worker_side import WorkerSide
+from pdx.errors import DeviceLost
 from pdx.layout import PageLayout, Place
 from pdx.wire import Filled, LetGo, LoadEnded, LoadOpened, LookUp, OpenLoad, OpenSend, Renew, SendEnded, SendOpened
 
@@ -391,6 +392,16 @@ def test_a_rank_that_writes_nothing_lets_go_all_the_same(clock: Clock) -> None:
     worker.end()
     assert daemon.arena.watermark(places[0].header_offset) == 0
     assert [type(message) for message in daemon.received[1:]] == [LetGo]
+
+
+def test_an_engine_whose_copies_have_failed_ends(
+    daemon: MemoryDaemon, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold what it is granted for ever: none of its fences passes any more."""
+    worker = worker_of(daemon, LAYOUT, clock)
+    monkeypatch.setattr(HostMover, "lost", property(lambda _: True))
+    with pytest.raises(DeviceLost):
+        worker.begin(Step(1, daemon.ref.incarnation, 0))
 
 
 def test_a_load_for_another_incarnation_fails_untouched(daemon: MemoryDaemon, clock: Clock) -> None:

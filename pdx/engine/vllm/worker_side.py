@@ -24,7 +24,7 @@ from pdx.engine.vllm.budget import LoadBudget
 from pdx.engine.vllm.caches import Layers
 from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Seen, Step
 from pdx.engine.vllm.watch import Watch
-from pdx.errors import Refused
+from pdx.errors import DeviceLost, Refused
 from pdx.layout import PageLayout
 from pdx.rates import Busy
 from pdx.wire import FilledEntry, LetGo
@@ -70,7 +70,13 @@ class WorkerSide:
     # --- one step ---------------------------------------------------------------------------------------------
 
     def begin(self, step: Step) -> None:
-        """Before the forward pass: takes over the step's work. Looks at the weights first if they may have changed."""
+        """Before the forward pass: takes over the step's work. Looks at the weights first if they may have changed.
+
+        Raises DeviceLost in the step after the one in which a copy failed. vLLM ends with that, and so do this engine's
+        rights to slots; were it to go on, no fence of it would ever pass, and what it is granted would be gone for all.
+        """
+        if self._mover.lost:
+            raise DeviceLost("a copy of KV has failed on the device, see above: this engine has to be started anew")
         self._look(step)
         current = step.epoch is not None and step.epoch.get(self._rank, "") == self._watch.state
         self._mover.begin(self._link.client(), step.number, loads=bool(step.loads))
