@@ -120,9 +120,7 @@ class DaemonClient:
             try:
                 _check_lanes(config, answer.daemon)
             except ConfigError:
-                connection.close()
-                for descriptor in descriptors:
-                    os.close(descriptor)
+                _close(connection, descriptors)
                 raise
             if not again:
                 _warn_of_settings(config)
@@ -130,9 +128,7 @@ class DaemonClient:
         try:
             return cls(connection, answer, descriptors[0] if descriptors else None, worker=hello.kind == "worker")
         except zmq.ZMQError as error:
-            connection.close()
-            for descriptor in descriptors:
-                os.close(descriptor)
+            _close(connection, descriptors)
             raise DaemonGone(f"no socket to pdxd can be made: {error}") from error
 
     @property
@@ -290,6 +286,12 @@ class Attachment:
             waiting.register(watched, select.POLLIN)
         ready = waiting.poll(None if timeout_s is None else timeout_s * 1000)
         return any(descriptor == self._stop_read.fileno() for descriptor, _ in ready)
+
+
+def _close(connection: socket.socket, descriptors: list[int]) -> None:
+    connection.close()
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _check_lanes(config: Config, daemon: DaemonRef) -> None:

@@ -25,6 +25,7 @@ from benchmarks.chaos.traffic import ROUTER_LIMIT_S
 from benchmarks.harness.netns import Host, Wire
 from benchmarks.harness.part import Part
 from benchmarks.harness.rig import Rig, get, tail
+from pdx import config
 from pdx.launch import processes
 
 PLACES = {"P0": ("prefill", "a"), "D1": ("decode", "a"), "P1": ("prefill", "b"), "D0": ("decode", "b")}
@@ -211,7 +212,7 @@ class Fleet:
     def _daemon_pid(self, target: str) -> int:
         """0: there is none now."""
         try:
-            pid = int(json.loads((self.rig.settings_of(target[-1]).run_path / "pdxd.json").read_text())["pid"])
+            pid = int(json.loads((self.rig.settings_of(target[-1]).run_path / config.INFO_NAME).read_text())["pid"])
             os.kill(pid, 0)
         except (OSError, ValueError):
             return 0

@@ -123,14 +123,14 @@ class Rig:
     ) -> Part:
         """`module`: another program with pdxd's flags, for naive variants."""
         run_dir = self._scratch / name
-        (run_dir / "pdxd.json").unlink(missing_ok=True)  # of one that was killed
+        (run_dir / config.INFO_NAME).unlink(missing_ok=True)  # of one that was killed
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
         part = self._start(
             f"pdxd-{name}",
             [sys.executable, "-m", module, f"--run-dir={run_dir}", f"--key-file={self._key}", *flags],
             {}, cpus=cpus, prefix=prefix,
         )  # fmt: skip
-        wait_until((run_dir / "pdxd.json").exists, START_S, f"pdxd serves; see {part.log}")
+        wait_until((run_dir / config.INFO_NAME).exists, START_S, f"pdxd serves; see {part.log}")
         return part
 
     def start_engine(
@@ -191,7 +191,7 @@ class Rig:
 
     def kill_daemon(self, name: str) -> None:
         """kill -9, whoever started it."""
-        info = self._scratch / name / "pdxd.json"
+        info = self._scratch / name / config.INFO_NAME
         pid = json.loads(info.read_text())["pid"]
         info.unlink()
         processes.kill([pid])

@@ -22,6 +22,7 @@ import zmq.asyncio
 
 from pdx.curve import lock
 from pdx.keys import ContentFingerprint, LayoutFingerprint
+from pdx.whole import write_whole
 from pdx.wire import Announce, DaemonRef, EngineInfo, Role, encode
 
 MODEL = "mock"
@@ -158,8 +159,7 @@ async def _main(options: argparse.Namespace) -> None:
     urls = [f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in servers]
     infos = [_info(name, role, url) for (name, role), url in zip(names, urls, strict=True)]
     where = {role: [info.url for info in infos if info.role == role] for role in ROLES}
-    options.publish.with_suffix(".part").write_text(json.dumps(where))
-    options.publish.with_suffix(".part").rename(options.publish)
+    write_whole(options.publish, json.dumps(where).encode())
     async with asyncio.TaskGroup() as tasks:
         for control in options.control:
             tasks.create_task(_announce(control, options.key.read_bytes(), infos))

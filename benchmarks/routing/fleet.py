@@ -28,6 +28,7 @@ from pdx.curve import lock
 from pdx.daemon.announcer import ANNOUNCE_S, SEND_QUEUE_MAX
 from pdx.daemon.holdings import TURN_S
 from pdx.handoff.handle import peek
+from pdx.whole import write_whole
 from pdx.wire import TO_DAEMON, Announce, EngineLoad, Holdings, Resync, Role, decoder_of, encode
 
 BODY_BYTES_MAX = 4 << 20
@@ -190,9 +191,7 @@ async def _main(options: argparse.Namespace) -> None:
         fleet = Fleet()
         for engine in fleet.engines:
             await engine.serve(stack)
-        part = options.publish.with_suffix(".part")
-        part.write_text(json.dumps([engine.host.info.url for engine in fleet.engines]))
-        part.rename(options.publish)
+        write_whole(options.publish, json.dumps([engine.host.info.url for engine in fleet.engines]).encode())
         await fleet.tell(options.control, options.key.read_bytes())
 
 

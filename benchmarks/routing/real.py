@@ -30,7 +30,7 @@ RESET_S = 20.0
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
 
 Ask = Callable[[list[int]], list[int]]  # a prompt; returns the answer's token ids
-Session = Callable[[Ask], None]
+Session = Callable[[Ask], object]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def shared() -> list[Session]:
     rng = random.Random(11)
 
     def session(number: int, system: int) -> Session:
-        return lambda ask: _one(ask, prompt_of(1024, 500 + system) + prompt_of(48, 2000 + number))
+        return lambda ask: ask(prompt_of(1024, 500 + system) + prompt_of(48, 2000 + number))
 
     return [session(number, rng.randrange(10)) for number in range(64)]
 
@@ -99,7 +99,7 @@ def unlike() -> list[Session]:
     """Nothing comes twice."""
 
     def session(number: int) -> Session:
-        return lambda ask: _one(ask, prompt_of((192, 384, 576)[number % 3], 3000 + number))
+        return lambda ask: ask(prompt_of((192, 384, 576)[number % 3], 3000 + number))
 
     return [session(number) for number in range(24)]
 
@@ -166,10 +166,6 @@ class Quartet:
                 wait_until(lambda url=part.url: _reset(url), RESET_S, f"{part.name} forgets")  # type: ignore[misc]
         for tool in self._tools:
             LocalKv(tool).clear(ClearRequest(everything=True))
-
-
-def _one(ask: Ask, prompt: list[int]) -> None:
-    ask(prompt)
 
 
 def _answer(events: Sequence[dict[str, object]]) -> Iterator[int]:

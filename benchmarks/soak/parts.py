@@ -21,7 +21,7 @@ import msgspec
 
 from benchmarks.harness.rig import REPOSITORY, wait_until
 from pdx.client import DaemonClient
-from pdx.config import Config, load
+from pdx.config import INFO_NAME, Config, load
 from pdx.errors import DaemonGone
 from pdx.wire import Ask, Attach, DaemonRef, Role
 
@@ -150,7 +150,7 @@ class Host:
     @property
     def pid(self) -> int:
         assert self.tool.alive  # one serves, so the file is of that one
-        return int(json.loads((self._config.run_path / "pdxd.json").read_text())["pid"])
+        return int(json.loads((self._config.run_path / INFO_NAME).read_text())["pid"])
 
     def stats(self) -> dict[str, Any]:
         return self.tool.ask(Ask(verb="stats"), timeout_s=QUIET_S).body

@@ -21,16 +21,14 @@ PIECE_BYTES = 256 << 10
 HEAD_BYTES_MAX = 64 << 10
 
 
-# An UpstreamError that says nothing about the engine.
-OWN_FAILURE = "no_descriptors"
-
-
 class UpstreamError(PdxError):
-    """An engine could not be reached or broke off. `unreachable`: nobody listens there, try another at once."""
+    """An engine could not be reached or broke off. `unreachable`: nobody listens there, try another at once. `blames`:
+    whether it says that something is wrong with the engine."""
 
-    def __init__(self, reason: str, *, unreachable: bool = False) -> None:
+    def __init__(self, reason: str, *, unreachable: bool = False, blames: bool = True) -> None:
         super().__init__(reason)
         self.unreachable = unreachable
+        self.blames = blames
 
 
 class EngineConnection(asyncio.Protocol):

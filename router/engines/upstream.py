@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from pdx.router.engines.connection import OWN_FAILURE, EngineConnection, UpstreamError
+from pdx.router.engines.connection import EngineConnection, UpstreamError
 
 # Ours, whoever we wanted to reach: out of descriptors, or of memory for sockets.
 OURS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -120,7 +120,7 @@ class Upstream:
             raise UpstreamError("timeout", unreachable=True) from error
         except (OSError, UnicodeError) as error:  # the second of names that can't be ones
             if getattr(error, "errno", None) in OURS:
-                raise UpstreamError(OWN_FAILURE) from error
+                raise UpstreamError("no_descriptors", blames=False) from error
             raise UpstreamError("unreachable", unreachable=True) from error
         return connection
 

@@ -40,6 +40,7 @@ class PrefillFailed(msgspec.Struct, frozen=True):
     """Prefill's call broke, could not connect or took too long."""
 
     reason: str
+    blames: bool = True  # whether it says that something is wrong with the engine
 
 
 class HandoffBroke(msgspec.Struct, frozen=True):

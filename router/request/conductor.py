@@ -279,7 +279,7 @@ class Conductor:
                 return PrefillAnswered(reply.status, await reply.read())
         except UpstreamError as error:
             self._note(action.engine, error)
-            return PrefillFailed(str(error))
+            return PrefillFailed(str(error), blames=error.blames)
         except TimeoutError:
             return PrefillFailed("timeout")
 
@@ -324,16 +324,15 @@ class Conductor:
         while self._events.error is None and (chunk := await self._reply.chunk()):
             if passed := self._events.feed(chunk):
                 return passed
-        if self._events.error is not None:
-            raise UpstreamError("error_in_stream")
+        told = self._events.error
+        if told is not None:
+            blames = told.code >= 500 and told.code not in UNJUDGED_STATUSES
+            raise UpstreamError("error_in_stream", blames=blames)
         return self._events.finish()
 
     def _failed(self, error: UpstreamError, snapshot: Snapshot | None = None) -> DecodeFailed:
         told = self._events.error
-        if told is None:
-            return DecodeFailed(str(error), snapshot)
-        blames = told.code >= 500 and told.code not in UNJUDGED_STATUSES
-        return DecodeFailed(str(error), snapshot, words=words_of(told.body), blames=blames)
+        return DecodeFailed(str(error), snapshot, words=words_of(told.body) if told else "", blames=error.blames)
 
     def _called(self, engine: Candidate, body: bytes) -> AbstractAsyncContextManager[Reply]:
         url, headers = engine.info.url.rstrip("/") + self._client.path, self._headers

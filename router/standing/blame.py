@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from pdx.router.choice.policy import Candidate, Pair
-from pdx.router.engines.connection import OWN_FAILURE
 from pdx.router.outside import Outside
 from pdx.router.request.actions import (
     UNJUDGED_STATUSES,
@@ -61,18 +60,19 @@ class Blame:
 
     def handoff_went(self) -> None:
         """Decode answers with what was handed over: the pair's daemons have done their part."""
-        if self._handoff is not None:
-            pair, ticket, failure = self._handoff
-            self._outside.standing.handoff_ended(pair, ticket, ok=not failure.done(), now=time.monotonic())
-            self._handoff = None
-            self._watching.close()
+        self._handoff_ended("ok")
 
     def request_ended(self, outcome: str) -> None:
         """`outcome`: of the journey's handoff. One that was given up for other reasons says nothing about daemons."""
         self.stream_ended(None)
-        if self._handoff is None:
+        self._handoff_ended(outcome)
+
+    def _handoff_ended(self, outcome: str) -> None:
+        """Does nothing the second time."""
+        handoff, self._handoff = self._handoff, None
+        if handoff is None:
             return
-        pair, ticket, failure = self._handoff
+        pair, ticket, failure = handoff
         ok = None
         if outcome == "ok":
             ok = not failure.done()
@@ -94,12 +94,8 @@ def _went_well(task: asyncio.Task[Event]) -> bool | None:
             return None if answered.status in UNJUDGED_STATUSES else answered.status < 500
         case StreamFinished():
             return True
-        case PrefillFailed() | DecodeFailed() as failed if failed.reason == OWN_FAILURE:
-            return None
-        case DecodeFailed(blames=False):
-            return None
-        case PrefillFailed() | DecodeFailed():
-            return False
+        case PrefillFailed() | DecodeFailed() as failed:
+            return False if failed.blames else None
         case _:
             return None
 

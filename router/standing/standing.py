@@ -63,16 +63,14 @@ class Standing:
         breaker, number = ticket
         before = breaker.state
         breaker.ended(number, ok=ok, now=now)
-        if breaker.state != before:
-            _log.warning("the breaker of engine %s is %s", engine_id, breaker.state)
+        _tell(breaker, before, "the breaker of engine %s is %s", engine_id)
 
     def call_went(self, engine_id: str, ticket: Ticket, now: float) -> Ticket:
         """The first of a stream has come. The ticket for its end."""
         breaker, number = ticket
         before = breaker.state
         number = breaker.went(number, now=now)
-        if breaker.state != before:
-            _log.warning("the breaker of engine %s is %s", engine_id, breaker.state)
+        _tell(breaker, before, "the breaker of engine %s is %s", engine_id)
         return breaker, number
 
     def handoff_began(self, pair: Pair) -> Ticket:
@@ -83,8 +81,7 @@ class Standing:
         breaker, number = ticket
         before = breaker.state
         breaker.ended(number, ok=ok, now=now)
-        if breaker.state != before:
-            _log.warning("handoffs from daemon %s to %s: the breaker is %s", *_daemons(pair), breaker.state)
+        _tell(breaker, before, "handoffs from daemon %s to %s: the breaker is %s", *_daemons(pair))
 
     def forget(self, engines: Iterable[str], daemons: Iterable[str]) -> None:
         """Keeps nothing of who has left: whoever comes back under the same name begins anew."""
@@ -108,3 +105,8 @@ class Standing:
 
 def _daemons(pair: Pair) -> DaemonPair:
     return pair.prefill.daemon.daemon_id, pair.decode.daemon.daemon_id
+
+
+def _tell(breaker: Breaker, before: State, words: str, *who: str) -> None:
+    if breaker.state != before:
+        _log.warning(words, *who, breaker.state)
