@@ -100,9 +100,11 @@ def test_a_handoff_ends_when_either_side_has_new_weights(fleet: Fleet) -> None:
     here, there = fleet.daemon(), fleet.daemon()
     prefill, decode = fleet.engine(here, "P"), fleet.engine(there, "D")
     for changing in (prefill, decode):
+        landed = there.counter("pages_landed")
         handle = fleet.handle(prefill, decode)
         opened = prefill.open_send(PROMPT, handle)
         prefill.fill(opened, PROMPT, [0])
+        until(lambda: there.counter("pages_landed") > landed, "the handoff is granted before anything changes")
         changing.scheduler.send(WeightEpoch(epoch=NEW))
         ended = prefill.expect(SendEnded)
         assert "weights have changed" in ended.reason
