@@ -83,12 +83,13 @@ class Peers:
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
             lock(socket, self._cluster_key, server=False)
+            # Before it connects: who looks later may miss that it was reached.
+            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
             try:
                 socket.connect(control)
             except zmq.ZMQError:
-                socket.close(0)
+                _close(socket, monitor)
                 raise
-            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
             self._unreached[control] = time.monotonic()
             self._poller.register(monitor, zmq.POLLIN)
             self._sockets[control] = socket
@@ -102,6 +103,10 @@ class Peers:
         monitor = next(m for m, c in self._monitors.items() if c == control)
         del self._monitors[monitor]
         self._poller.unregister(monitor)
-        socket.disable_monitor()
-        monitor.close(0)
-        socket.close(0)
+        _close(socket, monitor)
+
+
+def _close(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    socket.disable_monitor()
+    monitor.close(0)
+    socket.close(0)

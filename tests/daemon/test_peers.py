@@ -7,6 +7,7 @@ from collections import Counter
 
 import zmq
 
+from pdx.curve import lock
 from pdx.daemon.peers import UNREACHED_S, Peers
 from pdx.launch.ports import free_ports
 from pdx.wire import DaemonRef, Drained
@@ -29,4 +30,30 @@ def test_a_farewell_to_a_dead_peer_does_not_keep_a_connection_to_it() -> None:
         assert lost == []
         peers.tick(lost.append, now + UNREACHED_S + 1)
         assert (lost, counters["peers_not_reached"], poller.sockets) == ([dead.control], 1, [])
+        peers.close()
+
+
+class SlowToReturn(zmq.Socket[bytes]):
+    """By the time `connect` returns the peer has been reached: on a busy machine a thread waits that long."""
+
+    def connect(self, addr: str) -> None:
+        super().connect(addr)
+        if addr.startswith("tcp:"):  # not the monitor's own
+            self.send(b"")
+            assert self.peer.poll(10_000), "it is connected"
+
+
+def test_a_peer_that_is_reached_at_once_is_not_lost() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server:
+        lock(server, KEY, server=True)
+        port = server.bind_to_random_port("tcp://127.0.0.1")
+        poller, counters, lost = zmq.Poller(), Counter[str](), list[str]()
+        ours = zmq.Context.shadow(context)
+        ours._socket_class = type("Socket", (SlowToReturn,), {"peer": server})
+        peers = Peers(ours, poller, counters, cluster_key=KEY)
+        to = DaemonRef(daemon_id="there", incarnation=1, control=f"tcp://127.0.0.1:{port}", lanes=[])
+        peers.send(to, FAREWELL)
+        peers.handle_ready(dict(poller.poll(10_000)), lost.append)
+        peers.tick(lost.append, time.monotonic() + UNREACHED_S + 1)
+        assert (lost, counters["peers_not_reached"]) == ([], 0)
         peers.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from daemon.fleet import BareEngine, Fleet, prompt_of, until
 from one_host import HASHES, Host
 from one_host import engine as engine_of
@@ -96,20 +97,16 @@ def test_a_worker_that_attaches_late_finds_the_epoch_of_its_engine(fleet: Fleet)
     assert hits(engine) == 0
 
 
-def test_a_handoff_ends_when_either_side_has_new_weights(fleet: Fleet) -> None:
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_handoff_ends_when_either_side_has_new_weights(fleet: Fleet, side: str) -> None:
     here, there = fleet.daemon(), fleet.daemon()
     prefill, decode = fleet.engine(here, "P"), fleet.engine(there, "D")
-    for changing in (prefill, decode):
-        landed = there.counter("pages_landed")
-        handle = fleet.handle(prefill, decode)
-        opened = prefill.open_send(PROMPT, handle)
-        prefill.fill(opened, PROMPT, [0])
-        until(lambda: there.counter("pages_landed") > landed, "the handoff is granted before anything changes")
-        changing.scheduler.send(WeightEpoch(epoch=NEW))
-        ended = prefill.expect(SendEnded)
-        assert "weights have changed" in ended.reason
-        prefill.let_go(opened.handoff_id, "send", ok=False)
-        changing.scheduler.send(WeightEpoch(epoch=""))
+    opened = prefill.open_send(PROMPT, fleet.handle(prefill, decode))
+    prefill.fill(opened, PROMPT, [0])
+    until(lambda: there.counter("pages_landed"), "decode has granted it before anything changes")
+    (prefill if side == "prefill" else decode).scheduler.send(WeightEpoch(epoch=NEW))
+    assert "weights have changed" in prefill.expect(SendEnded).reason
+    prefill.let_go(opened.handoff_id, "send", ok=False)
     for daemon in (here, there):
         daemon.wait_unleased()
 
