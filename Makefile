@@ -3,6 +3,8 @@
 
 PYTHON_IN_VENV := .venv/bin/python
 .DEFAULT_GOAL := help
+# Compiled modules are kept, whatever the environment says: the tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE :=
 .PHONY: help setup demo test lint prove soak simulate fuzz clean
 
 help:  ## Show this list
