@@ -25,6 +25,7 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("fixed")
 
 REAL_ENGINES = Path(__file__).parent / "e2e"
+WITH_PROCESSES = {"benchmarks", "daemon", "launch", "router", "transport"}
 MARKS: dict[str, tuple[Callable[[], bool], str]] = {
     "vllm": (lambda: importlib.util.find_spec("vllm") is not None, "vLLM is not installed: pip install 'pdx-kv[cpu]'"),
     "gpu": (lambda: Path("/dev/nvidia0").exists(), "this machine has no NVIDIA GPU"),
@@ -38,8 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and not is_here():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
-    # Real engines last: they spin on all cores, and what is killed beside them takes seconds to die.
-    items.sort(key=lambda item: REAL_ENGINES in item.path.parents)
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    """Real engines first, which take one process the longest. Beside them what is only computed: they spin on all
+    cores, and what is killed there takes seconds to die. Last what starts processes and has deadlines."""
+    return 0 if REAL_ENGINES in item.path.parents else 2 if WITH_PROCESSES & set(item.path.parts) else 1
 
 
 @pytest.hookimpl(optionalhook=True)
