@@ -6,7 +6,7 @@ import http.client
 import random
 import socket
 from collections.abc import Callable
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from pdx.errors import ConfigError
 
@@ -33,11 +33,12 @@ def free_ports(count: int, *, host: str = "127.0.0.1", randomness: random.Random
 def answers(url: str) -> Callable[[], bool]:
     """A probe: does GET `url` answer 200 within a second?"""
     parts = urlsplit(url)
+    target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
 
     def probe() -> bool:
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PROBE_TIMEOUT_S)
         try:
-            connection.request("GET", parts.path or "/")
+            connection.request("GET", target)
             return connection.getresponse().status == http.client.OK
         except (OSError, http.client.HTTPException):
             return False

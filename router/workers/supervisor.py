@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -162,7 +163,12 @@ async def _serve_hub(options: Options, places: Places, *, ready: int, life: int)
     loop = asyncio.get_running_loop()
     for number in STOPS:
         loop.add_signal_handler(number, stop.set)
-    loop.add_reader(life, stop.set)
+
+    def orphaned() -> None:
+        shutil.rmtree(places.folder, ignore_errors=True)  # who made it can't any more
+        stop.set()
+
+    loop.add_reader(life, orphaned)
     async with AsyncExitStack() as stack:
         control = ControlSocket(options.control, cluster_key=options.settings.cluster_key, metrics=metrics)
         stack.callback(control.close)

@@ -33,7 +33,7 @@ def test_an_address_of_somebody_else() -> None:
 
 class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/health" else 503)
+        self.send_response(200 if self.path in ("/health", "/ready?engines=2") else 503)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -53,6 +53,7 @@ def url() -> Iterator[str]:
 
 def test_probe(url: str) -> None:
     assert answers(f"{url}/health")()
+    assert answers(f"{url}/ready?engines=2")()
     assert not answers(f"{url}/other")()
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -129,13 +130,16 @@ def test_none_outlives_the_first(tmp_path: Path) -> None:
             *(sys.executable, "-m", "pdx.router.main", "--workers", "2", "--port", "0"),
             *("--control", "tcp://127.0.0.1:0", "--publish", str(file)),
         ]
-        process = started(command, PDX_RUN_DIR=str(tmp_path / "run"))
+        process = started(command, PDX_RUN_DIR=str(tmp_path / "run"), TMPDIR=scratch)
         await until(file.exists, "published")
+        assert os.listdir(scratch) != []
         process.kill()
         process.wait(10)
         await until(lambda: processes.of_sessions({process.pid}) == [], "all have ended")
 
-    run()
+    with tempfile.TemporaryDirectory() as scratch:  # whose sockets' names would be too long below pytest's
+        run()
+        assert os.listdir(scratch) == []
 
 
 def test_a_stop_at_any_moment_of_the_start_ends_all(tmp_path: Path) -> None:
