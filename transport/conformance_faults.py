@@ -93,9 +93,9 @@ class Hazard:
         address = urlsplit(endpoint)
         assert address.hostname is not None and address.port is not None
         self._target = address.hostname, address.port
-        self._fault = fault
+        self.scheme, self.fault = address.scheme, fault
         self._left_bytes = after_bytes
-        self._has_struck = False
+        self.has_struck = False
         self._listening = socket.create_server((address.hostname, 0))
         self._stop, self._stopped = socket.socketpair()
         self.endpoint = f"{address.scheme}://{address.hostname}:{self._listening.getsockname()[1]}"
@@ -131,7 +131,11 @@ class Hazard:
 
     def _accept(self) -> None:
         near, _ = self._listening.accept()
-        far = socket.create_connection(self._target, WAIT_S)
+        try:
+            far = socket.create_connection(self._target, WAIT_S)
+        except OSError:  # nobody is there any more
+            near.close()
+            return
         self._other |= {near: far, far: near}
         self._from_near.add(near)
 
@@ -141,13 +145,13 @@ class Hazard:
             if not data:
                 self._drop(source)
                 return
-            if source in self._from_near and not self._has_struck:
+            if source in self._from_near and not self.has_struck:
                 self._left_bytes -= len(data)
                 if self._left_bytes < 0:
-                    self._has_struck = True
+                    self.has_struck = True
                     if not self._strike(source, data):
                         return
-            if self._fault != "stall" or not self._has_struck:
+            if self.fault != "stall" or not self.has_struck:
                 self._other[source].sendall(data)
         except OSError:
             self._drop(source)
@@ -155,14 +159,14 @@ class Hazard:
     def _strike(self, source: socket.socket, data: bytearray) -> bool:
         """Whether what is left of the data goes on."""
         at = len(data) + self._left_bytes  # the first byte that does not pass as it is
-        match self._fault:
+        match self.fault:
             case "corrupt":
                 data[at] ^= 1 << (at % 8)
             case "stall" | "cut" | "reset":
                 self._other[source].sendall(data[:at])
-        if self._fault in ("cut", "reset"):
-            self._drop(source, resets=self._fault == "reset")
-        return self._fault == "corrupt"
+        if self.fault in ("cut", "reset"):
+            self._drop(source, resets=self.fault == "reset")
+        return self.fault == "corrupt"
 
     def _drop(self, connection: socket.socket, *, resets: bool = False) -> None:
         other = self._other.pop(connection, None)

@@ -1,4 +1,5 @@
-"""`make soak`: thousands of handoffs between real daemons while engines and daemons are killed and stopped.
+"""`make soak`: thousands of handoffs between real daemons while engines and daemons are killed and stopped, and the
+wire between them is cut, reset, stalled and bent.
 
 Engines are page engines (tests/page_engine.py): the real connector halves, no model, and every row of KV that is read
 is checked. The seed fixes what is asked and what breaks in each burst, not the timing. After each burst everything is
@@ -27,12 +28,15 @@ from benchmarks.soak.burst import BURST, ENGINES, Burst, Failed
 from benchmarks.soak.parts import Engine, Host
 from pdx.errors import PdxError
 from pdx.launch import processes
+from pdx.transport.choice import TCP
+from pdx.transport.conformance_faults import FAULTS
 from pdx.whole import write_whole
 
 # 1 MiB holds some 15 prompts: reservations wait and cache is evicted all the time.
 SETTINGS = {"arena": "1MiB", "linger_s": "2", "lease_s": "2", "digest_mode": "true", "poison": "true"}
 FDS_GROWN_MAX = 16  # connections to peers that come and go
 MINUTES = 5.0
+VICTIMS = (" engine", " daemon", " wire")  # what a count of faults ends with
 
 
 class Progress(msgspec.Struct):
@@ -58,6 +62,8 @@ class Soak:
         self._number = 0
         self._fds: dict[int, int] = {}  # pid -> descriptors when it was first seen quiet
         self.fds_grown = 0
+        # What flips on a one-sided lane's connection is for TCP's checksum to find: it carries the right to write.
+        self.wire_faults = FAULTS["receiver" if progress.transport == TCP else "sender"]
         settings = {**SETTINGS, "transport": progress.transport, "key_file": str(key_file)}
         self.hosts = {n: Host(n, scratch / n, **settings) for n in "ab"}
         self.engines: dict[str, Engine] = {}
@@ -81,7 +87,7 @@ class Soak:
 
     @property
     def faults(self) -> int:
-        return sum(count for what, count in self.progress.counts.items() if what.startswith(("kill ", "stop ")))
+        return sum(count for what, count in self.progress.counts.items() if what.endswith(VICTIMS))
 
     def burst(self) -> None:
         """Raises Failed or TimeoutError."""

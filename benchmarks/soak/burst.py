@@ -6,19 +6,22 @@ import multiprocessing.connection
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
-from benchmarks.soak.parts import Answered, Engine, GivenUp, Host, Prompted, answer_to
+from benchmarks.soak.parts import Answered, Engine, GivenUp, Host, Prompted, WireFault, answer_to
 from pdx.handoff.handle import TransferHandle, mint
 from pdx.wire import Budgets, Role
 
 BURST = 200  # handoffs between two looks at everything
-FAULTS = 8  # fewer than so many in a burst
+PROCESS_FAULTS, WIRE_FAULTS = 8, 10  # fewer than so many of each in a burst
 AT_ONCE = 12
 ANSWER_TOKENS = 3
 VOCABULARY = 97
 STUCK_S = 60.0  # no answer for so long, faults and all, is a failure; budgets and leases end within 8 s
+PROCESS_KINDS = ("kill", "stop")
+STRIKE_LOG2_BYTES = (4.0, 19.0)  # within the greeting, or after some handoffs: one has up to 150 KB
 STOP_S = (0.2, 4.0)  # shorter and longer than lease and slab budget
 PATIENCE_S = (0.0, 0.2)  # of one client in twenty
 BUDGETS = Budgets(grant_s=2.0, slab_s=2.0, total_s=8.0, claim_s=1.0)
@@ -57,9 +60,14 @@ class Journey:
 @dataclass(frozen=True)
 class Fault:
     at: int  # after so many requests of the burst
-    kind: str  # kill, stop
-    victim: str  # an engine or a host
-    seconds: float  # stopped; or dead until it is started again
+    kind: str  # kill, stop; or what is wrong with the wire
+    victim: str  # an engine or a host; of a wire, the host that it leads to
+    seconds: float  # stopped; dead until it is started again; or until the wire is mended, which cuts it
+    after_bytes: int = 0  # a wire's fault strikes
+
+    @property
+    def on_wire(self) -> bool:
+        return self.kind not in PROCESS_KINDS
 
 
 class Parts(Protocol):
@@ -68,6 +76,7 @@ class Parts(Protocol):
     engines: dict[str, Engine]
     hosts: dict[str, Host]
     key: bytes
+    wire_faults: Sequence[WireFault]
 
     def start_engine(self, name: str) -> None: ...
     def next_number(self) -> int: ...
@@ -81,7 +90,8 @@ class Burst:
         self._parts = parts
         shared = [[generator.randrange(VOCABULARY) for _ in range(40)] for _ in range(4)]
         self._wishes = [_wish(generator, shared) for _ in range(BURST)]
-        faults = [_fault(generator) for _ in range(generator.randrange(FAULTS))]
+        faults = [_process_fault(generator) for _ in range(generator.randrange(PROCESS_FAULTS))]
+        faults += [_wire_fault(generator, parts.wire_faults) for _ in range(generator.randrange(WIRE_FAULTS))]
         self._faults = sorted(faults, key=lambda fault: fault.at)
         self._heal: list[tuple[float, Fault]] = []
         self._under_way: dict[int, Journey] = {}
@@ -104,10 +114,10 @@ class Burst:
         if not (engines[wish.prefill].ready and engines[wish.decode].ready):
             return
         self._wishes.pop()
-        daemons = [self._parts.hosts[ENGINES[name][1]].ref for name in (wish.prefill, wish.decode)]
+        here, there = (self._parts.hosts[ENGINES[name][1]] for name in (wish.prefill, wish.decode))
         handle = TransferHandle(
             handoff_id=os.urandom(16), attempt=1, prefill_engine=wish.prefill, decode_engine=wish.decode,
-            prefill_daemon=daemons[0], decode_daemon=daemons[1], budgets=BUDGETS, issued_unix_s=time.time(),
+            prefill_daemon=here.ref, decode_daemon=there.ref_for(here), budgets=BUDGETS, issued_unix_s=time.time(),
         )  # fmt: skip
         journey = Journey(self._parts.next_number(), wish, mint(handle, self._parts.key), now)
         self._under_way[journey.number] = journey
@@ -163,10 +173,13 @@ class Burst:
     # --- faults -----------------------------------------------------------------------------------------------
 
     def _break(self, fault: Fault, now: float) -> None:
-        if any(other.victim == fault.victim for _, other in self._heal):
+        if any((other.victim, other.on_wire) == (fault.victim, fault.on_wire) for _, other in self._heal):
             return  # it is broken already
-        self._parts.count(f"{fault.kind} {'daemon' if fault.victim in self._parts.hosts else 'engine'}")
         self._heal.append((now + fault.seconds, fault))
+        if fault.on_wire:
+            self._parts.hosts[fault.victim].spoil(cast(WireFault, fault.kind), after_bytes=fault.after_bytes)
+            return
+        self._parts.count(f"{fault.kind} {'daemon' if fault.victim in self._parts.hosts else 'engine'}")
         if fault.victim in self._parts.hosts:
             host = self._parts.hosts[fault.victim]
             host.kill() if fault.kind == "kill" else host.stop()
@@ -187,7 +200,10 @@ class Burst:
         for due, fault in list(self._heal):
             if now >= due:
                 self._heal.remove((due, fault))
-                if fault.kind == "stop":
+                if fault.on_wire:
+                    struck = self._parts.hosts[fault.victim].mend()
+                    self._parts.count(f"{fault.kind if struck else 'cut'} wire")
+                elif fault.kind == "stop":
                     (self._parts.hosts.get(fault.victim) or self._parts.engines[fault.victim]).resume()
                 elif fault.victim in self._parts.engines:
                     self._parts.start_engine(fault.victim)
@@ -204,10 +220,20 @@ def _wish(generator: random.Random, shared: list[list[int]]) -> Wish:
     )
 
 
-def _fault(generator: random.Random) -> Fault:
+def _process_fault(generator: random.Random) -> Fault:
     return Fault(
         at=generator.randrange(BURST),
-        kind=generator.choice(["kill", "stop"]),
+        kind=generator.choice(PROCESS_KINDS),
         victim=generator.choice([*ENGINES, "a", "b"]),
         seconds=generator.uniform(*STOP_S),
+    )
+
+
+def _wire_fault(generator: random.Random, kinds: Sequence[WireFault]) -> Fault:
+    return Fault(
+        at=generator.randrange(BURST),
+        kind=generator.choice(kinds),
+        victim=generator.choice(["a", "b"]),
+        seconds=generator.uniform(*STOP_S),
+        after_bytes=int(2 ** generator.uniform(*STRIKE_LOG2_BYTES)),
     )

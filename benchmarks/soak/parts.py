@@ -23,6 +23,8 @@ from benchmarks.harness.rig import REPOSITORY, wait_until
 from pdx.client import DaemonClient
 from pdx.config import INFO_NAME, Config, load
 from pdx.errors import DaemonGone
+from pdx.transport.conformance_faults import Fault as WireFault
+from pdx.transport.conformance_faults import Hazard
 from pdx.wire import Ask, Attach, DaemonRef, Role
 
 sys.path.insert(0, str(REPOSITORY / "tests"))  # the page engine is one of the tests' engines
@@ -31,7 +33,7 @@ from page_engine import PageEngine, answer_to
 from torch_engine import Request
 from torch_peer import TorchPeer
 
-__all__ = ["Answered", "Engine", "GivenUp", "Host", "Prompted", "answer_to"]
+__all__ = ["Answered", "Engine", "GivenUp", "Host", "Prompted", "WireFault", "answer_to"]
 
 PREEMPT = 0.01  # chance of a preemption in a step
 IDLE_S = 0.02  # an idle engine looks this often for requests, and steps: a load may still be ending
@@ -133,6 +135,8 @@ class Host:
         self._config = settings_of(self.flags)
         self._tool: DaemonClient | None = None
         self._stopped = 0  # pid
+        self._way: Hazard | None = None
+        self._flipped_bits = 0  # of what was put here
 
     @property
     def tool(self) -> DaemonClient:
@@ -146,6 +150,32 @@ class Host:
     @property
     def ref(self) -> DaemonRef:
         return self.tool.attached.daemon
+
+    def ref_for(self, other: Host) -> DaemonRef:
+        """As the other host is told of it: puts take the way that something is wrong with, if there is one."""
+        way = self._way
+        if way is None or other is self:
+            return self.ref
+        lanes = [msgspec.structs.replace(lane, endpoint=way.endpoint) if lane.scheme == way.scheme else lane
+                 for lane in self.ref.lanes]  # fmt: skip
+        return msgspec.structs.replace(self.ref, lanes=lanes)
+
+    def spoil(self, fault: WireFault, *, after_bytes: int) -> None:
+        """From the next handoff on the way to this host's lane has a fault, which strikes after so many bytes."""
+        assert self._way is None
+        scheme = self.flags["transport"]
+        endpoint = next(lane.endpoint for lane in self.ref.lanes if lane.scheme == scheme)
+        self._way = Hazard(endpoint, fault, after_bytes=after_bytes)
+        self._way.__enter__()
+
+    def mend(self) -> bool:
+        """Cuts that way, whatever is on it. Whether its fault had struck."""
+        way, self._way = self._way, None
+        if way is None:
+            return False
+        way.__exit__()
+        self._flipped_bits += way.has_struck and way.fault == "corrupt"
+        return way.has_struck
 
     @property
     def pid(self) -> int:
@@ -180,11 +210,12 @@ class Host:
         stats = self.stats()
         if _busy(stats):
             return f"daemon {self.name} is not quiet after {QUIET_S:g} s: {stats['store']} {stats['handoffs']}"
-        if stats["counters"].get("commit_mismatches"):
+        if stats["counters"].get("commit_mismatches", 0) > self._flipped_bits:
             return f"daemon {self.name} has seen wrong checksums: {stats['counters']}"
         return self.tool.ask(Ask(verb="check"), timeout_s=QUIET_S).error
 
     def close(self) -> None:
+        self.mend()
         if self._tool is not None:
             with contextlib.suppress(DaemonGone):
                 self._count()
