@@ -80,6 +80,9 @@ class Metrics:
             "Prompts whose blocks were to come from another host first, by how waiting for them ended",
             "outcome",
         )
+        self.prompts = self._counter(
+            "prompts", "Prompts by where their token ids, by which the router finds who has them, are from", "ids"
+        )
         self.known_blocks = self._gauge("known_blocks", "Blocks that some daemon is known to keep")
         self.bad_frames = self._counter("bad_frames", "Malformed control frames, dropped")
         self.refused_peers = self._counter("refused_peers", "Who came to the control socket without the cluster's keys")

@@ -51,7 +51,7 @@ class Outside:
         self.standing = standing
         self.gate = gate
         self.knowledge = knowledge
-        self.prompts = Prompts(upstream, knowledge)
+        self.prompts = Prompts(upstream, knowledge, count=lambda ids: metrics.prompts.labels(ids=ids).inc())
         self.sharing = Sharing(knowledge, registry.tell, lambda outcome: metrics.brought.labels(outcome=outcome).inc())
         registry.heard_holdings = lambda daemon_id: self.sharing.heard(daemon_id, time.monotonic())
         self.work = Work()

@@ -1,10 +1,11 @@
 """What a router adds, by vllm-router's method: closed loops of 1 and 64 clients against engines that compute nothing.
 
 Clients and engines on one core, the router on the other; times are those of the router less those without one, all arms
-in turns. Two prefill and two decode engines; both routers run as they do by default, vllm-router in its PD mode. No two
-prompts are the same, so that pdx-router has every one tokenized first; "the same prompt" is one that it remembers. Then
-streams: as many tokens a second as one worker passes on, and two, each of them with a share of the core so that two fit
-on it. The full run takes about 6 minutes, the quick one 2.
+in turns. Two prefill and two decode engines, which say that they compute 5,000 tokens a second; both routers run as
+they do by default, vllm-router in its PD mode. No two prompts are the same, so that pdx-router has them tokenized
+first, as long as engines answer that soon enough; "the same prompt" is one whose ids it remembers. Then streams: as
+many tokens a second as one worker passes on, and two, each of them with a share of the core so that two fit on it. The
+full run takes about 6 minutes, the quick one 2.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,20 +68,32 @@ class Arm:
     one: Samples = field(default_factory=Samples)
     many: Samples = field(default_factory=Samples)
     cpu_s: float = 0.0  # of the router, for the requests of `many`
+    asked: int = 0  # requests so far: no two have the same number
 
     def run(self, plan: Plan) -> None:
-        _into(self.one, ask(self.url, clients=1, requests=plan.alone, prompt=self.prompt))
+        _into(self.one, self.ask(1, plan.alone))
         before = self.part.cpu_seconds() if self.part else 0.0
-        _into(self.many, ask(self.url, clients=CLIENTS, requests=plan.together, prompt=self.prompt))
+        _into(self.many, self.ask(CLIENTS, plan.together))
         self.cpu_s += (self.part.cpu_seconds() if self.part else 0.0) - before
+
+    def ask(self, clients: int, requests: int) -> Samples:
+        self.asked += requests
+        return ask(self.url, clients=clients, requests=requests, prompt=self.prompt, first=self.asked - requests)
 
 
 def ask(
-    url: str, *, clients: int, requests: int, tokens: int = TOKENS, itl_s: float = 0.0, prompt: str = PROMPT
+    url: str,
+    *,
+    clients: int,
+    requests: int,
+    tokens: int = TOKENS,
+    itl_s: float = 0.0,
+    prompt: str = PROMPT,
+    first: int = 0,
 ) -> Samples:
     # The time between tokens travels as the temperature: every router passes that on, and no mock samples.
     body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": itl_s}
-    return closed_loop(url, json.dumps(body).encode(), clients=clients, requests=requests, tokens=tokens)
+    return closed_loop(url, json.dumps(body).encode(), clients=clients, requests=requests, tokens=tokens, first=first)
 
 
 def _into(all_of_them: Samples, more: Samples) -> None:
@@ -127,11 +142,13 @@ def measure_requests(scratch: Scratch, plan: Plan, report: Report) -> list[Arm]:
         except Exception as error:  # noqa: BLE001 - a peer that does not start is a line of the report, not its end
             report.progress(f"without vllm-router: {error}")
         for arm in arms:
-            ask(arm.url, clients=8, requests=WARM_REQUESTS)
+            arm.ask(8, WARM_REQUESTS)
         for number in range(plan.rounds):
             for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
                 arm.run(plan)
             report.progress(f"round {number + 1} of {plan.rounds}")
+        # Who waits for ids and who is placed by his length is the router's choice, by how soon engines answer.
+        report.figures["prompts by where their ids are from"] = _ids_by(router.url)
         for arm in arms:
             if arm.part is not None:
                 report.figures[f"{arm.name} RSS MiB"] = round(_rss_bytes(arm.part) / (1 << 20), 1)
@@ -211,6 +228,12 @@ def judge_streams(scratch: Scratch, plan: Plan, report: Report) -> None:
     one = measure_streams(scratch, plan, report, workers=1, share=SHARE)
     two = measure_streams(scratch, plan, report, workers=2, share=SHARE)
     report.bar("two workers beside one", round(two / one, 2), f"≥ {SCALING_MIN}", two / one >= SCALING_MIN, unit="×")
+
+
+def _ids_by(url: str) -> dict[str, int]:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=READY_S) as reply:
+        told = re.findall(r'^pdx_router_prompts_total\{ids="(\w+)"\} ([0-9.e+]+)', reply.read().decode(), re.MULTILINE)
+    return {ids: int(float(count)) for ids, count in told}
 
 
 def _rss_bytes(part: Part) -> int:

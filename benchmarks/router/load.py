@@ -96,18 +96,21 @@ def request_of(url: str, body: bytes) -> bytes:
     return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
-def closed_loop(url: str, body: bytes, *, clients: int, requests: int, tokens: int) -> Samples:
-    """So many requests by so many clients, one after the other each. Raises TimeoutError past DEADLINE_S."""
-    return uvloop.run(_closed_loop(url, body, clients=clients, requests=requests, tokens=tokens))
+def closed_loop(url: str, body: bytes, *, clients: int, requests: int, tokens: int, first: int = 0) -> Samples:
+    """So many requests by so many clients, one after the other each. Raises TimeoutError past DEADLINE_S.
+
+    `first`: the lowest number that a request has.
+    """
+    return uvloop.run(_closed_loop(url, body, clients=clients, requests=requests, tokens=tokens, first=first))
 
 
-async def _closed_loop(url: str, body: bytes, *, clients: int, requests: int, tokens: int) -> Samples:
+async def _closed_loop(url: str, body: bytes, *, clients: int, requests: int, tokens: int, first: int) -> Samples:
     samples, over, left = Samples(), asyncio.Event(), [requests, clients]
     where, whole = urlsplit(url), request_of(url, body)
     before, number, after = whole.partition(NUMBER)
 
     def request(count: int) -> bytes:
-        return before + (b"%0*d" % (len(NUMBER), count) if number else b"") + after
+        return before + (b"%0*d" % (len(NUMBER), first + count) if number else b"") + after
 
     loop = asyncio.get_running_loop()
     began = time.perf_counter()

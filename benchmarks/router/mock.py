@@ -23,13 +23,14 @@ import zmq.asyncio
 from pdx.curve import lock
 from pdx.keys import ContentFingerprint, LayoutFingerprint
 from pdx.whole import write_whole
-from pdx.wire import Announce, DaemonRef, EngineInfo, Role, encode
+from pdx.wire import Announce, DaemonRef, EngineInfo, EngineLoad, Role, encode
 
 MODEL = "mock"
 ROLES: tuple[Role, Role] = ("prefill", "decode")
 EACH = 2  # engines of each role
 PROMPT_TOKENS = 512
 ANNOUNCE_S = 0.5
+PACE = 5000.0  # tokens a second that it says it computes: a router would not ask for ids where computing costs nothing
 CREATED = 1_700_000_000
 IDS = list(range(1000, 1000 + PROMPT_TOKENS))
 USAGE = {"prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS + 1, "completion_tokens": 1}
@@ -145,8 +146,9 @@ async def _announce(control: str, key: bytes, infos: list[EngineInfo]) -> None:
     lock(socket, key, server=False)
     socket.connect(control)
     ref = DaemonRef(daemon_id="mock", incarnation=time.time_ns() >> 20, control="tcp://127.0.0.1:9", lanes=[])
+    loads = [EngineLoad(engine_id=info.engine_id, tokens_per_s=PACE) for info in infos if info.role == "prefill"]
     while True:
-        await socket.send(encode(Announce(daemon=ref, engines=infos)))
+        await socket.send(encode(Announce(daemon=ref, engines=infos, loads=loads)))
         while await socket.poll(0):
             await socket.recv()
         await asyncio.sleep(ANNOUNCE_S)

@@ -14,9 +14,10 @@ import asyncio
 import hashlib
 import time
 from array import array
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -38,8 +39,8 @@ IDS_MAX = 1 << 22  # remembered, of four bytes: 16 MiB
 TOKENS_AT_ONCE = 16_384  # to hash on the loop, some 8 ms; more of them on another thread, beside everybody's streams
 SPACES_MAX = 4  # kinds of blocks that one model's engines have; while weights roll there are two
 # Tokenizing is worth a twentieth of what the prompt takes to compute: choosing well saves more of that than so much.
-TAKES_SHARE = 0.1  # of the last one, in what asking takes on average
-FORGIVEN = 0.999  # of that average, after each prompt for which nobody was asked
+LAST = 5  # answers, of which the middle one says how long asking takes: a first one, or one behind a burst, is no rule
+FORGIVEN_AFTER = 50  # prompts for which nobody was asked: who was slow then is asked again
 PATIENCE_SHARE, PATIENCE_MIN_S, PATIENCE_MAX_S = 0.05, 0.01, 0.5
 # What of a body makes a text of tokens. A chat with other ways into its prompt is named wrong, and so found nowhere.
 TEXT_FIELDS = ("add_special_tokens",)
@@ -52,18 +53,21 @@ CHAT_FIELDS = (
 class Prompts:
     """Owned by the event loop's thread."""
 
-    def __init__(self, upstream: Upstream, knowledge: Knowledge) -> None:
+    def __init__(
+        self, upstream: Upstream, knowledge: Knowledge, *, count: Callable[[str], None] = lambda ids: None
+    ) -> None:
+        """`count` hears of each prompt where its token ids are from: given, asked, remembered, late
+        (asked for, and not answered in time or not with tokens) or unasked."""
+        self._count = count
         self._upstream = upstream
         self._knowledge = knowledge
         self._ids: OrderedDict[bytes, array[int]] = OrderedDict()  # the one used last comes last
         self._ids_kept = 0
-        self._takes_s = 0.0  # to ask, on average, the last ones more
-        self.asked = 0
-        self.late = 0  # or not answered with tokens
-        self.remembered = 0
+        self._took_s: deque[float] = deque(maxlen=LAST)
+        self._unasked = 0  # since
 
     def __repr__(self) -> str:
-        return f"<Prompts {len(self._ids)} remembered, {self.asked} asked, {self.late} late>"
+        return f"<Prompts {len(self._ids)} remembered>"
 
     async def read(
         self,
@@ -86,13 +90,17 @@ class Prompts:
         if isinstance(given, list):
             ids = given if given and all(type(token) is int for token in given) else None
             guess = len(given)
+            self._count("given")
         else:
             guess = 1 + _letters(given if path == COMPLETIONS else body.get("messages")) // LETTERS_A_TOKEN
-            patience_s = patience_for(guess, engines, takes_s=self._takes_s)
-            if not patience_s:
-                self._takes_s *= FORGIVEN  # who was slow once is asked again some day
+            patience_s = patience_for(guess, engines, takes_s=self._takes_s())
             asks = patience_s and isinstance(salt, str) and model not in _adapters(engines)
-            ids = await self._tokenized(path, body, salt, engines, turn, headers, patience_s) if asks else None
+            ids = None
+            if asks:
+                ids = await self._tokenized(path, body, salt, engines, turn, headers, patience_s)
+            else:
+                self._unasked += 1
+                self._count("unasked")
         if ids is None or not isinstance(salt, str) or model in _adapters(engines) or _too_long(ids, engines):
             return Prompt(tokens=guess if ids is None else len(ids), token_ids=ids)
         hashes = partial(_hashed, ids, salt, engines)
@@ -131,9 +139,8 @@ class Prompts:
         kept = self._ids.get(name)
         if kept is not None:
             self._ids.move_to_end(name)
-            self.remembered += 1
+            self._count("remembered")
             return list(kept)
-        self.asked += 1
         engine, began_at = engines[turn % len(engines)], time.monotonic()
         try:
             async with asyncio.timeout(patience_s):
@@ -142,12 +149,18 @@ class Prompts:
                     ids = tokens_in(await reply.read()) if reply.status == 200 else None
         except (UpstreamError, TimeoutError, Refused):
             ids = None
-        self._takes_s += TAKES_SHARE * (time.monotonic() - began_at - self._takes_s)
+        self._took_s.append(time.monotonic() - began_at)
+        self._unasked = 0
         if not ids or len(ids) > TOKENS_MAX or not 0 <= min(ids) <= max(ids) < 1 << 32:
-            self.late += 1
+            self._count("late")
             return None
+        self._count("asked")
         self._remember(name, ids)
         return ids
+
+    def _takes_s(self) -> float:
+        """To ask, as a rule; 0 if nobody can say."""
+        return median(self._took_s) if self._took_s and self._unasked < FORGIVEN_AFTER else 0.0
 
     def _remember(self, name: bytes, ids: list[int]) -> None:
         if len(ids) > IDS_MAX:

@@ -35,7 +35,7 @@ def patient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     if "hangs" not in request.node.name:
         monkeypatch.setattr(prompts, "PATIENCE_MIN_S", 9.0)
         monkeypatch.setattr(prompts, "PATIENCE_MAX_S", 9.0)
-        monkeypatch.setattr(prompts, "TAKES_SHARE", 0.0)
+        monkeypatch.setattr(prompts, "FORGIVEN_AFTER", 0)
 
 
 class TextEngine(FakeEngine):

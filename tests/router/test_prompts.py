@@ -31,7 +31,7 @@ def patient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     if "patience" not in request.node.name:
         monkeypatch.setattr(prompts, "PATIENCE_MIN_S", 9.0)
         monkeypatch.setattr(prompts, "PATIENCE_MAX_S", 9.0)
-        monkeypatch.setattr(prompts, "TAKES_SHARE", 0.0)
+        monkeypatch.setattr(prompts, "FORGIVEN_AFTER", 0)
 
 
 class Tokenizer(FakeEngine):
@@ -196,20 +196,31 @@ async def test_a_long_prompt_is_hashed_beside_the_loop(monkeypatch: pytest.Monke
 
 
 @within(20)
-async def test_patience_comes_back_after_prompts_for_which_nobody_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "FORGIVEN", 0.5)
-    engines = [Tokenizer("p0"), Tokenizer("p1")]
+async def test_who_was_slow_as_a_rule_is_asked_again_some_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "FORGIVEN_AFTER", 4)
+    for slow, expected in ((1, "aaaaaa"), (3, "uuuuau"), (5, "uuuuau")):
+        assert "".join(await asked_after(slow, prompts=6)) == expected
+
+
+async def asked_after(slow: int, *, prompts: int) -> list[str]:
+    """What is done about these, when of the last five answers so many were slow: a(sk), u(nasked)."""
+    engines, counted = [Tokenizer("p0"), Tokenizer("p1")], list[str]()
     async with Upstream() as upstream:
-        reader = Prompts(upstream, Knowledge())
-        reader._takes_s = 1.0  # tokenizers were that slow
-        asked = []
-        for turn in range(20):
-            body = {"prompt": f"{turn} {TEXT}"}
-            snapshot = tuple(engine.seen() for engine in engines)
-            await reader.read(COMPLETIONS, body, "smol", snapshot, turn=turn, headers={}, now=1.0)
-            asked.append(reader.asked)
-    assert asked[3] == 0
-    assert asked[-1] > 0
+        for engine in engines:
+            await engine.start()
+        try:
+            reader = Prompts(upstream, Knowledge(), count=lambda ids: counted.append(ids[0]))
+            reader._took_s.extend([0.0] * (5 - slow) + [100.0] * slow)
+            for turn in range(prompts):
+                body, snapshot = (
+                    {"prompt": f"{turn} {TEXT}"},
+                    tuple(engine.seen(tokens_per_s=1.0) for engine in engines),
+                )
+                await reader.read(COMPLETIONS, body, "smol", snapshot, turn=turn, headers={}, now=1.0)
+        finally:
+            for engine in engines:
+                await engine.stop()
+    return counted
 
 
 def test_a_chat_is_asked_for_with_all_that_makes_its_prompt() -> None:
