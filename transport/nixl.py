@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
+from collections import OrderedDict
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,10 @@ SCHEME = "nixl"
 BACKEND = "UCX"
 # The progress thread sleeps on descriptors for so long at most; 0 would have it spin.
 PROGRESS_WAIT_US = 100_000
+# Peers that are kept when their channel ends with nothing under way. UCX keeps a connection of a peer that is dropped
+# while it lives, and makes another when it is added again: of a link that breaks now and then, one would be left each
+# time. Those of peers that have died UCX closes itself.
+IDLE_PEERS_MAX = 16
 
 
 class NixlLane(OneSidedLane):
@@ -64,6 +70,8 @@ class NixlFabric:
         self._kinds = {"DRAM": bindings.DRAM_SEG, "VRAM": bindings.VRAM_SEG}
         self._registered: list[Any] = []
         self._metadata = b""
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[str, None] = OrderedDict()  # the one left last comes last
 
     def register(self, memory: Memory) -> None:
         if not memory.length:
@@ -84,9 +92,12 @@ class NixlFabric:
         if metadata == self._metadata:
             return self._name  # NIXL reaches its own memory without being told of it
         try:
-            return str(bytes(self._agent.loadRemoteMD(metadata)), "latin-1")
+            peer = str(bytes(self._agent.loadRemoteMD(metadata)), "latin-1")
         except self._failure as error:
             raise PeerGone(f"NIXL does not take the peer's metadata: {error}") from error
+        with self._lock:
+            self._idle.pop(peer, None)
+        return peer
 
     def write(self, peer: str, *, source: Memory, target: Memory, copies: Sequence[Copy]) -> Transfer:
         rows = self._nixl.nixlXferDList
@@ -105,6 +116,7 @@ class NixlFabric:
             self._agent.postXferReq(transfer, "")
         except self._failure as error:
             self._release(transfer)
+            self._forget(peer)  # or it would be as broken when it is added again
             raise PeerGone(f"NIXL: {error}") from error
         return Transfer(transfer)
 
@@ -121,10 +133,15 @@ class NixlFabric:
     def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> None:
         for transfer in transfers:
             self._release(transfer)
-        if peer == self._name:
-            return
-        with contextlib.suppress(*self._failure):  # it may have noticed the peer's end itself
-            self._agent.invalidateRemoteMD(peer)
+        with self._lock:
+            if not transfers:
+                self._idle[peer] = None
+                self._idle.move_to_end(peer)
+            over = [peer] if transfers else list(self._idle)[:-IDLE_PEERS_MAX]
+            for each in over:
+                self._idle.pop(each, None)
+        for each in over:
+            self._forget(each)
 
     def close(self) -> None:
         for registration in self._registered:
@@ -132,6 +149,11 @@ class NixlFabric:
                 self._agent.deregisterMem(registration, self._backends)
         self._registered.clear()
         self._agent = None  # ends its threads
+
+    def _forget(self, peer: str) -> None:
+        if peer != self._name:
+            with contextlib.suppress(*self._failure):  # it may have noticed the peer's end itself
+                self._agent.invalidateRemoteMD(peer)
 
     def _release(self, transfer: int) -> None:
         with contextlib.suppress(*self._failure):  # what can't be released ends with the peer

@@ -26,6 +26,7 @@ from benchmarks.harness.report import HISTORY, Report
 from benchmarks.harness.rig import wait_until
 from benchmarks.soak.burst import BURST, ENGINES, Burst, Failed
 from benchmarks.soak.parts import Engine, Host
+from pdx.daemon.peers import UNREACHED_S
 from pdx.errors import PdxError
 from pdx.launch import processes
 from pdx.transport.choice import TCP
@@ -34,7 +35,7 @@ from pdx.whole import write_whole
 
 # 1 MiB holds some 15 prompts: reservations wait and cache is evicted all the time.
 SETTINGS = {"arena": "1MiB", "linger_s": "2", "lease_s": "2", "digest_mode": "true", "poison": "true"}
-FDS_GROWN_MAX = 16  # connections to peers that come and go
+FDS_GROWN_MAX = 16  # connections to peers that come and go; to those that are gone for UNREACHED_S
 MINUTES = 5.0
 VICTIMS = (" engine", " daemon", " wire")  # what a count of faults ends with
 
@@ -60,7 +61,7 @@ class Soak:
         key_file.write_bytes(self.key)
         self._scratch = scratch
         self._number = 0
-        self._fds: dict[int, int] = {}  # pid -> descriptors when it was first seen quiet
+        self._fds: dict[int, Counter[str]] = {}  # pid -> descriptors, by kind, when it was first seen quiet
         self.fds_grown = 0
         # What flips on a one-sided lane's connection is for TCP's checksum to find: it carries the right to write.
         self.wire_faults = FAULTS["receiver" if progress.transport == TCP else "sender"]
@@ -107,11 +108,18 @@ class Soak:
             if len(self._daemons(host)) != 1:
                 raise Failed(f"daemons of {host.name}: {self._daemons(host)}")
         for part in [*self.hosts.values(), *self.engines.values()]:
-            now = len(os.listdir(f"/proc/{part.pid}/fd"))
-            grown = now - self._fds.setdefault(part.pid, now)
-            self.fds_grown = max(grown, self.fds_grown)
-            if grown > FDS_GROWN_MAX:
-                raise Failed(f"{part.name} holds {grown} descriptors more than when it was first seen quiet")
+            with contextlib.suppress(TimeoutError):
+                wait_until(lambda pid=part.pid: self._grown(pid) <= FDS_GROWN_MAX, UNREACHED_S + 10, "few descriptors")
+            more = self._grown(part.pid)
+            self.fds_grown = max(more, self.fds_grown)
+            if more > FDS_GROWN_MAX:
+                kinds = _descriptors(part.pid) - self._fds[part.pid]
+                raise Failed(f"{part.name} holds {more} descriptors more than when it was first seen quiet: {kinds}")
+
+    def _grown(self, pid: int) -> int:
+        """By so many descriptors, since it was first seen quiet."""
+        now = _descriptors(pid)
+        return now.total() - self._fds.setdefault(pid, now).total()
 
     def _daemons(self, host: Host) -> list[int]:
         flag, found = f"--run-dir={host.flags['run_dir']}".encode(), []
@@ -172,6 +180,15 @@ def main(argv: list[str] | None = None) -> int:
     if report.all_hold:
         shutil.rmtree(scratch)
     return 0 if report.all_hold else 1
+
+
+def _descriptors(pid: int) -> Counter[str]:
+    """By kind: socket, anon_inode, a file's name."""
+    kinds, folder = Counter[str](), f"/proc/{pid}/fd"
+    for number in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            kinds[os.readlink(f"{folder}/{number}").partition(":[")[0]] += 1
+    return kinds
 
 
 def _done(soak: Soak, options: argparse.Namespace) -> float:
