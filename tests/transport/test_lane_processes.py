@@ -21,9 +21,12 @@ from process_lane import ProcessPair
 
 from pdx.errors import ConfigError
 from pdx.transport import conformance
+from pdx.transport.api import Copy, Span
 from pdx.transport.conformance_death import PROCESS_CHECKS, check_killed_somewhere, check_killed_writer
+from pdx.transport.conformance_faults import Hazard
 from pdx.transport.rdma import rdma_here
 from pdx.transport.registry import open_lane
+from pdx.transport.side import Side, losses_of
 
 # The rest of them takes a nixl lane, which loads for seconds, to `make prove`.
 NIXL_CHECKS = (conformance.check_bytes_land_exactly, check_killed_writer)
@@ -109,3 +112,18 @@ def test_two_network_namespaces(scheme: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["tcp", pytest.param("nixl", marks=needing("nixl"))])
+def test_a_link_that_breaks_leaves_no_connection_behind(scheme: str) -> None:
+    with process_pair(scheme) as pair:
+        near, far, held = Side(pair.near, seed=1), Side(pair.far, seed=2), []
+        for number in range(6):
+            window, notice = far.region.open_window([Span(0, 10)]), b"%d" % number
+            with Hazard(far.lane.endpoint, "reset", after_bytes=1 << 40) as way:
+                channel = near.lane.connect(way.endpoint)
+                near.put(channel, window, [Copy(0, 0, 10)], notice=notice)
+                far.wait_arrived(notice)
+            near.wait("the link is lost", lambda events, channel=channel: bool(losses_of(events, channel)))
+            held.append(len(os.listdir("/proc/self/fd")))
+        assert held[-1] <= held[1] + 1, held
