@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.harness.arms import Scratch, pdx_pair
@@ -21,7 +21,6 @@ from benchmarks.prefix.engines import CachingArm, pdx, plain
 from benchmarks.prefix.lmcache import TRANSPORTS, lmcache
 
 ARENA, ARENA_GIB = "1536MiB", 1.5
-UNLIMITED_FLAGS = ("--kv-cache-memory-bytes", str(1280 << 20))
 OURS, PEER = "pdx", "LMCache"
 FILE_SYSTEM = Path(__file__).resolve().parents[2] / ".cache"  # for the disk tier: a temporary folder may be memory
 
@@ -55,9 +54,10 @@ def _hits(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
 
 
 def _documents(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
-    peers = _peers(scratch, report, chosen)
-    arms = [pdx(scratch, OURS, arena=ARENA), *peers, plain(scratch, documents.SMALL)]
-    arms.append(plain(scratch, documents.UNLIMITED, UNLIMITED_FLAGS))
+    small, gib = documents.SMALL_FLAGS, documents.BELOW_GIB
+    peers = _peers(scratch, report, chosen, memory_gib=gib, flags=small)
+    arms = [pdx(scratch, OURS, arena=f"{round(gib * 1024)}MiB", flags=small), *peers]
+    arms += [plain(scratch, documents.SMALL, small), plain(scratch, documents.UNLIMITED, documents.UNLIMITED_FLAGS)]
     cases = documents.QUICK if chosen.quick else documents.FULL
     documents.measure(arms, cases, report, peers=[arm.name for arm in peers])
 
@@ -81,7 +81,14 @@ def _restart(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> No
     restart.measure(scratch, chosen.disk, report)
 
 
-def _peers(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> list[CachingArm]:
+def _peers(
+    scratch: Scratch,
+    report: Report,
+    chosen: argparse.Namespace,
+    *,
+    memory_gib: float = ARENA_GIB,
+    flags: Sequence[str] = (),
+) -> list[CachingArm]:
     """LMCache's arm, or none if it is not wanted. Its transport is found once, by the time that a long hit takes."""
     if chosen.no_lmcache:
         return []
@@ -97,7 +104,12 @@ def _peers(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> list
         report.figures["LMCache, a hit of 3,500 tokens by transport, ms"] = costs
         report.progress(f"LMCache's best transport here is {chosen.transport}: {costs}")
     name = f"{PEER} ({chosen.transport})"
-    return [lmcache(scratch, name, transport=chosen.transport, memory_gib=ARENA_GIB, block_tokens=hits.BLOCK_TOKENS)]
+    return [
+        lmcache(
+            scratch, name, transport=chosen.transport, memory_gib=memory_gib, block_tokens=hits.BLOCK_TOKENS,
+            flags=flags,
+        )
+    ]  # fmt: skip
 
 
 CHATS = {"two hosts": ("a", "b"), "one host": ("a", "a")}
