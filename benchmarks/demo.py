@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ from benchmarks import timeline
 from benchmarks.model import build, dtype_flags
 from pdx import config
 from pdx.client import DaemonClient
-from pdx.launch import processes
+from pdx.launch import guard, processes
 from pdx.wire import Ask, Attach
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -86,6 +87,7 @@ class Demo:
         self._stage = 0
         self._begun = time.monotonic()
         self._shared_before = set(os.listdir("/dev/shm"))
+        self._arenas_before = mapped_arenas()
         self._traces: list[tuple[str, list[timeline.Event]]] = []
 
     def run(self) -> int:
@@ -197,7 +199,8 @@ class Demo:
             *(sys.executable, "-m", "pdx.cli", "up", str(self._model), "--hosts", "2", "--port", "0"),
             *("--arena", "512MiB", "--publish", str(fleet), *ENGINE_FLAGS, *dtype_flags()),
         ]
-        return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
+        ends_with_us = partial(guard.die_with_parent, signal.SIGTERM)
+        return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, preexec_fn=ends_with_us)
 
     def _wait_ready(self, launcher: subprocess.Popen[bytes], fleet: Path) -> None:
         started = time.monotonic()
@@ -213,13 +216,16 @@ class Demo:
 
     def _stop(self, launcher: subprocess.Popen[bytes]) -> bool:
         self._say("stopping everything")
-        session = launcher.pid
+        # Each command of the launcher has a session of its own.
+        commands = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+        sessions = {launcher.pid, *(map(int, commands.read_text().split()) if commands.exists() else ())}
         launcher.send_signal(signal.SIGINT)
         try:
             launcher.wait(60)
         except subprocess.TimeoutExpired:
             launcher.kill()
-        left, arenas = processes.of_sessions({session}), mapped_arenas()
+            launcher.wait()
+        left, arenas = processes.of_sessions(sessions), max(0, mapped_arenas() - self._arenas_before)
         files = set(os.listdir("/dev/shm")) - self._shared_before
         print(f"  {len(left)} processes left; {arenas} arenas and {len(files)} files left in shared memory; "
               f"{time.monotonic() - self._begun:.0f} s in all")  # fmt: skip

@@ -23,13 +23,14 @@ from benchmarks.harness.measure import pin_client, prompt_of, table
 from benchmarks.harness.peers import nixl_pair
 from benchmarks.harness.report import Report, options
 from benchmarks.harness.rig import counter, post, stats, unleased
-from benchmarks.model import build
+from benchmarks.model import build, element_bytes
 from benchmarks.skeleton import flip_every_page
 
 CHUNK = ("--max-num-batched-tokens", "512")  # several prompt chunks in most prompts, the same cuts in every arm
-DAEMON = {"arena": "128MiB", "digest_mode": "true", "poison": "true"}  # room for one prompt of 3,500 tokens and a half
+ARENA_MIB = 64 * element_bytes()  # room for one prompt of 3,500 tokens and a half
+DAEMON = {"arena": f"{ARENA_MIB}MiB", "digest_mode": "true", "poison": "true"}
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
-EXTENT_BYTES = 16 << 20  # an eighth of the arena: what the daemon makes of it
+EXTENT_BYTES = ARENA_MIB << 17  # an eighth of the arena: what the daemon makes of it
 AT_ONCE = 8
 CACHED_TOKENS = 600
 NEAR_TIE_NATS = 0.5  # logits of 16 to 32 have steps of 0.125 in bf16: two steps for each of two tokens

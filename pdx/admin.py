@@ -87,6 +87,10 @@ class Drained(Shape, frozen=True, kw_only=True):
     under_way: int  # requests of clients, those that wait for an engine among them
     engines: list[DrainedEngine]
 
+    def drains(self, engine_id: str) -> bool:
+        """Whether that engine is told here; without a name: the router itself."""
+        return any(e.engine_id == engine_id for e in self.engines) if engine_id else self.router
+
     def left(self, engine_id: str) -> int:
         """What has still to end; without a name: in the whole router."""
         return sum(e.in_flight for e in self.engines if e.engine_id == engine_id) if engine_id else self.under_way

@@ -99,7 +99,7 @@ class DaemonClient:
         """
         run_dir = configuration.ensure_run_dir(config.run_path)
         deadline = time.monotonic() + deadline_s
-        connection = _connect(run_dir, config, deadline, start=start, again=again)
+        connection = _connect(run_dir, config, deadline, start=start and config.start_daemon, again=again)
         try:
             connection.settimeout(max(0.1, deadline - time.monotonic()))
             connection.send(encode(hello))
@@ -309,10 +309,14 @@ def _check_lanes(config: Config, daemon: DaemonRef) -> None:
 def _warn_of_settings(config: Config) -> None:
     """They are the daemon's from its start on: what this engine's operator asks for besides is not had."""
     theirs = configuration.left_flags(config.run_path)
-    missed = [] if theirs is None else [flag for flag in configuration.flags_of(config) if flag not in theirs]
+    if theirs is None:
+        return
+    usual = configuration.flags_of(Config())
+    missed = [flag for flag in configuration.flags_of(config) if flag not in usual and flag not in theirs]
     if missed:
+        told = [flag for flag in theirs if flag not in usual]
         log.warning("the pdxd of %s was started without %s, which has no effect now (it runs with: %s)",
-                    config.run_path, " ".join(missed), " ".join(theirs or ()) or "defaults")  # fmt: skip
+                    config.run_path, " ".join(missed), " ".join(told) or "defaults")  # fmt: skip
 
 
 def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool, again: bool) -> socket.socket:

@@ -56,6 +56,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tls_cert: str = ""  # certificate of this host, for TLS 1.3 between daemons' tcp lanes; with tls_key and tls_ca
     tls_key: str = ""
     tls_ca: str = ""  # the authority of all hosts' certificates
+    start_daemon: bool = True  # an engine that finds no pdxd starts one; false: somebody else sees to that
     linger_s: float = 60.0  # pdxd exits this long after its last client
     lease_s: float = 30.0  # an engine that renews nothing for so long loses its leases (to quarantine)
     handoff_share: float = 0.9  # a prompt needing more of the arena than this is refused
@@ -77,9 +78,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         parse_size(self.arena, key="arena")
-        if self.extent:
-            parse_size(self.extent, key="extent")
+        if not 0 < 2 * self.extent_bytes <= self.arena_bytes:
+            extent = self.extent or "its default, an eighth"
+            raise ConfigError(
+                f"an arena of {self.arena!r} has no room for extents of {extent}: write sizes with their units, as in "
+                "512MiB, and an extent of at most half of the arena"
+            )
         parse_size(self.disk_cap, key="disk_cap")
+        if not (self.linger_s >= 0 and self.lease_s > 0):
+            raise ConfigError(
+                f"linger_s must be at least 0 and lease_s above it, not {self.linger_s} and {self.lease_s}"
+            )
         if not 0.05 <= self.handoff_share <= 1.0:
             raise ConfigError(f"handoff_share must be between 0.05 and 1, not {self.handoff_share}")
         if not 0.0 < self.tenant_share <= 1.0:
@@ -200,13 +209,15 @@ def load(
 
 
 def flags_of(config: Config) -> list[str]:
-    """The command line that gives a pdxd these settings, but for its run directory. (Not those of PDX_* alone.)"""
-    defaults = Config()
+    """The command line that gives a pdxd these settings, but for its run directory. (Not those of PDX_* alone.)
+
+    What is as by default is said too: the environment that it inherits may say otherwise, and has been overruled.
+    """
     values = {name: getattr(config, name) for name in FLAGS if name != "run_dir"}
     return [
         f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in values.items()
-        if value != getattr(defaults, name)
+        if value is not None
     ]
 
 
@@ -247,8 +258,11 @@ def default_run_dir(environ: Mapping[str, str]) -> str:
 
 def ensure_run_dir(path: Path) -> Path:
     """Makes the run directory 0700. Raises ConfigError if it belongs to, or is open to, somebody else."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise ConfigError(f"no run directory {path}: {error.strerror}; set PDX_RUN_DIR to one of your own") from error
     if status.st_uid != os.getuid():
         raise ConfigError(f"run directory {path} belongs to uid {status.st_uid}; set PDX_RUN_DIR to one of your own")
     if stat.S_IMODE(status.st_mode) & 0o077:

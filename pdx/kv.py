@@ -10,6 +10,7 @@ Nothing here starts a daemon. One thread for each client.
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -169,13 +170,15 @@ def post(url: str, body: bytes | None, headers: dict[str, str] | None = None) ->
     if not url.startswith(("http://", "https://")):
         raise Refused(f"{url} is not an http url")
     given = {"Content-Type": "application/json", **(headers or {})}
-    request = urllib.request.Request(url, data=body, headers=given)  # noqa: S310 - its scheme was checked
     try:
+        request = urllib.request.Request(url, data=body, headers=given)  # noqa: S310 - its scheme was checked
         with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:  # noqa: S310
             raw: bytes = answer.read(ANSWER_BYTES_MAX)
             return raw
     except urllib.error.HTTPError as error:
         with error:
             raise Refused(admin.reason_in(error.read(ERROR_BYTES_MAX)) or f"{url}: HTTP {error.code}") from error
-    except OSError as error:
-        raise DaemonGone(f"{url} does not answer: {error}") from error
+    except (http.client.InvalidURL, ValueError) as error:
+        raise Refused(f"{url} is not an http url: {error}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DaemonGone(f"{url} does not answer as an admin port does: {error!r}") from error

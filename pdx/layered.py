@@ -80,7 +80,8 @@ def checked(kind: type[msgspec.Struct], values: Mapping[str, Any], *, source: st
             raise ConfigError(f"{source}: unknown key {key!r}{nearest(str(key), types, known='keys')}")
         wanted = bare(types[key])
         if get_origin(wanted) is Literal and value not in get_args(wanted):
-            raise ConfigError(f"{source}: {key} is one of {', '.join(get_args(wanted))}, not {value!r}")
+            hint = ": YAML reads on and off as true and false, so write it in quotes" if isinstance(value, bool) else ""
+            raise ConfigError(f"{source}: {key} is one of {', '.join(get_args(wanted))}, not {value!r}{hint}")
     return dict(values)
 
 
@@ -96,7 +97,11 @@ def read_yaml(path: str) -> dict[str, Any]:
         import yaml
 
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.MarkedYAMLError as error:  # without the line itself, which may have a key in it
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path}: {where}{error.problem or error.context}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of settings")

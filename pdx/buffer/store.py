@@ -193,6 +193,11 @@ class Store:
                     self._drop(slot)
         return found
 
+    def hide(self, claim: Claim, which: Selection) -> None:
+        """No lookup will find these of the claim's fresh blocks."""
+        for slot in claim.fresh_slots:
+            slot.keys = tuple(None if key is None or which.takes(key, age_s=0.0) else key for key in slot.keys)
+
     def evict(self, slots: Iterable[Slot]) -> None:
         """Makes room before a claim asks for it. Slots that are not idle stay."""
         before = self.evicted_blocks

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pdx import config
-from pdx.errors import PdxError
+from pdx.errors import PdxError, Refused
 
 if TYPE_CHECKING:
     from pdx.admin import Drained
@@ -54,6 +54,8 @@ def _drain(options: argparse.Namespace) -> int:
     from pdx.admin import DrainRequest
     from pdx.kv import bearer
 
+    if (options.undo or options.wait_secs) and not (options.engine or options.all):
+        raise Refused("say whom: an engine's id, or --all for the router itself")
     headers = bearer(config.admin_token(config.load({"key_file": options.key_file})))
     if not options.engine and not options.all:
         print(_words(_asked(options.router, "drain", None, headers)))
@@ -64,6 +66,10 @@ def _drain(options: argparse.Namespace) -> int:
     while not options.undo and report.left(options.engine) and time.monotonic() < ends_at:
         time.sleep(LOOK_S)
         report = _asked(options.router, "drain", None, headers)
+        if not report.drains(options.engine):
+            what = f"engine {options.engine}" if options.engine else "the router"
+            print(f"pdx drain: {what} is drained no more: that was undone, or it has left", file=sys.stderr)
+            return 1
     print(_words(report))
     return 1 if options.wait_secs and not options.undo and report.left(options.engine) else 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from msgspec import to_builtins
@@ -128,15 +128,18 @@ class Handoffs:
         self._grips.renew(handoff_ids, now)
         self._sending.renewed(handoff_ids, now)
 
-    def weights_changed(self, engine: Engine, epoch: str, now: float) -> None:
-        """From now on the engine's blocks have other names. What it had begun with the weights of before ends."""
+    def weights_changed(self, engine: Engine, epoch: str, now: float, others: Iterable[Engine] = ()) -> None:
+        """From now on the engine's blocks have other names. What it had begun with the weights of before ends.
+
+        `others`: those that are attached too.
+        """
         engine_id = engine.info.engine_id
         self._desk.ports.counters["weight_changes"] += 1
         self._end_handoffs(engine_id, "engine's weights have changed", now)
         for grip in self._grips.of_engine(engine_id):
             self._desk.store.revoke(grip.lease)  # it has let go, or its workers will with their next step
         engine.info = engine.info.at(epoch)
-        self.spaces.met(engine)
+        self.spaces.met(engine, others)
 
     def reset(self, engine: Engine, epoch: str, now: float) -> None:
         """Clears the engine's blocks of this epoch, and so everybody's whose blocks can stand for them."""
@@ -252,7 +255,13 @@ class Handoffs:
 
     def steer(self, what: Steer, now: float) -> Result:
         """A verb of an operator. Raises Refused, changing nothing."""
-        return self._steering.steer(what, now, room=not self._waiting)
+        result = self._steering.steer(what, now, room=not self._waiting)
+        if isinstance(what, Clear) and not what.dry_run and what.tier != "disk":
+            which = self._steering.selection(what)
+            for record in self._waiting:  # they have no slots yet, and the bytes that come may be older than this
+                if isinstance(record, Incoming):
+                    record.unfound.append(which)
+        return result
 
     def kept(self, now: float) -> dict[str, Any]:
         """Pins, the tier below, what loading costs, and lanes, for people and metrics."""

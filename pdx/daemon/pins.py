@@ -87,7 +87,7 @@ class Pins:
 
     def end_cleared(self) -> int:
         """Ends the pins of which lookups find nothing any more. How many there were."""
-        cleared = [key for key, pin in self._pins.items() if not any(_may_be_found(slot) for slot in pin.lease.slots)]
+        cleared = [key for key, pin in self._pins.items() if not self._found_of(pin)]
         for key in cleared:
             self._end(key)
         return len(cleared)
@@ -113,14 +113,27 @@ class Pins:
             )
 
     def _described(self, pin: _Pin, now: float) -> Pinned:
-        slots = {slot.run.offset: slot for slot in pin.lease.slots}
-        states = [slots[place.slot_offset].state for place in pin.places]
+        states = [slot.state for slot in self._found_of(pin)]
         coming = states.count(SlotState.FILLING)
         return Pinned(
             name=pin.name, blocks=states.count(SlotState.READY) + coming, coming_blocks=coming,
             size_bytes=_size_bytes(pin.lease.slots), ttl_s=max(0.0, pin.lease.expires_at - now),
             used_bytes=self.used_bytes, budget_bytes=self.budget_bytes,
         )  # fmt: skip
+
+    def _found_of(self, pin: _Pin) -> list[Slot]:
+        """Of each of its blocks that lookups find, or will find, the slot."""
+        slots = {slot.run.offset: slot for slot in pin.lease.slots}
+        places = [(slots[place.slot_offset], place.position) for place in pin.places]
+        return [slot for slot, position in places if self._may_be_found(slot, position)]
+
+    def _may_be_found(self, slot: Slot, position: int) -> bool:
+        key = slot.keys[position]
+        if key is None:
+            return False
+        if slot.state is SlotState.FILLING:
+            return True
+        return self._desk.store.index.find(key[0], [key[1]])[0] == (slot, position)
 
     def _end(self, key: PinKey) -> None:
         pin = self._pins.pop(key)
@@ -130,7 +143,3 @@ class Pins:
 
 def _size_bytes(slots: Iterable[Slot]) -> int:
     return sum(slot.size_bytes for slot in set(slots))
-
-
-def _may_be_found(slot: Slot) -> bool:
-    return slot.indexed > 0 or (slot.state is SlotState.FILLING and any(slot.keys))

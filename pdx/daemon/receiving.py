@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, Owner
+from pdx.buffer.selection import Selection
 from pdx.daemon.grips import Grips
 from pdx.daemon.lanes import Lanes
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
@@ -44,6 +45,7 @@ class Incoming:
     own_claim: Claim | None = None
     wire: Lease | None = None  # holds the slots while puts may write them, and until the engine came or won't
     window: int = 0
+    unfound: list[Selection] = field(default_factory=list)  # cleared while it waited for room: no lookup finds them
 
     @property
     def claim(self) -> Claim | None:
@@ -127,6 +129,8 @@ class ReceivingHalves:
         if claim is None:
             return False
         record.own_claim, record.wire = claim, claim.lease
+        for which in record.unfound:
+            self._desk.store.hide(claim, which)
         try:
             window = self._open_window(record, claim)
         except ValueError as error:  # more pieces than the lane can grant

@@ -254,7 +254,7 @@ class Service:
                     engine.tokens_per_s = message.tokens_per_s or engine.tokens_per_s
                 self._handoffs.renew(message.handoff_ids, now)
             case WeightEpoch() if engine is not None and engine.scheduler is session:
-                self._handoffs.weights_changed(engine, message.epoch, now)
+                self._handoffs.weights_changed(engine, message.epoch, now, self._sessions.engines.values())
                 self._announcer.changed()
             case Reset() if engine is not None and engine.scheduler is session:
                 self._handoffs.reset(engine, message.epoch, now)
@@ -332,7 +332,8 @@ class Service:
         )
         if session.kind == "worker":
             self._store.arena.set_fence(session.fence_offset, 0)
-            self._handoffs.spaces.met(self._sessions.engines[session.engine_id])
+            engines = self._sessions.engines
+            self._handoffs.spaces.met(engines[session.engine_id], engines.values())
         self._connections[connection.fileno()] = session
         try:
             Door.answer(connection, attached, self._store.arena.fd if session.kind == "worker" else None)

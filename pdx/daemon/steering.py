@@ -48,16 +48,20 @@ class Steering:
         block_tokens = self._spaces.get(what.space).content.block_tokens
         return self._prefixes.leading(what.space + what.tenant, what.block_hashes, block_tokens=block_tokens)
 
-    def _clear(self, what: Clear, now: float) -> Cleared:
+    def selection(self, what: Clear) -> Selection:
+        """Raises Refused."""
         if what.block_hashes is not None and (what.tenant is None or what.spaces is None):
             raise Refused("a prompt's blocks have a tenant and a space: name them")
         spaces = what.spaces if what.model is None else [*(what.spaces or ()), *self._spaces.of_model(what.model)]
-        which = Selection(
+        return Selection(
             spaces=None if spaces is None else frozenset(spaces),
             tenant=what.tenant,
             block_hashes=None if what.block_hashes is None else frozenset(what.block_hashes),
             older_s=what.older_s,
         )
+
+    def _clear(self, what: Clear, now: float) -> Cleared:
+        which = self.selection(what)
         store, tiering = self._desk.store, self._tiering
         arena, disk = TierCleared(), TierCleared()
         if what.tier != "disk":

@@ -122,7 +122,7 @@ class Tiering:
 
     def survey(self, which: Selection) -> TierCleared:
         """What `clear` would take now. Raises Refused if this tier can't tell what it has."""
-        return _counted(self._sweeper().survey(which))
+        return _counted(self._sweeper().survey(which), len(self._spoilt))
 
     def clear(self, which: Selection) -> TierCleared:
         """No lookup finds these blocks below any more, nor those that are being written or wait for it."""
@@ -131,7 +131,7 @@ class Tiering:
             if which.takes(key, age_s=0.0):
                 self._spill.gone(key)
         self._spoilt.update(key for key in self._spill.writing if which.takes(key, age_s=0.0))
-        return _counted(sweeper.sweep(which))
+        return _counted(sweeper.sweep(which), len(self._spoilt))
 
     def stats(self) -> dict[str, Any]:
         """Numbers for people and metrics; values are plain data."""
@@ -338,5 +338,6 @@ class Tiering:
         self._lost += self._tier.contains(left).count(False)
 
 
-def _counted(swept: Swept) -> TierCleared:
-    return TierCleared(blocks=swept.blocks, size_bytes=swept.size_bytes, leaving=swept.leaving)
+def _counted(swept: Swept, spoilt: int) -> TierCleared:
+    """`spoilt`: what is being written, to be deleted then."""
+    return TierCleared(blocks=swept.blocks, size_bytes=swept.size_bytes, leaving=swept.leaving + spoilt)

@@ -91,7 +91,11 @@ def design(wish: Wish, ground: Ground) -> Fleet:
             port=ground.ports[index],
             cpus=cpus[index],
             gpus=gpus[index],
-            settings={**wish.settings, "run_dir": str(daemons[0 if role == "prefill" else -1].run_dir)},
+            settings={
+                **wish.settings,
+                "run_dir": str(daemons[0 if role == "prefill" else -1].run_dir),
+                "start_daemon": False,  # of one that an engine has started nobody here would know
+            },
             flags=(*_memory_flags(wish.flags, gpus=len(ground.gpus), engines=len(roles)), *wish.flags),
         )
         for index, role in enumerate(roles)

@@ -25,14 +25,18 @@ FOREVER_S = 3600.0  # a look at the command once an hour costs nothing
 def main(argv: list[str]) -> int:
     parent_pid, grace_s, cpus, command = int(argv[0]), float(argv[1]), argv[2], argv[3:]
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
-    _die_with_parent(signal.SIGTERM)
+    die_with_parent(signal.SIGTERM)
     if os.getppid() != parent_pid:  # it died before the line above
         return EXIT_CANNOT_START
     if cpus:
         os.sched_setaffinity(0, parse_cpus(cpus))
 
+    guard_pid = os.getpid()
+
     def in_child() -> None:
-        _die_with_parent(signal.SIGKILL)
+        die_with_parent(signal.SIGKILL)
+        if os.getppid() != guard_pid:  # it died before the line above
+            os._exit(EXIT_CANNOT_START)
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
     try:
@@ -78,7 +82,7 @@ def _signal_group(group: int, number: int) -> None:
         return
 
 
-def _die_with_parent(number: int) -> None:
+def die_with_parent(number: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 

@@ -6,6 +6,7 @@ What it starts is in engine.py, how it ends in supervise.py. The engines find or
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pdx.launch import engine
 from pdx.launch.engine import EngineSpec
 from pdx.launch.guard import parse_cpus
 from pdx.launch.ports import answers, free_ports
-from pdx.launch.publish import publish
+from pdx.launch.publish import check_place, publish
 from pdx.launch.supervise import Interrupted, Supervisor
 
 READY_S = 600.0  # a large model's weights from a slow disk; --ready-timeout-s for more
@@ -35,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     """Serves until a signal (exit status 0) or until an engine dies (1). 2: the command line can't work."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
+        absent = (parse_cpus(options.cpus) if options.cpus else set()) - os.sched_getaffinity(0)
+        if absent:
+            raise ConfigError(f"--cpus: there is no core {min(absent)} here, or this process may not use it")
         specs = plan(options, ports=_ports(options))
     except PdxError as error:
         print(f"pdx serve: {error}", file=sys.stderr)
@@ -57,6 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parse_cpus(options.cpus)
         except ValueError as error:
             raise ConfigError(f"--cpus: {options.cpus!r} is not a list of cores; write e.g. 0-3,6") from error
+    check_place(options.publish)
     options.router = ",".join(options.router) if options.router else None
     options.settings = {
         name: getattr(options, name) for name in (*SETTINGS, "router") if getattr(options, name) is not None

@@ -10,6 +10,7 @@ Use from the main thread only (it installs signal handlers).
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import selectors
 import signal
@@ -29,6 +30,8 @@ from pdx.launch import guard, processes
 GRACE_S = 20.0  # a vLLM server that is told to stop ends its engine process in 5-10 s
 PROBE_EVERY_S = 0.5
 PROGRESS_EVERY_S = 10.0
+NOTE_EVERY_S = 1.0
+KILL_ROUNDS_MAX = 5  # one process may have started another just then
 LAST_LINES = 25  # enough for a Python traceback's end
 PIPE_READ_BYTES = 65536  # one full pipe
 LINE_BYTES_MAX = 64 * 1024  # a longer line is cut: a child can't make us grow
@@ -139,6 +142,7 @@ class Supervisor:
         """Until every probe has answered True once. Raises ChildDied, NotReady or Interrupted."""
         started = time.monotonic()
         next_progress = started + PROGRESS_EVERY_S
+        next_note = started
         waiting = dict(probes)
         while True:
             waiting = {name: probe for name, probe in waiting.items() if not probe()}
@@ -152,6 +156,9 @@ class Supervisor:
             if now >= next_progress:
                 next_progress = now + PROGRESS_EVERY_S
                 self.say(f"waiting for {names} ({now - started:.0f} s)")
+            if now >= next_note:  # who dies while it starts can't be asked any more
+                next_note = now + NOTE_EVERY_S
+                self._note_shared()
             self._watch(now + PROBE_EVERY_S)
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -171,7 +178,8 @@ class Supervisor:
         deadline = time.monotonic() + self._grace_s + 1.0
         while self._alive() and not self._signalled and (left_s := deadline - time.monotonic()) > 0:
             self._turn(left_s)
-        processes.kill(processes.of_sessions(sessions))
+        self._note_shared()
+        self._kill_all(sessions)
         for child in self._children:
             child.process.wait()
             self._forget(child)
@@ -181,12 +189,21 @@ class Supervisor:
         return self.stopped
 
     def bury(self, name: str) -> None:
-        """Forgets a command that has died, so that waiting for the others can go on."""
+        """Forgets a command that has died, with what it has left running, so that waiting for the others can go on."""
         for child in [child for child in self._children if child.name == name]:
+            self._kill_all({child.process.pid})
             child.process.wait()
             self._forget(child)
             self._children.remove(child)
         processes.unlink_unused(self._shared)
+
+    def _kill_all(self, sessions: set[int]) -> None:
+        """Whom one of them has started meanwhile too."""
+        for _ in range(KILL_ROUNDS_MAX):
+            left = processes.of_sessions(sessions)
+            if not left:
+                return
+            processes.kill(left)
 
     def session_of(self, name: str) -> int:
         """The session that all processes of a command belong to."""
@@ -194,7 +211,11 @@ class Supervisor:
 
     def say(self, line: str) -> None:
         """One line of the supervisor's own."""
-        print(f"pdx: {line}", file=self._out, flush=True)
+        self._print(f"pdx: {line}")
+
+    def _print(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads any more
+            print(line, file=self._out, flush=True)
 
     def _watch(self, deadline: float | None) -> None:
         while True:
@@ -249,13 +270,19 @@ class Supervisor:
 
     def _log(self, child: Child, line: bytes) -> None:
         if child.log:
-            child.log.write(line + b"\n")
-            child.log.flush()
+            try:
+                child.log.write(line + b"\n")
+                child.log.flush()
+            except OSError as error:  # a full disk: the engines serve on
+                with contextlib.suppress(OSError):
+                    child.log.close()
+                child.log = None
+                self.say(f"the log of {child.name} ends here: {error.strerror or error}")
         text = line.decode("utf-8", "replace").rstrip("\r")
         child.last_lines.append(text)
         if self._echo:
             prefix = f"\x1b[{child.colour}m{child.name}\x1b[0m" if self._out.isatty() else child.name
-            print(f"{prefix} | {text}", file=self._out, flush=True)
+            self._print(f"{prefix} | {text}")
 
     def _tail_of(self, name: str) -> str:
         lines = next((child.last_lines for child in self._children if child.name == name), ())
@@ -283,7 +310,8 @@ class Supervisor:
         child.process.stdout.close()
         os.close(child.pidfd)
         if child.log:
-            child.log.close()
+            with contextlib.suppress(OSError):
+                child.log.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

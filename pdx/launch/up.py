@@ -20,7 +20,7 @@ from pdx.launch.engine import EngineSpec
 from pdx.launch.fleet import DaemonSpec, Fleet, Ground, Wish, design
 from pdx.launch.gpus import visible_gpus
 from pdx.launch.ports import answers, free_ports
-from pdx.launch.publish import publish
+from pdx.launch.publish import check_place, publish
 from pdx.launch.supervise import ChildDied, Interrupted, Supervisor
 
 READY_S = 600.0
@@ -63,6 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options, flags = parser.parse_known_args(rest)
     if options.prefill < 0 or options.decode < 1:
         raise ConfigError("at least one decode engine is needed: --decode 1")
+    check_place(options.publish)
     settings = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     config.load(settings)
     options.wish = Wish(

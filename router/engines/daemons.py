@@ -18,7 +18,7 @@ from pdx.verbs import Result, SpaceInfo, Spaces, Steer
 from pdx.wire import Answer, Ask, DaemonRef
 
 ASK_S = 5.0  # they answer in milliseconds
-OPEN_MAX = 64  # questions to one daemon in one request: kinds of blocks of one model
+OPEN_MAX = 64  # questions to one daemon at once: kinds of blocks of one model
 
 
 class Daemons:
@@ -30,12 +30,13 @@ class Daemons:
 
     async def asked(self, question: Ask) -> list[DaemonReport]:
         """The same of all, whose answers are numbers."""
-        refs = self._directory.daemons()
+        silent, refs = self._silent(), self._directory.daemons()
         answers = await asyncio.gather(*(self._ask(ref, question) for ref in refs))
-        return [
+        heard = [
             DaemonReport(daemon=ref.daemon_id, body=answer.body, error=answer.error)
             for ref, answer in zip(refs, answers, strict=True)
         ]
+        return [*heard, *silent]
 
     async def spaces(self) -> tuple[dict[str, list[SpaceInfo]], list[DaemonReport]]:
         """What each daemon has met, and reports of those that did not say."""
@@ -53,13 +54,22 @@ class Daemons:
 
     async def steered_alike(self, verb: Steer) -> list[DaemonReport]:
         """The same of all."""
-        return await self.steered({ref.daemon_id: [verb] for ref in self._directory.daemons()})
+        silent = self._silent()
+        asked = await self.steered({ref.daemon_id: [verb] for ref in self._directory.daemons()})
+        return [*asked, *silent]
+
+    def _silent(self) -> list[DaemonReport]:
+        """They may be back, with all that they keep."""
+        error = "this daemon has fallen silent, and was not asked"
+        return [DaemonReport(daemon=daemon, error=error) for daemon in self._directory.silent_daemons()]
 
     async def _steer(self, daemon: str, verbs: Sequence[Steer]) -> DaemonReport:
         ref = next((ref for ref in self._directory.daemons() if ref.daemon_id == daemon), None)
         if ref is None:
             return DaemonReport(daemon=daemon, error="this daemon has left")
-        answers = await asyncio.gather(*(self._ask(ref, Ask(verb=verb)) for verb in verbs[:OPEN_MAX]))
+        answers: list[Answer] = []
+        for at in range(0, len(verbs), OPEN_MAX):
+            answers += await asyncio.gather(*(self._ask(ref, Ask(verb=verb)) for verb in verbs[at : at + OPEN_MAX]))
         results = [msgspec.convert(answer.body, Result) for answer in answers if not answer.error]
         return DaemonReport(daemon=daemon, results=results, error=next((a.error for a in answers if a.error), ""))
 

@@ -10,6 +10,7 @@ One thread: the event loop's.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -25,6 +26,8 @@ HEALTH_JOINING_S = 0.5
 HEALTH_STEADY_S = 5.0
 # A busy API server may miss one poll; a refused connection is reported as `unreachable` and counts at once.
 HEALTH_FAILURES_MAX = 2
+SILENT_DAEMON_S = 600.0  # for so long it is told that nobody hears one that has not said goodbye
+SILENT_DAEMONS_MAX = 1024
 ENGINES_MAX = 4096  # of a whole fleet; protects the router's memory against a daemon gone mad
 
 _log = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ class Directory:
 
     def __init__(self) -> None:
         self._daemons: dict[str, _Daemon] = {}
+        self._silent: OrderedDict[str, float] = OrderedDict()  # daemon id -> heard last, oldest first
         self._engines: dict[str, _Engine] = {}
         self._seen: Snapshot | None = None  # until something changes
 
@@ -94,6 +98,7 @@ class Directory:
         """Takes in what a daemon serves; returns warnings for its operator."""
         self._seen = None
         ref = announce.daemon
+        self._silent.pop(ref.daemon_id, None)
         if announce.leaving:
             self._daemons.pop(ref.daemon_id, None)
             self._orphan(ref.daemon_id)
@@ -168,8 +173,12 @@ class Directory:
         silent = [d.ref.daemon_id for d in self._daemons.values() if now - d.heard_at > DAEMON_SILENT_S]
         for daemon_id in silent:
             _log.warning("daemon %s has been silent for %.1f s", daemon_id, DAEMON_SILENT_S)
-            del self._daemons[daemon_id]
+            self._silent[daemon_id] = self._daemons.pop(daemon_id).heard_at
             self._orphan(daemon_id)
+        while self._silent and (
+            len(self._silent) > SILENT_DAEMONS_MAX or now - next(iter(self._silent.values())) > SILENT_DAEMON_S
+        ):
+            self._silent.popitem(last=False)
         for engine_id, engine in list(self._engines.items()):
             named = engine.daemon is NOBODY  # and may get ready as long as it says what it serves
             if not engine.pairable and (now - engine.heard_at > ORPHAN_S or not (engine.ready or named)):
@@ -197,6 +206,10 @@ class Directory:
     def daemons(self) -> list[DaemonRef]:
         """Those that are alive."""
         return [daemon.ref for daemon in self._daemons.values()]
+
+    def silent_daemons(self) -> list[str]:
+        """Those that nobody hears, that have not said goodbye, and whose engines no other has taken over."""
+        return list(self._silent)
 
     def known_daemons(self) -> list[KnownDaemon]:
         """The same, with when each was heard last."""
@@ -243,6 +256,8 @@ class Directory:
         # The same engine, heard again: perhaps with other weights, or through a new incarnation of its daemon.
         if known.info.content != info.content:
             known.space = space_of(info.content, info.layout)
+        if not _same_daemon(known.daemon, ref):
+            self._silent.pop(known.daemon.daemon_id, None)  # its place is taken: it has ended
         known.info, known.daemon, known.heard_at, known.pairable = info, ref, now, True
 
     def _links_of(self, ref: DaemonRef) -> dict[str, float]:

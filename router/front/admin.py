@@ -25,7 +25,17 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from pdx import admin
-from pdx.admin import BlockNames, ClearRequest, ForPrompt, LookupRequest, PinRequest, Prompt, Report, UnpinRequest
+from pdx.admin import (
+    BlockNames,
+    ClearRequest,
+    DaemonReport,
+    ForPrompt,
+    LookupRequest,
+    PinRequest,
+    Prompt,
+    Report,
+    UnpinRequest,
+)
 from pdx.config import is_loopback
 from pdx.errors import Refused
 from pdx.router.engines.daemons import Daemons
@@ -103,8 +113,8 @@ class Admin:
         if request.given:
             return await self._of_prompt(request, partial(admin.prompt_clears, request), attached=False)
         if request.model:
-            infos, _ = await self._daemons.spaces()
-            admin.chosen(request.model, _all(infos))
+            infos, silent = await self._daemons.spaces()
+            _chosen(request.model, infos, silent, attached=False)
         return _reported(Report(daemons=await self._daemons.steered_alike(admin.clear(request)), model=request.model))
 
     async def _question(self, client: web.Request) -> web.StreamResponse:
@@ -122,15 +132,20 @@ class Admin:
         infos, silent = await self._daemons.spaces()
         if silent and not infos:
             return _reported(Report(daemons=silent))
-        meant = admin.chosen(request.model, _all(infos), attached=attached)
+        meant = _chosen(request.model, infos, silent, attached=attached)
         model, tokens = meant[0].content.model, await self._tokens(request, meant)
         names = BlockNames(tokens, request.cache_salt or "")
         # A million tokens are half a second of hashing: not on the loop that streams answers.
-        asked = {
-            daemon: await asyncio.to_thread(verbs, chosen, names)
-            for daemon, each in infos.items()
-            if (chosen := [info for info in each if info.content.model == model and (info.attached or not attached)])
-        }
+        if attached:
+            asked = {
+                daemon: await asyncio.to_thread(verbs, chosen, names)
+                for daemon, each in infos.items()
+                if (chosen := [info for info in each if info.content.model == model and info.attached])
+            }
+        else:  # all of them: a disk may have blocks of engines that this life of its daemon has not met
+            kinds = list({(info.content, info.layout): info for info in meant}.values())
+            everything = await asyncio.to_thread(verbs, kinds, names)
+            asked = dict.fromkeys(infos, everything)
         reports = [*await self._daemons.steered(asked), *silent]
         return _reported(Report(daemons=reports, model=model, prompt_tokens=len(tokens)))
 
@@ -147,18 +162,37 @@ class Admin:
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").encode()
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
         if (
             self._token
             and request.path != DASHBOARD
             and not hmac.compare_digest(given, f"Bearer {self._token}".encode())
         ):
             return _error(401, "this port wants the token of the cluster key")
-        if not self._token and not is_loopback(urlsplit(f"//{request.host}").hostname or ""):
+        if not self._token and not is_loopback(_host_of(request)):
             return _error(403, "this port is for names of the loopback only")
         if request.method == "POST" and request.content_type != "application/json":
             return _error(415, "send JSON, and say so")
         return await handler(request)
+
+
+def _chosen(
+    model: str, infos: dict[str, list[SpaceInfo]], silent: Sequence[DaemonReport], *, attached: bool
+) -> list[SpaceInfo]:
+    try:
+        return admin.chosen(model, _all(infos), attached=attached)
+    except Refused as error:
+        if not silent:
+            raise
+        raise Refused(f"{error}; {len(silent)} daemons have not said what they have") from error
+
+
+def _host_of(request: web.Request) -> str:
+    """As the client calls us, without the port; empty if that is no name."""
+    try:
+        return urlsplit(f"//{request.host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _all(infos: dict[str, list[SpaceInfo]]) -> list[SpaceInfo]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import uvloop
+import zmq
 
 from pdx.errors import ConfigError
 from pdx.router.engines.control import ControlSocket
@@ -61,15 +62,14 @@ class Workers:
         """Starts them and waits until all have ended. Exit status: theirs, if it was not asked for."""
         for number in STOPS:
             signal.signal(number, self._stop)
-        endpoint = self._start_hub()
-        self._options = msgspec.structs.replace(self._options, control=endpoint)
-        for worker in range(self._count) if endpoint else ():
-            self._start_worker(worker)
+        self._start_hub()
         status = 0
         while self._pids:
             pid, ended = os.wait()
             who = self._pids.pop(pid, None)
             if who is None or self._stopping:
+                if self._stopping and list(self._pids.values()) == [HUB]:
+                    self._pass_on(signal.SIGTERM)  # nobody has anything to say to daemons any more
                 continue
             if os.waitstatus_to_exitcode(ended) == 2 or not self._may_restart():
                 status = status or os.waitstatus_to_exitcode(ended) or 1
@@ -83,19 +83,23 @@ class Workers:
         return max(status, 0) or (1 if status else 0)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """A second signal is passed on like the first."""
-        self._stopping = True
-        for pid in self._pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+        """A second signal is passed on like the first. The hub goes on for the workers, as long as they drain."""
+        again, self._stopping = self._stopping, True
+        self._pass_on(number, to_hub=again or HUB not in self._pids.values() or len(self._pids) == 1)
+
+    def _pass_on(self, number: int, *, to_hub: bool = True) -> None:
+        for pid, who in self._pids.items():
+            if who != HUB or to_hub:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def _may_restart(self) -> bool:
         now = time.monotonic()
         self._restarts = [at for at in self._restarts if now - at < RESTARTS_S] + [now]
         return len(self._restarts) <= RESTARTS_MAX
 
-    def _start_hub(self) -> str:
-        """Returns where daemons are to connect, once it listens; nothing if it has ended before."""
+    def _start_hub(self) -> None:
+        """And the workers, as soon as one has said where daemons are to connect."""
         reader, writer = os.pipe()
         with suppress(FileNotFoundError):
             self._places.metrics.unlink()
@@ -107,7 +111,11 @@ class Workers:
         self._fork(HUB, hub)
         os.close(writer)
         with os.fdopen(reader) as said:
-            return said.read()
+            endpoint = said.read()
+        if endpoint and not self._lives:
+            self._options = msgspec.structs.replace(self._options, control=endpoint)
+            for worker in range(self._count):
+                self._start_worker(worker)
 
     def _start_worker(self, worker: int) -> None:
         self._lives += 1
@@ -172,7 +180,10 @@ async def _serve_hub(options: Options, places: Places, *, ready: int, life: int)
     async with AsyncExitStack() as stack:
         control = ControlSocket(options.control, cluster_key=options.settings.cluster_key, metrics=metrics)
         stack.callback(control.close)
-        hub = Hub(control, places, metrics)
+        try:
+            hub = Hub(control, places, metrics)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"no socket in {places.folder}: {error}; TMPDIR may be too long a name") from error
         stack.callback(hub.close)
         added = AddedUp(places, metrics)
         await serve_text(stack, places.metrics, added.text)

@@ -117,6 +117,10 @@ def test_a_daemon_that_does_not_answer_is_told_beside_those_that_do(cluster: Clu
     answers = {each.daemon: each for each in report.daemons}
     assert answers[first.daemon.ref.daemon_id].results
     assert "did not answer within 5 s" in answers[second.daemon.ref.daemon_id].error
+    # By now it is one that the router has not heard for long: it is told all the same, in every report.
+    for again in (cluster.client.clear(ClearRequest(everything=True)), cluster.client.ask("stats")):
+        errors = {each.daemon: each.error for each in again.daemons}
+        assert "fallen silent" in errors[second.daemon.ref.daemon_id]
     assert len(report.errors) == 1
     assert first.look_up(block_hashes(first.info.content, TOKENS)) == 0
 

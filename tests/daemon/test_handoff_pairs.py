@@ -13,6 +13,7 @@ from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, Prompt, fleet_
 from pdx.errors import PeerGone, WireError
 from pdx.transport.handshake import greet_as_connector
 from pdx.transport.sockets import parse_endpoint
+from pdx.verbs import Clear
 from pdx.wire import Ask, DaemonRef, LaneOffer, LoadEnded, Renew, SendEnded, SendOpened
 
 DAEMON_OF_OTHERS = DaemonRef(
@@ -112,6 +113,22 @@ def test_a_full_arena_makes_them_wait_in_order(tmp_path: Path) -> None:
         prefill.let_go(second.handoff_id, "send")
         assert decode.load(prompts[1], handles[1]) == 90
         daemon.wait_unleased()
+
+
+def test_what_is_cleared_while_it_waits_for_room_is_handed_over_and_found_by_nobody(tmp_path: Path) -> None:
+    with fleet_in(tmp_path) as fleet:
+        here, there = fleet.daemon(), fleet.daemon()
+        prefill, decode = fleet.engine(here, "P"), fleet.engine(there, "D")
+        large, small = prompt_of(16 * 120, seed=1), prompt_of(16 * 60, seed=2)
+        held = decode.open_keep(large.hashes)
+        handle = fleet.handle(prefill, decode)
+        prefill.prefill(small, handle)
+        until(lambda: there.stats()["reservations_waiting"] == 1, "decode's host has no room")
+        assert not there.tool.ask(Ask(verb=Clear())).error
+        decode.let_go(held.handoff_id, "send", ok=False)
+        assert decode.load(small, handle) == 60, "who waits for it gets it"
+        there.wait_unleased()
+        assert decode.look_up(small.hashes) == 0
 
 
 def test_a_prompt_larger_than_the_arena_is_refused_in_one_sentence(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:

@@ -112,6 +112,30 @@ def test_a_killed_guard_leaves_nothing(tmp_path: Path) -> None:
         assert processes.of_sessions({guard_pid}) == []
 
 
+def test_who_is_buried_leaves_nothing(tmp_path: Path) -> None:
+    """A guard that is killed takes only its command along, which may have started others."""
+    code = f"import subprocess, sys; subprocess.run([sys.executable, *{SLEEPER[1:]!r}])"
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
+        supervisor.start("a", [sys.executable, "-c", code])
+        supervisor.wait_ready({"a": lambda: logged(tmp_path / "a.log", "up")}, deadline_s=WAIT_S)
+        guard_pid = supervisor.session_of("a")
+        os.kill(guard_pid, signal.SIGKILL)
+        with pytest.raises(ChildDied, match="exit code -9"):
+            supervisor.wait(WAIT_S)
+        supervisor.bury("a")
+        assert processes.of_sessions({guard_pid}) == []
+
+
+def test_a_log_that_takes_nothing_more_ends_itself_only(tmp_path: Path) -> None:
+    (tmp_path / "a.log").symlink_to("/dev/full")
+    out = io.StringIO()
+    with Supervisor(out=out, log_dir=tmp_path, echo=False) as supervisor:
+        supervisor.start("a", [sys.executable, "-c", "print('one'); print('two'); input()"])
+        with pytest.raises(ChildDied, match="two"):
+            supervisor.wait(WAIT_S)
+    assert out.getvalue() == "pdx: the log of a ends here: No space left on device\n"
+
+
 def test_environment_is_added_to_ours() -> None:
     out = io.StringIO()
     with Supervisor(out=out) as supervisor:
