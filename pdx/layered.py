@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -24,10 +24,11 @@ class Source(NamedTuple):
     values: Mapping[str, Any]
 
 
-def resolve(kind: type[T], sources: Iterable[Source]) -> tuple[T, dict[str, str]]:
+def resolve(kind: type[T], sources: Iterable[Source], *, secrets: Collection[str] = ()) -> tuple[T, dict[str, str]]:
     """The settings, later sources before earlier ones, and the name of the source that each value came from.
 
-    Raises ConfigError naming source and key: of an unknown key, or a value that does not fit.
+    Raises ConfigError naming source and key: of an unknown key, or a value that does not fit. It shows that value,
+    unless the key is one of `secrets`.
     """
     values: dict[str, Any] = {}
     origins = dict.fromkeys(kind.__struct_fields__, DEFAULT)
@@ -38,7 +39,8 @@ def resolve(kind: type[T], sources: Iterable[Source]) -> tuple[T, dict[str, str]
             try:
                 values[key] = converted(value, types[key])
             except ValueError as error:
-                raise ConfigError(f"{source.name}: {key}: {error}") from error
+                shown = "its value" if key in secrets else repr(value)
+                raise ConfigError(f"{source.name}: {key}: {shown}: {error}") from None
             origins[key] = source.name
     return kind(**values), origins
 
@@ -50,14 +52,14 @@ def types_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def converted(value: Any, wanted: Any) -> Any:
-    """`value`, or the text for it, as this type. Raises ValueError in one line."""
+    """`value`, or the text for it, as this type. Raises ValueError in one line, which does not show the value."""
     if is_list(wanted) and isinstance(value, str):
         value = [item.strip() for item in value.split(",") if item.strip()]
     try:
         return msgspec.convert(value, wanted, strict=False)
     except msgspec.ValidationError as error:
         said = str(error).partition(" - at")[0]
-        raise ValueError(f"{value!r}: {said[0].lower()}{said[1:]}") from error
+        raise ValueError(f"{said[0].lower()}{said[1:]}") from error
 
 
 def is_list(wanted: Any) -> bool:

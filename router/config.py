@@ -186,7 +186,7 @@ def resolved(flags: Mapping[str, Any], *, environ: Mapping[str, str] | None = No
         Source("environment", variables),
         Source(COMMAND_LINE, given),
     ]
-    config, origins = resolve(RouterConfig, sources)
+    config, origins = resolve(RouterConfig, sources, secrets=SECRETS)
     wanted = {field: getattr(config, f"handoff_{field}") for field in ("grant_s", "slab_s", "total_s", "claim_s")}
     budgets = msgspec.structs.replace(pdx.budgets, **{k: v for k, v in wanted.items() if v is not None})
     pdx = msgspec.structs.replace(pdx, host=config.host, key_file=config.key_file, budgets=budgets)

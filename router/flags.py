@@ -132,7 +132,7 @@ def _reader(wanted: Any) -> Callable[[str], Any]:
         try:
             return converted(text, wanted)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
     return read
 

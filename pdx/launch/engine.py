@@ -39,7 +39,8 @@ class EngineSpec:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
 
 
 def command(spec: EngineSpec) -> list[str]:

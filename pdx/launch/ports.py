@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import random
 import socket
@@ -57,5 +58,7 @@ def _is_free(host: str, port: int) -> bool:
         except OSError as error:
             if isinstance(error, socket.gaierror):
                 raise ConfigError(f"{host}: {error.strerror}") from error
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ConfigError(f"{host} is no address of this machine") from error
             return False
     return True

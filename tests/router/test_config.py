@@ -171,3 +171,17 @@ def test_every_flag_of_vllm_router_is_taken_or_answered() -> None:
     theirs = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
     ours = {f"--{key.replace('_', '-')}" for key in RouterConfig.__struct_fields__} | set(sum(ALIASES.values(), ()))
     assert theirs - ours - set(ELSEWHERE) - NOT_HERE - {"--help"} <= set()
+
+
+def test_a_key_that_is_no_text_is_not_shown(tmp_path: Path) -> None:
+    file = tmp_path / "router.yaml"
+    for written in (
+        "api_key: 1234567890123456",
+        "api_key: {a: secret-1234567890123456}",
+        'api_key: "secret-1234567890123456',
+    ):
+        file.write_text(written)
+        with pytest.raises(ConfigError) as refused:
+            resolved({"config": str(file)}, environ={})
+        assert "1234567890123456" not in str(refused.value), written
+        assert "router.yaml" in str(refused.value)
