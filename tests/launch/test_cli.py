@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pdx import __version__, cli
-from pdx.commands import bench, kv
+from pdx.commands import bench, drain, kv
 from pdx.launch.publish import publish
 
 
@@ -38,6 +41,40 @@ def test_kv_starts_no_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert kv.main(["stats", "--run-dir", str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.startswith("pdx kv: no daemon runs in")
     assert not (tmp_path / "absent").exists()
+
+
+@pytest.fixture
+def no_http() -> Iterator[str]:
+    """What answers as a router's control port does: with ZeroMQ's greeting."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet() -> None:
+            accepted, _ = listener.accept()
+            with accepted:
+                accepted.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f\3\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+def test_who_asks_the_wrong_port_is_told_in_one_line(no_http: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for url, said in (
+        (no_http, "does not answer as an admin port does"),
+        ("http://127.0.0.1:80o1", "is not an http url"),
+        ("http://[::1", "is not an http url"),
+    ):
+        assert kv.main(["stats", "--router", url]) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1
+
+
+def test_draining_nobody_in_particular_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--wait-secs", "1"], ["", "--wait-secs", "1"], ["--undo"]):
+        assert drain.main([*words, "--router", "http://127.0.0.1:9"]) == 2
+        assert "say whom" in capsys.readouterr().err
 
 
 def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
