@@ -134,14 +134,13 @@ class NixlFabric:
         for transfer in transfers:
             self._release(transfer)
         with self._lock:
+            self._idle.pop(peer, None)
             if not transfers:
                 self._idle[peer] = None
-                self._idle.move_to_end(peer)
-            over = [peer] if transfers else list(self._idle)[:-IDLE_PEERS_MAX]
-            for each in over:
-                self._idle.pop(each, None)
-        for each in over:
-            self._forget(each)
+                if len(self._idle) <= IDLE_PEERS_MAX:
+                    return
+                peer, _ = self._idle.popitem(last=False)
+        self._forget(peer)
 
     def close(self) -> None:
         for registration in self._registered:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import to_builtins
 
 from pdx.buffer.lease import Lease
+from pdx.buffer.selection import Selection
 from pdx.buffer.store import Store
 from pdx.daemon.costs import Costs
 from pdx.daemon.grips import Grip, Grips
@@ -72,7 +73,9 @@ class Handoffs:
         self._prefixes = Prefixes(self._desk, self._grips, self._tiering, self._costs)
         self.spaces = KnownSpaces()
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
-        self._steering = Steering(self._desk, self._prefixes, self._tiering, self._pins, self.spaces)
+        self._steering = Steering(
+            self._desk, self._prefixes, self._tiering, self._pins, self.spaces, hide_waiting=self._hide_waiting
+        )
         self._sending = SendingHalves(self._desk, self._grips, ports.lanes, self._land_here)
         self._returns = Returns(self._desk, self._sending)
         self._sharing = Sharing(self._desk, self._sending, self.spaces)
@@ -128,18 +131,15 @@ class Handoffs:
         self._grips.renew(handoff_ids, now)
         self._sending.renewed(handoff_ids, now)
 
-    def weights_changed(self, engine: Engine, epoch: str, now: float, others: Iterable[Engine] = ()) -> None:
-        """From now on the engine's blocks have other names. What it had begun with the weights of before ends.
-
-        `others`: those that are attached too.
-        """
+    def weights_changed(self, engine: Engine, epoch: str, now: float) -> None:
+        """From now on the engine's blocks have other names. What it had begun with the weights of before ends."""
         engine_id = engine.info.engine_id
         self._desk.ports.counters["weight_changes"] += 1
         self._end_handoffs(engine_id, "engine's weights have changed", now)
         for grip in self._grips.of_engine(engine_id):
             self._desk.store.revoke(grip.lease)  # it has let go, or its workers will with their next step
         engine.info = engine.info.at(epoch)
-        self.spaces.met(engine, others)
+        self.spaces.met(engine)
 
     def reset(self, engine: Engine, epoch: str, now: float) -> None:
         """Clears the engine's blocks of this epoch, and so everybody's whose blocks can stand for them."""
@@ -255,13 +255,7 @@ class Handoffs:
 
     def steer(self, what: Steer, now: float) -> Result:
         """A verb of an operator. Raises Refused, changing nothing."""
-        result = self._steering.steer(what, now, room=not self._waiting)
-        if isinstance(what, Clear) and not what.dry_run and what.tier != "disk":
-            which = self._steering.selection(what)
-            for record in self._waiting:  # they have no slots yet, and the bytes that come may be older than this
-                if isinstance(record, Incoming):
-                    record.unfound.append(which)
-        return result
+        return self._steering.steer(what, now, room=not self._waiting)
 
     def kept(self, now: float) -> dict[str, Any]:
         """Pins, the tier below, what loading costs, and lanes, for people and metrics."""
@@ -317,6 +311,12 @@ class Handoffs:
             ids = self._desk.ids(record.receiver.handle, lease_epoch=0)
             wait = Wait(**ids, ahead=self._waiting.index(record))
             self._desk.ports.to_peer(record.receiver.handle.prefill_daemon, wait)
+
+    def _hide_waiting(self, which: Selection) -> None:
+        """They have no slots yet, and the bytes that come may be older than this."""
+        for record in self._waiting:
+            if isinstance(record, Incoming):
+                record.unfound.append(which)
 
     def _end_handoffs(self, engine_id: str, why: str, now: float) -> None:
         for record in list(self._sending.records.values()):

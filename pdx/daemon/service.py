@@ -254,7 +254,8 @@ class Service:
                     engine.tokens_per_s = message.tokens_per_s or engine.tokens_per_s
                 self._handoffs.renew(message.handoff_ids, now)
             case WeightEpoch() if engine is not None and engine.scheduler is session:
-                self._handoffs.weights_changed(engine, message.epoch, now, self._sessions.engines.values())
+                self._meet_again()  # before a new kind takes the place of one that is here
+                self._handoffs.weights_changed(engine, message.epoch, now)
                 self._announcer.changed()
             case Reset() if engine is not None and engine.scheduler is session:
                 self._handoffs.reset(engine, message.epoch, now)
@@ -332,14 +333,18 @@ class Service:
         )
         if session.kind == "worker":
             self._store.arena.set_fence(session.fence_offset, 0)
-            engines = self._sessions.engines
-            self._handoffs.spaces.met(engines[session.engine_id], engines.values())
+            self._meet_again()
         self._connections[connection.fileno()] = session
         try:
             Door.answer(connection, attached, self._store.arena.fd if session.kind == "worker" else None)
         except WireError:
             self._counters["bad_frames"] += 1  # its EOF comes next
         self._announcer.changed()
+
+    def _meet_again(self) -> None:
+        """Kinds of blocks whose engines are here are not forgotten before others."""
+        for engine in self._sessions.engines.values():
+            self._handoffs.spaces.met(engine)
 
     def _turn_away(self, connection: socket.socket, reason: str) -> None:
         self._poller.unregister(connection.fileno())

@@ -34,14 +34,10 @@ class KnownSpaces:
     def __init__(self) -> None:
         self._kinds: OrderedDict[bytes, Kind] = OrderedDict()
 
-    def met(self, engine: Engine, others: Iterable[Engine] = ()) -> None:
-        """`others`: who is attached too, and is not forgotten."""
+    def met(self, engine: Engine) -> None:
+        """Those met longest ago are forgotten first."""
         if engine.pages is None:
             return
-        for other in others:
-            space = space_of(other.info.content, other.info.layout)
-            if space in self._kinds:
-                self._kinds.move_to_end(space)
         space = space_of(engine.info.content, engine.info.layout)
         self._kinds[space] = kind_of(engine)
         self._kinds.move_to_end(space)

@@ -5,6 +5,7 @@ All are idempotent: asked twice they change nothing more, and their counts say s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import assert_never
 
 from pdx.buffer.selected import Selected
@@ -22,8 +23,17 @@ class Steering:
     """Owned by the control thread."""
 
     def __init__(
-        self, desk: Desk, prefixes: Prefixes, tiering: Tiering | None, pins: Pins, spaces: KnownSpaces
+        self,
+        desk: Desk,
+        prefixes: Prefixes,
+        tiering: Tiering | None,
+        pins: Pins,
+        spaces: KnownSpaces,
+        *,
+        hide_waiting: Callable[[Selection], None],
     ) -> None:
+        """`hide_waiting`: from handoffs that wait for room in the arena, whose blocks are not there yet."""
+        self._hide_waiting = hide_waiting
         self._desk = desk
         self._prefixes = prefixes
         self._tiering = tiering
@@ -48,24 +58,22 @@ class Steering:
         block_tokens = self._spaces.get(what.space).content.block_tokens
         return self._prefixes.leading(what.space + what.tenant, what.block_hashes, block_tokens=block_tokens)
 
-    def selection(self, what: Clear) -> Selection:
-        """Raises Refused."""
+    def _clear(self, what: Clear, now: float) -> Cleared:
         if what.block_hashes is not None and (what.tenant is None or what.spaces is None):
             raise Refused("a prompt's blocks have a tenant and a space: name them")
         spaces = what.spaces if what.model is None else [*(what.spaces or ()), *self._spaces.of_model(what.model)]
-        return Selection(
+        which = Selection(
             spaces=None if spaces is None else frozenset(spaces),
             tenant=what.tenant,
             block_hashes=None if what.block_hashes is None else frozenset(what.block_hashes),
             older_s=what.older_s,
         )
-
-    def _clear(self, what: Clear, now: float) -> Cleared:
-        which = self.selection(what)
         store, tiering = self._desk.store, self._tiering
         arena, disk = TierCleared(), TierCleared()
         if what.tier != "disk":
             arena = _counted(store.survey(which, now=now) if what.dry_run else store.clear(which, now=now))
+            if not what.dry_run:
+                self._hide_waiting(which)
         if what.tier != "arena" and tiering is not None:
             disk = tiering.survey(which) if what.dry_run else tiering.clear(which)
         pins_ended = 0 if what.dry_run else self._pins.end_cleared()

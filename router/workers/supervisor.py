@@ -85,7 +85,7 @@ class Workers:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """A second signal is passed on like the first. The hub goes on for the workers, as long as they drain."""
         again, self._stopping = self._stopping, True
-        self._pass_on(number, to_hub=again or HUB not in self._pids.values() or len(self._pids) == 1)
+        self._pass_on(number, to_hub=again or len(self._pids) == 1)
 
     def _pass_on(self, number: int, *, to_hub: bool = True) -> None:
         for pid, who in self._pids.items():
