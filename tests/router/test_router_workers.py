@@ -25,6 +25,7 @@ from pdx.router.metrics import Metrics
 from pdx.router.workers.merging import Totals, added
 from pdx.router.workers.texts import read_text, serve_text
 
+REACHED_S = 20.0  # metrics are added up every second
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 
 
@@ -91,7 +92,9 @@ async def metric(url: str, line: str) -> float:
 
 
 async def reaches(url: str, line: str, value: float) -> None:
-    while await metric(url, line) != value:  # noqa: ASYNC110 - it lies in other processes
+    ends_at = time.monotonic() + REACHED_S
+    while (now := await metric(url, line)) != value:  # it lies in other processes
+        assert time.monotonic() < ends_at, f"{line} stands at {now} instead of {value}"
         await asyncio.sleep(0.05)
 
 
@@ -114,7 +117,8 @@ async def _serve_and_lose_one(tmp_path: Path) -> None:
             await until(lambda victim=victim: victim not in processes.of_sessions({leader}), "it is gone")
             await until(lambda: len(processes.of_sessions({leader})) == 4, "it was started anew")
             await ready(url, 12)
-        await on_new_connections(url, 10)
+        replies = await on_new_connections(url, 10)
+        assert [reply.status for reply in replies] == [200] * 10
         await reaches(url, answered, 40)  # nothing that was counted is lost, nor counted twice
 
 
