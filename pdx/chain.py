@@ -42,8 +42,6 @@ def block_hashes(content: ContentFingerprint, tokens: Sequence[int], *, salt: st
         )
     if len(tokens) > TOKENS_MAX:
         raise Refused(f"{len(tokens)} tokens are more than {TOKENS_MAX}")
-    if tokens and not 0 <= min(tokens) <= max(tokens) <= TOKEN_MAX:
-        raise Refused(f"a token is a number from 0 to {TOKEN_MAX}")
     extra = _array([_array([_text("cache_salt"), _text(salt)])]) if salt else _NULL
     parent, size = digest(_text(seed)), content.block_tokens
     # A router does this for every prompt: what is the same in all blocks is written once.
@@ -51,7 +49,7 @@ def block_hashes(content: ContentFingerprint, tokens: Sequence[int], *, salt: st
     encoded = list(map(_token, tokens))
     names = []
     for start in range(0, len(tokens) - size + 1, size):
-        parent = digest(b"".join((before, parent, between, *encoded[start : start + size], extra)))
+        parent = digest(before + parent + between + b"".join(encoded[start : start + size]) + extra)
         names.append(parent)
         extra = _NULL
     return names
@@ -67,6 +65,8 @@ def _head(kind: int, value: int) -> bytes:
 
 @functools.lru_cache(maxsize=1 << 18)  # a vocabulary: most of a long prompt's time went into this
 def _token(token: int) -> bytes:
+    if not 0 <= token <= TOKEN_MAX:
+        raise Refused(f"a token is a number from 0 to {TOKEN_MAX}")
     return _head(_UINT, token)
 
 

@@ -191,12 +191,16 @@ class DaemonClient:
 
     def close(self) -> None:
         """Unmaps the arena, then says goodbye by closing the connection (in this order: see daemon.sessions)."""
-        if self.arena is not None:
-            self.arena.close()
-            self.arena = None
+        self.unmap()
         self._socket.close(0)
         self._context.term()
         self._voice.close()
+
+    def unmap(self) -> None:
+        """Gives the arena back. Idempotent."""
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
 
     def finish_sending(self, *, timeout_s: float) -> None:
         """Worker, at the end of a step: see `Voice`."""
@@ -213,7 +217,8 @@ class Attachment:
     """Keeps a client attached over daemon restarts. `client` and `close` belong to one thread and cost microseconds.
 
     A thread of its own sleeps on the connection; when the daemon dies it finds or starts the next one, so that an
-    engine that is idle comes back too, and a busy one does not stop for it. It touches no client it has handed over.
+    engine that is idle comes back too, and a busy one does not stop for it. Of a client that it has handed over it
+    touches the arena only, once the daemon is dead and its owner has let go: the next daemon may need that memory.
     """
 
     def __init__(self, config: Config, hello: Attach) -> None:
@@ -222,6 +227,8 @@ class Attachment:
         self._client: DaemonClient | None = None
         self._arrived: queue.SimpleQueue[DaemonClient] = queue.SimpleQueue()
         self._keeper: threading.Thread | None = None
+        self._lock = threading.Lock()  # of the client's arena, and of what has arrived
+        self._held = True
         self._stop_read, self._stop_write = socket.socketpair()
 
     def client(self) -> DaemonClient | None:
@@ -236,12 +243,32 @@ class Attachment:
             self._keeper.start()
         if self._client is not None and not self._client.alive:
             log.warning("lost pdxd: serving without it")
-            self._client.close()
-            self._client = None
-        if self._client is None and not self._arrived.empty():
-            log.warning("attached to pdxd again")
-            self._client = self._arrived.get()
+            with self._lock:
+                self._client.close()
+                self._client = None
+        if self._client is None:
+            with self._lock:
+                if not self._arrived.empty():
+                    log.warning("attached to pdxd again")
+                    self._client = self._arrived.get()
         return self._client
+
+    def at(self, epoch: str) -> None:
+        """The next daemon hears at once that the engine's weights are of this epoch."""
+        assert self._hello.engine is not None
+        self._hello = msgspec.structs.replace(self._hello, engine=self._hello.engine.at(epoch))
+
+    def hold(self) -> None:
+        """From now on the arena stays mapped, whatever becomes of its daemon; as it does for who never lets go."""
+        with self._lock:
+            self._held = True
+
+    def let_go(self) -> None:
+        """Until the next `hold` the owner touches no arena."""
+        with self._lock:
+            self._held = False
+            if self._client is not None and not self._client.alive:
+                self._client.unmap()
 
     def close(self) -> None:
         """Ends the thread and closes every client."""
@@ -258,12 +285,21 @@ class Attachment:
     def _keep(self, watched: int) -> None:
         while not self._stopped_within(None, watched):
             os.close(watched)
+            self._unmap_dead()
             fresh = self._attach_again()
             if fresh is None:
                 return
             watched = fresh.watched()
             self._arrived.put(fresh)
         os.close(watched)
+
+    def _unmap_dead(self) -> None:
+        """All clients so far are dead ones'."""
+        with self._lock:
+            while not self._arrived.empty():  # nobody has taken it
+                self._arrived.get().close()
+            if not self._held and self._client is not None:
+                self._client.unmap()
 
     def _attach_again(self) -> DaemonClient | None:
         """The next daemon's client; None if told to stop first."""

@@ -8,14 +8,19 @@ tenant, so that nobody finds what is another's. Block hashes are the engine's ow
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 NAMESPACE_BYTES = 16
 SPACE_BYTES = 24
 TENANT_BYTES = 16
 SHORT_NAME_BYTES = 8
+
+AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 32)]  # of what there is at least one; products of two fit into 64 bits
 
 
 class ContentFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,7 +30,7 @@ class ContentFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     weights: str  # hex digest of the weight files' names, sizes and headers, and of config overrides
     weight_epoch: str  # "": the weights of these files; else, after an update, a digest of the live ones
     dtype: str
-    block_tokens: int
+    block_tokens: AtLeastOne
     hash_algorithm: str  # with its seed, e.g. "sha256_cbor/vllm-none-hash"
 
 
@@ -34,12 +39,12 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     engine: str  # "vllm 0.32.0"
     attention: str  # kernel family and ISA, e.g. "CPU_ATTN/vec"
-    layers: int
-    page_bytes: int
-    block_tokens: int
+    layers: AtLeastOne
+    page_bytes: AtLeastOne
+    block_tokens: AtLeastOne
     packing: str  # physical order of one page, e.g. "LBHNC K|V 3x64 bfloat16"
-    kv_groups: int
-    ranks: int  # among which its heads are split (tensor parallelism); a page is one rank's
+    kv_groups: AtLeastOne
+    ranks: AtLeastOne  # among which its heads are split (tensor parallelism); a page is one rank's
 
 
 def namespace_of(content: ContentFingerprint) -> bytes:
@@ -78,7 +83,8 @@ def block_digests(namespace: bytes, block_hashes: Iterable[bytes]) -> list[bytes
 
 def short_names(namespace: bytes, block_hashes: Iterable[bytes]) -> list[int]:
     """As routers know blocks: the first eight bytes of their digests. Two may share one: good for hints only."""
-    return [int.from_bytes(digest[:SHORT_NAME_BYTES], "big") for digest in block_digests(namespace, block_hashes)]
+    digests = block_digests(namespace, block_hashes)
+    return list(struct.unpack(">" + "Q8x" * len(digests), b"".join(digests)))
 
 
 def admin_token(cluster_key: bytes) -> str:

@@ -19,7 +19,7 @@ DEVICES_MAX = 16
 class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the fleet knows of one engine."""
 
-    engine_id: str
+    engine_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     role: Role
     model: str
     url: str = ""  # the OpenAI-compatible HTTP server; empty: not to be routed to

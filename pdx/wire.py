@@ -90,7 +90,7 @@ class OpenSend(Message, tag="open_send", frozen=True):
 
     request_id: str
     handle: str
-    block_hashes: list[bytes]  # full blocks of the prompt, in order
+    block_hashes: list[BlockHash]  # full blocks of the prompt, in order
     prompt_tokens: int
     tail_hash: bytes  # keys.tail_hash of the tokens after the last full block; empty: no tail
     tenant: Tenant = b""
@@ -119,7 +119,7 @@ class OpenLoad(Message, tag="open_load", frozen=True):
 
     request_id: str
     handle: str
-    block_hashes: list[bytes]
+    block_hashes: list[BlockHash]
     prompt_tokens: int
     tail_hash: bytes
     # It came beside prefill's request: "wait" until the first page has landed, and the answer then comes by itself.
@@ -132,7 +132,7 @@ class LookUp(Message, tag="look_up", frozen=True):
 
     request_id: str
     handoff_id: bytes  # chosen by the engine: names this load as a handoff's id names its own
-    block_hashes: list[bytes]
+    block_hashes: list[BlockHash]
     tenant: Tenant = b""
     tokens_per_s: Measured = 0.0  # at which this engine computes prompts; 0: not known yet
 
@@ -142,7 +142,7 @@ class Keep(Message, tag="keep", frozen=True):
 
     request_id: str
     handoff_id: bytes  # chosen by the engine
-    block_hashes: list[bytes]
+    block_hashes: list[BlockHash]
     tenant: Tenant = b""
     # The handoff by which the request came: these blocks follow those that its OpenLoad named and was kept of it since.
     origin: bytes = b""
@@ -243,7 +243,7 @@ class Reserve(PeerMessage, tag="reserve", frozen=True):
     namespace: bytes
     layout_id: str
     pages: PageLayout
-    block_hashes: list[bytes]
+    block_hashes: list[BlockHash]
     tail_hash: bytes
     lane: str  # the scheme by which the sender will put: the window is opened there; "local" within one daemon
     tenant: Tenant = b""

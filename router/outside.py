@@ -85,8 +85,8 @@ class Outside:
 
     async def brought(self, prompt: Prompt | None, request: Request, snapshot: Snapshot, turn: int) -> Prompt | None:
         """The prompt, when what is worth bringing has come to where it would be computed now."""
-        if prompt is None or not any(prompt.found.values()):
-            return prompt  # nobody is known to have any of it
+        if prompt is None or not any(prompt.found.values()) or not any(engine.links for engine in snapshot):
+            return prompt  # nobody is known to have any of it, or nobody to have sent anything to anybody
         pair = choose_pair(snapshot, request.model, policy="prefix", turn=turn, asked=Asked(prompt=prompt))
         bring = worth_bringing(pair.prefill, snapshot, prompt) if pair is not None else None
         if bring is not None:

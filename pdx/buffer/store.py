@@ -26,7 +26,7 @@ from pdx.buffer.lease import Lease, LeaseState, Owner
 from pdx.buffer.quota import Quotas
 from pdx.buffer.selected import Selected, Spot, selected
 from pdx.buffer.selection import Selection
-from pdx.buffer.slots import BlockKey, Slot, SlotEvent, SlotState
+from pdx.buffer.slots import BlockKey, Slot, SlotEvent, SlotState, first_to_go
 from pdx.errors import IllegalTransition, Refused
 from pdx.layout import PageLayout, Place
 
@@ -312,10 +312,11 @@ class Store:
         for slot in own:
             if self.quotas.excess_bytes(tenant, wanted_bytes):
                 self._evict(slot)
-        victims = tuple(
-            self.quotas.order(self.policy.victims(), tenant_of=lambda slot: slot.tenant, claimer=tenant,
-                              wanted_bytes=wanted_bytes)
-        )  # fmt: skip
+        ordered = self.quotas.order(
+            self.policy.victims(), tenant_of=lambda slot: slot.tenant, claimer=tenant, wanted_bytes=wanted_bytes
+        )
+        seen, makes_room = first_to_go(ordered, pages, blocks - extents.free(pages))
+        victims = seen if makes_room else [*seen, *ordered]
         for victim in victims:
             if extents.free(pages) >= blocks:
                 break

@@ -33,6 +33,7 @@ from pdx.wire import (
 ANNOUNCE_S = 1.0
 ROUTERS_MAX = 16
 SILENT_ROUTER_S = 10.0
+UNNAMED_S = 60.0  # a router that no engine names for so long is none of ours any more: engines may be restarted
 SEND_QUEUE_MAX = 256  # a router that reads nothing for so long learns the state anew from the next announcement
 
 log = logging.getLogger("pdxd")
@@ -60,7 +61,9 @@ class Announcer:
         self._me = me
         self._counters = counters
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._impossible: dict[str, str] = {}  # endpoint -> why ZeroMQ does not take it
+        self._impossible: set[str] = set()  # endpoints that ZeroMQ does not take
+        self._named_at: dict[str, float] = {}  # endpoint -> when an engine has named it last
+        self._refused: set[str] = set()  # endpoints that came beyond ROUTERS_MAX
         self._due_at = 0.0
         self._warned: dict[str, set[str]] = {}  # router endpoint -> what it said last
         self._unanswered_since: dict[str, float] = {}  # router endpoint -> first announcement without a welcome
@@ -82,7 +85,11 @@ class Announcer:
             return
         self._due_at = now + ANNOUNCE_S
         complete = [engine for engine in engines if engine.complete]
-        for endpoint in {endpoint for engine in complete for endpoint in engine.routers} - set(self._sockets):
+        named = {endpoint for engine in complete for endpoint in engine.routers}
+        self._named_at.update(dict.fromkeys(named, now))
+        for endpoint in [endpoint for endpoint, at in self._named_at.items() if now - at > UNNAMED_S]:
+            self._part(endpoint)
+        for endpoint in named - set(self._sockets):
             self._connect(endpoint)
         rates = links()
         for endpoint, socket in self._sockets.items():
@@ -129,11 +136,20 @@ class Announcer:
 
     def close(self) -> None:
         """Says goodbye, waiting at most a moment for it to leave."""
-        for socket in self._sockets.values():
+        for endpoint in list(self._sockets):
+            self._part(endpoint)
+
+    def _part(self, endpoint: str) -> None:
+        self._named_at.pop(endpoint, None)
+        self._impossible.discard(endpoint)
+        self._refused.clear()  # there may be room for one of them
+        self._warned.pop(endpoint, None)
+        self._unanswered_since.pop(endpoint, None)
+        socket = self._sockets.pop(endpoint, None)
+        if socket is not None:
             self._send(socket, [], leaving=True)
             self._poller.unregister(socket)
             socket.close(100)
-        self._sockets.clear()
 
     def _pass_on(self, endpoint: str, warnings: list[str]) -> None:
         """A router repeats its warnings every second; people need each once."""
@@ -154,6 +170,9 @@ class Announcer:
             return
         if len(self._sockets) + len(self._impossible) >= ROUTERS_MAX:
             self._counters["routers_refused"] += 1
+            if endpoint not in self._refused:
+                self._refused.add(endpoint)
+                log.warning("router %s is told nothing: engines here name more than %d routers", endpoint, ROUTERS_MAX)
             return
         try:
             socket = self._context.socket(zmq.DEALER)
@@ -168,7 +187,7 @@ class Announcer:
             socket.connect(endpoint)
         except zmq.ZMQError as error:
             socket.close(0)
-            self._impossible[endpoint] = str(error)
+            self._impossible.add(endpoint)
             log.warning("engines want to be announced to %r, which is no router's address: %s", endpoint, error)
             return
         self._poller.register(socket, zmq.POLLIN)

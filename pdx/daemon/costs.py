@@ -58,7 +58,7 @@ class Costs:
             queued_bytes=self._tiering.queued_bytes,
         ):
             return hashes[:arena_blocks]
-        return hashes
+        return hashes[: arena_blocks + len(below)]
 
     def ended(self, grip: Grip, message: LetGo, pages: PageLayout, now: float) -> None:
         """A load of what was in the arena. With the ranks' pages of one shard, each has copied all of it."""

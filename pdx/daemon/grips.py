@@ -25,6 +25,7 @@ class Grip:
     places: Sequence[Place] = ()  # of a load: as the engine was told
     claim: Claim | None = None  # of blocks to keep
     ranks: int = 1  # of the engine: so many workers touch the slots
+    yields: bool = False  # a look-up's: its engine asks again
     from_arena: bool = False  # a load of what was there when it was asked for: its time is the engine's own
     words: dict[int, LetGo] = field(default_factory=dict)  # by rank: of those that have said that they do no more
     asked_at: float | None = None  # once its right is gone: when the engine was last asked to let go
@@ -39,6 +40,8 @@ class Grips:
         self._letting_go: dict[Grip, LetGo] = {}
 
     def add(self, grip: Grip) -> None:
+        """Nobody else has its name: whose lease is not on these books never ends."""
+        assert (grip.handoff_id, grip.side) not in self._grips
         self._grips[grip.handoff_id, grip.side] = grip
 
     def get(self, handoff_id: bytes, side: str) -> Grip | None:
@@ -93,6 +96,14 @@ class Grips:
                 grip.asked_at = now
                 silent.append(grip)
         return silent
+
+    def give_way(self) -> list[Grip]:
+        """What look-ups have found for requests that may be waiting has no right to its slots any more. Tell its
+        engines: what is being loaded they take to the end, the rest they let go."""
+        given = [grip for grip in self._grips.values() if grip.yields and grip.lease.state is LeaseState.LIVE]
+        for grip in given:
+            self._desk.store.revoke(grip.lease)
+        return given
 
     def remove(self, grip: Grip) -> None:
         """Off the books, at once for the grip of an engine that is gone: no fence to wait for."""

@@ -74,7 +74,7 @@ class Handoffs:
         self.spaces = KnownSpaces()
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
         self._steering = Steering(
-            self._desk, self._prefixes, self._tiering, self._pins, self.spaces, hide_waiting=self._hide_waiting
+            self._desk, self._prefixes, self._tiering, self._pins, self.spaces, clear_under_way=self._clear_under_way
         )
         self._sending = SendingHalves(self._desk, self._grips, ports.lanes, self._land_here)
         self._returns = Returns(self._desk, self._sending)
@@ -238,6 +238,7 @@ class Handoffs:
         self._end_passed(now)
         if self._tiering is not None:
             self._tiering.tick(now)
+        self._pins.tick(now)
         self._low_water.tick()
         self._serve_waiting(now)
         self._returns.tick(now, room=not self._waiting)
@@ -264,8 +265,11 @@ class Handoffs:
             "budget_bytes": self._pins.budget_bytes,
             "pins": [to_builtins(pin) for pin in self._pins.describe(now)],
         }
-        lanes = self._desk.ports.lanes.describe(now)
-        return {"pinned": pins, "disk": self.disk(), "costs": self._costs.stats(), "lanes": lanes}
+        return {"pinned": pins, "disk": self.disk(), "costs": self._costs.stats(), "lanes": self.lanes(now)}
+
+    def lanes(self, now: float) -> dict[str, Any]:
+        """How each peer is reached."""
+        return self._desk.ports.lanes.describe(now)
 
     @property
     def reservations_waiting(self) -> int:
@@ -312,11 +316,13 @@ class Handoffs:
             wait = Wait(**ids, ahead=self._waiting.index(record))
             self._desk.ports.to_peer(record.receiver.handle.prefill_daemon, wait)
 
-    def _hide_waiting(self, which: Selection) -> None:
-        """They have no slots yet, and the bytes that come may be older than this."""
+    def _clear_under_way(self, which: Selection, now: float) -> None:
+        """Who waits for room has no slots yet, and the bytes that come may be older than this. What goes to a peer as
+        cache would be found there, though the peer has been cleared too, perhaps before us."""
         for record in self._waiting:
             if isinstance(record, Incoming):
                 record.unfound.append(which)
+        self._sending.withdraw(which, now)
 
     def _end_handoffs(self, engine_id: str, why: str, now: float) -> None:
         for record in list(self._sending.records.values()):
@@ -348,6 +354,8 @@ class Handoffs:
         if self._waiting:
             self._sending.give_way(now)
             self._receiving.give_way(now)
+            for grip in self._grips.give_way():
+                self._ask_to_let_go(grip, "others wait for room")
 
     def _end_passed(self, now: float) -> None:
         for grip, message in self._grips.passed():
@@ -394,10 +402,9 @@ class Handoffs:
         if grip.side == "load" and incoming is not None:
             self._receiving.act(incoming, incoming.receiver.fail("engine lease expired", tell_peer=True), now)
 
-    def _ask_to_let_go(self, grip: Grip) -> None:
+    def _ask_to_let_go(self, grip: Grip, reason: str = "engine lease expired") -> None:
         """Whatever has become of the handoff: a LET_GO that was lost would keep the slots for ever."""
         ended: SendEnded | LoadEnded
-        reason = "engine lease expired"
         if grip.side == "send":
             ended = SendEnded(request_id="", handoff_id=grip.handoff_id, reason=reason)
         else:

@@ -8,7 +8,7 @@ quiet at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdx.buffer.lease import Lease, Owner
 from pdx.buffer.slots import Slot, SlotState
@@ -41,6 +41,8 @@ class Pins:
         self._spaces = spaces
         self._pins: dict[PinKey, _Pin] = {}
         self._numbers = 0
+        self._missed: dict[bytes, set[int]] = {}  # load -> slots whose blocks did not come from below
+        prefixes.hear_missed(lambda load, place: self._missed.setdefault(load, set()).add(place.slot_offset))
 
     @property
     def budget_bytes(self) -> int:
@@ -66,7 +68,7 @@ class Pins:
         if leased is None:
             return Pinned(name=what.name, blocks=0, used_bytes=self.used_bytes, budget_bytes=self.budget_bytes)
         self._pins[key] = _Pin(what.name, load, *leased)
-        return self._described(self._pins[key], now)
+        return self._described(self._pins[key], now, self.used_bytes)
 
     def unpin(self, what: Unpin) -> Unpinned:
         """Whatever the space: two models may have pins of one name."""
@@ -85,6 +87,21 @@ class Pins:
                 return True
         return False
 
+    def tick(self, now: float) -> None:
+        """Lets go of the slots into which nothing has come: they would count, and be of use to nobody."""
+        missed, self._missed = self._missed, {}
+        for key, pin in list(self._pins.items()) if missed else ():
+            if pin.load not in missed:
+                continue
+            places = tuple(place for place in pin.places if place.slot_offset not in missed[pin.load])
+            if not places:
+                self._end(key)
+                continue
+            ttl_s = max(0.0, pin.lease.expires_at - now)
+            lease = self._desk.store.lease(places, pin.lease.owner, now=now, ttl_s=ttl_s)
+            self._pins[key] = replace(pin, lease=lease, places=places)
+            self._desk.end_lease(pin.lease)
+
     def end_cleared(self) -> int:
         """Ends the pins of which lookups find nothing any more. How many there were."""
         cleared = [key for key, pin in self._pins.items() if not self._found_of(pin)]
@@ -97,7 +114,8 @@ class Pins:
         return _size_bytes(slot for pin in self._pins.values() for slot in pin.lease.slots)
 
     def describe(self, now: float) -> list[Pinned]:
-        return [self._described(pin, now) for pin in self._pins.values()]
+        used_bytes = self.used_bytes
+        return [self._described(pin, now, used_bytes) for pin in self._pins.values()]
 
     def _check_budget(self, what: Pin, unit_bytes: int, *, others: Iterable[_Pin], room: bool) -> None:
         store, namespace = self._desk.store, what.space + what.tenant
@@ -112,13 +130,13 @@ class Pins:
                 "or raise pin_share"
             )
 
-    def _described(self, pin: _Pin, now: float) -> Pinned:
+    def _described(self, pin: _Pin, now: float, used_bytes: int) -> Pinned:
         states = [slot.state for slot in self._found_of(pin)]
         coming = states.count(SlotState.FILLING)
         return Pinned(
             name=pin.name, blocks=states.count(SlotState.READY) + coming, coming_blocks=coming,
             size_bytes=_size_bytes(pin.lease.slots), ttl_s=max(0.0, pin.lease.expires_at - now),
-            used_bytes=self.used_bytes, budget_bytes=self.budget_bytes,
+            used_bytes=used_bytes, budget_bytes=self.budget_bytes,
         )  # fmt: skip
 
     def _found_of(self, pin: _Pin) -> list[Slot]:

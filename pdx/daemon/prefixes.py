@@ -7,7 +7,7 @@ for cache is worth less than they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, LeaseState, Owner
@@ -47,7 +47,10 @@ class Prefixes:
             if leased is not None:
                 lease, places = leased
                 ranks, from_arena = engine.info.layout.ranks, len(places) <= here
-                self._grips.add(Grip(load, "load", engine_id, lease, places=places, ranks=ranks, from_arena=from_arena))
+                grip = Grip(
+                    load, "load", engine_id, lease, places=places, ranks=ranks, yields=True, from_arena=from_arena
+                )
+                self._grips.add(grip)
         ports.counters["lookups"] += 1
         ports.counters["lookup_blocks"] += len(message.block_hashes)
         ports.counters["lookup_hit_blocks"] += len(places)
@@ -98,6 +101,11 @@ class Prefixes:
         for each in leases:
             store.release(each)
         return None if lease is None else (lease, tuple(places))
+
+    def hear_missed(self, missed: Callable[[bytes, Place], None]) -> None:
+        """From now on, of blocks that were to come from below for a load without an engine, and don't."""
+        if self._tiering is not None:
+            self._tiering.missed = missed
 
     def withdrawn(self, load: bytes) -> None:
         """Nobody waits any more for what this load had yet to get from below."""

@@ -8,6 +8,7 @@ because the handoff has one: within its budgets it begins, or fails, or stays un
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -56,7 +57,7 @@ class Questions:
         self._desk = desk
         self._grips = grips
         self._halves = halves
-        self._first_asked: dict[bytes, float] = {}
+        self._first_asked: OrderedDict[bytes, float] = OrderedDict()  # the oldest comes first
         self._early: dict[HandoffKey, Question] = {}
 
     def ask(self, engine: Engine, message: OpenLoad, now: float) -> TransferHandle | None:
@@ -102,7 +103,8 @@ class Questions:
         for question in [q for q in self._early.values() if not self._undecided(q, now)]:
             del self._early[question.key]
             self._decide(question, now)
-        self._first_asked = {k: t for k, t in self._first_asked.items() if now - t < FORGET_ASKED_S}
+        while self._first_asked and now - next(iter(self._first_asked.values())) >= FORGET_ASKED_S:
+            self._first_asked.popitem(last=False)
 
     # --- answers ----------------------------------------------------------------------------------------------
 
@@ -130,7 +132,8 @@ class Questions:
         same = message.block_hashes == reserve.block_hashes and message.tail_hash == reserve.tail_hash
         common = record.receiver.blocks if same else _common(message.block_hashes, reserve.block_hashes)
         sender_failed = record.paired is not None and record.paired.sender.reason != ""
-        if not common or record.claim is None or sender_failed or not record.receiver.engine_opened():
+        taken = self._grips.get(handoff_id, "load") is not None  # by a look-up under this very name
+        if taken or not common or record.claim is None or sender_failed or not record.receiver.engine_opened():
             self._answer(engine, message, handoff_id, "absent", reason=record.receiver.reason or "another prompt")
             return
         engine_id = engine.info.engine_id

@@ -177,7 +177,7 @@ class Returns:
             ports.counters["returns_evicted"] += 1
             return
         try:
-            key = self._sending.hand_over(back, kind_of(engine), origin.tenant, chain, found, now)
+            key = self._sending.hand_over(back, kind_of(engine), origin.tenant, chain, found, now, what="returns")
         except UnknownTransport:
             self._desk.store.release(found.lease)
             ports.counters["returns_dropped"] += 1

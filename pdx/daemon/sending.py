@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import xxhash
 
 from pdx.buffer.claim import Claim, ReadClaim
 from pdx.buffer.lease import Lease, Owner
+from pdx.buffer.selection import Selection
 from pdx.daemon.grips import Grip, Grips
 from pdx.daemon.lanes import Lanes, Route
 from pdx.daemon.links import Links, Underway
@@ -39,6 +41,8 @@ from pdx.wire import (
     encode,
 )
 
+Errand = Literal["returns", "shares"]  # answers on their way back, and what a router wants brought
+
 
 @dataclass(eq=False)
 class Outgoing:
@@ -49,6 +53,7 @@ class Outgoing:
     pages: PageLayout
     engine: Engine | None = None  # None: what goes out is in the store already, and no request waits for it
     request: OpenSend | None = None  # the engine's
+    what: Errand = "returns"  # where there is no engine
     claim: Claim | None = None
     wire: Lease | None = None  # holds the slots while puts may read them
     route: Route | None = None  # chosen with the claim
@@ -143,7 +148,15 @@ class SendingHalves:
         return True
 
     def hand_over(
-        self, handle: TransferHandle, kind: Kind, tenant: bytes, chain: list[bytes], found: ReadClaim, now: float
+        self,
+        handle: TransferHandle,
+        kind: Kind,
+        tenant: bytes,
+        chain: list[bytes],
+        found: ReadClaim,
+        now: float,
+        *,
+        what: Errand,
     ) -> HandoffKey:
         """A half of this daemon's own, for blocks of the store that `found` holds: they go to a peer as cache.
 
@@ -156,7 +169,8 @@ class SendingHalves:
             now=now,
         )  # fmt: skip
         claim = Claim(found.lease, found.places, frozenset(), False, ())
-        record = self.records[key] = Outgoing(key, sender, kind.pages, claim=claim, wire=found.lease, route=route)
+        record = Outgoing(key, sender, kind.pages, what=what, claim=claim, wire=found.lease, route=route)
+        self.records[key] = record
         self._desk.trace(key, "hand_over", blocks=len(chain))
         reserve = self._reserve(record, kind, mint(handle, ports.cluster_key), chain, tenant=tenant, spare=True)
         self.act(record, sender.held(reserve, now=now), now)
@@ -166,6 +180,14 @@ class SendingHalves:
         """A handoff waits for room: what no request waits for ends, and holds no slots any more."""
         for record in [r for r in self.records.values() if r.engine is None]:
             self.act(record, record.sender.fail("a handoff waits for room", tell_peer=True), now)
+
+    def withdraw(self, which: Selection, now: float) -> None:
+        """What goes out as cache and has any of these blocks. Ended once too often, it costs a hit, perhaps."""
+        for record in [r for r in self.records.values() if r.engine is None]:
+            assert record.wire is not None
+            keys = (key for slot in record.wire.slots for key in slot.keys if key is not None)
+            if any(which.takes(key, age_s=float("inf")) for key in keys):
+                self.act(record, record.sender.fail("cleared", tell_peer=True), now)
 
     def filled(self, engine_id: str, message: Filled, now: float) -> None:
         for entry in message.entries:
@@ -391,8 +413,10 @@ class SendingHalves:
             counters["sends_failed" if reason else "sends_settled"] += 1
             self._desk.tell_routers(record.key, reason)
         else:
-            counters["returns_failed" if reason else "returns_settled"] += 1
-            counters["blocks_returned"] += 0 if reason else len(record.sender.wanted)
+            counters[f"{record.what}_failed" if reason else f"{record.what}_settled"] += 1
+            counters["blocks_returned" if record.what == "returns" else "blocks_shared"] += (
+                0 if reason else len(record.sender.wanted)
+            )
         if record.wire is not None:
             self._desk.end_lease(record.wire)
 

@@ -109,6 +109,7 @@ class Sessions:
             engine.info = told  # only workers have seen the real caches
         else:
             engine.scheduler = session
+            engine.info = engine.info.at(hello.engine.content.weight_epoch)
             engine.routers = frozenset(filter(None, (endpoint.strip() for endpoint in hello.router.split(","))))
         session.engine_id = name
         self.engines[name] = engine

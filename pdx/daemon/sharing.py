@@ -67,7 +67,7 @@ class Sharing:
             return
         chain = wish.block_hashes[: len(found.places)]
         try:
-            key = self._sending.hand_over(handle, kind, wish.tenant, chain, found, now)
+            key = self._sending.hand_over(handle, kind, wish.tenant, chain, found, now, what="shares")
         except UnknownTransport:
             store.release(found.lease)
             ports.counters["shares_absent"] += 1

@@ -30,10 +30,10 @@ class Steering:
         pins: Pins,
         spaces: KnownSpaces,
         *,
-        hide_waiting: Callable[[Selection], None],
+        clear_under_way: Callable[[Selection, float], None],
     ) -> None:
-        """`hide_waiting`: from handoffs that wait for room in the arena, whose blocks are not there yet."""
-        self._hide_waiting = hide_waiting
+        """`clear_under_way`: of handoffs, what is not in the arena yet, or is on its way into another one as cache."""
+        self._clear_under_way = clear_under_way
         self._desk = desk
         self._prefixes = prefixes
         self._tiering = tiering
@@ -61,19 +61,24 @@ class Steering:
     def _clear(self, what: Clear, now: float) -> Cleared:
         if what.block_hashes is not None and (what.tenant is None or what.spaces is None):
             raise Refused("a prompt's blocks have a tenant and a space: name them")
-        spaces = what.spaces if what.model is None else [*(what.spaces or ()), *self._spaces.of_model(what.model)]
+        spaces = None if what.spaces is None else frozenset(what.spaces)
+        if what.model is not None:
+            of_model = frozenset(self._spaces.of_model(what.model))
+            spaces = of_model if spaces is None else spaces & of_model
         which = Selection(
-            spaces=None if spaces is None else frozenset(spaces),
+            spaces=spaces,
             tenant=what.tenant,
             block_hashes=None if what.block_hashes is None else frozenset(what.block_hashes),
             older_s=what.older_s,
         )
         store, tiering = self._desk.store, self._tiering
         arena, disk = TierCleared(), TierCleared()
+        if what.tier != "arena" and tiering is not None:
+            tiering.survey(which)  # refused here if at all: nothing has changed yet
         if what.tier != "disk":
             arena = _counted(store.survey(which, now=now) if what.dry_run else store.clear(which, now=now))
             if not what.dry_run:
-                self._hide_waiting(which)
+                self._clear_under_way(which, now)
         if what.tier != "arena" and tiering is not None:
             disk = tiering.survey(which) if what.dry_run else tiering.clear(which)
         pins_ended = 0 if what.dry_run else self._pins.end_cleared()

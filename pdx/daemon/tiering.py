@@ -8,8 +8,8 @@ buffer that the tier has is held by a lease of ours until the tier has given it 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ OWNER = Owner("wire", "tier")
 # Blocks that have left the arena are looked for below a few at a time, and not while a claim waits for its answer.
 COUNTED_PER_TICK = 256
 UNCOUNTED_MAX = 1 << 16
+RESTING = ("paused", "hung")  # states of a tier that takes no writes now, and may again
+FIRST_LOT = 8  # blocks that a tier is asked for at once, and twice as many each time it has them all
 
 log = logging.getLogger("pdxd")
 
@@ -63,12 +65,13 @@ class Tiering:
         self._writes_refused = False  # since the last end of one
         self._spoilt: set[Key] = set()  # being written, and found wrong meanwhile
         self._promotions: dict[Key, _Promotion] = {}
-        self._queue: deque[_Promotion] = deque()  # not submitted yet
+        self._queue: OrderedDict[Key, _Promotion] = OrderedDict()  # of these, not submitted yet
         self._reads: dict[int, _Promotion] = {}  # by ticket
         self._left: deque[Key] = deque(maxlen=UNCOUNTED_MAX)  # evicted, and perhaps nowhere else
         self._lost = 0
         self._busy = Busy()  # with reads
         self.reads = CostModel()  # what they cost
+        self.missed: Callable[[bytes, Place], None] = lambda load, place: None  # hears of what a pin does not get
         desk.store.on_commit = self._committed
         desk.store.on_evict = self._evicted
 
@@ -89,21 +92,30 @@ class Tiering:
                 ready.append(claim.lease)
                 continue
             if claim is not None:
-                self._promotions[key] = _Promotion(key, claim, pages)
-                self._queue.append(self._promotions[key])
+                self._promotions[key] = self._queue[key] = _Promotion(key, claim, pages)
             promotion = self._promotions.get(key)
             if promotion is None:
                 break
             promotion.asked_by[load] = engine_id
             places.append(promotion.place)
         self._submit_reads(now)
-        self._desk.ports.counters["blocks_promoted"] += len(places) - len(ready)
+        if engine_id:  # of lookups' hits, those that come from below
+            self._desk.ports.counters["blocks_promoted"] += len(places) - len(ready)
         return places, ready
 
     def leading(self, namespace: bytes, hashes: Sequence[bytes]) -> int:
-        """How many of the first of these blocks the tier has. A disk that hangs has nothing, on its way or not."""
-        found = self._tier.contains([(namespace, block_hash) for block_hash in hashes])
-        return found.index(False) if False in found else len(found)
+        """How many of the first of these blocks the tier has. A disk that hangs has nothing, on its way or not.
+
+        Asked in growing lots: a tier names each block that it is asked for, and of most long prompts it has nothing.
+        """
+        blocks, lot = 0, FIRST_LOT
+        while blocks < len(hashes):
+            found = self._tier.contains([(namespace, block_hash) for block_hash in hashes[blocks : blocks + lot]])
+            if False in found:
+                return blocks + found.index(False)
+            blocks += len(found)
+            lot *= 2
+        return blocks
 
     def to_read(self, namespace: bytes, hashes: Sequence[bytes]) -> int:
         """How many of these blocks are neither in the arena nor on their way up."""
@@ -149,8 +161,9 @@ class Tiering:
     def withdrawn(self, load: bytes) -> None:
         """Nobody waits for this load's blocks any more. What nobody else wants, and has not begun, never does."""
         for promotion in list(self._promotions.values()):
-            if promotion.asked_by.pop(load, None) is not None and not promotion.asked_by and promotion in self._queue:
-                self._queue.remove(promotion)
+            if promotion.asked_by.pop(load, None) is None or promotion.asked_by:
+                continue
+            if self._queue.pop(promotion.key, None) is not None:
                 self._end(promotion, ok=False, reason="nobody waits for it")
 
     def send_down(self, slots: Sequence[Slot]) -> list[Slot]:
@@ -182,7 +195,7 @@ class Tiering:
         if not len(self._spill) and self._spill.mode is WriteMode.BACK and self._tier.stats().state == "well":
             self._spill.pressed(self._only_here())
         self.tick(now)
-        return len(self._spill)
+        return len(self._spill.writing) if self._tier.stats().state in RESTING else len(self._spill)
 
     def forget(self, keys: Sequence[Key]) -> None:
         """Their bytes were wrong in the arena: what was written from there may be too."""
@@ -225,11 +238,11 @@ class Tiering:
     def _submit_reads(self, now: float) -> None:
         arena = self._desk.store.arena
         while self._queue:
-            promotion = self._queue[0]
+            promotion = next(iter(self._queue.values()))
             ticket = self._tier.submit(Read(promotion.key, pages_of(arena, promotion.place, promotion.pages)))
             if ticket is None:
                 return
-            self._queue.popleft()
+            del self._queue[promotion.key]
             promotion.began_at = now
             self._reads[ticket] = promotion
 
@@ -263,6 +276,7 @@ class Tiering:
         """Everybody who waits, once: of what a load had yet to get, it takes no more then. A pin takes what it gets."""
         for load, engine_id in list(promotion.asked_by.items()):
             if not engine_id:
+                self.missed(load, promotion.place)
                 continue
             self._desk.ports.to_engine(engine_id, LoadEnded(handoff_id=load, reason=f"disk: {reason}"))
             self.withdrawn(load)
@@ -277,8 +291,11 @@ class Tiering:
         self._writes_refused = False
 
     def _submit_writes(self) -> None:
+        wanted = [] if self._writes_refused else self._spill.wanted()
+        if not wanted or self._tier.stats().state in RESTING:
+            return  # what waits is written when the tier is well again
         store = self._desk.store
-        for key in [] if self._writes_refused else self._spill.wanted():
+        for key in wanted:
             spot = store.index.find(key[0], [key[1]])[0]
             if spot is None:
                 self._spill.gone(key)
@@ -334,6 +351,8 @@ class Tiering:
         self._left.extend(keys)
 
     def _count_lost(self) -> None:
+        if not self._left or self._tier.stats().state == "hung":
+            return  # it says of all that it has not got it
         left = [self._left.popleft() for _ in range(min(COUNTED_PER_TICK, len(self._left)))]
         self._lost += self._tier.contains(left).count(False)
 

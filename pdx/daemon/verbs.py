@@ -75,7 +75,7 @@ def _health(service: Service) -> dict[str, Any]:
         "daemon": service.me.daemon_id,
         "incarnation": service.me.incarnation,
         "control": service.me.control,
-        "lanes": service.handoffs.kept(time.monotonic())["lanes"],
+        "lanes": service.handoffs.lanes(time.monotonic()),
     }
 
 

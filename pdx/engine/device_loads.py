@@ -89,7 +89,7 @@ class DeviceLoads:
     def load(self, loading: Loading, session: Session, step: int) -> bool:
         """Begins what has landed. True if there is no more, and all is done. Raises DeviceLost."""
         self._look()
-        if loading.reason:
+        if loading.reason or not self._batches_left:
             return False
 
         def watermark(place: Place) -> int:

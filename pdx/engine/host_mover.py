@@ -17,8 +17,9 @@ from pdx.errors import DaemonGone
 from pdx.layout import PageLayout, Place
 from pdx.wire import Filled, LetGo
 
-# Copied and verified between two looks at the clock: some 100 us. Page by page the bookkeeping cost a quarter more.
-BATCH_BYTES = 512 << 10
+# Copied and verified between two looks at the clock: some 100 us. Page by page the bookkeeping cost a quarter more;
+# where nobody decodes meanwhile, less of it is worth a millisecond.
+BATCH_BYTES, IDLE_BATCH_BYTES = 512 << 10, 8 << 20
 FINISH_S = 0.02  # for messages that the daemon had no room for; more than that it may lose to its next step
 
 
@@ -32,6 +33,7 @@ class HostMover:
         self._layout = layout
         self._shard = shard
         self._batch_pages = max(1, BATCH_BYTES // layout.page_bytes)
+        self._idle_batch_pages = max(1, IDLE_BATCH_BYTES // layout.page_bytes)
         self._client: DaemonClient | None = None  # one for the whole step: no arena is unmapped in the middle of it
         self._copier = Copier(layout, shard=shard, digest_mode=False)
         self._step = 0
@@ -74,15 +76,18 @@ class HostMover:
         if saving is not None:
             for let_go in saving.let_gos:  # on the connection that carried FILLED, and behind it
                 self._tell(let_go)
-            self._client.finish_sending(timeout_s=FINISH_S)
+        self._client.finish_sending(timeout_s=FINISH_S)  # what an earlier step has left, too
 
     def load(self, loading: Loading, budget: Budget) -> bool:
+        if budget.spent:
+            return False
         arena, plan = self._arena, loading.plan
 
         def watermark(place: Place) -> int:
             return arena.watermark(place.header_offset, self._shard)
 
-        for layer, positions in plan.batches(watermark, pages_max=self._batch_pages):
+        pages_max = self._batch_pages if budget.hurries else self._idle_batch_pages
+        for layer, positions in plan.batches(watermark, pages_max=pages_max):
             if budget.spent:
                 return False
             block_ids = plan.block_ids(layer, positions)

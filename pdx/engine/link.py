@@ -21,6 +21,18 @@ class Link:
         """Raises ConfigError, Refused or DaemonGone only on the first call. Unmaps a dead daemon's arena."""
         return self._attachment.client()
 
+    def at(self, epoch: str) -> None:
+        """See `Attachment.at`."""
+        self._attachment.at(epoch)
+
+    def hold(self) -> None:
+        """See `Attachment.hold`."""
+        self._attachment.hold()
+
+    def let_go(self) -> None:
+        """See `Attachment.let_go`."""
+        self._attachment.let_go()
+
     @property
     def incarnation(self) -> int:
         """Of the daemon attached to; 0: none."""

@@ -82,6 +82,7 @@ class Budget(Protocol):
     """How long the loads of one step may go on."""
 
     spent: bool
+    hurries: bool  # requests that decode wait for the end of this step
 
     def batch_done(self) -> None: ...
 

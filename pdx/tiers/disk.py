@@ -47,6 +47,7 @@ WRITERS = 2
 # At 2 MiB each an eighth of a second of a 1 GB/s disk. More would only hold slots that others could use.
 OPEN_READS_MAX = 64
 OPEN_WRITES_MAX = 64
+DELETE_AGAIN_S = 30.0  # after a file could not be deleted
 STALL_S = 30.0  # a call to the kernel that takes this long will not come back in time for anybody
 _CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
 # Of a disk that hung. Within the blocks that are charged for the folders; if it stays behind, the next life deletes it.
@@ -84,6 +85,7 @@ class DiskTier:
         self._open: dict[int, Job] = {}
         self._open_reads = 0
         self._undeleted: list[str] = []  # doomed names for which there is no thread now, or that can't be deleted now
+        self._delete_again_at = 0.0
         self._events: list[Event] = []
         self._tickets = count(1)
         self._counts = dict.fromkeys(("loaded", "missed", "written", "failed", "refused", "bad_blocks", "io_errors"), 0)
@@ -314,9 +316,12 @@ class DiskTier:
     def _settle_deletion(self, job: Job) -> None:
         if job.deleted:
             self.ledger.delete(job.name)
-        else:
-            self._undeleted.append(job.name)  # it stays doomed, and charged
-        self._judge_write(job)
+            return
+        # It stays doomed, and charged, and is tried again. No judgement on the disk: one bad folder is one bad folder.
+        self._undeleted.append(job.name)
+        self._delete_again_at = self._clock() + DELETE_AGAIN_S
+        self._counts["io_errors"] += 1
+        log.warning("a file of the disk tier can't be deleted now: %s: %s", job.name, _sentence(job.error))
 
     def _settle_unbegun(self, job: Job, reason: str) -> None:
         self._open.pop(job.ticket, None)
@@ -352,6 +357,8 @@ class DiskTier:
         now = self._clock()
         if self.health.tick(now):
             self._changed("asked again after a pause", 0)
+            self._delete_again()
+        elif self._undeleted and self.health.finds and not self._is_closed and now >= self._delete_again_at:
             self._delete_again()
         if self._is_stuck(now) and self.health.hangs(now=now):
             self._changed(f"a call has not come back for {self._stall_s:g} s", 0)

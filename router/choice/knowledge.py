@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pdx.router.choice.holders import Holders
+from pdx.router.choice.holders import Held, Holders
 from pdx.wire import ARENA_BIT, DISK_BIT, DaemonRef, Holdings
 
 NAMES_MAX = 1 << 25  # 32 daemons with a million blocks each, none shared; about a GB then, and nothing before
 DAEMONS_MAX = 4096
 EXPECTED_S = 10.0  # a long prompt is computed in seconds; what was wrong costs one wrong choice
+NOBODY_UNTIL = ("", 0.0)
 EXPECTED_MAX = 1 << 17  # names: a thousand prompts of two thousand tokens
 
 
@@ -104,9 +105,15 @@ class Knowledge:
         bits = {daemon_id: 1 << daemon.holder for daemon_id, daemon in self._daemons.items()}
         everybody = sum(bits.values())
         whole, arena, kept = _Leading(everybody), _Leading(everybody), _Leading(everybody)
+        before: tuple[Held | None, str] = None, ""
         for block, (name, held) in enumerate(zip(names, self._holders.of(names), strict=True)):
-            daemon_id, until = self._expected.get(name, ("", 0.0))
-            expected = bits.get(daemon_id, 0) if until > now else 0
+            daemon_id, until = self._expected.get(name, NOBODY_UNTIL)
+            if until <= now:
+                daemon_id = ""
+            if held is before[0] and daemon_id == before[1]:
+                continue  # as most blocks: whoever has had all up to the one before it has this one too
+            before = held, daemon_id
+            expected = bits.get(daemon_id, 0)
             kept.at(block, held.arena)
             arena.at(block, held.arena | expected)
             if not whole.at(block, held.arena | held.disk | expected):

@@ -87,17 +87,15 @@ def choose_pair(
     """A prefill engine and a decode engine that fits it, both with lines shorter than `line_max`, or None."""
     decodes = [c for c in serving(snapshot, model, "decode") if c.waiting < line_max]
     candidates = [c for c in serving(snapshot, model, "prefill") if c.in_line < line_max]
-    partners = {p.engine_id: [d for d in decodes if fit(p, d, model)] for p in candidates}
-    prefills = [p for p in candidates if partners[p.engine_id]]
-    if not prefills:
+    offers = _offers(candidates, decodes, model)
+    if not offers:
         return None
     if policy == "prefix":
-        offers = [(prefill, partners[prefill.engine_id]) for prefill in prefills]
         return Pair(*forecast.best_pair(offers, asked.prompt, turn))
-    choose, session = POLICIES[policy], asked.session
-    prefill = choose(prefills, Choice(turn, asked.draws[:2], session))
+    choose, session, partners = POLICIES[policy], asked.session, {p.engine_id: fitting for p, fitting in offers}
+    prefill = choose([p for p, _ in offers], Choice(turn, asked.draws[:2], session))
     # Decode takes its turns by round of prefill, shifted within the round: every pair meets, whatever the two numbers.
-    rounds, place = divmod(turn, len(prefills))
+    rounds, place = divmod(turn, len(offers))
     return Pair(prefill, choose(partners[prefill.engine_id], Choice(rounds + place, asked.draws[2:], session)))
 
 
@@ -128,6 +126,27 @@ def choose_instead(
         return None
     candidates = [c for c in serving(snapshot, model, "decode") if c.waiting < line_max]
     return forecast.better_alone(pair, candidates, asked.prompt)
+
+
+def _offers(
+    prefills: Sequence[Candidate], decodes: Sequence[Candidate], model: str
+) -> list[tuple[Candidate, Sequence[Candidate]]]:
+    """Each prefill engine that some decode engines fit, with these.
+
+    Of 16 and 16 there are 256 pairs, and a request has no time to look at each: engines of one kind fit alike.
+    """
+    kinds: dict[tuple[bytes, str | None], list[Candidate]] = {}
+    for decode in decodes:
+        if decode.pairable:
+            kinds.setdefault((decode.space, decode.info.adapters.get(model)), []).append(decode)
+    offers: list[tuple[Candidate, Sequence[Candidate]]] = []
+    for prefill in prefills:
+        alike_ones = kinds.get((prefill.space, prefill.info.adapters.get(model)), [])
+        all_fit = prefill.space and prefill.pairable and not prefill.avoid and prefill.info.role == "prefill"
+        fitting = alike_ones if all_fit else [decode for decode in alike_ones if fit(prefill, decode, model)]
+        if fitting:
+            offers.append((prefill, fitting))
+    return offers
 
 
 def serving(snapshot: Snapshot, model: str, side: Side) -> list[Candidate]:

@@ -151,24 +151,27 @@ class Prompts:
             ids = None
         self._took_s.append(time.monotonic() - began_at)
         self._unasked = 0
-        if not ids or len(ids) > TOKENS_MAX or not 0 <= min(ids) <= max(ids) < 1 << 32:
+        if not ids or len(ids) > TOKENS_MAX or not self._remember(name, ids):
             self._count("late")
             return None
         self._count("asked")
-        self._remember(name, ids)
         return ids
 
     def _takes_s(self) -> float:
         """To ask, as a rule; 0 if nobody can say."""
         return median(self._took_s) if self._took_s and self._unasked < FORGIVEN_AFTER else 0.0
 
-    def _remember(self, name: bytes, ids: list[int]) -> None:
-        if len(ids) > IDS_MAX:
-            return
-        self._ids_kept += len(ids) - len(self._ids.pop(name, ()))
-        self._ids[name] = array("I", ids)
+    def _remember(self, name: bytes, ids: list[int]) -> bool:
+        """Whether they are numbers that tokens can have."""
+        try:
+            kept = array("I", ids)
+        except OverflowError:
+            return False
+        self._ids_kept += len(kept) - len(self._ids.pop(name, ()))
+        self._ids[name] = kept
         while self._ids_kept > IDS_MAX:
             self._ids_kept -= len(self._ids.popitem(last=False)[1])
+        return True
 
 
 def _too_long(ids: Sequence[int], engines: Sequence[Candidate]) -> bool:

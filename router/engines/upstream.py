@@ -10,8 +10,7 @@ import errno
 import functools
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -32,7 +31,7 @@ IDLE_MAX = 1024  # connections kept to one engine; those that a peak leaves over
 __all__ = ["Reply", "Upstream", "UpstreamError"]
 
 
-class _Address(NamedTuple):
+class Address(NamedTuple):
     host: str
     port: int
     tls: bool
@@ -42,7 +41,7 @@ class Upstream:
     """Connections to all engines. Use as an async context manager, on one event loop."""
 
     async def __aenter__(self) -> Upstream:
-        self._idle: dict[_Address, list[EngineConnection]] = {}
+        self._idle: dict[Address, list[EngineConnection]] = {}
         self._open: set[EngineConnection] = set()
         return self
 
@@ -54,23 +53,13 @@ class Upstream:
         self._idle.clear()
         await asyncio.sleep(0)  # their transports close in the loop's next turn
 
-    @asynccontextmanager
-    async def call(self, url: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Reply]:
-        """Posts and yields the reply once its head is here. Leaving the block early drops the request upstream.
+    def call(self, url: str, body: bytes, headers: Mapping[str, str]) -> Call:
+        """A block that posts, and gets the reply once its head is here. Leaving it early drops the request upstream.
 
-        Raises UpstreamError, also from the reply's methods. No limit on connections: the engines queue, and a queue
-        here would hide their load from the policy.
+        Raises UpstreamError on entry, and from the reply's methods. No limit on connections: the engines queue, and a
+        queue here would hide their load from the policy.
         """
-        address, host, path = _taken_apart(url)
-        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n{_lines(headers)}\r\n"
-        connection = await self._connection(address)
-        try:
-            # As clients sent it, byte for byte.
-            await connection.send(head.encode("utf-8", "surrogateescape"), body)
-            await connection.head()
-            yield Reply(connection)
-        finally:
-            self._done_with(address, connection)
+        return Call(self, url, body, headers)
 
     async def healthy(self, url: str) -> bool:
         """Whether GET `url` answers 200 within HEALTH_S."""
@@ -84,23 +73,23 @@ class Upstream:
         try:
             address, host, path = _taken_apart(url)
             async with asyncio.timeout(HEALTH_S):
-                connection = await self._connection(address)
+                connection = await self.connection(address)
                 try:
                     await connection.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode(), b"")
                     await connection.head()
                     return await Reply(connection).read(PAGE_BYTES_MAX) if connection.status == 200 else None
                 finally:
-                    self._done_with(address, connection)
+                    self.done_with(address, connection)
         except (UpstreamError, TimeoutError):
             return None
 
-    async def _connection(self, address: _Address) -> EngineConnection:
-        """One of ours to there, or a new one. Raises UpstreamError."""
+    async def connection(self, address: Address) -> EngineConnection:
+        """One of ours to there, or a new one; `done_with` takes it back. Raises UpstreamError."""
         connection = self._kept(address) or await self._connected(address)
         self._open.add(connection)
         return connection
 
-    def _kept(self, address: _Address) -> EngineConnection | None:
+    def _kept(self, address: Address) -> EngineConnection | None:
         idle, oldest = self._idle.get(address, []), time.monotonic() - KEEPALIVE_S
         while idle:
             connection = idle.pop()
@@ -109,7 +98,7 @@ class Upstream:
             connection.close()
         return None
 
-    async def _connected(self, address: _Address) -> EngineConnection:
+    async def _connected(self, address: Address) -> EngineConnection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_S):
@@ -124,7 +113,7 @@ class Upstream:
             raise UpstreamError("unreachable", unreachable=True) from error
         return connection
 
-    def _done_with(self, address: _Address, connection: EngineConnection) -> None:
+    def done_with(self, address: Address, connection: EngineConnection) -> None:
         """Keeps it if its answer was read to the end, else closes it."""
         self._open.discard(connection)
         idle = self._idle.setdefault(address, [])
@@ -133,6 +122,36 @@ class Upstream:
             return
         connection.idle_since = time.monotonic()
         idle.append(connection)
+
+
+class Call:
+    """See `Upstream.call`. (A class, and no generator: every request makes two of these, or three.)"""
+
+    __slots__ = ("_address", "_body", "_connection", "_headers", "_upstream", "_url")
+
+    def __init__(self, upstream: Upstream, url: str, body: bytes, headers: Mapping[str, str]) -> None:
+        self._upstream = upstream
+        self._url, self._body, self._headers = url, body, headers
+
+    async def __aenter__(self) -> Reply:
+        address, host, path = _taken_apart(self._url)
+        length, lines = len(self._body), _lines(self._headers)
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n{lines}\r\n"
+        connection = await self._upstream.connection(address)
+        try:
+            # As clients sent it, byte for byte.
+            await connection.send(head.encode("utf-8", "surrogateescape"), self._body)
+            await connection.head()
+        except BaseException:
+            self._upstream.done_with(address, connection)
+            raise
+        self._address, self._connection = address, connection
+        return Reply(connection)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._upstream.done_with(self._address, self._connection)
 
 
 class Reply:
@@ -158,14 +177,14 @@ class Reply:
 
 
 @functools.lru_cache(maxsize=8192)
-def _taken_apart(url: str) -> tuple[_Address, str, str]:
+def _taken_apart(url: str) -> tuple[Address, str, str]:
     """Where to connect, what Host says, and the page. Raises UpstreamError."""
     try:
         parts = urlsplit(url)
         tls = parts.scheme == "https"
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError
-        address = _Address(parts.hostname, parts.port or (443 if tls else 80), tls)
+        address = Address(parts.hostname, parts.port or (443 if tls else 80), tls)
     except ValueError as error:
         raise UpstreamError("unreachable", unreachable=True) from error
     path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"

@@ -10,6 +10,7 @@ from pathlib import Path
 ASK_S = 2.0
 TEXT_BYTES_MAX = 16 << 20
 PART_BYTES = 64 << 10
+END = b"# EOF\n"  # as OpenMetrics has it: of a process that was killed half a text may come, with half a number
 
 
 async def serve_text(stack: AsyncExitStack, path: Path, text: Callable[[], bytes]) -> None:
@@ -17,7 +18,7 @@ async def serve_text(stack: AsyncExitStack, path: Path, text: Callable[[], bytes
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer), suppress(OSError):
-            writer.write(text())
+            writer.write(text() + END)
             await writer.drain()
 
     await stack.enter_async_context(await asyncio.start_unix_server(answer, path))
@@ -34,10 +35,10 @@ async def read_text(path: Path) -> bytes:
 
 
 async def _whole(reader: asyncio.StreamReader) -> bytes:
-    """Up to the end of the connection; nothing if that is too much."""
+    """Up to its end; nothing if that is missing, or too far."""
     parts = bytearray()
     while part := await reader.read(PART_BYTES):
         parts += part
         if len(parts) > TEXT_BYTES_MAX:
             return b""
-    return bytes(parts)
+    return bytes(parts).removesuffix(END) if parts.endswith(END) else b""

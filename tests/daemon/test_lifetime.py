@@ -26,6 +26,7 @@ from pdx.wire import Ask, Attach
 
 TOOL = Attach(kind="tool")
 WORKER = Attach(kind="worker", engine=ENGINE, pages=PAGES)
+SCHEDULER = Attach(kind="scheduler", engine=ENGINE)
 
 
 @pytest.fixture
@@ -245,6 +246,48 @@ def test_an_attachment_survives_the_daemon(settings: Config) -> None:
             first.send(Ask(verb="health"))
     finally:
         attachment.close()
+
+
+def test_an_idle_engine_gives_a_dead_daemon_s_arena_back(settings: Config) -> None:
+    """There may be no memory for the next daemon's beside it."""
+    attachment = Attachment(settings, WORKER)
+    try:
+        first = attachment.client()
+        assert first is not None
+        (daemon,) = daemons_in(settings)
+        os.kill(daemon.pid, signal.SIGKILL)
+        until(lambda: not attachment._arrived.empty(), "attached again")
+        assert first.arena is not None, "a step may be under way"
+        attachment.let_go()
+        assert first.arena is None
+        second = attachment.client()
+        assert second is not None
+        assert second is not first
+        attachment.hold()
+        attachment.let_go()
+        assert second.arena is not None
+        (daemon,) = daemons_in(settings)
+        os.kill(daemon.pid, signal.SIGKILL)
+        until(lambda: second.arena is None, "given back by nobody's step")
+    finally:
+        attachment.close()
+
+
+def test_the_next_daemon_knows_the_weights_of_an_engine_that_idles(settings: Config) -> None:
+    worker, scheduler = Attachment(settings, WORKER), Attachment(settings, SCHEDULER)
+    try:
+        for attachment in (worker, scheduler):
+            attachment.client()
+        scheduler.at("new")
+        (daemon,) = daemons_in(settings)
+        os.kill(daemon.pid, signal.SIGKILL)
+        until(lambda: not (worker._arrived.empty() or scheduler._arrived.empty()), "attached again")
+        with DaemonClient.attach(settings, TOOL) as tool:
+            (info,) = tool.ask(Ask(verb="spaces")).body["spaces"]
+        assert info["content"]["weight_epoch"] == "new"
+    finally:
+        worker.close()
+        scheduler.close()
 
 
 def test_an_attachment_survives_a_run_directory_that_is_away_for_a_while(settings: Config) -> None:

@@ -6,12 +6,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from daemon.fleet import PAGES, Daemon, Fleet, fleet_in, prompt_of, until
+from wire_samples import ENGINE
 
 from pdx.client import DaemonClient
 from pdx.daemon.service import HELLOS_MAX
-from pdx.errors import Refused
+from pdx.errors import PdxError, Refused
 from pdx.wire import Attach, LetGo, LoadEnded, LoadOpened, OpenLoad, SendEnded
 
 
@@ -136,6 +138,28 @@ def test_a_router_address_that_is_none_costs_a_warning(fleet: Fleet, address: st
     with scheduler, worker:
         until(lambda: b"no router's address" in (daemon.run_dir / "log").read_bytes(), "the log says so")
         assert daemon.stats()["engines"]
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("layout", "ranks", 0), ("layout", "ranks", -1), ("layout", "layers", 0), ("layout", "kv_groups", 2**40),
+        ("content", "block_tokens", 0), ("content", "block_tokens", 2**64 - 1), ("", "engine_id", ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["scheduler", "worker"])
+def test_an_engine_that_can_t_be_is_turned_away(fleet: Fleet, kind: str, part: str, field: str, value: object) -> None:
+    daemon = fleet.daemon()
+    told = {field: value}
+    if part:
+        told = {part: msgspec.structs.replace(getattr(ENGINE, part), **told)}
+    hello = Attach(
+        kind=kind,  # type: ignore[arg-type]
+        engine=msgspec.structs.replace(ENGINE, **told), pages=PAGES if kind == "worker" else None,
+    )  # fmt: skip
+    with pytest.raises(PdxError):
+        DaemonClient.attach(daemon.config, hello, start=False)
+    assert daemon.stats()["engines"] == {}
 
 
 def test_connections_without_a_word_do_not_keep_others_out(fleet: Fleet) -> None:

@@ -148,6 +148,24 @@ def test_offers_take_no_room_from_handoffs(host: Host) -> None:
     assert host.counters["keeps_refused"] == 1
 
 
+def test_what_look_ups_have_found_gives_way_to_handoffs(host: Host) -> None:
+    """Requests may wait in an engine's queue for minutes: it asks again when their turn has come."""
+    blocks = host.store.extents.capacity(PAGES)
+    mine = [b"mine %d" % n for n in range(int(blocks * 0.6))]
+    keep(host, mine)
+    let_go(host)
+    assert len(look_up(host, mine)) == len(mine)
+    host.send(hashes=[b"handoff %d" % n for n in range(int(blocks * 0.8))])
+    assert host.handoffs.reservations_waiting
+    ended = [message for message in host.heard["P"] if isinstance(message, LoadEnded)]
+    assert [(message.handoff_id, message.reason) for message in ended] == [(MINE, "others wait for room")]
+    host.tick()
+    assert [m for m in host.heard["P"] if isinstance(m, LoadEnded)] == ended, "it is told once"
+    let_go(host, side="load")
+    host.tick()
+    assert not host.handoffs.reservations_waiting
+
+
 def test_what_never_fits_is_refused(host: Host) -> None:
     blocks = host.store.extents.capacity(PAGES)
     answer = keep(host, [b"%d" % n for n in range(blocks + 1)])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from one_host import BUDGETS, HASHES, Host, name
+from one_host import BUDGETS, HASHES, Host, engine, name
 
 from pdx.daemon import questions
-from pdx.wire import LetGo, SendEnded, SendOpened
+from pdx.wire import LetGo, LookUp, SendEnded, SendOpened
 
 
 @pytest.fixture
@@ -158,3 +158,16 @@ def test_a_slot_whose_last_block_was_spoilt_is_free(host: Host) -> None:
     host.let_go(ok=False, spoilt=[0, 1, 2])
     assert host.counters["blocks_spoilt"] == 3
     assert host.store.stats()["used_bytes"] == 0
+
+
+def test_a_look_up_may_not_take_a_handoff_s_name_to_keep_its_slots(host: Host) -> None:
+    """The second lease under one name would be on no book, and never end."""
+    host.prefill()
+    ask = LookUp(request_id="d", handoff_id=name(1), block_hashes=HASHES)
+    host.handoffs.look_up(engine("D"), ask, host.now)
+    assert host.told() == [("granted", 3)]
+    host.prefill(1)
+    assert host.ask(1) == "absent"
+    host.let_go(1, ok=True)
+    host.tick(60.0)
+    assert not host.store.leases

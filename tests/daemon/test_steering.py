@@ -148,8 +148,20 @@ class TestPin:
         host.tick()
         (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
         assert described["blocks"] == 2
+        assert described["size_bytes"] == 2 * PAGES.unit_bytes, "the slot into which nothing came is free"
+        assert len(host.store.slots) == len(host.store.index)
         unpin(host)
         assert leases(host) == 0
+
+    def test_of_which_nothing_comes_ends(self, host: Host, tier: MemoryTier) -> None:
+        keep_filled(host)
+        crowd_out(host)
+        pin(host)
+        for block_hash in HASHES:
+            tier.remove((SPACE, block_hash))
+        host.tick()
+        assert host.handoffs.kept(host.now)["pinned"]["pins"] == []
+        assert (leases(host), len(host.store.slots)) == (0, 0)
 
     def test_takes_what_still_waits_to_be_read_when_one_block_is_rotten(
         self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import pytest
 from one_host import HASHES, PAGES, Host, engine
 from test_prefixes import MINE, OTHER, heard, keep, leases, let_go, look_up
 
+from pdx.daemon.tiering import FIRST_LOT
 from pdx.layout import Place
 from pdx.tiers.memory import MemoryTier
 from pdx.tiers.tier import Event, StateChanged
@@ -268,3 +269,18 @@ def test_any_course_ends_with_everything_free(seed: int) -> None:
     host.tick()
     assert leases(host) == 0
     tier.close(drain_s=0.0)
+
+
+def test_a_long_prompt_that_the_tier_has_not_is_asked_for_once_and_a_little(
+    host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    contains = tier.contains
+
+    def counted(keys: Sequence[Any]) -> list[bool]:
+        asked.append(len(keys))
+        return contains(keys)
+
+    monkeypatch.setattr(tier, "contains", counted)
+    assert look_up(host, [b"%d" % n for n in range(5000)]) == []
+    assert sum(asked) <= 2 * FIRST_LOT

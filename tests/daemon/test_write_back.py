@@ -234,3 +234,16 @@ def test_through_writes_what_is_about_to_go_and_the_tier_has_not(tier: SlowTier)
     assert not is_here(host)
     assert is_below(tier)
     assert host.handoffs.kept(host.now)["disk"]["written_back_blocks"] == 1
+
+
+@pytest.mark.parametrize("state", ["paused", "hung"])
+def test_what_waits_for_a_sick_tier_is_written_when_it_is_well(tier: SlowTier, state: str) -> None:
+    host = Host(tier=tier)
+    tier.state = state
+    keep_filled(host, FIRST)
+    assert not is_below(tier)
+    assert host.handoffs.flush_step(host.now) == 0, "a daemon that stops does not wait for it"
+    tier.state = "well"
+    for _ in range(2):
+        host.tick()
+    assert is_below(tier)

@@ -307,6 +307,15 @@ class MemoryAttachment:
             self._client = self.daemon.client()
         return self._client
 
+    def at(self, epoch: str) -> None:
+        """The next daemon is told by the messages of its client, like the first."""
+
+    def hold(self) -> None:
+        """An arena of this process: nobody else needs its memory."""
+
+    def let_go(self) -> None:
+        """See `hold`."""
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()

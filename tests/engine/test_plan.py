@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdx.engine.plan import NO_BLOCK, LoadPlan, SendPlan, fits, promised_tokens
+from pdx.engine.plan import LOOK_AHEAD, NO_BLOCK, LoadPlan, SendPlan, fits, promised_tokens
 from pdx.errors import Refused
 from pdx.layout import CONTROL_BYTES, PageLayout, Place, blocks_for
 
@@ -124,6 +124,31 @@ def test_loads_follow_watermarks_and_take_each_page_once(
     assert plan.complete
     assert seen == needed
     assert plan.pages_done == len(needed)
+
+
+def test_little_is_looked_at_while_nothing_lands() -> None:
+    """A step of a decode engine that waits for twenty long prompts is as short as one that waits for none."""
+    blocks, layers = 2000, 4
+    plan = LoadPlan([place(n) for n in range(blocks)], [list(range(1, blocks + 1))], group_of=[0] * layers)
+    looked: list[int] = []
+    landed = dict.fromkeys(range(100), layers)
+
+    def watermark(at: Place) -> int:
+        looked.append(places[at])
+        return landed.get(looked[-1], 0)
+
+    places = {at: n for n, at in enumerate(plan.places)}
+    for layer, positions in plan.batches(watermark, pages_max=1000):
+        plan.done(layer, positions)
+    assert len(looked) == 100 + LOOK_AHEAD
+    looked.clear()
+    assert list(plan.batches(watermark, pages_max=1000)) == []
+    assert looked == list(range(100, 100 + LOOK_AHEAD))
+    landed.update(dict.fromkeys(range(110, blocks), layers))  # what lands behind a gap is not lost
+    landed.update(dict.fromkeys(range(100, 110), layers))
+    for layer, positions in plan.batches(watermark, pages_max=1000):
+        plan.done(layer, positions)
+    assert plan.complete
 
 
 def test_promised_tokens() -> None:

@@ -426,3 +426,16 @@ def test_nothing_happens_between_steps(daemon: MemoryDaemon, clock: Clock) -> No
     assert worker.take_ended() is None
     assert daemon.received == []
     worker.close()
+
+
+def test_orders_end_with_the_load_that_they_were_for(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
+    """Else the next request of this name would be dropped by the abort of the one before."""
+    scheduler.on_new_request(send_request(daemon))
+    scheduler.on_new_request(load_request(daemon))
+    assert scheduler.matched_tokens("l", 0) == (10, True)
+    scheduler.allocated("l", [[7, 8, 9]], 10)
+    scheduler.step(IDLE)  # type: ignore[arg-type]
+    scheduler.finished("l")
+    scheduler.reported(Report(1, {"l": LoadResult(True, 3, 0, "", [])}))
+    step = scheduler.step(IDLE)  # type: ignore[arg-type]
+    assert (step.dropping, step.finishing) == ([], [])

@@ -233,3 +233,15 @@ def test_a_text_is_read_to_its_end(tmp_path: Path) -> None:
             assert await read_text(tmp_path / "text") == text
 
     asyncio.run(test())
+
+
+def test_half_a_text_is_none(tmp_path: Path) -> None:
+    async def killed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"metric_1 1.0\nmetric_2 1")
+        writer.close()
+
+    async def test() -> None:
+        async with await asyncio.start_unix_server(killed, tmp_path / "text"):
+            assert await read_text(tmp_path / "text") == b""
+
+    asyncio.run(test())

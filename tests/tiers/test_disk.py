@@ -275,7 +275,8 @@ def test_a_removal_that_failed_is_tried_again(open_tier: OpenTier, tmp_path: Pat
     tier.remove(key_of(1))
     assert tier._writes.wait_idle(5.0)
     tier.take_events()
-    assert (tier.stats().state, tier.stats().used_bytes) == ("paused", used_bytes)
+    assert (tier.stats().state, tier.stats().used_bytes) == ("well", used_bytes), "one bad folder is not a bad disk"
+    assert tier.stats().io_errors == 1
     assert isinstance(user.read(key_of(1))[0], Missed)
     del files.errors["remove"]
     now[0] = 31.0

@@ -7,8 +7,8 @@ from collections.abc import Callable
 # A load beside other requests' decoding is work that all of them wait for. They may lose 3 % of their pace to it; the
 # last 1 % is for what else a step with a load costs.
 FORWARD_SHARE = 0.02
-# Without a forward pass nobody waits but new requests and aborts: some 100 MB a step.
-IDLE_S = 0.020
+# Without a forward pass nobody waits but new requests and aborts: some 200 MB a step, and each more step takes 2 ms.
+IDLE_S = 0.040
 
 
 class LoadBudget:
@@ -17,6 +17,7 @@ class LoadBudget:
     def __init__(self, *, forward_s: float | None, clock: Callable[[], float]) -> None:
         """`forward_s`: how long this step's forward pass took; None: it had none."""
         self._clock = clock
+        self.hurries = forward_s is not None
         self.began_at = clock()
         self._until = self.began_at + (IDLE_S if forward_s is None else min(FORWARD_SHARE * forward_s, IDLE_S))
         self.spent = False

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from pdx.engine.link import Link
 from pdx.engine.plan import fits, promised_tokens
 from pdx.engine.vllm.pace import Pace
-from pdx.engine.vllm.prompts import Prompt
+from pdx.engine.vllm.prompts import Prompt, new_id
 from pdx.engine.vllm.sends import ANSWER_MARGIN_S, GRANT_S_MAX
 from pdx.engine.vllm.steps import Load, LoadResult, Report
 from pdx.layout import PageLayout, Place, blocks_for
@@ -54,6 +54,7 @@ class _Load:
     places: list[Place] | None = None
     first: int = 0  # block of the prompt from which on we load; the engine has those before
     loading: bool = False
+    lapsed: bool = False  # what a look-up had found was given up again: look it up anew when its turn has come
     result: LoadResult | None = None  # of the ranks that have reported
     fence: int = 0  # the last step in which one of them touched our slots
 
@@ -99,6 +100,13 @@ class Loads:
         load = self._loads.get(request_id)
         if load is None or load.places is not None:
             return False
+        if load.lapsed:
+            load.lapsed = False
+            load.prompt = replace(load.prompt, handoff_id=new_id())
+            load.deadline = now + self._patience_s(load.prompt)
+            if not self._ask(load):
+                del self._loads[request_id]
+                return False
         if now >= load.deadline:
             self._end(load, ok=False, reason="no answer from pdxd")
             return False
@@ -106,6 +114,11 @@ class Loads:
             load.ask_again_at = None
             self._ask(load)
         return True
+
+    def lapsed(self, request_id: str) -> bool:
+        """Whether what was found for it has been given up, so that `undecided` asks again."""
+        load = self._loads.get(request_id)
+        return load is not None and load.lapsed
 
     def told_to_wait(self, request_id: str) -> bool:
         load = self._loads.get(request_id)
@@ -171,9 +184,13 @@ class Loads:
         if load is None:
             self._let_go(message.handoff_id, fence=0, ok=False, reason="ended before")
             return
-        log.warning("KV of %s stops coming: %s", load.request_id, message.reason)
+        if load.prompt.handle or load.loading:
+            log.warning("KV of %s stops coming: %s", load.request_id, message.reason)
         if load.loading:
             self._finishing.append(load.request_id)
+        elif not load.prompt.handle:  # it waits for its turn in the queue, and is looked up anew then
+            self._let_go(load.handoff_id, fence=0, ok=True, reason="not its turn yet")
+            load.places, load.lapsed = None, True
         else:
             self._end(load, ok=False, reason=message.reason)
 
@@ -208,6 +225,7 @@ class Loads:
                     self._finishing.append(request_id)
                 continue
             del self._loads[request_id]
+            self._forget_orders(request_id)
             if not result.ok:
                 log.warning("KV of %s was not loaded, its prompt is recomputed: %s", request_id, result.reason)
             self._let_go(
@@ -221,6 +239,12 @@ class Loads:
                 spoilt=[load.first + position for position in result.spoilt],
             )
 
+    def _forget_orders(self, request_id: str) -> None:
+        """Those that its load has no use for any more: a request of the same name may come."""
+        for orders in (self._finishing, self._dropping):
+            while request_id in orders:
+                orders.remove(request_id)
+
     def take_work(self) -> Work:
         """What the worker's next step is to do about loads."""
         work = Work(self._starting, self._finishing, self._dropping)
@@ -233,7 +257,10 @@ class Loads:
 
     @property
     def live(self) -> Iterable[bytes]:
-        return [load.handoff_id for load in self._loads.values() if load.places is not None]
+        """What is to stay here. Not what a look-up has found for a request that waits: it would keep room that others
+        need for as long as the queue is."""
+        loads = self._loads.values()
+        return [load.handoff_id for load in loads if load.places is not None and (load.prompt.handle or load.loading)]
 
     def _patience_s(self, prompt: Prompt) -> float:
         """The daemon answers by itself within the handle's budgets; this is for one that does not."""
@@ -275,7 +302,8 @@ class Loads:
 
     def _end(self, load: _Load, *, ok: bool, reason: str) -> None:
         del self._loads[load.request_id]
-        self._let_go(load.handoff_id, fence=0, ok=ok, reason=reason)
+        if not load.lapsed:
+            self._let_go(load.handoff_id, fence=0, ok=ok, reason=reason)
 
     def _let_go(
         self,

@@ -45,6 +45,11 @@ class Prompt:
         return len(self.block_hashes) + bool(self.tail_hash)
 
 
+def new_id() -> bytes:
+    """For a load or an offer that has no handle."""
+    return secrets.token_bytes(ID_BYTES)
+
+
 def blocks_of(
     request: Request,
     *,
@@ -67,8 +72,7 @@ def blocks_of(
         return None
     end = (first + len(hashes)) * block_tokens
     tenant, budgets = tenant_of(request.cache_salt or ""), Budgets(total_s=LOAD_S)
-    handoff_id = secrets.token_bytes(ID_BYTES)
-    return Prompt("", handoff_id, budgets, end, hashes, origin=origin, first=first, tenant=tenant, salt=salt)
+    return Prompt("", new_id(), budgets, end, hashes, origin=origin, first=first, tenant=tenant, salt=salt)
 
 
 def asks_for(request: Request, flag: str) -> bool:

@@ -84,7 +84,8 @@ class SchedulerSide:
         self._epoch = Epoch(ranks)
         self._told = ""  # the epoch as this incarnation of the daemon knows it
         self._resets: dict[str, None] = {}  # epochs whose blocks it has yet to clear
-        self._held: dict[str, tuple[Request, float]] = {}  # requests that wait for the epoch, and until when
+        # Requests that wait for the epoch, and until when, once their turn has come: a pause may last for minutes.
+        self._held: dict[str, tuple[Request, float | None]] = {}
         self._unfinished: dict[str, Request] = {}
         self._tainted = Tainted()
 
@@ -100,7 +101,7 @@ class SchedulerSide:
         self._waiting.add(request.request_id)
         self._unfinished[request.request_id] = request
         if self._epoch.name is None:
-            self._held[request.request_id] = request, self._clock() + EPOCH_WAIT_S
+            self._held[request.request_id] = request, None
         elif self._epoch.name == self._told:
             self._open(request)
 
@@ -110,9 +111,14 @@ class SchedulerSide:
             self._heard_this_turn = True
             self._hear()
         if request_id in self._held:
-            if self._clock() < self._held[request_id][1]:
+            request, until = self._held[request_id]
+            until = until or self._clock() + EPOCH_WAIT_S
+            if self._clock() < until:
+                self._held[request_id] = request, until
                 return None, False
             del self._held[request_id]
+        if self._loads.lapsed(request_id):
+            self._unasked.add(request_id)
         if self._undecided(request_id):
             if request_id in self._unasked:
                 self._wait_for_answer(request_id)
@@ -148,9 +154,8 @@ class SchedulerSide:
         self._wait_left_s = WAIT_A_STEP_S
         self._waiting.difference_update(scheduled.num_scheduled_tokens)
         self._tainted.stepped(scheduled.preempted_req_ids or ())
-        for request in self._sends.adapted if self._adapters.digests else ():
-            if self._salt(request) is None:
-                self._sends.drop(request.request_id, "its adapter's files have changed")
+        if self._adapters.digests:
+            self._look_at_adapters()
         if self._hybrid:
             self._offer_now(scheduled)
         saves = self._sends.saves(self._step, scheduled)
@@ -184,6 +189,7 @@ class SchedulerSide:
         now = self._epoch.name
         if now is None:
             return
+        self._link.at(now)
         if before is not None and now != before:
             self._part("the weights have changed")
         self._tell()
@@ -251,6 +257,18 @@ class SchedulerSide:
             self._sends.follow(request, salt=salt, first=first, answer=self._offload == "all", origin=origin)
         if handed or own:
             self._unasked.add(request.request_id)
+
+    def _look_at_adapters(self) -> None:
+        """Whether their files are those of the start: once a step for each, however many requests use it."""
+        unchanged: dict[tuple[str, str], bool] = {}
+        for request in self._sends.adapted:
+            asked = request.lora_request
+            assert asked is not None
+            name = asked.lora_name, asked.lora_path
+            if name not in unchanged:
+                unchanged[name] = self._salt(request) is not None
+            if not unchanged[name]:
+                self._sends.drop(request.request_id, "its adapter's files have changed")
 
     def _salt(self, request: Request) -> bytes | None:
         """Of its adapter. None: what the request computes has no name, and it is served as if there were no pdxd."""

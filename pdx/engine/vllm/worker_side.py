@@ -77,6 +77,7 @@ class WorkerSide:
         """
         if self._mover.lost:
             raise DeviceLost("a copy of KV has failed on the device, see above: this engine has to be started anew")
+        self._link.hold()
         self._look(step)
         current = step.epoch is not None and step.epoch.get(self._rank, "") == self._watch.state
         self._mover.begin(self._link.client(), step.number, loads=bool(step.loads))
@@ -131,10 +132,12 @@ class WorkerSide:
     # --- what vLLM collects after each step -------------------------------------------------------------------
 
     def take_ended(self) -> Report | None:
-        """Loads that ended since the last call, each reported once; and what was seen of the weights.
+        """Loads that ended since the last call, each reported once; and what was seen of the weights. Ends the step.
 
         None if there is nothing to tell, and nobody waits for the end of this step.
         """
+        if not self._mover.copies_ahead:
+            self._link.let_go()
         if self._step is None or not (self._ended or self._seen or self._timed):
             return None
         seen = {self._rank: self._seen} if self._seen else {}

@@ -1,0 +1,58 @@
+"""Which routers a daemon tells of its engines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import zmq
+from one_host import HERE, KEY, engine
+
+from pdx.buffer.index import Index
+from pdx.daemon.announcer import ROUTERS_MAX, UNNAMED_S, Announcer
+from pdx.daemon.holdings import HoldingsTeller
+from pdx.daemon.sessions import Engine, Session
+
+
+@pytest.fixture
+def counters() -> Counter[str]:
+    return Counter()
+
+
+@pytest.fixture
+def announcer(counters: Counter[str]) -> Iterator[Announcer]:
+    with zmq.Context() as context:
+        teller = HoldingsTeller(HERE, Index(), None)
+        announcer = Announcer(context, zmq.Poller(), HERE, counters, cluster_key=KEY, holdings=teller)
+        yield announcer
+        announcer.close()
+
+
+def naming(routers: list[str]) -> Engine:
+    named = engine("P")
+    named.routers = frozenset(routers)
+    named.scheduler = Session(1, "scheduler", None, b"")  # type: ignore[arg-type]
+    named.workers = {0: Session(2, "worker", None, b"")}  # type: ignore[arg-type]
+    return named
+
+
+def tick(announcer: Announcer, routers: list[str], now: float) -> set[str]:
+    """Whom it tells."""
+    announcer.tick([naming(routers)], reservations_waiting=0, links=list, now=now)
+    return set(announcer._sockets)
+
+
+def test_routers_that_nobody_names_any_more_make_room(
+    announcer: Announcer, counters: Counter[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They move with their pods, and engines come and go: a daemon lives longer than either."""
+    first = [f"tcp://127.0.0.1:{port}" for port in range(1, ROUTERS_MAX)] + ["no address"]
+    late = ["tcp://127.0.0.1:1000"]
+    assert tick(announcer, first, 0.0) == set(first) - {"no address"}
+    for now in (1.5, 3.0):
+        assert tick(announcer, [*first, *late], now) == set(first) - {"no address"}
+    assert counters["routers_refused"] == 2
+    assert caplog.text.count("is told nothing") == 1
+    assert tick(announcer, late, 4.5) == set(first) - {"no address"}, "an engine may be about to come back"
+    assert tick(announcer, late, 3.0 + UNNAMED_S + 1) == set(late)
