@@ -82,6 +82,9 @@ class Holders:
         sets, shards = self._sets, self._shards
         for name in names:
             shard = shards[name % SHARDS]
+            if not shard.used:
+                yield NOBODY
+                continue
             slot = shard.find(name)
             yield sets[shard.sets[slot]] if shard.names[slot] else NOBODY
 
