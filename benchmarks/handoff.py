@@ -4,7 +4,7 @@ The gap runs from the last byte of prefill's answer (stamped by a relay before t
 arm) to the first token at the client. Of it the decode engine itself takes its floor (admission, tokens in and out) and
 one decode step. What is left is the hand-over: for pdx the scatter of the last pages, for NixlConnector the whole
 transfer. All of it runs on loopback over TCP. The naive variant pushes only after prefill and must miss the bar.
-The full run takes about 10 minutes.
+The full run takes 10 to 35 minutes, as fast as the engines compute.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Digest mode compares blake3 digests of every page on both sides, over a lane and
 for token: the paired journey and vLLM's NixlConnector pair do the same computation on the same bits, so theirs must be
 equal; one plain engine computes the last prompt token in a batch of another shape, so that bf16 rounds differently: its
 answers may part only at a near tie. The control flips one byte a page: every load must be refused, no answer change.
-The full run takes about 10 minutes, --quick leaves the single daemon out. No time is measured here.
+The full run takes 10 to 30 minutes, --quick leaves the single daemon out. No time is measured here.
 """
 
 from __future__ import annotations
