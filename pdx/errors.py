@@ -73,7 +73,7 @@ class TierError(PdxError):
 
 
 class TierUnusable(TierError):
-    """This folder can't be a tier: not writable, too small, or in use. Serve without it; the message says why."""
+    """This folder can't be a tier: not writable, too small, or in use. The message says why."""
 
 
 class ClosedTier(TierError):

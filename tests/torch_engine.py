@@ -153,6 +153,7 @@ class TorchEngine:
         self._free = list(range(blocks - 1, 0, -1))  # block 0 is the null block
         self._users = dict.fromkeys(range(blocks), 0)
         self._cached: dict[bytes, int] = {}
+        self._named: dict[str, int] = {}  # request -> how many of its blocks have been cached
         self._preempted: set[str] = set()  # since the last step
         self._invalid: set[int] = set()  # blocks of loads that some rank has not ended yet
         self._reported: Counter[str] = Counter()  # ranks that have ended a load
@@ -198,6 +199,9 @@ class TorchEngine:
 
     def blocks_of(self, request_id: str) -> set[int]:
         return set(self.requests[request_id].block_ids)
+
+    def named(self, request_id: str) -> int:
+        return self._named.get(request_id, 0)
 
     def forget(self, block_ids: Iterable[int] | None) -> None:
         gone = set(range(len(self._users)) if block_ids is None else block_ids)
@@ -275,6 +279,7 @@ class TorchEngine:
                 self._free.remove(block)
             self._users[block] += 1
         request.block_ids = hits
+        self._named[request.request_id] = len(hits)
         request.num_computed_tokens = min(local + external, len(request.tokens) if loading else len(request.tokens) - 1)
         self._grow(request, local + external)
         if self.scheduler:
@@ -297,11 +302,14 @@ class TorchEngine:
             request.block_ids.append(block)
 
     def _cache_blocks(self, request: Request, *, ahead: int = 0) -> None:
-        """Like vLLM, blocks are cached when *scheduled*: a neighbour may hit them in the step that computes them."""
+        """Like vLLM, blocks are cached when *scheduled*: a neighbour may hit them in the step that computes them. And
+        each of a request once."""
         if self._prefix_caching:
             whole = (request.num_computed_tokens + ahead) // BLOCK_TOKENS
-            for block_hash, block in zip(request.block_hashes[:whole], request.block_ids, strict=False):
+            named = self.named(request.request_id)
+            for block_hash, block in list(zip(request.block_hashes[:whole], request.block_ids, strict=False))[named:]:
                 self._cached.setdefault(block_hash, block)
+            self._named[request.request_id] = max(whole, named)
 
     def _loaded(self, request: Request) -> None:
         blocks = request.block_ids
@@ -326,6 +334,7 @@ class TorchEngine:
             if self._users[block] == 0:
                 self._free.insert(0, block)
         request.block_ids = []
+        self._named.pop(request.request_id, None)
 
     # --- the forward pass -------------------------------------------------------------------------------------
 

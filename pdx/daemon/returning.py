@@ -179,7 +179,6 @@ class Returns:
         try:
             key = self._sending.hand_over(back, kind_of(engine), origin.tenant, chain, found, now, what="returns")
         except UnknownTransport:
-            self._desk.store.release(found.lease)
             ports.counters["returns_dropped"] += 1
             return
         self._under_way[key] = origin

@@ -160,10 +160,14 @@ class SendingHalves:
     ) -> HandoffKey:
         """A half of this daemon's own, for blocks of the store that `found` holds: they go to a peer as cache.
 
-        `handle` is not minted yet. Raises UnknownTransport, changing nothing, if no lane leads there.
+        `handle` is not minted yet. Raises UnknownTransport, and gives up what is held, if no lane leads there.
         """
         ports, key = self._desk.ports, (handle.handoff_id, handle.attempt)
-        route = self._lanes.route(handle.decode_daemon, now)
+        try:
+            route = self._lanes.route(handle.decode_daemon, now)
+        except UnknownTransport:
+            self._desk.store.release(found.lease)
+            raise
         sender = Sender(
             handle, request_id="", blocks=len(chain), layers=kind.pages.layers, incarnation=ports.me.incarnation,
             now=now,

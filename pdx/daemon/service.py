@@ -333,7 +333,7 @@ class Service:
         )
         if session.kind == "worker":
             self._store.arena.set_fence(session.fence_offset, 0)
-            self._meet_again()
+        self._meet_again()
         self._connections[connection.fileno()] = session
         try:
             Door.answer(connection, attached, self._store.arena.fd if session.kind == "worker" else None)
@@ -344,7 +344,8 @@ class Service:
     def _meet_again(self) -> None:
         """Kinds of blocks whose engines are here are not forgotten before others."""
         for engine in self._sessions.engines.values():
-            self._handoffs.spaces.met(engine)
+            if engine.complete:  # its weights' epoch is its scheduler's to tell, its layout its workers'
+                self._handoffs.spaces.met(engine)
 
     def _turn_away(self, connection: socket.socket, reason: str) -> None:
         self._poller.unregister(connection.fileno())

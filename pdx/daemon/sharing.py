@@ -69,7 +69,6 @@ class Sharing:
         try:
             key = self._sending.hand_over(handle, kind, wish.tenant, chain, found, now, what="shares")
         except UnknownTransport:
-            store.release(found.lease)
             ports.counters["shares_absent"] += 1
             return
         self._under_way[key] = wish.to.daemon_id

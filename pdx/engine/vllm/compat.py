@@ -148,6 +148,10 @@ class OwnCache:
         tables = self._manager.get_block_ids(request_id)
         return {block_id for table in tables for block_id in table if block_id}  # block 0 stands for none
 
+    def named(self, request_id: str) -> int:
+        groups = self._manager.coordinator.single_type_managers
+        return sum(group.num_cached_block.get(request_id, 0) for group in groups)
+
     def forget(self, block_ids: Iterable[int] | None) -> None:
         """Those in use stay with their requests; only no other will find them."""
         pool = self._manager.block_pool
