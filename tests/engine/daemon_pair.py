@@ -43,6 +43,7 @@ class Pair:
         engines = [TorchEngine(model, blocks=512, ranks=ranks, alike=alike) for _ in range(2)]
         self.prefill = TorchPeer(engines[0], source.config, "P", "prefill", mover_of=mover_of, offload=offload)
         self.decode = TorchPeer(engines[1], target.config, "D", "decode", mover_of=mover_of, offload=offload)
+        self.is_slow = False  # as real engines are: what a step asks is answered before the next
         self.sent: dict[int, Request] = {}
         self.received: dict[int, Request] = {}
 
@@ -75,8 +76,10 @@ class Pair:
         return answer
 
     def step(self) -> None:
-        self.prefill.engine.step()
-        self.decode.engine.step()
+        for engine in (self.prefill.engine, self.decode.engine):
+            engine.step()
+            if self.is_slow:
+                _wait_for_answers(engine)
 
     def settle(self) -> None:
         """Until both engines are done, and one step more: the one in which vLLM tells of finished requests."""
@@ -92,6 +95,14 @@ class Pair:
     def close(self) -> None:
         self.prefill.close()
         self.decode.close()
+
+
+def _wait_for_answers(engine: TorchEngine) -> None:
+    scheduler, deadline = engine.scheduler, time.monotonic() + DEADLINE_S
+    assert scheduler is not None
+    while scheduler._sends.unanswered(engine.requests):
+        assert time.monotonic() < deadline, "an offer is not answered"
+        scheduler._hear(0.01)
 
 
 def alone(tokens: list[int]) -> list[int]:
