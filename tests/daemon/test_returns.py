@@ -11,7 +11,7 @@ from daemon.fleet import BLOCK_TOKENS, PAGES, BareEngine, Daemon, Fleet, Prompt,
 from daemon.test_hostile import HostilePeer, handle_between, reserve_of
 
 from pdx.keys import tenant_of
-from pdx.wire import SendOpened, encode
+from pdx.wire import Ask, SendOpened, encode
 
 AT_ONCE_S = 5.0  # half of what a handoff may wait for room
 
@@ -145,6 +145,7 @@ def test_the_engine_may_leave_after_its_last_word(chat: Chat) -> None:
     chat.ask(32)
     chat.answer(BLOCK_TOKENS)
     chat.finish()
+    chat.decode.scheduler.ask(Ask(verb="health"))  # it has been heard: who closes at once may not be
     chat.decode.close()
     chat.returned(3)
 
