@@ -74,7 +74,7 @@ class Steering:
         store, tiering = self._desk.store, self._tiering
         arena, disk = TierCleared(), TierCleared()
         if what.tier != "arena" and tiering is not None:
-            tiering.survey(which)  # refused here if at all: nothing has changed yet
+            tiering.check_clearable()  # before anything has changed
         if what.tier != "disk":
             arena = _counted(store.survey(which, now=now) if what.dry_run else store.clear(which, now=now))
             if not what.dry_run:

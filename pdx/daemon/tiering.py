@@ -132,8 +132,12 @@ class Tiering:
         """Grows with all that may make `leading` say something else."""
         return self._tier.stats().changes
 
+    def check_clearable(self) -> None:
+        """Raises Refused if this tier can't tell what it has."""
+        self._sweeper()
+
     def survey(self, which: Selection) -> TierCleared:
-        """What `clear` would take now. Raises Refused if this tier can't tell what it has."""
+        """What `clear` would take now. Raises Refused as `check_clearable` does."""
         return _counted(self._sweeper().survey(which), len(self._spoilt))
 
     def clear(self, which: Selection) -> TierCleared:
@@ -153,6 +157,10 @@ class Tiering:
             "dropped_writes": spill.dropped, "written_back_blocks": spill.written_back, "lost_blocks": self._lost,
         }  # fmt: skip
 
+    @property
+    def _state(self) -> str:
+        return self._tier.stats().state
+
     def _sweeper(self) -> Sweeper:
         if not isinstance(self._tier, Sweeper):
             raise Refused("this daemon's tier can't be cleared")
@@ -171,7 +179,7 @@ class Tiering:
 
         What is only in the others is written before all else. A sick tier holds up nobody.
         """
-        if self._tier.stats().state != "well":
+        if self._state != "well":
             return list(slots)
         index, spill = self._desk.store.index, self._spill
         may_go, pressed = [], []
@@ -192,10 +200,10 @@ class Tiering:
 
         With write-back that is all that is ready, what would be evicted last first.
         """
-        if not len(self._spill) and self._spill.mode is WriteMode.BACK and self._tier.stats().state == "well":
+        if not len(self._spill) and self._spill.mode is WriteMode.BACK and self._state == "well":
             self._spill.pressed(self._only_here())
         self.tick(now)
-        return len(self._spill.writing) if self._tier.stats().state in RESTING else len(self._spill)
+        return len(self._spill.writing) if self._state in RESTING else len(self._spill)
 
     def forget(self, keys: Sequence[Key]) -> None:
         """Their bytes were wrong in the arena: what was written from there may be too."""
@@ -292,7 +300,7 @@ class Tiering:
 
     def _submit_writes(self) -> None:
         wanted = [] if self._writes_refused else self._spill.wanted()
-        if not wanted or self._tier.stats().state in RESTING:
+        if not wanted or self._state in RESTING:
             return  # what waits is written when the tier is well again
         store = self._desk.store
         for key in wanted:
@@ -351,7 +359,7 @@ class Tiering:
         self._left.extend(keys)
 
     def _count_lost(self) -> None:
-        if not self._left or self._tier.stats().state == "hung":
+        if not self._left or self._state == "hung":
             return  # it says of all that it has not got it
         left = [self._left.popleft() for _ in range(min(COUNTED_PER_TICK, len(self._left)))]
         self._lost += self._tier.contains(left).count(False)

@@ -56,10 +56,12 @@ class Upstream:
     def call(self, url: str, body: bytes, headers: Mapping[str, str]) -> Call:
         """A block that posts, and gets the reply once its head is here. Leaving it early drops the request upstream.
 
-        Raises UpstreamError on entry, and from the reply's methods. No limit on connections: the engines queue, and a
-        queue here would hide their load from the policy.
+        Raises UpstreamError, also on entry and from the reply's methods. No limit on connections: the engines queue,
+        and a queue here would hide their load from the policy.
         """
-        return Call(self, url, body, headers)
+        address, host, path = _taken_apart(url)
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n{_lines(headers)}\r\n"
+        return Call(self, address, head, body)
 
     async def healthy(self, url: str) -> bool:
         """Whether GET `url` answers 200 within HEALTH_S."""
@@ -72,14 +74,9 @@ class Upstream:
     async def _get(self, url: str) -> bytes | None:
         try:
             address, host, path = _taken_apart(url)
-            async with asyncio.timeout(HEALTH_S):
-                connection = await self.connection(address)
-                try:
-                    await connection.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode(), b"")
-                    await connection.head()
-                    return await Reply(connection).read(PAGE_BYTES_MAX) if connection.status == 200 else None
-                finally:
-                    self.done_with(address, connection)
+            head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+            async with asyncio.timeout(HEALTH_S), Call(self, address, head, b"") as reply:
+                return await reply.read(PAGE_BYTES_MAX) if reply.status == 200 else None
         except (UpstreamError, TimeoutError):
             return None
 
@@ -125,27 +122,24 @@ class Upstream:
 
 
 class Call:
-    """See `Upstream.call`. (A class, and no generator: every request makes two of these, or three.)"""
+    """One request, and its reply for as long as the block. (A class, and no generator: every request of a client makes
+    two of these, or three.)"""
 
-    __slots__ = ("_address", "_body", "_connection", "_headers", "_upstream", "_url")
+    __slots__ = ("_address", "_body", "_connection", "_head", "_upstream")
 
-    def __init__(self, upstream: Upstream, url: str, body: bytes, headers: Mapping[str, str]) -> None:
-        self._upstream = upstream
-        self._url, self._body, self._headers = url, body, headers
+    def __init__(self, upstream: Upstream, address: Address, head: str, body: bytes) -> None:
+        self._upstream, self._address = upstream, address
+        self._head, self._body = head, body
 
     async def __aenter__(self) -> Reply:
-        address, host, path = _taken_apart(self._url)
-        length, lines = len(self._body), _lines(self._headers)
-        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n{lines}\r\n"
-        connection = await self._upstream.connection(address)
+        self._connection = connection = await self._upstream.connection(self._address)
         try:
             # As clients sent it, byte for byte.
-            await connection.send(head.encode("utf-8", "surrogateescape"), self._body)
+            await connection.send(self._head.encode("utf-8", "surrogateescape"), self._body)
             await connection.head()
         except BaseException:
-            self._upstream.done_with(address, connection)
+            self._upstream.done_with(self._address, connection)
             raise
-        self._address, self._connection = address, connection
         return Reply(connection)
 
     async def __aexit__(

@@ -53,6 +53,13 @@ def daemons_in(config: Config) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if ours(process)]
 
 
+def kill_daemon(config: Config) -> psutil.Process:
+    """The only one there."""
+    (daemon,) = daemons_in(config)
+    daemon.kill()
+    return daemon
+
+
 def test_the_first_client_starts_a_detached_daemon_and_the_others_share_it(settings: Config) -> None:
     with DaemonClient.attach(settings, TOOL) as first, DaemonClient.attach(settings, TOOL) as second:
         assert first.attached.daemon == second.attached.daemon
@@ -235,10 +242,9 @@ def test_an_attachment_survives_the_daemon(settings: Config) -> None:
     try:
         first = attachment.client()
         assert first is not None
-        (daemon,) = daemons_in(settings)
-        os.kill(daemon.pid, signal.SIGKILL)
+        killed = kill_daemon(settings)
         # Nobody calls client() meanwhile: an idle engine takes no steps, and must come back all the same.
-        until(lambda: [d for d in daemons_in(settings) if d.pid != daemon.pid], "the next daemon is started")
+        until(lambda: [d for d in daemons_in(settings) if d.pid != killed.pid], "the next daemon is started")
         second = until(lambda: attachment.client(), "attached again")
         assert isinstance(second, DaemonClient)
         assert second.attached.daemon.incarnation != first.attached.daemon.incarnation
@@ -254,8 +260,7 @@ def test_an_idle_engine_gives_a_dead_daemon_s_arena_back(settings: Config) -> No
     try:
         first = attachment.client()
         assert first is not None
-        (daemon,) = daemons_in(settings)
-        os.kill(daemon.pid, signal.SIGKILL)
+        kill_daemon(settings)
         until(lambda: not attachment._arrived.empty(), "attached again")
         assert first.arena is not None, "a step may be under way"
         attachment.let_go()
@@ -266,8 +271,7 @@ def test_an_idle_engine_gives_a_dead_daemon_s_arena_back(settings: Config) -> No
         attachment.hold()
         attachment.let_go()
         assert second.arena is not None
-        (daemon,) = daemons_in(settings)
-        os.kill(daemon.pid, signal.SIGKILL)
+        kill_daemon(settings)
         until(lambda: second.arena is None, "given back by nobody's step")
     finally:
         attachment.close()
@@ -279,8 +283,7 @@ def test_the_next_daemon_knows_the_weights_of_an_engine_that_idles(settings: Con
         for attachment in (worker, scheduler):
             attachment.client()
         scheduler.at("new")
-        (daemon,) = daemons_in(settings)
-        os.kill(daemon.pid, signal.SIGKILL)
+        kill_daemon(settings)
         until(lambda: not (worker._arrived.empty() or scheduler._arrived.empty()), "attached again")
         with DaemonClient.attach(settings, TOOL) as tool:
             (info,) = tool.ask(Ask(verb="spaces")).body["spaces"]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from memory_daemon import Clock, MemoryDaemon
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,3 +30,18 @@ def fresh_daemon() -> Iterator[None]:
     MemoryConnector.daemon = None
     yield
     MemoryConnector.daemon = None
+
+
+@pytest.fixture
+def clock() -> Clock:
+    from memory_daemon import Clock  # needs torch, which these tests may lack
+
+    return Clock()
+
+
+@pytest.fixture
+def daemon() -> MemoryDaemon:
+    from memory_daemon import MemoryDaemon
+    from torch_engine import LAYOUT
+
+    return MemoryDaemon(LAYOUT, blocks=32)

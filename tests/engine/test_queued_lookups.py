@@ -19,16 +19,6 @@ from pdx.wire import LoadEnded, LoadOpened, LookUp, Renew
 IDLE = Scheduled({}, {})
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def daemon() -> MemoryDaemon:
-    return MemoryDaemon(LAYOUT, blocks=32)
-
-
 def own_request(number: int = 0) -> Any:
     return Request(f"own {number}", list(range(10)))
 

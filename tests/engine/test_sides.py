@@ -31,16 +31,6 @@ LARGE = PageLayout(layers=5, page_bytes=BATCH_BYTES, chunk_blocks=1)
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def daemon() -> MemoryDaemon:
-    return MemoryDaemon(LAYOUT, blocks=32)
-
-
-@pytest.fixture
 def scheduler(daemon: MemoryDaemon, clock: Clock) -> SchedulerSide:
     link = Link(MemoryAttachment(daemon))  # type: ignore[arg-type]
     return SchedulerSide(link, role="both", layout=LAYOUT, block_tokens=BLOCK_TOKENS, clock=clock)

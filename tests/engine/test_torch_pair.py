@@ -30,11 +30,6 @@ from pdx.wire import Budgets, Filled
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def daemon() -> MemoryDaemon:
     return MemoryDaemon(LAYOUT, blocks=256, digest_mode=True)
 

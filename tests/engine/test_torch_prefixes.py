@@ -19,11 +19,6 @@ from pdx.wire import Filled, Keep, LookUp
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def daemon() -> MemoryDaemon:
     return MemoryDaemon(LAYOUT, blocks=256, digest_mode=True)
 

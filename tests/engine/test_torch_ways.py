@@ -15,11 +15,6 @@ from pdx.wire import Budgets, OpenLoad
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def daemon() -> MemoryDaemon:
     return MemoryDaemon(LAYOUT, blocks=256, digest_mode=True)
 

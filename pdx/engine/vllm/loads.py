@@ -184,13 +184,13 @@ class Loads:
         if load is None:
             self._let_go(message.handoff_id, fence=0, ok=False, reason="ended before")
             return
-        if load.prompt.handle or load.loading:
-            log.warning("KV of %s stops coming: %s", load.request_id, message.reason)
-        if load.loading:
-            self._finishing.append(load.request_id)
-        elif not load.prompt.handle:  # it waits for its turn in the queue, and is looked up anew then
+        if not (load.prompt.handle or load.loading):  # it waits for its turn in the queue, and is looked up anew then
             self._let_go(load.handoff_id, fence=0, ok=True, reason="not its turn yet")
             load.places, load.lapsed = None, True
+            return
+        log.warning("KV of %s stops coming: %s", load.request_id, message.reason)
+        if load.loading:
+            self._finishing.append(load.request_id)
         else:
             self._end(load, ok=False, reason=message.reason)
 
