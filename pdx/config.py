@@ -21,7 +21,7 @@ import msgspec
 
 from pdx import keys
 from pdx.errors import ConfigError
-from pdx.layered import checked, read_yaml
+from pdx.layered import Source, read_yaml, resolve
 from pdx.wire import Budgets
 
 KEY_BYTES_MIN = 16
@@ -145,6 +145,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return Path(self.run_dir)
 
 
+PATHS = ("run_dir", "key_file", "disk", "tls_cert", "tls_key", "tls_ca")
 # Command-line flags of the programs that take settings; the names are Config's.
 FLAGS = {
     "run_dir": "directory of this host's sockets, lock and log (0700)",
@@ -191,21 +192,13 @@ def load(
 ) -> Config:
     """The resolved configuration. Raises ConfigError naming the source and key that is wrong."""
     environ = os.environ if environ is None else environ
-    merged: dict[str, Any] = {}
     yaml_file = yaml_file or environ.get("PDX_CONFIG")
-    if yaml_file:
-        merged.update(checked(Config, read_yaml(yaml_file), source=yaml_file))
-    merged.update(checked(Config, _from_environ(environ), source="environment"))
-    given = {k: v for k, v in (overrides or {}).items() if v is not None}
-    merged.update(checked(Config, given, source="command line"))
-    merged["run_dir"] = merged.get("run_dir") or default_run_dir(environ)
-    for key in ("run_dir", "key_file", "disk", "tls_cert", "tls_key", "tls_ca"):
-        if merged.get(key):
-            merged[key] = os.path.abspath(str(merged[key]))  # daemons are started from another directory
-    try:
-        return msgspec.convert(merged, Config, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"configuration: {error}") from error
+    sources = [Source(yaml_file, read_yaml(yaml_file))] if yaml_file else []
+    sources += [Source("environment", _from_environ(environ)), Source("command line", overrides or {})]
+    config, _ = resolve(Config, sources)
+    paths = {name: getattr(config, name) for name in PATHS} | {"run_dir": config.run_dir or default_run_dir(environ)}
+    # Daemons are started from another directory.
+    return msgspec.structs.replace(config, **{name: os.path.abspath(path) for name, path in paths.items() if path})
 
 
 def flags_of(config: Config) -> list[str]:

@@ -35,6 +35,7 @@ KILL_ROUNDS_MAX = 5  # one process may have started another just then
 LAST_LINES = 25  # enough for a Python traceback's end
 PIPE_READ_BYTES = 65536  # one full pipe
 LINE_BYTES_MAX = 64 * 1024  # a longer line is cut: a child can't make us grow
+LOG_BYTES_MAX = 64 << 20  # of one command's file; the one before it is kept as NAME.log.1
 COLOURS = (36, 33, 35, 32, 34, 31)
 
 
@@ -81,14 +82,21 @@ class Stopped:
 class Supervisor:
     """Starts commands, waits for them, ends them. A context manager: leaving it ends everything.
 
-    `log_dir` gets one plain file per command; `echo` also copies every line, prefixed, to `out`.
+    `log_dir` gets one plain file per command, of bounded size; `echo` also copies every line, prefixed, to `out`.
     """
 
     def __init__(
-        self, *, out: TextIO | None = None, log_dir: Path | None = None, echo: bool = True, grace_s: float = GRACE_S
+        self,
+        *,
+        out: TextIO | None = None,
+        log_dir: Path | None = None,
+        log_bytes_max: int = LOG_BYTES_MAX,
+        echo: bool = True,
+        grace_s: float = GRACE_S,
     ) -> None:
         self._out = out or sys.stderr
         self._log_dir = log_dir
+        self._log_bytes_max = log_bytes_max
         self._echo = echo
         self._grace_s = grace_s
         self._children: list[Child] = []
@@ -273,6 +281,8 @@ class Supervisor:
             try:
                 child.log.write(line + b"\n")
                 child.log.flush()
+                if child.log.tell() >= self._log_bytes_max:
+                    child.log = self._turned_over(child.log)
             except OSError as error:  # a full disk: the engines serve on
                 with contextlib.suppress(OSError):
                     child.log.close()
@@ -283,6 +293,14 @@ class Supervisor:
         if self._echo:
             prefix = f"\x1b[{child.colour}m{child.name}\x1b[0m" if self._out.isatty() else child.name
             self._print(f"{prefix} | {text}")
+
+    @staticmethod
+    def _turned_over(full: IO[bytes]) -> IO[bytes]:
+        """A new log in the place of a full one."""
+        full.close()
+        path = Path(full.name)
+        path.replace(path.with_name(f"{path.name}.1"))
+        return path.open("wb")
 
     def _tail_of(self, name: str) -> str:
         lines = next((child.last_lines for child in self._children if child.name == name), ())

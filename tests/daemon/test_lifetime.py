@@ -186,6 +186,14 @@ def test_unknown_variables_and_keys_are_errors(tmp_path: Path) -> None:
         load({}, environ={}, yaml_file=str(tmp_path / "c.yaml"))
 
 
+def test_a_value_of_another_kind_is_an_error_of_its_source(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("lease_s: soon\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: lease_s: 'soon': expected `float`"):
+        load({}, environ={}, yaml_file=str(tmp_path / "c.yaml"))
+    with pytest.raises(ConfigError, match="environment: control_port: 'x': expected `int`"):
+        load({}, environ={"PDX_CONTROL_PORT": "x"})
+
+
 def test_command_line_over_environment_over_file(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("arena: 1MiB\nlinger_s: 1\nlease_s: 1\n")
     environ = {"PDX_CONFIG": str(tmp_path / "c.yaml"), "PDX_LINGER_S": "2", "PDX_LEASE_S": "2"}
