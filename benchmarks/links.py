@@ -4,7 +4,7 @@ A prefill engine and its pdxd live in one namespace, a decode engine and its pdx
 slowed to rho = production rate / link rate, with the production rate measured here first. What is exposed of every
 transfer is read from the daemons' traces (see `exposure`), and compared with what can't be hidden. Beside it: the same
 daemons pushing only after prefill (see `late`), and vLLM's NixlConnector over TCP on the same wire. Needs root.
-The full run takes about 12 minutes.
+The full run takes 12 to 35 minutes, as fast as the machine computes.
 """
 
 from __future__ import annotations
