@@ -137,7 +137,9 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="pdx bench copier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options(parser)
     arguments = parser.parse_args()
     total_bytes, rounds = (QUICK_BYTES, QUICK_ROUNDS) if arguments.quick else (TOTAL_BYTES, ROUNDS)

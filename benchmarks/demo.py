@@ -323,7 +323,7 @@ def the_document(seed: int = 0) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench demo", description=__doc__)
     parser.add_argument("--model", type=Path, help="folder of the model (default: the one benchmarks/model.py builds)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "demo", help="where pictures go")
     parser.add_argument("--ask", metavar="URL", help="only ask the messages on standard input, print the reply")

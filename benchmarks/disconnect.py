@@ -222,7 +222,7 @@ class Watch:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.disconnect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench disconnect", description=__doc__)
     options(parser)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="(default: %(default)s)")
     chosen = parser.parse_args(argv)

@@ -28,7 +28,7 @@ Trace = Iterator[list[bytes]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.eviction", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="pdx bench eviction", description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=2000, help="of each trace (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few requests: shows that it runs")
     parser.add_argument("--json", type=Path, help="where to write the result (default: benchmarks/history)")

@@ -113,7 +113,7 @@ def show(report: Report, plan: Plan, samples: Samples, ways: list[str], bytes_of
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.handoff", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench handoff", description=__doc__)
     options(parser)
     flags = parser.parse_args(argv)
     pin_client()

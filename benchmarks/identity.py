@@ -189,7 +189,7 @@ def prompts_of(plan: Plan) -> list[list[int]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.identity", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench identity", description=__doc__)
     options(parser)
     parser.add_argument("--transport", default="tcp", help="the lane between the two daemons (default tcp)")
     flags = parser.parse_args(argv)

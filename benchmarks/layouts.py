@@ -127,7 +127,7 @@ def run(label: str, report: Report, lengths: tuple[int, ...], folder: Path) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.layouts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench layouts", description=__doc__)
     options(parser)
     flags = parser.parse_args(argv)
     pin_client()

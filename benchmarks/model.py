@@ -28,7 +28,7 @@ ANSWER = "Paris"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="pdx bench model", description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=MODEL_DIR)
     parser.add_argument("--verify", action="store_true", help=f"generate after {PROMPT!r} and expect {ANSWER!r}")
     options = parser.parse_args(argv)

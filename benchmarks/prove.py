@@ -32,7 +32,7 @@ WITHOUT_QUICK = (TESTS, "skeleton")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="benchmarks.prove",
+        prog="pdx bench prove",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  make prove\n  make prove ARGS=--quick\n  make prove ARGS='handoff links'",

@@ -394,7 +394,7 @@ SECTIONS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.skeleton", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench skeleton", description=__doc__)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--model", type=Path, help="model folder (default: the demo's)")
     parser.add_argument("--json", type=Path, help=f"where to write (default: a new file in {HISTORY.name}/)")

@@ -36,7 +36,7 @@ GB = 1e9
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tier_disk", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="pdx bench tier_disk", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, help="on the file system to measure (default: the temporary one)")
     parser.add_argument("--blocks", type=int, default=96, help="blocks of 2.8 MiB per round (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)

@@ -91,7 +91,7 @@ def write_adapter(folder: Path, *, seed: int) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiny", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="pdx bench tiny", description=__doc__.split("\n")[0])
     parser.add_argument("kind", choices=sorted(KINDS))
     parser.add_argument("folder", type=Path)
     options = parser.parse_args(argv)

@@ -224,7 +224,7 @@ def run_bench(scratch: Scratch, report: Report, plan: Plan, ways: list[Way]) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.ttft_itl", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench ttft_itl", description=__doc__)
     options(parser)
     flags = parser.parse_args(argv)
     pin_client()

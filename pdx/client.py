@@ -47,8 +47,8 @@ from pdx.wire import (
 
 log = logging.getLogger("pdx.client")
 
-LOG_NAME = "pdxd.log"
 ANSWER_BYTES_MAX = 64 << 10
+LAST_BYTES = 64 << 10  # of a log: its last line is in them
 SEND_QUEUE_MAX = 10_000
 CONNECT_RETRY_S = 0.05
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
@@ -373,7 +373,7 @@ def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool, aga
                 if _locked(lock):
                     # Nobody is a daemon here, or about to be one.
                     if started:
-                        raise ConfigError(f"pdxd could not start: {_last_line(run_dir / LOG_NAME)}")
+                        raise ConfigError(f"pdxd could not start: {_last_line(run_dir / configuration.LOG_NAME)}")
                     left = configuration.left_flags(run_dir) if again else None
                     _start_daemon(run_dir, configuration.flags_of(config) if left is None else left, lock)
                     started = True
@@ -394,7 +394,7 @@ def _start_daemon(run_dir: Path, flags: list[str], lock: IO[str]) -> None:
     """Starts a daemon that is no child of ours and inherits the lock, so that nobody else starts one meanwhile."""
     place = [f"--run-dir={run_dir}", f"--lock-fd={lock.fileno()}"]
     command = [sys.executable, "-m", "pdx.daemon.main", *place, *flags]
-    with (run_dir / LOG_NAME).open("ab") as log_file:
+    with (run_dir / configuration.LOG_NAME).open("ab") as log_file:
         try:
             subprocess.run(
                 [sys.executable, "-I", "-S", "-c", _DETACH, _cores(), *command],
@@ -433,15 +433,14 @@ def _daemon_environment() -> dict[str, str]:
     """The environment, with a path by which the child finds this very package, and without what a CPU worker has set
     for its own threads: a preloaded libgomp binds the daemon to the core on which that worker spins."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_WORKERS_OWN)}
-    package_root = str(Path(__file__).resolve().parent.parent)
-    paths = [package_root, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    return environment
+    return environment | configuration.import_path()
 
 
 def _last_line(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LAST_BYTES))
+            lines = file.read().decode(errors="replace").strip().splitlines()
     except OSError:
         return "no log"
     return lines[-1].removeprefix("pdxd: ") if lines else "empty log"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ipaddress
 import os
 import re
@@ -25,13 +26,19 @@ from pdx.layered import Source, read_yaml, resolve
 from pdx.wire import Budgets
 
 KEY_BYTES_MIN = 16
+ADMIN_URL = "http://127.0.0.1:8001"  # where operators look for a router unless told
 LOOKUP_S = 0.02  # pdxd answers in some 0.2 ms
 # Names in the run directory on which a daemon and its clients must agree.
 SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
 INFO_NAME = "pdxd.json"  # where the daemon is, for people and tests
+LOG_NAME = "pdxd.log"  # of a daemon that a client has started
 FLAGS_NAME = "pdxd.flags"  # of the daemon that runs, or was killed: whoever misses it starts it anew as it was
-ROUTER_PREFIX = "PDX_ROUTER_"  # of variables that only a router reads
+PREFIX, ROUTER_PREFIX = "PDX_", "PDX_ROUTER_"  # the second: of variables that only a router reads
+NO_SETTINGS = ("config", "admin")  # PDX_CONFIG, PDX_ADMIN
+# What Kubernetes tells the pods of a namespace that has a Service called pdx, or pdx-router.
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_SERVICE_PORT = ("tcp://", "udp://", "sctp://")  # what its ..._PORT begins with: never a number, as ours are
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
 Offload = Literal["off", "prompts", "all"]
 DiskWrite = Literal["through", "back"]
@@ -148,40 +155,69 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 PATHS = ("run_dir", "key_file", "disk", "tls_cert", "tls_key", "tls_ca")
 # Command-line flags of the programs that take settings; the names are Config's.
 FLAGS = {
-    "run_dir": "directory of this host's sockets, lock and log (0700)",
-    "arena": "shared memory for KV, e.g. 512MiB or 16GiB (default 1GiB)",
+    "run_dir": "directory of this host's sockets, lock and log, 0700 (default: $XDG_RUNTIME_DIR/pdx or /tmp/pdx-UID)",
+    "arena": "shared memory for KV, e.g. 512MiB or 16GiB",
     "extent": "size of an extent (default: an eighth of the arena, 64MiB at most)",
-    "host": "address that peers reach this host by (default 127.0.0.1)",
+    "host": "address that peers reach this host by",
     "control_port": "TCP port for other hosts' daemons (default: any that is free)",
     "lane_port": "TCP port for KV from other hosts; a second lane takes the next (default: any that are free)",
-    "transport": "lane to other hosts: auto (default), tcp, nixl, ucx, or one that another package brings",
-    "require_rdma": "true: only lanes over RDMA; start nothing where there are none",
+    "transport": "lane to other hosts: auto, tcp, nixl, ucx, or one that another package brings",
+    "require_rdma": "only lanes over RDMA; start nothing where there are none",
     "key_file": "file with the cluster key, mode 0600; required off loopback",
     "tls_cert": "PEM certificate of this host: lanes speak TLS 1.3, with peers of the same authority only",
     "tls_key": "its private key, a file of mode 0600",
     "tls_ca": "PEM certificate of the authority that signed all hosts'",
-    "linger_s": "seconds to stay after the last client has left (default 60)",
-    "lease_s": "seconds until a silent engine loses its leases (default 30)",
-    "handoff_share": "largest part of the arena that one prompt may take (default 0.9)",
-    "pin_share": "largest part of the arena that pins may take (default 0.25)",
-    "tenant_share": "largest part of the arena that one cache_salt may take (default 1)",
+    "linger_s": "seconds to stay after the last client has left",
+    "lease_s": "seconds until a silent engine loses its leases",
+    "handoff_share": "largest part of the arena that one prompt may take",
+    "pin_share": "largest part of the arena that pins may take",
+    "tenant_share": "largest part of the arena that one cache_salt may take",
     "disk": "folder in which blocks survive the daemon (default: none)",
-    "disk_cap": "bytes that they may take there (default 10GiB)",
-    "disk_write": "through: each block when it is whole (default); back: when it is about to leave the arena",
-    "disk_flush_s": "seconds in which a stopping daemon writes what has yet to be written (default 5)",
+    "disk_cap": "bytes that they may take there",
+    "disk_write": "through: each block when it is whole; back: when it is about to leave the arena",
+    "disk_flush_s": "seconds in which a stopping daemon writes what has yet to be written",
     "eviction": "what leaves the arena first: lru, or s3fifo, which long prompts that come once can't wash out",
     "low_water": "with less of the arena free, room is made before it is asked for (default: 0.05 with back, else 0)",
-    "high_water": "until so much of it is free (default 0.1)",
-    "return_answers": "false: kept answers stay here, and none are taken from other hosts (default true)",
-    "digest_mode": "true: blake3 of every page on both sides of a handoff",
-    "poison": "true: overwrite freed slots (for tests)",
+    "high_water": "until so much of it is free",
+    "return_answers": "kept answers go to the hosts of their prompts, and those of other hosts are taken",
+    "digest_mode": "blake3 of every page on both sides of a handoff",
+    "poison": "overwrite freed slots (for tests)",
+}
+# What only engines read: flags of who starts them, and variables and YAML keys like all others.
+ENGINE_FLAGS = {
+    "router": "control endpoint of a router, e.g. tcp://127.0.0.1:5700; of several, with commas between",
+    "offload": "what engines keep of requests outside handoffs: all, prompts, or off",
+    "lookup_s": "seconds after which an engine that waits for a look-up computes",
+    "chunk_tokens": "unit of space and transfer",
+    "start_daemon": "an engine that finds no pdxd starts one",
 }
 
 
-def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
-    """One of FLAGS. What is true or false may be said without a value."""
-    bare: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(getattr(Config(), name), bool) else {}
-    parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=FLAGS[name], **bare)
+def help_of(name: str) -> str:
+    """What one of FLAGS or ENGINE_FLAGS is for, and its default."""
+    text, default = (FLAGS | ENGINE_FLAGS)[name], getattr(Config(), name)
+    if "(default" in text or default in ("", None):
+        return text
+    if isinstance(default, bool):
+        return f"{text} (default: {'true; else --no-' + name.replace('_', '-') if default else 'false'})"
+    return f"{text} (default: {f'{default:g}' if isinstance(default, float) else default})"
+
+
+def add_flag(parser: argparse._ActionsContainer, name: str) -> None:
+    """One of FLAGS or ENGINE_FLAGS. What is true or false may be said without a value, or as --no-NAME."""
+    flag = name.replace("_", "-")
+    if not isinstance(getattr(Config(), name), bool):
+        parser.add_argument(f"--{flag}", dest=name, metavar="VALUE", help=help_of(name))
+        return
+    parser.add_argument(f"--{flag}", dest=name, nargs="?", const="true", metavar="true|false", help=help_of(name))
+    parser.add_argument(f"--no-{flag}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
+
+
+def also_named(parser: argparse.ArgumentParser, action: argparse.Action, *names: str) -> None:
+    """Names that a flag has had: they work, and no help shows them."""
+    former = copy.copy(action)
+    former.option_strings, former.help = names, argparse.SUPPRESS
+    parser._add_action(former)
 
 
 def load(
@@ -224,9 +260,19 @@ def left_flags(run_dir: Path) -> list[str] | None:
 
 def router_environ(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """What PDX_ROUTER_* variables say, by lower-case key. (PDX_ROUTER itself tells daemons where a router is.)"""
-    environ = os.environ if environ is None else environ
-    ours = [name for name in environ if name.startswith(ROUTER_PREFIX)]
-    return {name[len(ROUTER_PREFIX) :].lower(): environ[name] for name in ours}
+    return _variables(os.environ if environ is None else environ, ROUTER_PREFIX)
+
+
+def admin_url(environ: Mapping[str, str] | None = None) -> str:
+    """What PDX_ADMIN says: where a router's admin port is. Empty: it is not set."""
+    return (os.environ if environ is None else environ).get("PDX_ADMIN", "")
+
+
+def import_path() -> dict[str, str]:
+    """PYTHONPATH by which a child finds this very package, be it installed or a bare clone."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def shown(config: Config) -> str:
@@ -317,5 +363,18 @@ def _read_key(path: Path) -> bytes:
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    ours = {name for name in environ if name.startswith("PDX_") and not name.startswith(ROUTER_PREFIX)}
-    return {name[4:].lower(): environ[name] for name in ours - {"PDX_CONFIG"}}
+    others = {name: value for name, value in environ.items() if not name.startswith(ROUTER_PREFIX)}
+    return {key: value for key, value in _variables(others, PREFIX).items() if key not in NO_SETTINGS}
+
+
+def _variables(environ: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Those with this prefix, by lower-case key, less what is said of Services of such a name."""
+    return {
+        name.removeprefix(prefix).lower(): value
+        for name, value in environ.items()
+        if name.startswith(prefix) and not _is_service_link(name, value)
+    }
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    return bool(_SERVICE_LINK.search(name)) or (name.endswith("_PORT") and value.startswith(_SERVICE_PORT))

@@ -167,6 +167,8 @@ def bearer(token: str) -> dict[str, str]:
 
 def post(url: str, body: bytes | None, headers: dict[str, str] | None = None) -> bytes:
     """The answer; without a body it is got. Raises Refused with the reason that an error answer gives, DaemonGone."""
+    if url.startswith("tcp://"):
+        raise Refused(f"{url} is not an http url: it is where daemons find a router, operators use its --admin-port")
     if not url.startswith(("http://", "https://")):
         raise Refused(f"{url} is not an http url")
     given = {"Content-Type": "application/json", **(headers or {})}
@@ -177,8 +179,12 @@ def post(url: str, body: bytes | None, headers: dict[str, str] | None = None) ->
             return raw
     except urllib.error.HTTPError as error:
         with error:
-            raise Refused(admin.reason_in(error.read(ERROR_BYTES_MAX)) or f"{url}: HTTP {error.code}") from error
+            reason = admin.reason_in(error.read(ERROR_BYTES_MAX)) or f"{url}: HTTP {error.code}"
+            if error.code == http.client.UNAUTHORIZED and "/admin/" in url:
+                reason += ": name it by --key-file or PDX_KEY_FILE"
+            raise Refused(reason) from error
     except (http.client.InvalidURL, ValueError) as error:
         raise Refused(f"{url} is not an http url: {error}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise DaemonGone(f"{url} does not answer as an admin port does: {error!r}") from error
+        opened = "as an admin port does, which pdx-router --admin-port opens"
+        raise DaemonGone(f"{url} does not answer {opened}: {error!r}") from error

@@ -102,11 +102,11 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     queue_size: Annotated[
         Count, Meta(description="so many requests wait; beyond that 429 and Retry-After", title="N")
     ] = 100
-    queue_timeout_secs: Annotated[
+    queue_timeout_s: Annotated[
         Seconds, Meta(description="504 for who has waited so long; x-pdx-ttl-secs shortens it")
     ] = 60.0
-    request_timeout_secs: Annotated[Seconds, Meta(description="for a whole request")] = 600.0
-    prefill_timeout_secs: Annotated[Seconds, Meta(description="for prefill's part of it")] = 120.0
+    request_timeout_s: Annotated[Seconds, Meta(description="for a whole request")] = 600.0
+    prefill_timeout_s: Annotated[Seconds, Meta(description="for prefill's part of it")] = 120.0
     retries: Annotated[
         Count,
         Meta(description="a request that failed before its first byte is repeated on so many other engines", title="N"),
@@ -117,11 +117,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cb_success_threshold: Annotated[
         Count, Meta(description="successes in a row after which it is asked as before", title="N")
     ] = 3
-    cb_timeout_secs: Annotated[Seconds, Meta(description="for so long it is not asked, then one request at a time")] = (
-        60.0
-    )
-    cb_window_secs: Annotated[Seconds, Meta(description="failures further apart are no row")] = 120.0
-    drain_secs: Annotated[
+    cb_timeout_s: Annotated[Seconds, Meta(description="for so long it is not asked, then one request at a time")] = 60.0
+    cb_window_s: Annotated[Seconds, Meta(description="failures further apart are no row")] = 120.0
+    drain_s: Annotated[
         Seconds, Meta(description="at SIGTERM, what is under way gets so long; a second signal ends it at once")
     ] = 30.0
     handoff_grant_s: Annotated[Seconds | None, Meta(description="of a handoff: from RESERVE to GRANT")] = None
@@ -143,7 +141,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         list[str], Meta(description="web pages of this origin may ask; * is all (default: none)", title="ORIGIN")
     ] = []
     max_body: Annotated[str, Meta(description="largest body of a request, e.g. 64MiB", title="SIZE")] = "32MiB"
-    keep_alive_secs: Annotated[
+    keep_alive_s: Annotated[
         Seconds, Meta(description="a connection without a whole request head for so long is closed")
     ] = 60.0
 
@@ -182,8 +180,8 @@ def resolved(flags: Mapping[str, Any], *, environ: Mapping[str, str] | None = No
     pdx = load(environ=environ)
     sources = [
         Source("pdx", _of_pdx(pdx)),
-        *([Source(path, read_yaml(path))] if path else []),
-        Source("environment", variables),
+        *([Source(path, _of_today(read_yaml(path)))] if path else []),
+        Source("environment", _of_today(variables)),
         Source(COMMAND_LINE, given),
     ]
     config, origins = resolve(RouterConfig, sources, secrets=SECRETS)
@@ -205,6 +203,11 @@ def dumped(found: Resolved) -> str:
             value, origin = [], f"{origin}: {len(value)} that are not shown"
         lines.append(f"{key}: {msgspec.json.encode(value).decode()}  # {origin}")
     return "\n".join(lines)
+
+
+def _of_today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """By what their keys are called now: what ends with _s has ended with _secs."""
+    return {key[:-3] if str(key).endswith("_secs") else key: value for key, value in values.items()}
 
 
 def _of_pdx(pdx: Config) -> dict[str, Any]:

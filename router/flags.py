@@ -10,8 +10,10 @@ import argparse
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from pdx.config import also_named
 from pdx.layered import bare, converted, is_list, nearest, types_of
 from pdx.router.config import RouterConfig
+from pdx.wire import Budgets
 
 EXAMPLES = """\
 examples:
@@ -22,7 +24,7 @@ examples:
                                               serve other hosts, which need the same cluster key, and clients with keys
   pdx-router --config router.yaml --dump-config
                                               what it would run with, and where each value came from
-  pdx-router --admin-port 8001                lookup, pin, clear … on the loopback: pdx kv --router
+  pdx-router --admin-port 8001                lookup, pin, clear … on the loopback: pdx kv --admin
   curl localhost:8000/readyz                  which engines have joined, and what is missing
 
 Every flag is also a key of the YAML file (--max-waiting: max_waiting) and a variable (PDX_ROUTER_MAX_WAITING).
@@ -31,8 +33,10 @@ ALIASES = {
     "cors_origin": ("--cors-allowed-origins",),
     "max_body": ("--max-payload-size",),
     "retries": ("--retry-max-retries",),
-    "cb_timeout_secs": ("--cb-timeout-duration-secs",),
-    "cb_window_secs": ("--cb-window-duration-secs",),
+    "request_timeout_s": ("--request-timeout-secs",),
+    "queue_timeout_s": ("--queue-timeout-secs",),
+    "cb_timeout_s": ("--cb-timeout-duration-secs",),
+    "cb_window_s": ("--cb-window-duration-secs",),
 }
 
 _JOIN = "engines join through their daemons: start them with pdx serve --router"
@@ -114,17 +118,20 @@ def _add(parser: argparse.ArgumentParser, key: str, wanted: Any) -> None:
     title = next((meta.title for meta in metas if meta.title), None)
     default, plain = _default_of(key), bare(wanted)
     if "(default" not in text and default not in ("", None, []):
-        text += f" (default: {default})"
+        text += f" (default: {str(default).lower() if plain is bool else default})"
     text = text.replace("%", "%%")
     if plain is bool:
-        parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=None, help=text.partition(" (d")[0])
+        parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif get_origin(plain) is Literal:
         parser.add_argument(*names, choices=get_args(plain), help=text)
     elif is_list(wanted):
         parser.add_argument(*names, action="append", metavar=title, help=text)
     else:
         shown = title or ("S" if plain is float else key.split("_")[-1].upper())
-        parser.add_argument(*names, type=_reader(wanted), metavar=shown, help=text)
+        action = parser.add_argument(*names, type=_reader(wanted), metavar=shown, help=text)
+        longer = f"{names[0]}ecs"  # what is -s has been -secs
+        if plain is float and longer not in names:
+            also_named(parser, action, longer)
 
 
 def _reader(wanted: Any) -> Callable[[str], Any]:
@@ -138,7 +145,7 @@ def _reader(wanted: Any) -> Callable[[str], Any]:
 
 
 def _default_of(key: str) -> Any:
-    return getattr(RouterConfig(), key)
+    return getattr(Budgets(), key.removeprefix("handoff_"), getattr(RouterConfig(), key))
 
 
 def _refuse(parser: argparse.ArgumentParser, flag: str) -> NoReturn:
@@ -146,5 +153,6 @@ def _refuse(parser: argparse.ArgumentParser, flag: str) -> NoReturn:
         parser.error(f"{flag} is not a flag of this router: {ELSEWHERE[flag]}")
     if not flag.startswith("--"):
         parser.error(f"{flag!r} belongs to no flag")
-    known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    known = [name for action in shown for name in action.option_strings if name.startswith("--")]
     parser.error(f"unknown flag {flag}{nearest(flag, known, known='flags')}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdx.errors import ConfigError
@@ -45,8 +46,11 @@ def options_of(found: Resolved) -> Options:
     from pdx.router.request.settings import Settings
     from pdx.router.service import Options
     from pdx.router.standing.breaker import BreakerSettings
+    from pdx.whole import check_place
 
     config = found.config
+    if config.publish:
+        check_place(Path(config.publish), flag="--publish")
     settings = Settings(
         cluster_key=cluster_key(found.pdx),
         policy=config.policy,
@@ -56,14 +60,14 @@ def options_of(found: Resolved) -> Options:
         max_in_flight_decode=config.max_in_flight_decode,
         retries=config.retries,
         budgets=found.pdx.budgets,
-        prefill_timeout_s=config.prefill_timeout_secs,
+        prefill_timeout_s=config.prefill_timeout_s,
     )
     door = Door(
         keys=read_keys(config.api_key, config.api_key_file),
         pass_keys=config.pass_api_key,
         origins=Origins(config.cors_origin),
         body_bytes_max=parse_size(config.max_body, key="max_body"),
-        request_timeout_s=config.request_timeout_secs,
+        request_timeout_s=config.request_timeout_s,
     )
     return Options(
         settings=settings,
@@ -72,16 +76,16 @@ def options_of(found: Resolved) -> Options:
         port=config.port,
         control=config.control,
         queue_size=config.queue_size,
-        queue_timeout_s=config.queue_timeout_secs,
+        queue_timeout_s=config.queue_timeout_s,
         breaker=BreakerSettings(
             failure_threshold=config.cb_failure_threshold,
             success_threshold=config.cb_success_threshold,
-            timeout_s=config.cb_timeout_secs,
-            window_s=config.cb_window_secs,
+            timeout_s=config.cb_timeout_s,
+            window_s=config.cb_window_s,
         ),
-        drain_s=config.drain_secs,
+        drain_s=config.drain_s,
         workers=config.workers,
-        idle_s=config.keep_alive_secs,
+        idle_s=config.keep_alive_s,
         prefills=tuple(config.prefill),
         decodes=tuple(config.decode),
         publish=config.publish,

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench chaos", description=__doc__)
     parser.add_argument("--requests", type=int, help=f"requests that end (default {REQUESTS})")
     parser.add_argument("--faults", type=int, help=f"faults among them (default {FAULTS})")
     parser.add_argument("--seed", type=int, help="of what is asked and what breaks (default: a random one)")

@@ -34,7 +34,9 @@ PARTS = ("kernels", "bus", "choice", "host", "sanitizer", "beside")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="pdx bench device", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options(parser)
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     arguments = parser.parse_args()

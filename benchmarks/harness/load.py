@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     from vllm.benchmarks import serve
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(prog="benchmarks.harness.load", description=__doc__)
+    parser = FlexibleArgumentParser(prog="python -m benchmarks.harness.load", description=__doc__)
     serve.add_cli_args(parser)
     serve.main(parser.parse_args(argv))
     return 0

@@ -77,7 +77,7 @@ def _for_prefill(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.harness.prefill_first", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.harness.prefill_first", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--prefill", required=True, metavar="URL")

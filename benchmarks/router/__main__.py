@@ -243,7 +243,7 @@ def _rss_bytes(part: Part) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="benchmarks.router",
+        prog="pdx bench router",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  pdx bench router\n  pdx bench router --quick --only requests",

@@ -36,7 +36,7 @@ POLICIES: tuple[PolicyName, PolicyName] = ("round_robin", "prefix")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="benchmarks.routing",
+        prog="pdx bench routing",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  pdx bench routing --only simulated\n  pdx bench routing --quick",

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="benchmarks.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="pdx bench simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--handoffs", type=int, default=1_000_000, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of everything (default: a random one)")

@@ -145,7 +145,7 @@ class Soak:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench soak", description=__doc__)
     parser.add_argument("--seed", type=int, help="of what is asked and what breaks (default: a random one)")
     parser.add_argument("--handoffs", type=int, help="end after so many")
     parser.add_argument("--faults", type=int, help="end after so many")

@@ -166,7 +166,7 @@ async def _run(report: Report, scratch: Path, options: argparse.Namespace) -> No
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.storm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pdx bench storm", description=__doc__)
     options(parser)
     parser.add_argument("--seed", type=int, help="of what is asked and what breaks (default: a random one)")
     parser.add_argument("--requests", type=int, default=REQUESTS, help="(default: %(default)s)")

@@ -136,7 +136,7 @@ class Host:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.storm.host", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.storm.host", description=__doc__)
     for name in ("--name", "--controls", "--key-file", "--publish"):
         parser.add_argument(name, required=True)
     parser.add_argument("--weights", default="A", help="one letter")

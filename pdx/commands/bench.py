@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pdx
 
+# Run by make, or imported by others; by name they run here too.
+UNLISTED = ("demo", "model", "prove", "tiny")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the named benchmark with the other arguments; lists all of them without a name."""
@@ -18,15 +21,16 @@ def main(argv: list[str] | None = None) -> int:
     if not scripts:
         print("pdx bench: the benchmarks are in the source tree; clone it and run this there", file=sys.stderr)
         return 2
+    listed = [name for name in scripts if name not in UNLISTED]
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: pdx bench NAME [options]\n")
-        for name, path in scripts.items():
-            print(f"  {name:<12} {_first_line(path)}")
-        print("\nexamples:\n  pdx bench demo\n  pdx bench demo --help")
+        for name in listed:
+            print(f"  {name:<12} {_first_line(scripts[name])}")
+        print("\nexamples:\n  pdx bench transport --quick\n  pdx bench transport --help")
         return 0
     name = arguments[0]
     if name not in scripts:
-        print(f"pdx bench: no benchmark {name!r}; there are {', '.join(scripts)}", file=sys.stderr)
+        print(f"pdx bench: no benchmark {name!r}; there are {', '.join(listed)}", file=sys.stderr)
         return 2
     sys.path.insert(0, str(folder.parent))
     sys.argv = [str(scripts[name]), *arguments[1:]]
@@ -40,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _scripts(folder: Path) -> dict[str, Path]:
-    """Name -> file: each script, and each package that can be run."""
-    files = {path.stem: path for path in folder.glob("[a-z]*.py")}
+    """Name -> file: each script and each package that can be run."""
+    files = {path.stem: path for path in folder.glob("[a-z]*.py") if "\nif __name__ ==" in path.read_text("utf-8")}
     packages = {path.parent.name: path for path in folder.glob("[a-z]*/__main__.py")}
     return dict(sorted((files | packages).items()))
 

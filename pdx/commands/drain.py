@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pdx import config
+from pdx.commands.asking import ADMIN_HELP, add_admin_flags, admin_of
 from pdx.errors import PdxError, Refused
 
 if TYPE_CHECKING:
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.5
 EXAMPLES = """examples:
-  pdx drain --router http://127.0.0.1:8001             what is drained, and what is still under way there
-  pdx drain d0 --router http://127.0.0.1:8001          engine d0 gets nothing new; what it has goes on
-  pdx drain d0 --wait-secs 120 --router …              the same, and return when it is idle: then it can be stopped
-  pdx drain d0 --undo --router …                       it is asked again
-  pdx drain --all --wait-secs 120 --router …           the router answers 503 from now on
-with several routers, tell each of them"""
+  pdx drain                                what is drained, and what is still under way there
+  pdx drain d0                             engine d0 gets nothing new; what it has goes on
+  pdx drain d0 --wait-s 120                the same, and return when it is idle: then it can be stopped
+  pdx drain d0 --undo                      it is asked again
+  pdx drain --all --wait-s 120             the router answers 503 from now on
+  pdx drain d0 --admin http://10.0.0.1:8001 --key-file pdx.key
+                                           by a router elsewhere; of several, tell each"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,10 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("engine", nargs="?", default="", help="an engine's id, as in /readyz")
     what.add_argument("--all", action="store_true", help="the router itself")
-    parser.add_argument("--router", metavar="URL", required=True, help="its admin port")
-    parser.add_argument("--key-file", metavar="FILE", help="the cluster key, where the admin port wants it")
+    add_admin_flags(parser, help_text=ADMIN_HELP)
     parser.add_argument("--undo", action="store_true", help="put it into service again")
-    parser.add_argument("--wait-secs", type=float, default=0.0, metavar="S", help="return when it is idle, or by then")
+    wait = parser.add_argument("--wait-s", type=float, default=0.0, metavar="S", help="return when idle, or by then")
+    config.also_named(parser, wait, "--wait-secs")
     return parser
 
 
@@ -54,24 +56,25 @@ def _drain(options: argparse.Namespace) -> int:
     from pdx.admin import DrainRequest
     from pdx.kv import bearer
 
-    if (options.undo or options.wait_secs) and not (options.engine or options.all):
+    if (options.undo or options.wait_s) and not (options.engine or options.all):
         raise Refused("say whom: an engine's id, or --all for the router itself")
+    router = admin_of(options)
     headers = bearer(config.admin_token(config.load({"key_file": options.key_file})))
     if not options.engine and not options.all:
-        print(_words(_asked(options.router, "drain", None, headers)))
+        print(_words(_asked(router, "drain", None, headers)))
         return 0
     request = msgspec.json.encode(DrainRequest(engine_id=options.engine))
-    report = _asked(options.router, "undrain" if options.undo else "drain", request, headers)
-    ends_at = time.monotonic() + options.wait_secs
+    report = _asked(router, "undrain" if options.undo else "drain", request, headers)
+    ends_at = time.monotonic() + options.wait_s
     while not options.undo and report.left(options.engine) and time.monotonic() < ends_at:
         time.sleep(LOOK_S)
-        report = _asked(options.router, "drain", None, headers)
+        report = _asked(router, "drain", None, headers)
         if not report.drains(options.engine):
             what = f"engine {options.engine}" if options.engine else "the router"
             print(f"pdx drain: {what} is drained no more: that was undone, or it has left", file=sys.stderr)
             return 1
     print(_words(report))
-    return 1 if options.wait_secs and not options.undo and report.left(options.engine) else 0
+    return 1 if options.wait_s and not options.undo and report.left(options.engine) else 0
 
 
 def _asked(router: str, verb: str, body: bytes | None, headers: dict[str, str]) -> Drained:

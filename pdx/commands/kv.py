@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdx import config
+from pdx.commands.asking import add_admin_flags
 from pdx.errors import PdxError, Refused
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ EXAMPLES = """examples:
   pdx kv clear --salt alice --dry-run              what would go of one tenant's; "" is who has no cache_salt
   pdx kv clear --tier disk --older-s 86400         files older than a day
   pdx kv clear --everything
-  pdx kv stats --router http://127.0.0.1:8001      of all daemons that a router knows, by its admin port"""
+  pdx kv stats --admin http://127.0.0.1:8001       of all daemons that a router knows, by its admin port"""
 QUESTIONS = {
     "stats": "slots, index, pins, disk, handoffs and engines",
     "health": "the daemon's addresses",
@@ -59,11 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     everywhere = argparse.ArgumentParser(add_help=False)
-    everywhere.add_argument("--run-dir", metavar="DIR", help=config.FLAGS["run_dir"])
-    everywhere.add_argument(
-        "--router", metavar="URL", help="ask this router's admin port instead of this host's daemon"
-    )
-    everywhere.add_argument("--key-file", metavar="FILE", help="the cluster key, where the admin port wants it")
+    everywhere.add_argument("--run-dir", metavar="DIR", help=config.help_of("run_dir"))
+    add_admin_flags(everywhere, help_text="ask a router by its admin port, not this host's daemon (default: PDX_ADMIN)")
     everywhere.add_argument("--format", choices=("table", "json"), default="table", help="(default: %(default)s)")
     prompt = argparse.ArgumentParser(add_help=False)
     prompt.add_argument("--model", default="", help="may be left out where there is only one")
@@ -105,8 +103,9 @@ def _asked(options: argparse.Namespace) -> Report:
             request = msgspec.convert({"name": options.name, "cache_salt": options.salt or ""}, admin.UnpinRequest)
     except msgspec.ValidationError as error:
         raise Refused(str(error)) from error
-    if options.router:
-        return _do(_router(options.router, settings), options.verb, request)
+    admin_url = options.admin or (config.admin_url() if options.run_dir is None else "")
+    if admin_url:
+        return _do(_router(admin_url, settings), options.verb, request)
     with LocalKv.open(settings) as kv:
         return _do(kv, options.verb, request)
 

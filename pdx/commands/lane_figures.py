@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pdx.commands.finding import Finding, State
-from pdx.launch.engine import import_path
+from pdx.config import import_path
 from pdx.transport.rdma import rdma_here
 from pdx.transport.registry import OVER_RDMA, known_schemes
 

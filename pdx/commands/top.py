@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pdx import config
+from pdx.commands.asking import ADMIN_HELP, add_admin_flags, admin_of
 from pdx.errors import ConfigError, PdxError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   pdx top                                          a router of this host, at http://127.0.0.1:8001; Ctrl-C ends it
-  pdx top --router http://10.0.0.1:8001 --key-file pdx.key
+  pdx top --admin http://10.0.0.1:8001 --key-file pdx.key
                                                    one that wants the token of the cluster key
   pdx top --once                                   one picture, for a log or a pipe
   pdx top --print-token --key-file pdx.key         the token, for the same in a browser: http://10.0.0.1:8001/dashboard"""
@@ -43,10 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pdx top", description="Watches a router by its admin port.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument(
-        "--router", metavar="URL", default="http://127.0.0.1:8001", help="its admin port (default: %(default)s)"
-    )
-    parser.add_argument("--key-file", metavar="FILE", help="the cluster key, where the admin port wants it")
+    add_admin_flags(parser, help_text=ADMIN_HELP)
     parser.add_argument("--once", action="store_true", help="print one picture and end")
     parser.add_argument("--every-s", type=float, default=1.0, metavar="S", help="(default: a second)")
     parser.add_argument("--print-token", action="store_true", help="print the token of the cluster key and end")
@@ -68,7 +66,7 @@ def _show(options: argparse.Namespace) -> int:
     from pdx.commands.top_frame import frame
     from pdx.commands.watched import Watched
 
-    watched = Watched(options.router, _token(options))
+    watched = Watched(admin_of(options), _token(options))
     watched.look()
     console = Console()
     if options.once:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from functools import partial
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pdx.tiers.disk import DiskTier
     from pdx.transport.tls import LaneTls
 
+STDOUT, STDERR = 1, 2
+LOG_BYTES_MAX = 16 << 20  # then it is kept as pdxd.log.1, and a new one begins
 DISK_DRAIN_S = 5.0  # for blocks that are on their way to the disk when the daemon ends
 
 log = logging.getLogger("pdxd")
@@ -32,32 +35,58 @@ EXAMPLES = """examples:
   pdxd --arena 16GiB --linger-s 3600          more room, outlives its last engine by an hour
   PDX_KEY_FILE=/etc/pdx.key pdxd --host 10.0.0.5   reachable by other hosts
 
+Every flag is also a variable (PDX_ARENA) and a key of the YAML file (arena).
 Engines start a daemon by themselves when none runs; start one by hand to choose its size."""
+OTHERS = "Variables and keys that only engines read (flags of pdx serve and, but for the first and last, pdx up):"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a daemon until a signal, or until it has lingered alone. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="pdxd", description="pdx's per-host daemon.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"pdxd {__version__}")
-    for name in config.FLAGS:
-        config.add_flag(parser, name)
-    parser.add_argument("--lock-fd", type=int, help=argparse.SUPPRESS)  # the lock of the client that starts us
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    options = vars(parser.parse_args(argv))
-    logging.basicConfig(
-        level=options.pop("log_level").upper(), format="%(levelname)s %(asctime)s [pdxd %(process)d] %(message)s"
-    )
+    options = vars(_parser().parse_args(argv))
+    lock_fd, level, yaml_file = (options.pop(name) for name in ("lock_fd", "log_level", "config"))
     try:
-        lock_fd = options.pop("lock_fd")
-        return _serve(config.load(options), lock_fd)
+        settings = config.load(options, yaml_file=yaml_file)
+        _log_to(settings.run_path / config.LOG_NAME if lock_fd is not None else None, level)
+        return _serve(settings, lock_fd)
     except PdxError as error:
         print(f"pdxd: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    others = [f"  PDX_{name.upper():<13} {config.help_of(name)}" for name in config.ENGINE_FLAGS]
+    parser = argparse.ArgumentParser(
+        prog="pdxd", description="pdx's per-host daemon.", epilog="\n".join([EXAMPLES, "", OTHERS, *others]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"pdxd {__version__}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings (default: PDX_CONFIG)")
+    for name in config.FLAGS:
+        config.add_flag(parser, name)
+    parser.add_argument("--lock-fd", type=int, help=argparse.SUPPRESS)  # the lock of the client that starts us
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return parser
+
+
+class _BoundedLog(RotatingFileHandler):
+    """What the process says beside it, a traceback or a library's line, goes where the log goes."""
+
+    def doRollover(self) -> None:
+        super().doRollover()
+        assert self.stream is not None
+        for descriptor in (STDOUT, STDERR):
+            os.dup2(self.stream.fileno(), descriptor)
+
+
+def _log_to(path: Path | None, level: str) -> None:
+    """To stderr; or, where a client has put us into the background and nobody looks after it, to this file."""
+    bounded = _BoundedLog(path, maxBytes=LOG_BYTES_MAX, backupCount=1) if path else None
+    logging.basicConfig(
+        level=level.upper(), format="%(levelname)s %(asctime)s [pdxd %(process)d] %(message)s",
+        handlers=[bounded or logging.StreamHandler()],
+    )  # fmt: skip
 
 
 def _serve(settings: config.Config, lock_fd: int | None) -> int:

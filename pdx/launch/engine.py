@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import pdx
+from pdx.config import ENGINE_FLAGS, FLAGS, import_path
 from pdx.errors import ConfigError
 from pdx.launch.guard import parse_cpus
 from pdx.launch.shares import shares
+from pdx.router.config import RouterConfig
 
 KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 ROLES = {**{role: role for role in KV_ROLES}, **{kv: role for role, kv in KV_ROLES.items()}}
@@ -21,6 +21,16 @@ CONNECTOR_MODULE = "pdx.engine.vllm.connector"
 OUR_FLAG = "--kv-transfer-config"
 TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
 LORA_FLAG = "--lora-modules"
+# Settings of pdx are no flags of vLLM's, which would say only that it knows none such. (It has an --api-key, too.)
+ELSEWHERE = {
+    **{
+        name: ("pdx-router", f"PDX_ROUTER_{name.upper()}")
+        for name in RouterConfig.__struct_fields__
+        if name != "api_key"
+    },
+    **{name: ("pdxd", f"PDX_{name.upper()}") for name in FLAGS},
+    **{name: ("engines", f"PDX_{name.upper()}") for name in ENGINE_FLAGS},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +104,6 @@ def _tensor_parallel_size(flags: Sequence[str]) -> int:
     return 1
 
 
-def import_path() -> dict[str, str]:
-    """PYTHONPATH by which a child finds this very package, be it installed or a bare clone."""
-    root = str(Path(pdx.__file__).resolve().parent.parent)
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-
-
 def _adapters(flags: Sequence[str]) -> dict[str, dict[str, str]]:
     """What --lora-modules tells vLLM, for the connector, which vLLM does not tell. Its parser judges malformed ones."""
     found: dict[str, str] = {}
@@ -129,11 +132,21 @@ def _adapter(text: str) -> tuple[str, str]:
         raise ConfigError(f"{LORA_FLAG}: {text!r} is neither NAME=PATH nor JSON with a name and a path") from error
 
 
-def checked_flags(flags: Sequence[str]) -> tuple[str, ...]:
-    """Flags for the engine, unless one is ours to set. Its own parser judges the rest. Raises ConfigError."""
+def checked_flags(flags: Sequence[str], *, set_here: Collection[str] = ()) -> tuple[str, ...]:
+    """Flags for the engine, unless one is ours. Its own parser judges the rest. Raises ConfigError.
+
+    `set_here`: settings of pdx that whoever asks gives all that it starts, so that nobody else can.
+    """
     for flag in flags:
-        if flag.replace("_", "-").startswith(OUR_FLAG):
+        name = flag.partition("=")[0].replace("_", "-")
+        key = name.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if name.startswith(OUR_FLAG):
             raise ConfigError(f"{OUR_FLAG} is written by pdx: use --kv-role, --arena, --router and PDX_* instead")
+        if name.startswith("--") and key in set_here:
+            raise ConfigError(f"{name} is set by pdx itself here: leave it out")
+        if name.startswith("--") and key in ELSEWHERE:
+            whose, variable = ELSEWHERE[key]
+            raise ConfigError(f"{name} is a setting of {whose}, which no flag here sets: say {variable}=…")
     return tuple(flags)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdx.config import FLAGS
 from pdx.launch.engine import EngineSpec
 from pdx.launch.shares import shares
 
@@ -27,7 +28,7 @@ class Wish:
     prefill: int
     decode: int
     hosts: int  # run directories, each with a daemon of its own; with 2, handoffs go over a lane
-    settings: Mapping[str, str]  # of the daemons, by pdx.config's keys
+    settings: Mapping[str, str]  # of the daemons, by pdx.config's keys; and of engines only
     flags: tuple[str, ...]
 
 
@@ -58,6 +59,7 @@ class DaemonSpec:
 class Fleet:
     """Everything to start, in order; engines still lack the router's endpoint, which is known once it listens."""
 
+    base: Path
     daemons: tuple[DaemonSpec, ...]
     engines: tuple[EngineSpec, ...]
     router_cpus: str
@@ -78,11 +80,12 @@ def design(wish: Wish, ground: Ground) -> Fleet:
         DaemonSpec(
             name=f"pdxd-{'ab'[index]}",
             run_dir=ground.base / "ab"[index],
-            settings=wish.settings,
+            settings=_of_daemon(wish, "ab"[index]),
             cpus=cpus[0 if index == 0 else -1],
         )
         for index in range(wish.hosts)
     )
+    hosting = {"prefill": daemons[0], "decode": daemons[-1]}
     engines = tuple(
         EngineSpec(
             name=f"{role}-{index if role == 'prefill' else index - wish.prefill}",
@@ -93,14 +96,23 @@ def design(wish: Wish, ground: Ground) -> Fleet:
             gpus=gpus[index],
             settings={
                 **wish.settings,
-                "run_dir": str(daemons[0 if role == "prefill" else -1].run_dir),
+                **hosting[role].settings,
+                "run_dir": str(hosting[role].run_dir),
                 "start_daemon": False,  # of one that an engine has started nobody here would know
             },
             flags=(*_memory_flags(wish.flags, gpus=len(ground.gpus), engines=len(roles)), *wish.flags),
         )
         for index, role in enumerate(roles)
     )
-    return Fleet(daemons=daemons, engines=engines, router_cpus=cpus[-1])
+    return Fleet(base=ground.base, daemons=daemons, engines=engines, router_cpus=cpus[-1])
+
+
+def _of_daemon(wish: Wish, name: str) -> dict[str, str]:
+    """Of two, each has a folder of its own on the disk."""
+    settings = {key: value for key, value in wish.settings.items() if key in FLAGS}
+    if wish.hosts > 1 and "disk" in settings:
+        settings["disk"] = str(Path(settings["disk"]) / name)
+    return settings
 
 
 def _memory_flags(flags: Sequence[str], *, gpus: int, engines: int) -> tuple[str, ...]:

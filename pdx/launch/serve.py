@@ -16,9 +16,11 @@ from pdx.errors import ConfigError, PdxError
 from pdx.launch import engine
 from pdx.launch.engine import EngineSpec
 from pdx.launch.guard import parse_cpus
+from pdx.launch.outlive import serve_on
 from pdx.launch.ports import answers, free_ports
-from pdx.launch.publish import check_place, publish
+from pdx.launch.publish import publish
 from pdx.launch.supervise import Interrupted, Supervisor
+from pdx.whole import check_place
 
 READY_S = 600.0  # a large model's weights from a slow disk; --ready-timeout-s for more
 USAGE = "pdx serve MODEL --kv-role prefill|decode|both [options] [engine flags]"
@@ -29,11 +31,12 @@ examples:
   pdx serve ./model --kv-role decode --replicas 2 --router tcp://127.0.0.1:5700 --max-model-len 4096
   pdx serve ./model --kv-role decode --router tcp://10.0.0.1:5700 --router tcp://10.0.0.2:5700
   pdx serve ./model --kv-role both --port 8000 --cpus 0-3"""
-SETTINGS = ("run_dir", "arena", "host", "key_file", "transport", "require_rdma")
+SETTINGS = (*config.FLAGS, *(name for name in config.ENGINE_FLAGS if name != "router"))
+KEPT_FROM_LOGS = ("key_file", "tls_key")  # vLLM logs its command line
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serves until a signal (exit status 0) or until an engine dies (1). 2: the command line can't work."""
+    """Serves until a signal (exit status 0) or until no engine is left (1). 2: the command line can't work."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         absent = (parse_cpus(options.cpus) if options.cpus else set()) - os.sched_getaffinity(0)
@@ -61,7 +64,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parse_cpus(options.cpus)
         except ValueError as error:
             raise ConfigError(f"--cpus: {options.cpus!r} is not a list of cores; write e.g. 0-3,6") from error
-    check_place(options.publish)
+    if options.publish:
+        check_place(options.publish, flag="--publish")
     options.router = ",".join(options.router) if options.router else None
     options.settings = {
         name: getattr(options, name) for name in (*SETTINGS, "router") if getattr(options, name) is not None
@@ -74,7 +78,7 @@ def plan(options: argparse.Namespace, *, ports: Sequence[int]) -> list[EngineSpe
     """The engines to start, one per port."""
     role = engine.ROLES[options.kv_role]
     base = options.name or role
-    settings = {key: value for key, value in options.settings.items() if key != "key_file"}
+    settings = {key: value for key, value in options.settings.items() if key not in KEPT_FROM_LOGS}
     return [
         EngineSpec(
             # With its port, a name is unique among engines that were started apart.
@@ -92,7 +96,8 @@ def plan(options: argparse.Namespace, *, ports: Sequence[int]) -> list[EngineSpe
 
 
 def _run(specs: Sequence[EngineSpec], options: argparse.Namespace) -> int:
-    secrets = {"PDX_KEY_FILE": options.key_file} if options.key_file else {}
+    settings = options.settings
+    secrets = {f"PDX_{name.upper()}": settings[name] for name in KEPT_FROM_LOGS if name in settings}
     supervisor = Supervisor(echo=True)
     try:
         with supervisor:
@@ -106,7 +111,7 @@ def _run(specs: Sequence[EngineSpec], options: argparse.Namespace) -> int:
                 supervisor.say(f"{spec.name} ({spec.role}) serves {spec.model} at {spec.url}")
             if options.publish:
                 publish(options.publish, {"engines": [_published(spec) for spec in specs]})
-            supervisor.wait()
+            serve_on(supervisor, specs, needed=engine.ROLES[options.kv_role])
     except Interrupted:
         supervisor.say(str(supervisor.stopped))
         return 0
@@ -142,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpus", default="", metavar="CORES", help="pin every process and OpenMP thread, e.g. 0-3")
     add("--publish", type=Path, metavar="FILE", help="write names and URLs to this JSON file when ready")
     add("--ready-timeout-s", type=float, default=READY_S, metavar="S", help=f"default {READY_S:.0f}")
+    of_daemon = parser.add_argument_group("settings of the host's pdxd, if these engines start it, and of their own")
     for name in SETTINGS:
-        config.add_flag(parser, name)
+        config.add_flag(of_daemon, name)
     return parser

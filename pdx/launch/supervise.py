@@ -139,7 +139,7 @@ class Supervisor:
         )
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
-        log = (self._log_dir / f"{name}.log").open("wb") if self._log_dir else None
+        log = (self._log_dir / f"{name}.log").open("ab") if self._log_dir else None
         colour = COLOURS[len(self._children) % len(COLOURS)]
         child = Child(name=name, process=process, pidfd=os.pidfd_open(process.pid), colour=colour, log=log)
         self._children.append(child)

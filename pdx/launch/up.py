@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pdx import config
@@ -19,24 +21,30 @@ from pdx.launch import engine
 from pdx.launch.engine import EngineSpec
 from pdx.launch.fleet import DaemonSpec, Fleet, Ground, Wish, design
 from pdx.launch.gpus import visible_gpus
+from pdx.launch.outlive import serve_on
 from pdx.launch.ports import answers, free_ports
-from pdx.launch.publish import check_place, publish
-from pdx.launch.supervise import ChildDied, Interrupted, Supervisor
+from pdx.launch.publish import publish
+from pdx.launch.supervise import Interrupted, Supervisor
+from pdx.whole import check_place
 
 READY_S = 600.0
 ROUTER_READY_S = DAEMON_READY_S = 60.0  # the arena's pages are touched once: a minute is good for 12 GiB on a slow host
-SETTINGS = ("arena", "transport", "require_rdma")  # of the daemons
+# What is given to all that is started, and what only one daemon of several could have.
+SET_HERE = ("run_dir", "linger_s", "router", "start_daemon", "control")
+ONE_DAEMONS = ("host", "control_port", "lane_port", "tls_cert", "tls_key", "tls_ca")
+SETTINGS = tuple(name for name in config.FLAGS | config.ENGINE_FLAGS if name not in SET_HERE + ONE_DAEMONS)
 USAGE = "pdx up MODEL [options] [engine flags]"
 EXAMPLES = """Every flag not listed here goes to every engine unchanged.
 
 examples:
   pdx up ./model --prefill 1 --decode 1 --enforce-eager
-  pdx up ./model --hosts 2 --arena 512MiB --max-model-len 4096    handoffs over TCP, as between two hosts
+  pdx up ./model --daemons 2 --arena 512MiB --max-model-len 4096  handoffs over TCP, as between two hosts
+  pdx up ./model --disk ./kept --key-file pdx.key                 kept for the next time, with the same key
   pdx up ./model --port 9000 --logs                               see the engines' logs"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serves until a signal (exit status 0) or until a process dies (1). 2: the command line can't work."""
+    """Serves until a signal (exit status 0), or the death of what it can't do without (1). 2: a wrong command line."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
     except PdxError as error:
@@ -63,16 +71,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options, flags = parser.parse_known_args(rest)
     if options.prefill < 0 or options.decode < 1:
         raise ConfigError("at least one decode engine is needed: --decode 1")
-    check_place(options.publish)
+    if options.publish:
+        check_place(options.publish, flag="--publish")
     settings = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
-    config.load(settings)
+    loaded = config.load(settings)
+    options.key_file = loaded.key_file
+    settings.pop("key_file", None)
+    if loaded.disk:
+        settings["disk"] = loaded.disk
     options.wish = Wish(
         model=model,
         prefill=options.prefill,
         decode=options.decode,
         hosts=options.hosts,
         settings=settings,
-        flags=engine.checked_flags(flags),
+        flags=engine.checked_flags(flags, set_here=SET_HERE),
     )
     return options
 
@@ -84,8 +97,10 @@ def _run(options: argparse.Namespace, base: Path) -> int:
     try:
         fleet = design(wish, _ground(base, engines=wish.prefill + wish.decode, pin=not options.no_pin))
         with supervisor:
-            _start(supervisor, fleet, options, base)
-            _serve(supervisor, fleet)
+            environ = {**config.import_path(), "PDX_KEY_FILE": options.key_file or str(_write_key(base))}
+            _start(supervisor, fleet, options, environ)
+            restart = {daemon.name: partial(_start_daemon, supervisor, daemon, environ) for daemon in fleet.daemons}
+            serve_on(supervisor, fleet.engines, needed="decode", restart=restart)
     except Interrupted:
         supervisor.say(str(supervisor.stopped))
         return 0
@@ -95,59 +110,53 @@ def _run(options: argparse.Namespace, base: Path) -> int:
     return 0
 
 
-def _serve(supervisor: Supervisor, fleet: Fleet) -> None:
-    """Until a signal. Engines may die while a decode engine is left; without router or daemons nothing can go on."""
-    alive = {spec.name: spec.role for spec in fleet.engines}
-    while True:
-        try:
-            supervisor.wait()
-        except ChildDied as died:
-            alive.pop(died.name, None)
-            if died.name not in {spec.name for spec in fleet.engines} or "decode" not in alive.values():
-                raise
-            supervisor.bury(died.name)
-            supervisor.say(f"{str(died).partition(';')[0]}; the others serve on: {', '.join(alive)}")
-
-
-def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, base: Path) -> None:
-    environ = {**engine.import_path(), "PDX_KEY_FILE": str(_write_key(base))}
+def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, environ: dict[str, str]) -> None:
     supervisor.say(f"starting {fleet}")
-    url, control = _start_router(supervisor, fleet, options, base, environ)
+    router = _start_router(supervisor, fleet, options, environ)
+    url = router["http"]
     for daemon in fleet.daemons:
-        supervisor.start(daemon.name, daemon.command(), env=environ, cpus=daemon.cpus)
+        _start_daemon(supervisor, daemon, environ)
     supervisor.wait_ready(
         {daemon.name: (daemon.run_dir / config.INFO_NAME).exists for daemon in fleet.daemons}, deadline_s=DAEMON_READY_S
     )
-    engines = [replace(spec, settings={**spec.settings, "router": control}) for spec in fleet.engines]
+    engines = [replace(spec, settings={**spec.settings, "router": router["control"]}) for spec in fleet.engines]
     for spec in engines:
         supervisor.start(spec.name, engine.command(spec), env=engine.environment(spec) | environ, cpus=spec.cpus)
     probes = {spec.name: answers(f"{spec.url}/health") for spec in engines}
     probes["router"] = answers(f"{url}/readyz?engines={len(engines)}")
     supervisor.wait_ready(probes, deadline_s=options.ready_timeout_s)
     if options.publish:
-        publish(options.publish, _published(supervisor, url, control, fleet.daemons, engines))
+        publish(options.publish, _published(supervisor, router, environ["PDX_KEY_FILE"], fleet.daemons, engines))
     supervisor.say(f"ready: {url}")
     supervisor.say(
         f"try:   curl -s {url}/v1/completions -H 'Content-Type: application/json' "
         f"-d '{json.dumps({'model': options.wish.model, 'prompt': 'The capital of France is', 'max_tokens': 8})}'"
     )
+    for daemon in fleet.daemons:
+        ask = ["pdx", "kv", "stats", "--run-dir", str(daemon.run_dir)]
+        supervisor.say(f"keeps: {shlex.join(ask)}")
+    watch = ["pdx", "top", "--admin", router["admin"], "--key-file", environ["PDX_KEY_FILE"]]
+    supervisor.say(f"watch: {shlex.join(watch)}")
+
+
+def _start_daemon(supervisor: Supervisor, daemon: DaemonSpec, environ: dict[str, str]) -> None:
+    (daemon.run_dir / config.INFO_NAME).unlink(missing_ok=True)  # of one that was killed
+    supervisor.start(daemon.name, daemon.command(), env=environ, cpus=daemon.cpus)
 
 
 def _start_router(
-    supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, base: Path, environ: dict[str, str]
-) -> tuple[str, str]:
-    """Starts the router and returns its URL and its control endpoint."""
-    published = base / "router.json"
+    supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, environ: dict[str, str]
+) -> dict[str, str]:
+    """Starts the router and returns where it listens: `http`, `control`, `admin`."""
+    published = fleet.base / "router.json"
     command = [
         *(sys.executable, "-m", "pdx.router.main", "--host", options.host, "--port", str(options.port)),
-        *("--control", "tcp://127.0.0.1:0", "--publish", str(published)),
+        *("--control", "tcp://127.0.0.1:0", "--publish", str(published), "--admin-port", str(options.admin_port)),
     ]
-    if options.admin_port is not None:
-        command += ["--admin-port", str(options.admin_port)]
     supervisor.start("router", command, env=environ, cpus=fleet.router_cpus)
     supervisor.wait_ready({"router": published.exists}, deadline_s=ROUTER_READY_S)
-    where = json.loads(published.read_text(encoding="utf-8"))
-    return where["http"], where["control"]
+    where: dict[str, str] = json.loads(published.read_text(encoding="utf-8"))
+    return where
 
 
 def _ground(base: Path, *, engines: int, pin: bool) -> Ground:
@@ -170,11 +179,17 @@ def _write_key(base: Path) -> Path:
 
 
 def _published(
-    supervisor: Supervisor, url: str, control: str, daemons: Sequence[DaemonSpec], engines: Sequence[EngineSpec]
+    supervisor: Supervisor,
+    router: dict[str, str],
+    key_file: str,
+    daemons: Sequence[DaemonSpec],
+    engines: Sequence[EngineSpec],
 ) -> dict[str, object]:
     return {
-        "url": url,
-        "control": control,
+        "url": router["http"],
+        "control": router["control"],
+        "admin": router["admin"],
+        "key_file": key_file,
         "run_dirs": [str(daemon.run_dir) for daemon in daemons],
         "engines": [
             {"name": spec.name, "role": spec.role, "url": spec.url, "session": supervisor.session_of(spec.name)}
@@ -191,15 +206,18 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--prefill", type=int, default=1, metavar="N", help="prefill engines (default 1)")
     add("--decode", type=int, default=1, metavar="N", help="decode engines (default 1)")
-    add("--hosts", "--daemons", dest="hosts", type=int, default=1, choices=(1, 2),
-        help="2: prefill and decode get a daemon each, as on two hosts (default 1)")  # fmt: skip
+    daemons = add("--daemons", dest="hosts", type=int, default=1, choices=(1, 2),
+                  help="2: prefill and decode get a daemon each, as on two hosts (default 1)")  # fmt: skip
+    config.also_named(parser, daemons, "--hosts")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="the router's HTTP address (default 127.0.0.1)")
     add("--port", type=int, default=8000, metavar="PORT", help="the router's HTTP port; 0: a free one (default 8000)")
-    add("--admin-port", type=int, metavar="PORT", help="the operators' port on the loopback, for pdx kv --router")
-    for name in SETTINGS:
-        config.add_flag(parser, name)
+    add("--admin-port", type=int, default=0, metavar="PORT",
+        help="the operators' port, on the loopback, for pdx top, drain, kv --admin (default: a free one)")  # fmt: skip
     add("--logs", action="store_true", help="show all logs, prefixed; they are kept in files in any case")
     add("--no-pin", action="store_true", help="do not pin engines to cores")
     add("--publish", type=Path, metavar="FILE", help="write all addresses to this JSON file when ready")
     add("--ready-timeout-s", type=float, default=READY_S, metavar="S", help=f"default {READY_S:.0f}")
+    of_daemons = parser.add_argument_group("settings of the daemons, and of their engines")
+    for name in SETTINGS:
+        config.add_flag(of_daemons, name)
     return parser

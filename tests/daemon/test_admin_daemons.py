@@ -139,7 +139,7 @@ def test_without_the_token_nothing_is_said(cluster: Cluster) -> None:
         RouterKv("http://127.0.0.1:1").ask("stats")
 
 
-@pytest.mark.parametrize("example", [line.strip() for line in kv.EXAMPLES.splitlines() if "--router" in line])
+@pytest.mark.parametrize("example", [line.strip() for line in kv.EXAMPLES.splitlines() if "--admin" in line])
 def test_examples_with_a_router(cluster: Cluster, example: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = example.split("   ")[0].replace("http://127.0.0.1:8001", cluster.admin)
     key = ["--key-file", str(cluster.fleet.key_file)]

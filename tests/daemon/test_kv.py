@@ -84,7 +84,7 @@ def test_every_way_to_say_a_prompt_finds_the_same(host: Host, client: LocalKv) -
     assert (report.model, report.prompt_tokens) == ("m", len(TEXT))
 
 
-@pytest.mark.parametrize("example", [line for line in EXAMPLES if "--router" not in line])
+@pytest.mark.parametrize("example", [line for line in EXAMPLES if "--admin" not in line])
 def test_examples_of_the_help(
     host: Host, example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

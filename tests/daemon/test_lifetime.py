@@ -19,7 +19,8 @@ from daemon.fleet import DEADLINE_S, PAGES, Daemon, Fleet, fleet_in, prompt_of, 
 from wire_samples import ENGINE
 
 from pdx.client import Attachment, DaemonClient
-from pdx.config import Config, load
+from pdx.config import LOG_NAME, Config, load
+from pdx.daemon.main import LOG_BYTES_MAX
 from pdx.errors import ConfigError, DaemonGone, Refused
 from pdx.launch.ports import free_ports
 from pdx.wire import Ask, Attach
@@ -151,6 +152,31 @@ def test_a_daemon_that_cannot_start_says_why_to_its_client(settings: Config, tmp
         DaemonClient.attach(huge, TOOL, deadline_s=10)
 
 
+def test_the_log_of_a_daemon_that_was_started_for_us_is_bounded(settings: Config) -> None:
+    log = settings.run_path / LOG_NAME
+    settings.run_path.mkdir(mode=0o700)
+    log.touch()
+    os.truncate(log, LOG_BYTES_MAX)
+    with DaemonClient.attach(settings, TOOL):
+        assert log.with_name(f"{LOG_NAME}.1").stat().st_size >= LOG_BYTES_MAX
+        assert "serving: arena 4 MiB" in log.read_text()
+        (daemon,) = daemons_in(settings)
+        for descriptor in (1, 2):
+            assert os.readlink(f"/proc/{daemon.pid}/fd/{descriptor}") == str(log), "its last words go there too"
+
+
+def test_of_a_large_log_only_the_end_is_read(settings: Config) -> None:
+    log = settings.run_path / LOG_NAME
+    settings.run_path.mkdir(mode=0o700)
+    log.touch()
+    os.truncate(log, 1 << 40)
+    with log.open("ab") as file:
+        file.write(b"\n")
+    elsewhere = msgspec.structs.replace(settings, host="10.1.2.3")
+    with pytest.raises(ConfigError, match=r"could not start: host 10\.1\.2\.3 is not loopback and no cluster key"):
+        DaemonClient.attach(elsewhere, TOOL, deadline_s=10)
+
+
 def test_no_daemon_and_none_to_be_started(settings: Config) -> None:
     with pytest.raises(DaemonGone, match="no pdxd answers"):
         DaemonClient.attach(settings, TOOL, deadline_s=0.1, start=False)
@@ -176,29 +202,6 @@ def test_bad_settings_get_one_clear_line(tmp_path: Path, arguments: list[str], m
     assert done.stderr.splitlines()[-1].startswith("pdxd: ")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_unknown_variables_and_keys_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown key 'arean', did you mean 'arena'"):
-        load({}, environ={"PDX_AREAN": "1GiB"})
-    (tmp_path / "c.yaml").write_text("chunk_token: 5")
-    with pytest.raises(ConfigError, match="did you mean 'chunk_tokens'"):
-        load({}, environ={}, yaml_file=str(tmp_path / "c.yaml"))
-
-
-def test_a_value_of_another_kind_is_an_error_of_its_source(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("lease_s: soon\n")
-    with pytest.raises(ConfigError, match=r"c\.yaml: lease_s: 'soon': expected `float`"):
-        load({}, environ={}, yaml_file=str(tmp_path / "c.yaml"))
-    with pytest.raises(ConfigError, match="environment: control_port: 'x': expected `int`"):
-        load({}, environ={"PDX_CONTROL_PORT": "x"})
-
-
-def test_command_line_over_environment_over_file(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("arena: 1MiB\nlinger_s: 1\nlease_s: 1\n")
-    environ = {"PDX_CONFIG": str(tmp_path / "c.yaml"), "PDX_LINGER_S": "2", "PDX_LEASE_S": "2"}
-    config = load({"lease_s": "3"}, environ=environ)
-    assert (config.arena, config.linger_s, config.lease_s) == ("1MiB", 2.0, 3.0)
 
 
 def test_a_second_daemon_in_the_same_place_is_refused(fleet: Fleet) -> None:

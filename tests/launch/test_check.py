@@ -15,6 +15,7 @@ from lanes_here import needing
 
 from pdx.commands import check, lane_figures, machine
 from pdx.commands.finding import Finding
+from pdx.engine.vllm.compat import SUPPORTED
 from pdx.transport.rdma import rdma_here
 
 
@@ -176,3 +177,8 @@ def test_it_loads_no_engine_and_no_lane(settings: pytest.MonkeyPatch) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_version_that_is_looked_for_is_the_one_that_engines_take() -> None:
+    """Said twice: a program that only looks must not import what imports vLLM."""
+    assert machine.ENGINE_VERSION == "".join(f"{part}." for part in SUPPORTED)

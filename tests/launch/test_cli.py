@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from markdown_tables import ROOT
 
 from pdx import __version__, cli
-from pdx.commands import bench, drain, kv
+from pdx.commands import bench, drain, kv, top
 from pdx.launch.publish import publish
 
 
@@ -31,10 +32,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"pdx {__version__}\n"
 
 
-def test_bench_lists(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_lists_what_can_be_run_under_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([]) == 0
-    assert "  model " in capsys.readouterr().out
-    assert bench.main(["nothing"]) == 2
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:] if line.startswith("  ")]
+    names = [name for name in listed if name != "pdx"]
+    assert {"transport", "handoff"} <= set(names)
+    assert not {"demo", "model", "tiny", "prove", "timeline", "harness"} & set(names)
+    for name in names:
+        files = [ROOT / "benchmarks" / f"{name}.py", ROOT / "benchmarks" / name / "__main__.py"]
+        assert any(f'prog="pdx bench {name}"' in file.read_text() for file in files if file.exists()), name
+    for name in ("nothing", "timeline"):
+        assert bench.main([name]) == 2
 
 
 def test_kv_starts_no_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,19 +69,32 @@ def no_http() -> Iterator[str]:
 
 def test_who_asks_the_wrong_port_is_told_in_one_line(no_http: str, capsys: pytest.CaptureFixture[str]) -> None:
     for url, said in (
-        (no_http, "does not answer as an admin port does"),
+        (no_http, "does not answer as an admin port does, which pdx-router --admin-port opens"),
         ("http://127.0.0.1:80o1", "is not an http url"),
+        ("tcp://127.0.0.1:5700", "operators use its --admin-port"),
         ("http://[::1", "is not an http url"),
     ):
-        assert kv.main(["stats", "--router", url]) == 2
+        assert kv.main(["stats", "--admin", url]) == 2
         told = capsys.readouterr().err
         assert said in told
         assert told.count("\n") == 1
 
 
+def test_where_an_admin_port_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PDX_ADMIN", "ftp://variable")
+    for command, words in ((kv, ["stats"]), (top, ["--once"]), (drain, [])):
+        for flags, asked in (([], "variable"), (["--admin", "ftp://flag"], "flag"), (["--router", "ftp://old"], "old")):
+            assert command.main([*words, *flags]) == 2
+            assert f": ftp://{asked}/admin/" in capsys.readouterr().err
+    assert kv.main(["stats", "--run-dir", str(tmp_path / "absent")]) == 2
+    assert "no daemon runs in" in capsys.readouterr().err
+
+
 def test_draining_nobody_in_particular_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--wait-secs", "1"], ["", "--wait-secs", "1"], ["--undo"]):
-        assert drain.main([*words, "--router", "http://127.0.0.1:9"]) == 2
+    for words in (["--wait-s", "1"], ["", "--wait-secs", "1"], ["--undo"]):
+        assert drain.main([*words, "--admin", "http://127.0.0.1:9"]) == 2
         assert "say whom" in capsys.readouterr().err
 
 

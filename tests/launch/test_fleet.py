@@ -16,9 +16,9 @@ BASE = Path("/base")
 
 def designed(
     *, prefill: int = 1, decode: int = 1, hosts: int = 1, cores: tuple[int, ...] = (0, 1), gpus: tuple[str, ...] = (),
-    flags: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (), settings: dict[str, str] | None = None,
 ) -> Fleet:  # fmt: skip
-    wish = Wish(model="m", prefill=prefill, decode=decode, hosts=hosts, settings={"arena": "64MiB"}, flags=flags)
+    wish = Wish(model="m", prefill=prefill, decode=decode, hosts=hosts, settings=settings or {}, flags=flags)
     return design(wish, Ground(base=BASE, cores=cores, gpus=gpus, ports=tuple(range(21000, 21000 + prefill + decode))))
 
 
@@ -35,6 +35,18 @@ def test_two_hosts_part_prefill_from_decode() -> None:
         ("prefill-1", "/base/a"),
         ("decode-0", "/base/b"),
     ]
+
+
+def test_daemons_get_their_settings_and_each_a_folder_of_its_own() -> None:
+    settings = {"arena": "64MiB", "disk": "/d", "offload": "off"}
+    fleet = designed(hosts=2, settings=settings)
+    assert [daemon.settings for daemon in fleet.daemons] == [
+        {"arena": "64MiB", "disk": "/d/a"},
+        {"arena": "64MiB", "disk": "/d/b"},
+    ]
+    for spec, disk in zip(fleet.engines, ("/d/a", "/d/b"), strict=True):
+        assert spec.settings.items() >= {"arena": "64MiB", "disk": disk, "offload": "off"}.items()
+    assert designed(settings=settings).daemons[0].settings["disk"] == "/d"
 
 
 def test_pins_keep_prefill_and_decode_apart() -> None:
@@ -78,13 +90,31 @@ def test_shares(items: tuple[int, ...], count: int, expected: list[tuple[int, ..
     assert shares(items, count) == expected
 
 
-@pytest.mark.parametrize("argv", [["--prefill", "1"], ["m", "--decode", "0"], ["m", "--arena", "x"]])
-def test_refusals(argv: list[str]) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prefill", "1"], "MODEL comes first"),
+        (["m", "--decode", "0"], "at least one decode engine"),
+        (["m", "--arena", "x"], "not a size"),
+        (["m", "--publish", "/no/such/x"], "there is no folder /no/such"),
+        (["m", "--policy", "prefix"], "PDX_ROUTER_POLICY=…"),
+        (["m", "--lane-port=7"], "--lane-port is a setting of pdxd, .* PDX_LANE_PORT=…"),
+        (["m", "--run-dir", "/x"], "--run-dir is set by pdx itself"),
+    ],
+)
+def test_refusals(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         up.parse(argv)
 
 
 def test_alias_and_passed_flags() -> None:
-    options = up.parse(["m", "--daemons", "2", "--enforce-eager", "--max-model-len", "512"])
-    assert options.wish.hosts == 2
-    assert options.wish.flags == ("--enforce-eager", "--max-model-len", "512")
+    for name in ("--daemons", "--hosts"):
+        options = up.parse(["m", name, "2", "--enforce-eager", "--max-model-len", "512"])
+        assert options.wish.hosts == 2
+        assert options.wish.flags == ("--enforce-eager", "--max-model-len", "512")
+
+
+def test_a_key_of_the_operators_is_taken_and_not_shown_to_vllm(tmp_path: Path) -> None:
+    options = up.parse(["m", "--key-file", str(tmp_path / "key"), "--disk", str(tmp_path / "disk")])
+    assert options.key_file == str(tmp_path / "key")
+    assert options.wish.settings == {"disk": str(tmp_path / "disk")}

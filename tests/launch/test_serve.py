@@ -6,18 +6,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from markdown_tables import ROOT
+from programs import pdx, read_until
 
+from pdx.engine.vllm import settings
 from pdx.errors import ConfigError
 from pdx.launch import engine, serve
 
-FAKE_ENGINE = Path(__file__).parent / "fake_vllm"
 WAIT_S = 20.0
 
 
@@ -33,6 +31,11 @@ def planned(*argv: str) -> list[engine.EngineSpec]:
 def test_roles(role: str, kv_role: str) -> None:
     (spec,) = planned("m", "--kv-role", role)
     assert transfer_config(spec)["kv_role"] == kv_role
+
+
+def test_roles_are_called_as_the_connector_reads_them() -> None:
+    """Said twice: who starts engines must not import what imports vLLM."""
+    assert {theirs: role for role, theirs in engine.KV_ROLES.items()} == settings._ROLES
 
 
 def test_transfer_config() -> None:
@@ -79,6 +82,13 @@ def test_the_key_file_is_not_in_what_vllm_logs(tmp_path: Path) -> None:
     assert "key" not in json.dumps(engine.command(spec))
 
 
+def test_settings_of_daemon_and_engine_are_flags_and_an_api_key_is_vllms() -> None:
+    flags = ("--disk", "/d", "--no-return-answers", "--offload=prompts", "--lookup-s", "0.5")
+    (spec,) = planned("m", "--kv-role", "both", *flags, "--api-key", "k")
+    assert spec.settings == {"disk": "/d", "return_answers": "false", "offload": "prompts", "lookup_s": "0.5"}
+    assert spec.flags == ("--api-key", "k")
+
+
 def test_engine_flags_pass_in_order() -> None:
     (spec,) = planned("m", "--max-model-len", "4096", "--kv-role", "both", "--enforce-eager", "-tp=2")
     assert spec.flags == ("--max-model-len", "4096", "--enforce-eager", "-tp=2")
@@ -106,6 +116,9 @@ def test_one_replica_keeps_its_name() -> None:
         (["m", "--kv-role", "both", "--arena", "much"], "'much' is not a size"),
         (["m", "--kv-role", "both", "--cpus", "all"], "not a list of cores"),
         (["m", "--kv-role", "both", "--replicas", "0"], "must be positive"),
+        (["m", "--kv-role", "both", "--publish", "/no/such/x"], "there is no folder /no/such"),
+        (["m", "--kv-role", "both", "--policy=prefix"], "--policy is a setting of pdx-router, .* PDX_ROUTER_POLICY=…"),
+        (["m", "--kv-role", "both", "--no-pass-api-key"], "PDX_ROUTER_PASS_API_KEY=…"),
     ],
 )
 def test_refusals(argv: list[str], message: str) -> None:
@@ -153,6 +166,18 @@ def test_a_whole_life(tmp_path: Path, number: signal.Signals) -> None:
         assert options["enforce_eager"]
 
 
+def test_engines_outlive_each_other_until_none_is_left(tmp_path: Path) -> None:
+    with serving(tmp_path, "--replicas", "2") as process:
+        lines = read_until(process, "decode-", " at http://", count=2)
+        first, second = (json.loads(line.partition("| ")[2])["pid"] for line in lines if "| {" in line)
+        os.kill(first, signal.SIGKILL)
+        read_until(process, "ended with exit code 137; the others serve on: decode-")
+        os.kill(second, signal.SIGKILL)
+        out, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert out.splitlines()[-1] == "pdx: stopped 0 processes, 0 left"
+
+
 def test_an_unknown_flag_is_the_engines_to_refuse(tmp_path: Path) -> None:
     with serving(tmp_path, "--no-such-flag") as process:
         out, _ = process.communicate(timeout=WAIT_S)
@@ -161,30 +186,8 @@ def test_an_unknown_flag_is_the_engines_to_refuse(tmp_path: Path) -> None:
     assert out.splitlines()[-1] == "pdx: stopped 0 processes, 0 left"
 
 
-@contextmanager
-def serving(tmp_path: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PDX_", "VLLM_"))}
-    command = ["-m", "pdx.cli", "serve", "m", "--kv-role", "decode", "--publish", str(tmp_path / "engines.json")]
-    with subprocess.Popen(
-        [sys.executable, *command, *flags], cwd=ROOT, env={**env, "PYTHONPATH": str(FAKE_ENGINE)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()  # its guards then end the engines
-
-
-def read_until(process: subprocess.Popen[str], *words: str, count: int) -> list[str]:
-    """Lines up to the `count`-th that holds all words."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        count -= all(word in line for word in words)
-        if not count:
-            return lines
-    raise AssertionError(f"ended early: {lines}")
+def serving(tmp_path: Path, *flags: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return pdx("serve", "m", "--kv-role", "decode", "--publish", str(tmp_path / "engines.json"), *flags)
 
 
 def transfer_config(spec: engine.EngineSpec) -> dict[str, object]:

@@ -137,11 +137,14 @@ def test_a_log_that_takes_nothing_more_ends_itself_only(tmp_path: Path) -> None:
 
 
 def test_a_full_log_makes_room_for_the_next(tmp_path: Path) -> None:
-    with Supervisor(out=io.StringIO(), log_dir=tmp_path, log_bytes_max=6) as supervisor:
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path, log_bytes_max=7) as supervisor:
         supervisor.start("a", says("one\ntwo\nthree\nfour\nfive"))
         with pytest.raises(ChildDied):
             supervisor.wait(WAIT_S)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.log": "five\n", "a.log.1": "three\nfour\n"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a.log": "five\n",
+        "a.log.1": "three\nfour\n",
+    }
 
 
 def test_environment_is_added_to_ours() -> None:

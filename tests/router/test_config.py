@@ -62,7 +62,7 @@ def test_a_list_in_a_variable() -> None:
         ({"port": 70_000}, "port: 70000: expected `int` <= 65535"),
         ({"port": "x"}, "port: 'x': expected `int"),
         ({"policy": "random"}, "policy is one of prefix, round_robin, least_loaded"),
-        ({"request_timeout_secs": 0}, "request_timeout_secs: 0: expected `float` > 0"),
+        ({"request_timeout_s": 0}, "request_timeout_s: 0: expected `float` > 0"),
         ({"decode": ["ftp://x"]}, "ftp://x: an engine's address begins with http://"),
         ({"max_body": "many"}, "max_body: 'many' is not a size"),
         ({"handoff_grant_s": -1}, "handoff_grant_s"),
@@ -92,6 +92,32 @@ def test_the_routers_variables_are_no_business_of_daemons() -> None:
     assert load(environ={"PDX_ROUTER_PORT": "1", "PDX_ROUTER": "tcp://127.0.0.1:1"}).router == "tcp://127.0.0.1:1"
     with pytest.raises(ConfigError, match="unknown key 'prt'"):
         resolved({}, environ={"PDX_ROUTER_PRT": "1"})
+
+
+def test_a_service_of_kubernetes_is_no_setting() -> None:
+    """What pods are told where a Service is called pdx-router: one of these names is that of a setting."""
+    links = {
+        "PDX_ROUTER_SERVICE_HOST": "10.0.0.9", "PDX_ROUTER_SERVICE_PORT": "8000",
+        "PDX_ROUTER_SERVICE_PORT_HTTP": "8000", "PDX_ROUTER_PORT": "tcp://10.0.0.9:8000",
+        "PDX_ROUTER_PORT_8000_TCP": "tcp://10.0.0.9:8000", "PDX_ROUTER_PORT_8000_TCP_PROTO": "tcp",
+        "PDX_ROUTER_PORT_8000_TCP_PORT": "8000", "PDX_ROUTER_PORT_8000_TCP_ADDR": "10.0.0.9",
+        "PDX_ROUTER_ADMIN_PORT": "tcp://10.0.0.9:8001",
+    }  # fmt: skip
+    assert resolved({}, environ=links) == resolved({}, environ={})
+
+
+def test_seconds_by_their_former_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path / "r.yaml", drain_secs=1, keep_alive_secs=2)
+    flags = vars(parsed(["--config", file, "--cb-timeout-secs", "3", "--request-timeout-secs", "4"]))
+    del flags["dump_config"]
+    config = resolved(flags, environ={"PDX_ROUTER_KEEP_ALIVE_SECS": "5"}).config
+    assert (config.drain_s, config.keep_alive_s, config.cb_timeout_s, config.request_timeout_s) == (1, 5, 3, 4)
+    with pytest.raises(SystemExit):
+        parsed(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--drain-s S" in said
+    assert "--drain-secs" not in said
+    assert "(default: 120.0)" in said.rpartition("--handoff-total-s S")[2].partition("--")[0], "a budget's default"
 
 
 def test_a_dump_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,10 +152,10 @@ def test_every_setting_reaches_the_server() -> None:
     flags = {
         "host": "localhost", "port": 1, "control": "tcp://127.0.0.1:9", "admin_host": "localhost", "admin_port": 3,
         "publish": "x", "prefill": ["http://p:1"], "decode": ["http://d:1"], "policy": "least_loaded",
-        "journey": "paired", "max_waiting": 1, "request_timeout_secs": 2, "prefill_timeout_secs": 3,
+        "journey": "paired", "max_waiting": 1, "request_timeout_s": 2, "prefill_timeout_s": 3,
         "handoff_grant_s": 4, "api_key": ["k" * 20], "pass_api_key": True, "cors_origin": ["https://a"],
-        "max_body": "1MiB", "keep_alive_secs": 5, "workers": 2, "max_in_flight_prefill": 1, "max_in_flight_decode": 1,
-        "retries": 1, "queue_size": 1, "queue_timeout_secs": 1, "cb_failure_threshold": 1, "drain_secs": 1,
+        "max_body": "1MiB", "keep_alive_s": 5, "workers": 2, "max_in_flight_prefill": 1, "max_in_flight_decode": 1,
+        "retries": 1, "queue_size": 1, "queue_timeout_s": 1, "cb_failure_threshold": 1, "drain_s": 1,
     }  # fmt: skip
     plain, changed = options_of(resolved({})), options_of(resolved(flags))
     for struct, other in ((plain, changed), (plain.settings, changed.settings), (plain.door, changed.door)):

@@ -76,7 +76,14 @@ def test_taken_port(flag: str, capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--host", "0.0.0.0"], ["--control", "tcp://10.0.0.1:5700"], ["--control", "ipc:///x"], ["--key-file", "/no"]],
+    [
+        ["--host", "0.0.0.0"],
+        ["--control", "tcp://10.0.0.1:5700"],
+        ["--control", "ipc:///x"],
+        ["--key-file", "/no"],
+        ["--publish", "/no/such/x"],
+        ["--publish", "/"],
+    ],
 )
 def test_refusals_are_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == 2

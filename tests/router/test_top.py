@@ -131,7 +131,7 @@ async def test_it_knows_the_token_by_the_key(tmp_path: Path, capsys: pytest.Capt
     async with fleet(admin_port=0, admin_token=admin_token(KEY)) as router:
         address = ["--once", "--router", router.published.admin]
         assert await asyncio.to_thread(top.main, address) == 2
-        assert "token of the cluster key" in capsys.readouterr().err
+        assert "token of the cluster key: name it by --key-file or PDX_KEY_FILE" in capsys.readouterr().err
         assert await asyncio.to_thread(top.main, [*address, "--key-file", str(file)]) == 0
     assert top.main(["--print-token", "--key-file", str(file)]) == 0
     assert admin_token(KEY) in capsys.readouterr().out

@@ -1,0 +1,80 @@
+"""What daemons and engines are told: by flags, variables and files, and what is said of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from pdx.config import Config, add_flag, load
+from pdx.daemon.main import main
+from pdx.errors import ConfigError
+
+
+def test_unknown_variables_and_keys_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'arean', did you mean 'arena'"):
+        load({}, environ={"PDX_AREAN": "1GiB"})
+    (tmp_path / "c.yaml").write_text("chunk_token: 5")
+    with pytest.raises(ConfigError, match="did you mean 'chunk_tokens'"):
+        load({}, environ={}, yaml_file=str(tmp_path / "c.yaml"))
+
+
+def test_a_value_of_another_kind_is_an_error_of_its_source(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("lease_s: soon\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: lease_s: 'soon': expected `float`"):
+        load({}, environ={}, yaml_file=str(tmp_path / "c.yaml"))
+    with pytest.raises(ConfigError, match="environment: control_port: 'x': expected `int`"):
+        load({}, environ={"PDX_CONTROL_PORT": "x"})
+
+
+def test_a_file_of_settings_is_named_by_a_flag_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("arena: lots\n")
+    assert main(["--config", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("pdxd: arena: 'lots' is not a size")
+
+
+def test_the_help_has_every_setting_and_the_defaults_that_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name in set(Config.__struct_fields__) - {"budgets"}:
+        assert f"--{name.replace('_', '-')} " in said or f"PDX_{name.upper()} " in said
+    for told in ("last client has left (default: 60)", "one cache_salt may take (default: 1)", "(default: 1GiB)"):
+        assert told in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], True),
+        (["--no-return-answers"], False),
+        (["--return-answers=false"], False),
+        (["--return-answers", "false"], False),
+        (["--return-answers"], True),
+    ],
+)
+def test_what_is_true_or_false_can_be_said_in_every_way(words: list[str], expected: bool) -> None:
+    parser = argparse.ArgumentParser()
+    add_flag(parser, "return_answers")
+    assert load(vars(parser.parse_args(words)), environ={}).return_answers is expected
+
+
+def test_a_service_of_kubernetes_is_no_setting() -> None:
+    """What pods are told where a Service is called pdx."""
+    links = {
+        "PDX_SERVICE_HOST": "10.0.0.9", "PDX_SERVICE_PORT": "5700", "PDX_SERVICE_PORT_CONTROL": "5700",
+        "PDX_PORT": "tcp://10.0.0.9:5700", "PDX_PORT_5700_TCP": "tcp://10.0.0.9:5700",
+        "PDX_PORT_5700_TCP_PROTO": "tcp", "PDX_PORT_5700_TCP_PORT": "5700", "PDX_PORT_5700_TCP_ADDR": "10.0.0.9",
+        "PDX_CONTROL_PORT": "udp://10.0.0.9:5700",
+    }  # fmt: skip
+    assert load({}, environ=links) == load({}, environ={})
+    with pytest.raises(ConfigError, match="unknown key 'prot'"):
+        load({}, environ={**links, "PDX_PROT": "tcp://10.0.0.9:5700"})
+
+
+def test_command_line_over_environment_over_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("arena: 1MiB\nlinger_s: 1\nlease_s: 1\n")
+    environ = {"PDX_CONFIG": str(tmp_path / "c.yaml"), "PDX_LINGER_S": "2", "PDX_LEASE_S": "2"}
+    config = load({"lease_s": "3"}, environ=environ)
+    assert (config.arena, config.linger_s, config.lease_s) == ("1MiB", 2.0, 3.0)
