@@ -26,6 +26,7 @@ from pdx.daemon.handoffs import Handoffs
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.lanes import Lanes
 from pdx.daemon.listening import listening, new_context
+from pdx.daemon.name import daemon_name
 from pdx.daemon.peers import Peers
 from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Engine, Session, Sessions
@@ -105,7 +106,7 @@ class Service:
         self._clients = listening(self._context, self._ipc)
         self._peer_socket = listening(self._context, f"tcp://{config.host}:{config.control_port}", cluster_key=key)
         self.me = DaemonRef(
-            daemon_id=secrets.token_hex(6),
+            daemon_id=daemon_name(run_dir),
             incarnation=secrets.randbits(63),
             control=self._peer_socket.getsockopt_string(zmq.LAST_ENDPOINT),
             lanes=[offer_of(lane) for lane in lanes],
