@@ -19,6 +19,7 @@ import zmq
 from pdx.buffer.store import Store
 from pdx.buffer.water import Waterline
 from pdx.config import Config
+from pdx.curve import AllowList
 from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
 from pdx.daemon.flush import flush
@@ -43,7 +44,6 @@ from pdx.wire import (
     Ask,
     Attached,
     AttachRefused,
-    CancelHandoff,
     DaemonRef,
     Filled,
     Finished,
@@ -104,6 +104,7 @@ class Service:
         self._ipc = f"ipc://{run_dir / IPC_NAME}"
         self._door = Door(run_dir)
         self._clients = listening(self._context, self._ipc)
+        self._allow = AllowList(self._context, key)
         self._peer_socket = listening(self._context, f"tcp://{config.host}:{config.control_port}", cluster_key=key)
         self.me = DaemonRef(
             daemon_id=daemon_name(run_dir),
@@ -117,7 +118,7 @@ class Service:
             self._context, self._poller, self.me, self._counters, cluster_key=key,
             holdings=HoldingsTeller(self.me, store.index, tier),
         )  # fmt: skip
-        for bound in (self._clients, self._peer_socket):
+        for bound in (self._clients, self._peer_socket, self._allow.socket):
             self._poller.register(bound, zmq.POLLIN)
         for lane in lanes:
             self._poller.register(lane.fileno(), zmq.POLLIN)
@@ -165,8 +166,8 @@ class Service:
     def close(self) -> None:
         """Leaves, and closes every socket. The caller closes lanes and arena."""
         self.leave()
-        self._clients.close(0)
-        self._peer_socket.close(0)
+        for bound in (self._clients, self._peer_socket, self._allow.socket):
+            bound.close(0)
         self._context.term()
         Path(self._ipc.removeprefix("ipc://")).unlink(missing_ok=True)
 
@@ -183,13 +184,15 @@ class Service:
                 self._handoffs.lane_events(lane.scheme, lane.take_events(), now)
         if self._clients in ready:
             self._take_clients(now)
+        if self._allow.socket in ready:
+            self._allow.answer()
         if self._peer_socket in ready:
             self._take_peers(now)
         self._peers.handle_ready(ready, lambda control: self._handoffs.peer_lost(control, now))
         self._peers.tick(lambda control: self._handoffs.peer_lost(control, now), now)
         self._announcer.handle_ready(
             ready,
-            cancel=lambda message: self._cancel(message, now),
+            cancel=lambda gone: self._handoffs.cancel(gone.handoff_id, gone.attempt, gone.reason, now),
             share=lambda wish: self._handoffs.share(wish, now),
             answer=lambda message: answer(message, service=self),
         )
@@ -292,9 +295,6 @@ class Service:
                 return
             except WireError:
                 self._counters["bad_frames"] += 1
-
-    def _cancel(self, message: CancelHandoff, now: float) -> None:
-        self._handoffs.cancel(message.handoff_id, message.attempt, message.reason, now)
 
     # --- attaching --------------------------------------------------------------------------------------------
 
