@@ -173,26 +173,28 @@ async def test_a_client_that_reads_slowly_holds_little() -> None:
             sent[0] += 1 << 16
 
     async with serving(server) as (upstream, url, _), upstream.call(url, b"{}", {}) as reply:
-        before = -1
-        while sent[0] != before:  # until it is stuck
-            before = sent[0]
-            await asyncio.sleep(0.1)
+        await until(lambda: reply._connection._paused, "it has stopped to read")
         assert len(await reply.chunk()) < READ_AHEAD_BYTES + (1 << 20)
-        before = sent[0]
-        while sent[0] == before:  # and goes on
+        enough = sent[0] + (32 << 20)  # more than sockets hold
+        while sent[0] < enough:  # it goes on
             await reply.chunk()
 
 
 @within(10)
 async def test_a_long_body_to_an_engine_that_refuses_it() -> None:
+    heard = asyncio.Event()
+
     async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 413 Large\r\nContent-Length: 0\r\n\r\n")
         await writer.drain()
-        await asyncio.sleep(0.2)  # it reads nothing
+        await heard.wait()  # it reads nothing
 
     async with serving(server) as (upstream, url, _):
-        assert (await ask(upstream, url, bytes(32 << 20)))[0] == 413
+        try:
+            assert (await ask(upstream, url, bytes(32 << 20)))[0] == 413
+        finally:
+            heard.set()
 
 
 @within(4)
@@ -227,7 +229,7 @@ async def test_what_was_left_unread_is_not_the_next_ones() -> None:
         for _ in range(8):
             async with upstream.call(url, b"{}", {}) as reply:
                 await reply.chunk()
-                await asyncio.sleep(0.02)
+                await until(lambda reply=reply: reply._connection._paused, "it has stopped to read")
         assert len((await ask(upstream, url))[2]) == size
 
 
