@@ -233,6 +233,7 @@ async def _keep(outside: Outside, named: Named) -> None:
             for engine_id, url in directory.due_polls(now):
                 tasks.create_task(_poll(outside, engine_id, url))
             outside.gate.tick()
+            outside.upstream.drop_idle()
             await asyncio.sleep(TICK_S)
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from engine_fakes import until, within
+from engine_fakes import FakeEngine, fleet, until, within
 
 from pdx.router.engines import upstream as code
 from pdx.router.engines.connection import HEAD_BYTES_MAX, READ_AHEAD_BYTES
@@ -136,6 +136,33 @@ async def test_one_that_has_been_idle_for_long_is_not_used_again(monkeypatch: py
         monkeypatch.setattr(code, "KEEPALIVE_S", -1.0)
         await ask(upstream, url)
         assert connections == [2]
+
+
+@within(10)
+async def test_what_nobody_asks_for_again_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine that has left, say. What may still be used stays."""
+    async with serving(answering(*[WHOLE] * 3)) as (upstream, url, connections):
+        await ask(upstream, url)
+        upstream.drop_idle()
+        await ask(upstream, url)
+        assert connections == [1]
+        monkeypatch.setattr(code, "KEEPALIVE_S", -1.0)
+        ((kept,),) = upstream._idle.values()
+        upstream.drop_idle()
+        assert not upstream._idle
+        await until(lambda: not kept.reusable, "it is closed")
+        await ask(upstream, url)
+        assert connections == [2]
+
+
+@within(10)
+async def test_a_router_keeps_no_connection_to_an_engine_that_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "KEEPALIVE_S", 0.05)
+    async with fleet(FakeEngine("d0", "decode")) as router:
+        await router.ask({"model": "smol", "prompt": "x"})
+        router.daemons[0].engines = []
+        await until(lambda: not router.outside.directory.engines(), "it has left")
+        await until(lambda: not router.outside.upstream._idle, "nothing of it is kept")
 
 
 @within(10)
