@@ -120,3 +120,10 @@ def test_any_path_can_be_written() -> None:
 def test_a_place_that_is_none_is_refused(place: str, why: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"can't write --request-log .*: {why}"):
         RequestLog(str(tmp_path / place))
+
+
+def test_a_line_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    log = RequestLog("-")
+    log.add(some(1))
+    log.close()
+    assert json.loads(capfd.readouterr().out)["id"] == "id-1"

@@ -17,13 +17,19 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import zmq
+import zmq.asyncio
 from engine_fakes import KEY, FakeDaemon, FakeEngine, daemon_ref, metric, reaches, until, within
 from prometheus_client import generate_latest
 
+from pdx.curve import lock
 from pdx.launch import processes
+from pdx.router.engines.control import ControlSocket
 from pdx.router.metrics import Metrics
+from pdx.router.workers.hub import Hub, Places
 from pdx.router.workers.merging import Totals, added
 from pdx.router.workers.texts import read_text, serve_text
+from pdx.wire import MAGIC, WIRE_VERSION
 
 REACHED_S = 20.0
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
@@ -155,6 +161,29 @@ def test_a_stop_at_any_moment_of_the_start_ends_all(tmp_path: Path) -> None:
         finally:
             process.kill()  # the others end with it, also where this test fails
             process.wait(10)
+
+
+@within(20)
+async def test_the_hub_tells_a_daemon_of_another_version_so() -> None:
+    """Workers never see its frames: the hub can't read them."""
+    metrics = Metrics()
+    with tempfile.TemporaryDirectory() as folder, zmq.asyncio.Context() as context:
+        control = ControlSocket("tcp://127.0.0.1:0", cluster_key=KEY, metrics=metrics)
+        hub = Hub(control, Places(Path(folder)), metrics)
+        running = asyncio.create_task(hub.run())
+        try:
+            with context.socket(zmq.DEALER) as daemon:
+                daemon.linger = 0
+                lock(daemon, KEY, server=False)
+                daemon.connect(control.endpoint)
+                await daemon.send(MAGIC + bytes([WIRE_VERSION + 1]) + b"\x80")
+                assert (await daemon.recv())[:4] == MAGIC + bytes([WIRE_VERSION])
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
+            hub.close()
+            control.close()
+    assert value(generate_latest(metrics.registry), "pdx_router_bad_frames_total") == 1
 
 
 @pytest.mark.parametrize("flag", ["--port", "--control"])
