@@ -1,21 +1,18 @@
 """Locks ZeroMQ connections with the cluster key: CURVE, both sides holding the key pair derived from it.
 
-The public half is never published: whoever can open a connection knows the cluster key. Used on every tcp socket of
+The public half is never published, and an allow list lets in nobody who knows only that. Used on every tcp socket of
 the control plane, on loopback too, so that what is tested is what runs between hosts.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zmq
 from zmq.utils import z85
 
 from pdx.wire import FRAME_BYTES_MAX
-
-if TYPE_CHECKING:
-    import zmq.asyncio
 
 CURVE_BYTES = 33  # a message's header, nonce, flags and MAC, which ZeroMQ counts
 
@@ -42,25 +39,33 @@ class AllowList:
     """Says, for all server sockets of a context, which keys clients may have: only the cluster's.
 
     Without it ZeroMQ lets in whoever knows the server's public key, with any key of his own. Make it before they bind,
-    and close it after them. Owned by the event loop.
+    and close it after them. Until it is asked to answer, nobody gets in: by `run` on an event loop, of an asyncio
+    context, or by `answer` whenever `socket` can be read. Owned by one thread.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, cluster_key: bytes) -> None:
+    def __init__(self, context: zmq.Context[Any], cluster_key: bytes) -> None:
         self._allowed = z85.decode(public_key(cluster_key))
-        self._socket = context.socket(zmq.REP)
-        self._socket.linger = 0
-        self._socket.bind("inproc://zeromq.zap.01")
+        self.socket = context.socket(zmq.REP)
+        self.socket.linger = 0
+        self.socket.bind("inproc://zeromq.zap.01")
 
     async def run(self) -> None:
-        """Answers for ever; until it runs, nobody gets in."""
+        """Answers for ever."""
         while True:
-            version, number, _domain, _address, _name, mechanism, *keys = await self._socket.recv_multipart()
-            known = mechanism == b"CURVE" and keys == [self._allowed]
-            status = [b"200", b"OK"] if known else [b"400", b"not on the list"]
-            await self._socket.send_multipart([version, number, *status, b"", b""])
+            await self.socket.send_multipart(self._verdict(await self.socket.recv_multipart()))
+
+    def answer(self) -> None:
+        """One question, which is there."""
+        self.socket.send_multipart(self._verdict(self.socket.recv_multipart()))
 
     def close(self) -> None:
-        self._socket.close()
+        self.socket.close()
+
+    def _verdict(self, question: list[bytes]) -> list[bytes]:
+        version, number, _domain, _address, _name, mechanism, *keys = question
+        known = mechanism == b"CURVE" and keys == [self._allowed]
+        status = [b"200", b"OK"] if known else [b"400", b"not on the list"]
+        return [version, number, *status, b"", b""]
 
 
 def _secret_key(cluster_key: bytes) -> bytes:

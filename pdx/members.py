@@ -56,7 +56,7 @@ class LaneOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class DaemonRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to reach one pdxd. A restarted daemon has a new incarnation."""
 
-    daemon_id: str
+    daemon_id: str  # of one life; see `host_of`
     incarnation: int
     control: str  # zmq endpoint of its peer socket
     lanes: list[LaneOffer]  # best first
@@ -69,3 +69,11 @@ class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     slab_s: float = 15.0  # without a slab, and without word that the request still waits for the prefill engine
     total_s: float = 120.0  # from RESERVE to COMMIT
     claim_s: float = 3.0  # from COMMIT until the decode engine owns the pages
+
+
+def host_of(daemon_id: str) -> str:
+    """What stays of it when a daemon of the same run directory follows: for what is drawn over time, and for people.
+
+    Two daemons may share it; nothing but their ids tells them apart.
+    """
+    return daemon_id.rpartition("/")[0] or daemon_id

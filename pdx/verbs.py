@@ -25,6 +25,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 Seconds = Annotated[float, Meta(ge=0.0)]
 PinSeconds = Annotated[float, Meta(gt=0.0, le=PIN_S_MAX)]
 TierName = Literal["all", "arena", "disk"]
+Lanes = Annotated[dict[str, int], Meta(max_length=16)]  # by scheme; "local" is within the daemon
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -184,6 +185,7 @@ class DiskView(Shape, frozen=True, kw_only=True):
     loaded_blocks: int
     written_blocks: int
     io_errors: int
+    lost_blocks: int = 0  # that left the arena and were nowhere else
 
 
 class DaemonView(Shape, frozen=True, kw_only=True):
@@ -206,6 +208,14 @@ class DaemonView(Shape, frozen=True, kw_only=True):
     handoffs_failed: int = 0
     sent_bytes: int = 0
     landed_pages: int = 0
+    handoffs_by_lane: Lanes = {}  # that began here, by the lane that they took
+    lanes_lost: Lanes = {}
+    # What should stay 0, or seldom grow.
+    commit_mismatches: int = 0  # handoffs whose checksums did not agree at the end
+    blocks_spoilt: int = 0  # that engines found wrong when they loaded them
+    loads_failed: int = 0  # by engines, wholly or in part
+    leases_expired: int = 0
+    bad_frames: int = 0  # messages of clients, peers and routers that were none
 
 
 Steer = Lookup | Pin | Unpin | Clear

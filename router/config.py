@@ -59,6 +59,12 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="how much is said on stderr")
     ] = "info"
+    request_log: Annotated[
+        str, Meta(description="write a line of JSON for each request there; - is stdout (default: none)", title="FILE")
+    ] = ""
+    public_metrics: Annotated[
+        bool, Meta(description="/metrics for everybody at the front; else only at the admin port")
+    ] = True
 
     workers: Annotated[
         int, Meta(ge=1, le=64, description="processes that serve the port together; limits are per worker", title="N")

@@ -80,10 +80,10 @@ ELSEWHERE = {
     "--health-check-timeout-secs": _HEALTH,
     "--health-check-interval-secs": _HEALTH,
     "--health-check-endpoint": _HEALTH,
-    "--prometheus-port": "metrics are at /metrics of the front",
-    "--prometheus-host": "metrics are at /metrics of the front",
+    "--prometheus-port": "metrics are at /metrics of the front and of the admin port",
+    "--prometheus-host": "metrics are at /metrics of the front and of the admin port",
     "--request-id-headers": "a request's id is in X-Request-Id",
-    "--log-dir": "logs go to stderr",
+    "--log-dir": "logs go to stderr, requests to --request-log",
 }
 
 

@@ -68,6 +68,7 @@ def options_of(found: Resolved) -> Options:
         origins=Origins(config.cors_origin),
         body_bytes_max=parse_size(config.max_body, key="max_body"),
         request_timeout_s=config.request_timeout_s,
+        public_metrics=config.public_metrics,
     )
     return Options(
         settings=settings,
@@ -89,6 +90,7 @@ def options_of(found: Resolved) -> Options:
         prefills=tuple(config.prefill),
         decodes=tuple(config.decode),
         publish=config.publish,
+        request_log=config.request_log,
         admin_host=config.admin_host,
         admin_port=config.admin_port,
         admin_token=admin_token(settings.cluster_key) if config.key_file else "",

@@ -25,6 +25,7 @@ from pdx.router.live.recorder import Recorder
 from pdx.router.metrics import Metrics, Moment
 from pdx.router.request.pending import Pending
 from pdx.router.request.request import Request
+from pdx.router.request_log import RequestLog
 from pdx.router.standing.standing import Standing
 
 
@@ -42,6 +43,7 @@ class Outside:
         standing: Standing,
         gate: Gate,
         knowledge: Knowledge,
+        request_log: RequestLog | None = None,
     ) -> None:
         self.directory = directory
         self.registry = registry
@@ -51,6 +53,7 @@ class Outside:
         self.standing = standing
         self.gate = gate
         self.knowledge = knowledge
+        self.request_log = request_log
         self.prompts = Prompts(upstream, knowledge, count=lambda ids: metrics.prompts.labels(ids=ids).inc())
         self.sharing = Sharing(knowledge, registry.tell, lambda outcome: metrics.brought.labels(outcome=outcome).inc())
         registry.heard_holdings = lambda daemon_id: self.sharing.heard(daemon_id, time.monotonic())

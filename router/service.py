@@ -32,6 +32,7 @@ from pdx.router.metrics import Metrics
 from pdx.router.outside import Outside
 from pdx.router.request.pending import Pending
 from pdx.router.request.settings import Settings
+from pdx.router.request_log import RequestLog
 from pdx.router.standing.breaker import BreakerSettings
 from pdx.router.standing.standing import Standing
 from pdx.router.workers.texts import serve_text
@@ -67,6 +68,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     all_metrics: str = ""
     life: int | None = None  # a descriptor that can be read when the process is gone that started this one
     publish: str = ""
+    request_log: str = ""  # a file, or "-" for stdout; empty: none
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # None: no admin port
     admin_token: str = ""
@@ -155,6 +157,7 @@ async def running(options: Options) -> AsyncIterator[Router]:
             standing=Standing(options.breaker),
             gate=gate,
             knowledge=knowledge,
+            request_log=_request_log(options, stack),
         )
         named = Named(directory, prefills=options.prefills, decodes=options.decodes)
         front = Front(outside, options.settings, options.door, missing=named.missing, all_metrics=options.all_metrics)
@@ -166,7 +169,10 @@ async def running(options: Options) -> AsyncIterator[Router]:
             live = LiveFeed(outside)
             stack.push_async_callback(live.close)
             drains = Drains(outside, workers=options.workers)
-            admin = Admin(Daemons(directory, registry), upstream, drains, live, token=options.admin_token)
+            admin = Admin(
+                Daemons(directory, registry), upstream, drains, live,
+                metrics=front.metrics_page, token=options.admin_token,
+            )  # fmt: skip
             admin_url = await _listen(stack, _admin_runner(admin, options), options.admin_host, options.admin_port)
         keeper = asyncio.create_task(_keep(outside, named))
         stack.push_async_callback(_cancelled, keeper)
@@ -177,6 +183,14 @@ def _control(options: Options, metrics: Metrics) -> Control:
     if options.hub:
         return SharedControl(options.hub, options.control, worker=options.worker)
     return ControlSocket(options.control, cluster_key=options.settings.cluster_key, metrics=metrics)
+
+
+def _request_log(options: Options, stack: AsyncExitStack) -> RequestLog | None:
+    if not options.request_log:
+        return None
+    log = RequestLog(options.request_log)
+    stack.callback(log.close)
+    return log
 
 
 def _orphaned(signals: asyncio.Queue[int], life: int) -> None:
@@ -233,6 +247,7 @@ async def _keep(outside: Outside, named: Named) -> None:
             for engine_id, url in directory.due_polls(now):
                 tasks.create_task(_poll(outside, engine_id, url))
             outside.gate.tick()
+            outside.upstream.drop_idle()
             await asyncio.sleep(TICK_S)
 
 

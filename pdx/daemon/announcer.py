@@ -11,7 +11,7 @@ import zmq
 from pdx.curve import lock
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.sessions import Engine
-from pdx.errors import WireError
+from pdx.errors import VersionMismatch, WireError
 from pdx.wire import (
     TO_DAEMON,
     Announce,
@@ -118,8 +118,11 @@ class Announcer:
                     message = _decode(socket.recv(zmq.DONTWAIT))
                 except zmq.Again:
                     break
-                except WireError:
+                except WireError as error:
                     self._counters["bad_frames"] += 1
+                    if isinstance(error, VersionMismatch):
+                        self._unanswered_since.pop(endpoint, None)
+                        self._pass_on(endpoint, [f"it does not hear this daemon: {error}"])
                     continue
                 match message:
                     case Welcome():
@@ -162,7 +165,8 @@ class Announcer:
         if now - since > SILENT_ROUTER_S:
             self._unanswered_since[endpoint] = now + SILENT_ROUTER_S * 5  # once a minute is enough
             log.warning(
-                "router %s does not answer: is it up, and does it use this cluster key (PDX_KEY_FILE)?", endpoint
+                "router %s does not answer: is it up, and has it this cluster key (PDX_KEY_FILE) and this version?",
+                endpoint,
             )
 
     def _connect(self, endpoint: str) -> None:

@@ -19,6 +19,7 @@ import zmq
 from pdx.buffer.store import Store
 from pdx.buffer.water import Waterline
 from pdx.config import Config
+from pdx.curve import AllowList
 from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
 from pdx.daemon.flush import flush
@@ -26,6 +27,7 @@ from pdx.daemon.handoffs import Handoffs
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.lanes import Lanes
 from pdx.daemon.listening import listening, new_context
+from pdx.daemon.name import daemon_name
 from pdx.daemon.peers import Peers
 from pdx.daemon.ports import Ports
 from pdx.daemon.sessions import Engine, Session, Sessions
@@ -42,7 +44,6 @@ from pdx.wire import (
     Ask,
     Attached,
     AttachRefused,
-    CancelHandoff,
     DaemonRef,
     Filled,
     Finished,
@@ -103,9 +104,10 @@ class Service:
         self._ipc = f"ipc://{run_dir / IPC_NAME}"
         self._door = Door(run_dir)
         self._clients = listening(self._context, self._ipc)
+        self._allow = AllowList(self._context, key)
         self._peer_socket = listening(self._context, f"tcp://{config.host}:{config.control_port}", cluster_key=key)
         self.me = DaemonRef(
-            daemon_id=secrets.token_hex(6),
+            daemon_id=daemon_name(run_dir),
             incarnation=secrets.randbits(63),
             control=self._peer_socket.getsockopt_string(zmq.LAST_ENDPOINT),
             lanes=[offer_of(lane) for lane in lanes],
@@ -116,7 +118,7 @@ class Service:
             self._context, self._poller, self.me, self._counters, cluster_key=key,
             holdings=HoldingsTeller(self.me, store.index, tier),
         )  # fmt: skip
-        for bound in (self._clients, self._peer_socket):
+        for bound in (self._clients, self._peer_socket, self._allow.socket):
             self._poller.register(bound, zmq.POLLIN)
         for lane in lanes:
             self._poller.register(lane.fileno(), zmq.POLLIN)
@@ -164,8 +166,8 @@ class Service:
     def close(self) -> None:
         """Leaves, and closes every socket. The caller closes lanes and arena."""
         self.leave()
-        self._clients.close(0)
-        self._peer_socket.close(0)
+        for bound in (self._clients, self._peer_socket, self._allow.socket):
+            bound.close(0)
         self._context.term()
         Path(self._ipc.removeprefix("ipc://")).unlink(missing_ok=True)
 
@@ -182,13 +184,15 @@ class Service:
                 self._handoffs.lane_events(lane.scheme, lane.take_events(), now)
         if self._clients in ready:
             self._take_clients(now)
+        if self._allow.socket in ready:
+            self._allow.answer()
         if self._peer_socket in ready:
             self._take_peers(now)
         self._peers.handle_ready(ready, lambda control: self._handoffs.peer_lost(control, now))
         self._peers.tick(lambda control: self._handoffs.peer_lost(control, now), now)
         self._announcer.handle_ready(
             ready,
-            cancel=lambda message: self._cancel(message, now),
+            cancel=lambda gone: self._handoffs.cancel(gone.handoff_id, gone.attempt, gone.reason, now),
             share=lambda wish: self._handoffs.share(wish, now),
             answer=lambda message: answer(message, service=self),
         )
@@ -291,9 +295,6 @@ class Service:
                 return
             except WireError:
                 self._counters["bad_frames"] += 1
-
-    def _cancel(self, message: CancelHandoff, now: float) -> None:
-        self._handoffs.cancel(message.handoff_id, message.attempt, message.reason, now)
 
     # --- attaching --------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from pdx.buffer.store import Store
+from pdx.daemon.lanes import LOCAL
 from pdx.daemon.receiving import Incoming
 from pdx.daemon.sending import Outgoing
 from pdx.verbs import HANDOFFS_SHOWN, DaemonView, DiskView, HandoffView
@@ -22,6 +23,7 @@ def view(service: Service, now: float) -> DaemonView:
     sends, receives = handoffs.halves
     halves = chain((_sending(half, now) for half in sends), (_receiving(half, now) for half in receives))
     promoted = counters["blocks_promoted"]
+    lanes = [offer.scheme for offer in service.me.lanes]  # those that nothing has taken too: rates begin at 0
     return DaemonView(
         arena_bytes=len(store.arena.memory),
         leased_bytes=used_bytes(store) - cached,
@@ -40,6 +42,13 @@ def view(service: Service, now: float) -> DaemonView:
         handoffs_failed=counters["sends_failed"] + counters["receives_failed"],
         sent_bytes=counters["bytes_put"],
         landed_pages=counters["pages_landed"],
+        handoffs_by_lane={lane: counters[f"handoffs_by_{lane}"] for lane in (LOCAL.scheme, *lanes)},
+        lanes_lost={lane: counters[f"lanes_lost_{lane}"] for lane in lanes},
+        commit_mismatches=counters["commit_mismatches"],
+        blocks_spoilt=counters["blocks_spoilt"],
+        loads_failed=counters["loads_failed"],
+        leases_expired=counters["leases_expired"],
+        bad_frames=counters["bad_frames"],
     )
 
 
@@ -98,4 +107,5 @@ def _disk(handoffs: Handoffs) -> DiskView | None:
         loaded_blocks=disk["loaded"],
         written_blocks=disk["written"],
         io_errors=disk["io_errors"],
+        lost_blocks=disk["lost_blocks"],
     )

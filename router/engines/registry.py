@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 import zmq
 
-from pdx.errors import DaemonGone, WireError
+from pdx.errors import DaemonGone, VersionMismatch, WireError
 from pdx.router.choice.knowledge import Knowledge
 from pdx.router.engines.control import Control
+from pdx.router.engines.versions import OtherVersions
 from pdx.router.metrics import Metrics
 from pdx.wire import (
     ROUTER,
@@ -59,6 +60,7 @@ class Registry:
         self._knowledge = knowledge if knowledge is not None else Knowledge()
         self.heard_holdings: Callable[[str], None] = lambda daemon_id: None  # told after each HOLDINGS
         self._control = control
+        self._others = OtherVersions(control)
         self._identities: dict[str, tuple[int, bytes]] = {}  # daemon id -> incarnation, identity frame
         # Workers of one router hear each other's answers: their numbers must not meet.
         self._asked = secrets.randbits(NUMBER_BITS)
@@ -77,6 +79,10 @@ class Registry:
                 if len(frames) != 2:
                     raise WireError(f"{len(frames)} frames instead of 2")
                 message = _decode(frames[1])
+            except VersionMismatch as error:
+                self._metrics.bad_frames.inc()
+                await self._others.met(frames[0], error)
+                continue
             except WireError as error:
                 self._metrics.bad_frames.inc()
                 _log.debug("dropped a control frame: %s", error)

@@ -10,6 +10,7 @@ import errno
 import functools
 import ssl
 import time
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple
@@ -41,7 +42,7 @@ class Upstream:
     """Connections to all engines. Use as an async context manager, on one event loop."""
 
     async def __aenter__(self) -> Upstream:
-        self._idle: dict[Address, list[EngineConnection]] = {}
+        self._idle: dict[Address, deque[EngineConnection]] = {}
         self._open: set[EngineConnection] = set()
         return self
 
@@ -87,13 +88,22 @@ class Upstream:
         return connection
 
     def _kept(self, address: Address) -> EngineConnection | None:
-        idle, oldest = self._idle.get(address, []), time.monotonic() - KEEPALIVE_S
+        idle, oldest = self._idle.get(address), time.monotonic() - KEEPALIVE_S
         while idle:
             connection = idle.pop()
             if connection.reusable and connection.idle_since >= oldest:
                 return connection
             connection.close()
         return None
+
+    def drop_idle(self) -> None:
+        """Closes what has been kept for too long to be used: also of addresses that nobody will ask again."""
+        oldest = time.monotonic() - KEEPALIVE_S
+        for address, idle in list(self._idle.items()):
+            while idle and idle[0].idle_since < oldest:  # who was used last comes last
+                idle.popleft().close()
+            if not idle:
+                del self._idle[address]
 
     async def _connected(self, address: Address) -> EngineConnection:
         loop = asyncio.get_running_loop()
@@ -113,7 +123,7 @@ class Upstream:
     def done_with(self, address: Address, connection: EngineConnection) -> None:
         """Keeps it if its answer was read to the end, else closes it."""
         self._open.discard(connection)
-        idle = self._idle.setdefault(address, [])
+        idle = self._idle.setdefault(address, deque())
         if not connection.reusable or len(idle) >= IDLE_MAX:
             connection.close()
             return

@@ -3,6 +3,7 @@
     POST /admin/kv/lookup, pin, unpin, clear    bodies and reports: pdx.admin; 207 where some daemon did not answer
     GET  /admin/kv/stats, health, check
     …    /admin/drain, /admin/undrain           see drains
+    GET  /metrics                               the router's, as at the front
     GET  /admin/metrics                         daemons' gauges and counters for Prometheus: see daemon_metrics
     GET  /dashboard                             the live page: it asks for the token, and holds nothing itself
     GET  /admin/live?run=RUN&since=CURSOR       live.values.Live: engines, daemons, requests that changed since
@@ -20,7 +21,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from urllib.parse import urlsplit
 
-import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -41,8 +41,8 @@ from pdx.errors import Refused
 from pdx.router.engines.daemons import Daemons
 from pdx.router.engines.upstream import Upstream, UpstreamError
 from pdx.router.front import daemon_metrics
+from pdx.router.front.answers import as_json, refusal
 from pdx.router.front.drains import Drains
-from pdx.router.front.replies import error_body
 from pdx.router.live import dashboard
 from pdx.router.live.feed import LiveFeed
 from pdx.verbs import SpaceInfo
@@ -59,11 +59,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Admin:
     """The routes. `token`: what clients must know; empty: nothing, which is for loopback only."""
 
-    def __init__(self, daemons: Daemons, upstream: Upstream, drains: Drains, live: LiveFeed, *, token: str) -> None:
+    def __init__(
+        self, daemons: Daemons, upstream: Upstream, drains: Drains, live: LiveFeed, *, metrics: Handler, token: str
+    ) -> None:
+        """`metrics`: the front's page of that name."""
         self._daemons = daemons
         self._upstream = upstream
         self._drains = drains
         self._live = live
+        self._router_metrics = metrics
         self._token = token
 
     def app(self) -> web.Application:
@@ -73,6 +77,7 @@ class Admin:
         app.router.add_post("/admin/kv/unpin", self._unpin)
         app.router.add_post("/admin/kv/clear", self._clear)
         app.router.add_get(f"/admin/kv/{{question:{'|'.join(QUESTIONS)}}}", self._question)
+        app.router.add_get("/metrics", self._router_metrics)
         app.router.add_get("/admin/metrics", self._metrics)
         app.router.add_routes(self._drains.routes())
         app.router.add_get(DASHBOARD, self._dashboard)
@@ -87,13 +92,13 @@ class Admin:
     async def _now(self, client: web.Request) -> web.StreamResponse:
         since = client.query.get("since", "0")
         if not since.isdecimal() or len(since) > 18:
-            return _error(400, "?since= takes the number that the last answer gave as next")
-        return _json(await self._live.live(client.query.get("run", ""), int(since)))
+            return refusal(400, "?since= takes the number that the last answer gave as next")
+        return as_json(await self._live.live(client.query.get("run", ""), int(since)))
 
     async def _journal(self, client: web.Request) -> web.StreamResponse:
         handoff = client.match_info["handoff"]
         journal = await self._live.journal(bytes.fromhex(handoff)) if len(handoff) % 2 == 0 else None
-        return _error(404, "no such handoff among the last requests") if journal is None else _json(journal)
+        return refusal(404, "no such handoff among the last requests") if journal is None else as_json(journal)
 
     async def _lookup(self, client: web.Request) -> web.StreamResponse:
         request = admin.parsed(await client.read(), LookupRequest)
@@ -168,11 +173,11 @@ class Admin:
             and request.path != DASHBOARD
             and not hmac.compare_digest(given, f"Bearer {self._token}".encode())
         ):
-            return _error(401, "this port wants the token of the cluster key")
+            return refusal(401, "this port wants the token of the cluster key")
         if not self._token and not is_loopback(_host_of(request)):
-            return _error(403, "this port is for names of the loopback only")
+            return refusal(403, "this port is for names of the loopback only")
         if request.method == "POST" and request.content_type != "application/json":
-            return _error(415, "send JSON, and say so")
+            return refusal(415, "send JSON, and say so")
         return await handler(request)
 
 
@@ -200,12 +205,7 @@ def _all(infos: dict[str, list[SpaceInfo]]) -> list[SpaceInfo]:
 
 
 def _reported(report: Report) -> web.Response:
-    return _json(report, status=207 if report.errors else 200)
-
-
-def _json(answer: msgspec.Struct, *, status: int = 200) -> web.Response:
-    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-    return web.Response(status=status, body=msgspec.json.encode(answer), headers=headers)
+    return as_json(report, status=207 if report.errors else 200)
 
 
 @web.middleware
@@ -213,12 +213,8 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except Refused as error:
-        return _error(400, str(error))
+        return refusal(400, str(error))
     except (UpstreamError, TimeoutError) as error:
-        return _error(502, f"no engine has tokenized the text: {error or 'timeout'}")
+        return refusal(502, f"no engine has tokenized the text: {error or 'timeout'}")
     except web.HTTPException as error:
-        return _error(error.status, error.text or error.reason)
-
-
-def _error(status: int, message: str) -> web.Response:
-    return web.Response(status=status, body=error_body(status, message), headers={"Content-Type": "application/json"})
+        return refusal(error.status, error.text or error.reason)

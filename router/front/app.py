@@ -23,7 +23,8 @@ from pdx.handoff.handle import HANDOFF_ID_BYTES
 from pdx.router.choice.policy import Asked, Snapshot, choose_pair, serving
 from pdx.router.choice.prompt import Prompt
 from pdx.router.front.access import ApiKeys, Caller, Origins
-from pdx.router.front.replies import REFUSALS, error_body
+from pdx.router.front.answers import as_json, refusal
+from pdx.router.front.replies import REFUSALS
 from pdx.router.line.admission import Wish
 from pdx.router.line.wishes import wish_of
 from pdx.router.outside import Outside
@@ -33,6 +34,7 @@ from pdx.router.request.journey import Journey
 from pdx.router.request.request import Request
 from pdx.router.request.servable import CHAT, COMPLETIONS, without_private
 from pdx.router.request.settings import Settings
+from pdx.router.request_log import refused_line
 from pdx.router.workers.texts import read_text
 
 BODY_BYTES_MAX = 32 << 20  # a million token ids as JSON are 8 MiB; images travel as base64 in chat messages
@@ -69,6 +71,7 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
     origins: Origins = Origins(())
     body_bytes_max: int = BODY_BYTES_MAX
     request_timeout_s: float = 600.0
+    public_metrics: bool = True  # /metrics at the front too
 
 
 class Front:
@@ -96,7 +99,7 @@ class Front:
         self._pages: Mapping[str, Page] = {
             "/health": self._health,
             "/readyz": self._readyz,
-            "/metrics": self._metrics,
+            **({"/metrics": self.metrics_page} if door.public_metrics else {}),
             MODELS_PATH: self._models,
         }
 
@@ -106,17 +109,24 @@ class Front:
         try:
             return await self._answer(client, shown)
         except _Refused as refused:
-            self._outside.metrics.refused.labels(reason=refused.reason).inc()
-            answer = _error(refused.status, str(refused), refused.headers)
+            reason, answer = refused.reason, refusal(refused.status, str(refused), refused.headers)
         except web.HTTPRequestEntityTooLarge as error:
-            self._outside.metrics.refused.labels(reason="too_large").inc()
-            answer = _error(error.status, error.text or error.reason)
+            reason, answer = "too_large", refusal(error.status, error.text or error.reason)
         except Exception:  # noqa: BLE001 - the top of a request's task
             _log.exception("request failed in the router")
-            answer = _error(500, "the router failed; its log says how")
+            reason, answer = "", refusal(500, "the router failed; its log says how")
         answer.headers.update(shown)
-        self._outside.metrics.requests.labels(model="", code=str(answer.status)).inc()
+        self._turned_away(client, answer.status, reason)
         return answer
+
+    def _turned_away(self, client: web.BaseRequest, code: int, reason: str) -> None:
+        """`reason`: empty if it is not the client's fault."""
+        metrics, log = self._outside.metrics, self._outside.request_log
+        if reason:
+            metrics.refused.labels(reason=reason).inc()
+        metrics.requests.labels(model="", code=str(code)).inc()
+        if log is not None:
+            log.add(refused_line(request_id=_request_id(client), path=client.path, code=code, reason=reason))
 
     async def _answer(self, client: web.BaseRequest, shown: Mapping[str, str]) -> web.StreamResponse:
         path, method = client.path, client.method
@@ -181,7 +191,7 @@ class Front:
             wish = self._wish(client, request.body, raw, caller)
             headers = {name: client.headers[name] for name in self._passed if name in client.headers}
             headers.setdefault("Content-Type", "application/json")
-            headers["X-Request-Id"] = _request_id(client)
+            headers["X-Request-Id"] = _request_id(client) or secrets.token_hex(16)
             if request.traceparent:
                 headers["traceparent"] = request.traceparent
             self._outside.retry_budget.on_request()
@@ -325,7 +335,7 @@ class Front:
             reasons.append("no engine has joined")
         wanted = client.query.get("engines", "0")
         if not wanted.isdecimal() or len(wanted) > 6:
-            return _error(400, "?engines= takes a number")
+            return refusal(400, "?engines= takes a number")
         if len(snapshot) < int(wanted):
             reasons.append(f"{len(snapshot)} of {int(wanted)} engines are routable")
         serves = any(state["serves"] for state in models.values())
@@ -341,9 +351,9 @@ class Front:
             for c in sorted(snapshot, key=lambda candidate: candidate.engine_id)
         ]
         page = {"ready": ready, "reasons": reasons, "models": models, "engines": engines}
-        return _json(page, status=200 if ready else 503)
+        return as_json(page, status=200 if ready else 503)
 
-    async def _metrics(self, client: web.BaseRequest) -> web.Response:
+    async def metrics_page(self, client: web.BaseRequest) -> web.Response:
         text = await read_text(Path(self._all_metrics)) if self._all_metrics else b""
         text = text or self.own_metrics()
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -363,11 +373,11 @@ class Front:
                     "max_model_len": info.context_tokens or None,
                 }  # fmt: skip
         if client.path == MODELS_PATH:
-            return _json({"object": "list", "data": [found[model] for model in sorted(found)]})
+            return as_json({"object": "list", "data": [found[model] for model in sorted(found)]})
         model = client.path.removeprefix(f"{MODELS_PATH}/")
         if model not in found:
             raise _Refused(404, "model", f"the model {model!r} does not exist; known here: {', '.join(sorted(found))}")
-        return _json(found[model])
+        return as_json(found[model])
 
 
 def session_of(body: Mapping[str, Any]) -> str:
@@ -404,17 +414,7 @@ def _refuse_state(path: str, body: Mapping[str, Any]) -> None:
         )
 
 
-def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> web.Response:
-    given = {"Content-Type": "application/json", **(headers or {})}
-    if status == 503:
-        given["Retry-After"] = "1"
-    return web.Response(status=status, body=error_body(status, message), headers=given)
-
-
-def _json(page: object, *, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(page), headers={"Content-Type": "application/json"})
-
-
 def _request_id(client: web.BaseRequest) -> str:
+    """As the client gives it, if it gives one that can be one."""
     given = client.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return given if _REQUEST_ID.fullmatch(given) else ""

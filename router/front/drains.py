@@ -10,12 +10,12 @@ router share no drains, so that with several this port refuses to promise any.
 
 from __future__ import annotations
 
-import msgspec
 from aiohttp import web
 
 from pdx import admin
 from pdx.admin import Drained, DrainedEngine, DrainRequest
 from pdx.errors import Refused
+from pdx.router.front.answers import as_json
 from pdx.router.outside import Outside
 
 
@@ -69,4 +69,4 @@ class Drains:
             for engine_id in sorted(outside.standing.drained)
         ]
         report = Drained(router=outside.gate.queue.draining, under_way=outside.under_way, engines=engines)
-        return web.Response(body=msgspec.json.encode(report), headers={"Content-Type": "application/json"})
+        return as_json(report)

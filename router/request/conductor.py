@@ -50,6 +50,7 @@ from pdx.router.request.actions import (
 from pdx.router.request.journey import Journey
 from pdx.router.request.servable import CHAT, COMPLETIONS
 from pdx.router.request.usage import EventStream
+from pdx.router.request_log import line_of
 from pdx.router.standing.blame import Blame
 
 # Writing the last bytes to a client that no longer reads must end too.
@@ -417,6 +418,8 @@ class Conductor:
             metrics.alone.labels(reason=journey.reason).inc()
         metrics.repeats.inc(journey.repeats)
         metrics.held_back.inc(journey.held_back)
+        if self._outside.request_log is not None:
+            self._outside.request_log.add(line_of(self._record.row(), journey.reply))
 
 
 def _answered(task: asyncio.Task[Event]) -> bool:

@@ -106,7 +106,7 @@ class Journey:
         self._pair: Pair | None = None  # while its handoff may still be under way
         self._handle = ""
         self._beside = False  # prefill is under way beside decode
-        self._reply: PrefillReply | None = None
+        self.reply: PrefillReply | None = None  # prefill's, if decode goes by it
         self._seed: Seed | None = None  # given out, or held for a whole answer
 
     @property
@@ -117,7 +117,7 @@ class Journey:
     @property
     def handed_over(self) -> bool:
         """Whether decode goes on from what prefill, whose reply is there, has handed over."""
-        reply = self._reply
+        reply = self.reply
         return self.by_pair and self.outcome == "none" and not self._beside and bool(reply and reply.handed_over)
 
     @property
@@ -264,7 +264,7 @@ class Journey:
 
     def _call(self, body: dict[str, Any]) -> CallDecode:
         assert self.decode is not None
-        cached = self._reply.cached_tokens if self._reply else None
+        cached = self.reply.cached_tokens if self.reply else None
         return CallDecode(
             engine=self.decode, body=msgspec.json.encode(body), cached_tokens=cached, seed=self._seed,
             waits=self._beside,
@@ -272,7 +272,7 @@ class Journey:
 
     def _call_alone(self, engine: Candidate) -> CallDecode:
         self.decode, self.way = engine, "alone"
-        self._reply = None  # its number of cached tokens is not this engine's
+        self.reply = None  # its number of cached tokens is not this engine's
         prompt = self._begin.asked.prompt if self._begin is not None else None
         return CallDecode(engine=engine, body=self._request.raw, prompt=prompt)
 
@@ -289,7 +289,7 @@ class Journey:
         ended = [] if reply.handed_over else self._end_handoff("not_sent")
         if beside:
             self._move("prefilled")
-            self._reply = reply
+            self.reply = reply
             return ended if reply.cached_tokens is None else [*ended, ShowCached(reply.cached_tokens)]
         return ended + (self._on_seed(reply, event.body) if self.way == "seeded" else self._decode_after(reply))
 
@@ -307,7 +307,7 @@ class Journey:
             self.way = "after"
             return self._decode_after(reply)
         self._move("seed")
-        self._reply, self._seed = reply, seed
+        self.reply, self._seed = reply, seed
         call = self._call(self._seeded_body(self._handle))
         return [Write(seed.opening()), call] if self._streams else [call]
 
@@ -322,13 +322,13 @@ class Journey:
 
     def _decode_after(self, reply: PrefillReply) -> list[Action]:
         self._move("prefilled")
-        self._reply = reply
+        self.reply = reply
         return [self._call(decode_body(self._request.path, self._request.body, self._handle, reply.prompt_token_ids))]
 
     def _seeded_body(self, handle: str) -> dict[str, Any]:
         assert self._seed is not None
-        assert self._reply is not None
-        ids = self._reply.prompt_token_ids
+        assert self.reply is not None
+        ids = self.reply.prompt_token_ids
         return seeded_body(self._request.path, self._request.body, handle, ids, self._seed.token_id)
 
     def _fall_back(self, reason: str) -> list[Action]:
@@ -368,7 +368,7 @@ class Journey:
         """Decode's whole answer as the client gets it."""
         if self._seed is not None:
             return self._seed.merged(body)
-        cached = self._reply.cached_tokens if self._reply else None
+        cached = self.reply.cached_tokens if self.reply else None
         return body if cached is None else with_cached_tokens(body, cached)
 
     def _on_decode_failure(self, event: DecodeFailed) -> list[Action]:

@@ -13,8 +13,9 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from pdx.errors import WireError
+from pdx.errors import VersionMismatch, WireError
 from pdx.router.engines.control import ControlSocket
+from pdx.router.engines.versions import OtherVersions
 from pdx.router.metrics import Metrics, Moment
 from pdx.router.workers.merging import Totals
 from pdx.router.workers.texts import read_text
@@ -42,6 +43,7 @@ class Hub:
         """Binds the workers' side."""
         self._control = control
         self._metrics = metrics
+        self._others = OtherVersions(control)
         self._workers: set[bytes] = set()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -67,6 +69,10 @@ class Hub:
                 if len(frames) != 2:
                     raise WireError(f"{len(frames)} frames instead of 2")
                 _decode(frames[1])
+            except VersionMismatch as error:
+                self._metrics.bad_frames.inc()
+                await self._others.met(frames[0], error)
+                continue
             except WireError:
                 self._metrics.bad_frames.inc()
                 continue

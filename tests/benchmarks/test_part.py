@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from daemon.fleet import until
 
 from benchmarks.harness.arms import Arm, Scratch
 from benchmarks.harness.part import Part, cores_of
@@ -21,18 +21,11 @@ BUSY = "import threading\nthreading.Thread(target=lambda: [None for _ in iter(in
 def part(tmp_path: Path) -> Iterator[Part]:
     process = subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, start_new_session=True)
     started = Part("busy", process, tmp_path / "log", cpus=str(min(os.sched_getaffinity(0))))
-    until(lambda: len(started.thread_ticks()) == 2)
+    until(lambda: len(started.thread_ticks()) == 2, "it is busy")
     yield started
     started.kill()
     assert process.stdin is not None
     process.stdin.close()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_cores_are_read_as_taskset_reads_them() -> None:
@@ -50,8 +43,8 @@ def test_a_paused_arm_takes_no_time(part: Part, tmp_path: Path) -> None:
         arm = _Still(scratch, "arm", "http://nowhere", [part], ready=lambda: True)
         with arm.active():
             before = arm.cpu_seconds()["busy"]
-            until(lambda: arm.cpu_seconds()["busy"] > before)
-        until(lambda: _states(part) == {"T"})
+            until(lambda: arm.cpu_seconds()["busy"] > before, "it takes time")
+        until(lambda: _states(part) == {"T"}, "it is stopped")
         spent = arm.cpu_seconds()["busy"]
         assert arm.cpu_seconds()["busy"] == spent
         report = Report("test")

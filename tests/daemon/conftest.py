@@ -12,13 +12,19 @@ from pdx.tiers.memory import MemoryTier
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    """Whoever of it is left in the end has no lease."""
+def unchecked_fleet(tmp_path: Path) -> Iterator[Fleet]:
+    """For tests whose daemons may end with leases."""
     with fleet_in(tmp_path) as fleet:
         yield fleet
-        for daemon in fleet.daemons:
-            if daemon.process.poll() is None:
-                daemon.wait_unleased()
+
+
+@pytest.fixture
+def fleet(unchecked_fleet: Fleet) -> Iterator[Fleet]:
+    """Whoever of it is left in the end has no lease."""
+    yield unchecked_fleet
+    for daemon in unchecked_fleet.daemons:
+        if daemon.process.poll() is None:
+            daemon.wait_unleased()
 
 
 @pytest.fixture

@@ -10,9 +10,13 @@ import zmq
 from one_host import HERE, KEY, engine
 
 from pdx.buffer.index import Index
-from pdx.daemon.announcer import ROUTERS_MAX, UNNAMED_S, Announcer
+from pdx.curve import lock
+from pdx.daemon.announcer import ROUTERS_MAX, SILENT_ROUTER_S, UNNAMED_S, Announcer
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.sessions import Engine, Session
+from pdx.wire import MAGIC, WIRE_VERSION
+
+WAIT_MS = 10_000
 
 
 @pytest.fixture
@@ -56,3 +60,24 @@ def test_routers_that_nobody_names_any_more_make_room(
     assert caplog.text.count("is told nothing") == 1
     assert tick(announcer, late, 4.5) == set(first) - {"no address"}, "an engine may be about to come back"
     assert tick(announcer, late, 3.0 + UNNAMED_S + 1) == set(late)
+
+
+def test_a_router_of_another_version_is_named_once_with_both_versions(
+    announcer: Announcer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It answers, so neither its key nor its life is to be doubted."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        lock(router, KEY, server=True)
+        router.bind("tcp://127.0.0.1:0")
+        endpoint = router.getsockopt_string(zmq.LAST_ENDPOINT)
+        for now in (0.0, 1.5, 3 * SILENT_ROUTER_S):
+            tick(announcer, [endpoint], now)
+            assert router.poll(WAIT_MS)
+            name, _ = router.recv_multipart()
+            router.send_multipart([name, MAGIC + bytes([WIRE_VERSION + 1]) + b"\x80"])
+            socket = announcer._sockets[endpoint]
+            assert socket.poll(WAIT_MS)
+            announcer.handle_ready({socket: zmq.POLLIN}, cancel=pytest.fail, share=pytest.fail, answer=pytest.fail)
+    assert caplog.text.count(f"wire version {WIRE_VERSION + 1}, this side {WIRE_VERSION}") == 1
+    assert "does not answer" not in caplog.text

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
-from daemon.fleet import DEADLINE_S, PAGES, Daemon, Fleet, fleet_in, prompt_of, until
+from daemon.fleet import DEADLINE_S, PAGES, Daemon, Fleet, prompt_of, until
 from wire_samples import ENGINE
 
 from pdx.client import Attachment, DaemonClient
@@ -31,9 +31,8 @@ SCHEDULER = Attach(kind="scheduler", engine=ENGINE)
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with fleet_in(tmp_path) as fleet:
-        yield fleet
+def fleet(unchecked_fleet: Fleet) -> Fleet:
+    return unchecked_fleet
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
-from daemon.fleet import PAGES, Daemon, Fleet, fleet_in, prompt_of, until
+from daemon.fleet import PAGES, Daemon, Fleet, prompt_of, until
 from wire_samples import ENGINE
 
 from pdx.client import DaemonClient
@@ -18,9 +16,8 @@ from pdx.wire import Attach, LetGo, LoadEnded, LoadOpened, OpenLoad, SendEnded
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with fleet_in(tmp_path) as fleet:
-        yield fleet
+def fleet(unchecked_fleet: Fleet) -> Fleet:
+    return unchecked_fleet
 
 
 def live_leases(daemon: Daemon) -> int:

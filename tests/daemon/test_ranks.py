@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import msgspec
 import pytest
-from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, fleet_in, prompt_of, until
+from daemon.fleet import PAGES, QUICK, BareEngine, Daemon, Fleet, prompt_of, until
 
 from pdx.client import DaemonClient
 from pdx.errors import Refused
@@ -19,9 +16,8 @@ PROMPT = prompt_of(16 * BLOCKS)
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with fleet_in(tmp_path) as fleet:
-        yield fleet
+def fleet(unchecked_fleet: Fleet) -> Fleet:
+    return unchecked_fleet
 
 
 @pytest.fixture(params=["tcp", "same daemon"])

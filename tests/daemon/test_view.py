@@ -52,6 +52,8 @@ def test_a_handoff_is_seen_under_way_and_its_course_afterwards(fleet: Fleet) -> 
     kept = view_of(decode.daemon)
     assert (kept.leased_bytes, kept.cached_bytes, kept.cached_blocks) == (0, 4 * unit, 4)
     assert (kept.handoffs_ok, kept.handoffs_failed) == (1, 0)
+    assert (kept.handoffs_by_lane, kept.lanes_lost) == ({"local": 0, "tcp": 0}, {"tcp": 0})
+    assert view_of(prefill.daemon).handoffs_by_lane == {"local": 0, "tcp": 1}
 
     sent, received = (course_of(each.daemon, opened.handoff_id) for each in (prefill, decode))
     assert whats(sent) == ["open_send", "claimed", "granted", "lane", "commit", "send_ended"]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fleet import Fleet, fleet_in, prompt_of, until
+from fleet import Fleet, prompt_of, until
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with fleet_in(tmp_path) as fleet:
-        yield fleet
+def fleet(unchecked_fleet: Fleet) -> Fleet:
+    return unchecked_fleet
 
 
 @pytest.mark.parametrize("eviction", ["lru", "s3fifo"])

@@ -61,14 +61,34 @@ def within(deadline_s: float) -> Callable[[Callable[..., Awaitable[None]]], Call
     return decorate
 
 
-async def until(condition: Callable[[], bool], what: str = "condition") -> None:
-    """Waits for a condition of this process, at most DEADLINE_S."""
+async def until(
+    condition: Callable[[], bool | Awaitable[bool]], what: str = "condition", deadline_s: float = DEADLINE_S
+) -> None:
+    """Waits for a condition of this process, or for one that must be asked for, at most so long."""
     try:
-        async with asyncio.timeout(DEADLINE_S):
-            while not condition():  # noqa: ASYNC110 - conditions have no events
+        async with asyncio.timeout(deadline_s):
+            while not (await said if isinstance(said := condition(), Awaitable) else said):  # noqa: ASYNC110 - no events
                 await asyncio.sleep(0.005)
     except TimeoutError:
         raise AssertionError(f"never true: {what}") from None
+
+
+async def metric(client: aiohttp.ClientSession, url: str, line: str) -> float:
+    """What a router says at its page of metrics; 0 if it does not say it."""
+    async with client.get(f"{url}/metrics") as reply:
+        found = [row for row in (await reply.text()).splitlines() if row.startswith(f"{line} ")]
+    return float(found[0].split()[-1]) if found else 0.0
+
+
+async def reaches(
+    client: aiohttp.ClientSession, url: str, line: str, value: float, deadline_s: float = DEADLINE_S
+) -> None:
+    """Until it says this very value: what is counted too often never does."""
+
+    async def there() -> bool:
+        return await metric(client, url, line) == value
+
+    await until(there, f"{line} stands at {value:g}", deadline_s)
 
 
 class FakeEngine:
@@ -292,18 +312,23 @@ class Fleet:
             return reply.status, json.loads(await reply.read()), reply.headers
 
     async def metric(self, line: str) -> float:
-        async with self.get("/metrics") as reply:
-            found = [row for row in (await reply.text()).splitlines() if row.startswith(f"{line} ")]
-        return float(found[0].split()[-1]) if found else 0.0
+        return await metric(self.client, self.published.http, line)
+
+    async def reaches(self, line: str, value: float) -> None:
+        """Waits until a metric has this very value."""
+        await reaches(self.client, self.published.http, line, value)
+
+    async def readyz(self) -> Any:
+        async with self.get("/readyz") as reply:
+            return await reply.json()
 
     async def seen(self, count: int) -> None:
         """Waits until so many engines are routable."""
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                async with self.get("/readyz") as reply:
-                    if len((await reply.json())["engines"]) == count:
-                        return
-                await asyncio.sleep(0.01)
+
+        async def all_there() -> bool:
+            return len((await self.readyz())["engines"]) == count
+
+        await until(all_there, f"{count} engines are routable")
 
 
 @asynccontextmanager

@@ -142,3 +142,18 @@ async def test_web_pages() -> None:
         assert (status, headers["Access-Control-Allow-Origin"]) == (401, "https://a"), "a page may read why"
         _, _, headers = await router.ask(PROMPT, headers={"Origin": "https://b", "x-api-key": ALICE})
         assert "Access-Control-Allow-Origin" not in headers
+
+
+@within(20)
+async def test_metrics_only_where_operators_are() -> None:
+    """They tell the names of keys to whom can read them."""
+    line = "pdx_router_inflight 0.0"
+    for public in (True, False):
+        async with fleet(public_metrics=public, keys=KEYS, admin_port=0, admin_token="t0ken") as router:
+            async with router.get("/metrics") as reply:
+                assert (reply.status, line in await reply.text()) == ((200, True) if public else (404, False))
+            url = f"{router.published.admin}/metrics"
+            async with router.client.get(url) as reply:
+                assert reply.status == 401
+            async with router.client.get(url, headers={"Authorization": "Bearer t0ken"}) as reply:
+                assert (reply.status, line in await reply.text()) == (200, True)

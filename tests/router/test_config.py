@@ -156,6 +156,7 @@ def test_every_setting_reaches_the_server() -> None:
         "handoff_grant_s": 4, "api_key": ["k" * 20], "pass_api_key": True, "cors_origin": ["https://a"],
         "max_body": "1MiB", "keep_alive_s": 5, "workers": 2, "max_in_flight_prefill": 1, "max_in_flight_decode": 1,
         "retries": 1, "queue_size": 1, "queue_timeout_s": 1, "cb_failure_threshold": 1, "drain_s": 1,
+        "request_log": "x", "public_metrics": False,
     }  # fmt: skip
     plain, changed = options_of(resolved({})), options_of(resolved(flags))
     for struct, other in ((plain, changed), (plain.settings, changed.settings), (plain.door, changed.door)):

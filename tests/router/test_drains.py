@@ -9,6 +9,7 @@ import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,8 @@ async def program(tmp_path: Path, engine: FakeEngine, *flags: str) -> AsyncItera
         await until(file.exists, "the router listens")
         where = json.loads(file.read_bytes())
         async with FakeDaemon(daemon_ref(), [engine]).announcing(where["control"]):
-            async with aiohttp.ClientSession() as client, asyncio.timeout(10):
-                while True:
-                    async with client.get(where["http"] + "/readyz") as reply:
-                        if reply.status == 200:
-                            break
-                    await asyncio.sleep(0.02)
+            async with aiohttp.ClientSession() as client:
+                await until(partial(answers, client, where["http"], 200), "it serves")
             yield process, where["http"] + "/v1/completions"
     finally:
         if process.returncode is None:
@@ -146,10 +143,7 @@ async def test_a_signal_lets_requests_end(tmp_path: Path, monkeypatch: pytest.Mo
             asked = tasks.create_task(_whole(client, url))
             await until(lambda: len(slow.requests) == 1, "the engine was asked")
             process.send_signal(signal.SIGTERM)
-            while True:  # until it has heard
-                async with client.get(url.replace("/v1/completions", "/readyz")) as reply:
-                    if reply.status == 503:
-                        break
+            await until(partial(answers, client, url.removesuffix("/v1/completions"), 503), "it has heard")
             async with client.post(url, json=PROMPT) as reply:
                 assert reply.status == 503
             assert int(reply.headers["Retry-After"]) >= 1
@@ -171,6 +165,11 @@ async def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(aiohttp.ClientError):
             await asked
         await until(lambda: slow.dropped == 1, "the engine's request dropped")
+
+
+async def answers(client: aiohttp.ClientSession, url: str, status: int) -> bool:
+    async with client.get(f"{url}/readyz") as reply:
+        return reply.status == status
 
 
 async def _whole(client: aiohttp.ClientSession, url: str) -> bytes:

@@ -272,8 +272,7 @@ async def test_garbage_on_the_control_socket() -> None:
         for _ in range(200):
             await daemon.socket.send(b"PDX" + luck.randbytes(luck.randrange(200)))
         await daemon.socket.send_multipart([b"", b"a", b"b"])
-        while await router.metric("pdx_router_bad_frames_total") < 201:  # noqa: ASYNC110 - it lies behind HTTP
-            await asyncio.sleep(0.01)
+        await router.reaches("pdx_router_bad_frames_total", 201)
 
 
 @within(20)
@@ -290,8 +289,11 @@ async def test_who_does_not_speak_zeromq_with_our_keys_is_counted() -> None:
                 await reader.read()  # to the end: it is dropped
             writer.close()
             before += counts
-            while await router.metric("pdx_router_refused_peers_total") < before:  # noqa: ASYNC110 - behind HTTP
-                await asyncio.sleep(0.01)
+            await router.reaches("pdx_router_refused_peers_total", before)
+
+        async def counted() -> bool:
+            return await router.metric("pdx_router_refused_peers_total") > before
+
         context = zmq.asyncio.Context()
         socket = context.socket(zmq.DEALER)
         try:
@@ -299,8 +301,7 @@ async def test_who_does_not_speak_zeromq_with_our_keys_is_counted() -> None:
             socket.curve_serverkey = public_key(KEY)
             socket.connect(router.published.control)
             await socket.send(b"let me in")
-            while await router.metric("pdx_router_refused_peers_total") <= before:  # noqa: ASYNC110 - behind HTTP
-                await asyncio.sleep(0.01)
+            await until(counted, "and it is counted, as often as it tries")
             assert await router.metric("pdx_router_bad_frames_total") == 0, "not a word came through"
         finally:
             socket.close(linger=0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from markdown_tables import ROOT, rows_under
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -91,29 +92,53 @@ def queries(panel: Any) -> list[str]:
     return []
 
 
-def test_the_dashboard_asks_for_nothing_that_does_not_exist() -> None:
-    board = json.loads((ROOT / "docs" / "grafana-router.json").read_text())
-    labels = {
-        name.removesuffix("_total") + suffix: {*labels, *(["le"] if suffix == "_bucket" else [])}
-        for name, (kind, labels) in exported().items()
-        for suffix in SUFFIXES[kind]
-    }
-    asked = queries(board["panels"])
-    assert len(asked) >= 12
-    seen = set()
-    for query in asked:
-        names = re.findall(r"pdx_router_\w+", query)
-        assert names, query
-        for name in names:
-            assert name in labels, f"{name} in {query}"
-            seen.add(name)
-            used = set(re.findall(r"by \(([^)]*)\)", query)) | set(re.findall(r"(\w+)\s*=~?\s*\"", query))
-            used = {label.strip() for group in used for label in group.split(",")} - {"instance", "job"}
-            assert used <= labels[name], f"{used - labels[name]} in {query}"
-        assert query.count("(") == query.count(")"), query
-    untold = {name for name, (kind, _) in exported().items() if not any(s in seen for s in told(name, kind))}
-    assert untold <= {"pdx_router_stripped_params_total"}, "every metric is drawn somewhere"
+def everything() -> dict[str, tuple[str, set[str]]]:
+    """Name -> (kind, labels) of all that is exposed. (That the page is right about daemons and engines others test.)"""
+    found = {name: (kind, set(labels)) for name, (kind, labels) in exported().items()}
+    for name, kind, labels, _ in rows_under("Exported by the admin port", page="docs/metrics.md"):
+        found[name.strip("`")] = (kind, set(labels.split(", ")))
+    for name, _ in rows_under("Exported by vLLM", page="docs/metrics.md"):
+        found[name.strip("`")] = ("counter", {"engine", "model_name"})
+    return found
 
 
 def told(name: str, kind: str) -> list[str]:
     return [name.removesuffix("_total") + suffix for suffix in SUFFIXES[kind]]
+
+
+def series_in(query: str) -> set[str]:
+    """Those that it names. All of them exist, and it uses no other labels than they have."""
+    labels = {
+        series: {*labels, *(["le"] if series.endswith("_bucket") else [])}
+        for name, (kind, labels) in everything().items()
+        for series in told(name, kind)
+    }
+    names = set(re.findall(r"(?:vllm:)?pdx_\w+", query))
+    assert names, query
+    used = set(re.findall(r"by \(([^)]*)\)", query)) | set(re.findall(r"(\w+)\s*(?:=~?|!=|!~)\s*\"", query))
+    used = {label.strip() for group in used for label in group.split(",")} - {"instance", "job"}
+    for name in names:
+        assert name in labels, f"{name} in {query}"
+        assert used <= labels[name], f"{used - labels[name]} in {query}"
+    assert query.count("(") == query.count(")"), query
+    return names
+
+
+def test_the_dashboard_asks_for_nothing_that_does_not_exist() -> None:
+    board = json.loads((ROOT / "docs" / "grafana-router.json").read_text())
+    seen = {name for query in queries(board["panels"]) for name in series_in(query)}
+    untold = {name for name, (kind, _) in everything().items() if not seen & set(told(name, kind))}
+    ours = {name for name in untold if not name.startswith("vllm:")}
+    assert ours <= {"pdx_router_stripped_params_total"}, "every metric is drawn somewhere"
+    assert any(name.startswith("vllm:") for name in seen)
+
+
+def test_an_alert_asks_for_what_exists_and_says_what_to_do() -> None:
+    (group,) = yaml.safe_load((ROOT / "docs" / "alerts.yml").read_text())["groups"]
+    names = [rule["alert"] for rule in group["rules"]]
+    assert len(set(names)) == len(names) >= 8
+    for rule in group["rules"]:
+        assert series_in(rule["expr"])
+        assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert all(rule["annotations"][words].endswith(".") for words in ("summary", "runbook")), rule["alert"]

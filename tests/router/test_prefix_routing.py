@@ -236,16 +236,13 @@ async def test_a_prompt_that_is_computed_sooner_than_handed_over_stays_with_one_
 
 async def told(here: Hosts) -> None:
     """Until all engines' pace has come to the router, and with it the links'."""
-    async with asyncio.timeout(10):
-        while True:
-            async with here.router.get("/readyz") as reply:
-                if all(engine["tokens_per_s"] for engine in (await reply.json())["engines"]):
-                    return
-            await asyncio.sleep(0.02)
+
+    async def all_told() -> bool:
+        return all(engine["tokens_per_s"] for engine in (await here.router.readyz())["engines"])
+
+    await until(all_told, "paces are told")
 
 
 async def known(here: Hosts, blocks: int) -> None:
     """Until the router has heard of so many blocks."""
-    async with asyncio.timeout(10):
-        while await here.router.metric("pdx_router_known_blocks") < blocks:  # noqa: ASYNC110 - another process's
-            await asyncio.sleep(0.02)
+    await here.router.reaches("pdx_router_known_blocks", blocks)

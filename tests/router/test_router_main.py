@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import socket
@@ -15,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from engine_fakes import FakeDaemon, FakeEngine, daemon_ref, fleet, until, within
+import zmq
+import zmq.asyncio
+from engine_fakes import KEY, FakeDaemon, FakeEngine, daemon_ref, fleet, until, within
 
+from pdx.curve import lock
 from pdx.router.main import main
-from pdx.wire import Welcome
+from pdx.wire import MAGIC, WIRE_VERSION, Welcome
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +112,7 @@ async def test_daemons_are_welcomed_and_strangers_ignored() -> None:
         for frame in (b"", b"garbage", b"PDX\x02\xff", b"PDX\x63"):
             await daemon.socket.send(frame)
         await daemon.socket.send_multipart([b"two", b"frames"])
-        while await router.metric("pdx_router_bad_frames_total") < 5:  # noqa: ASYNC110 - it lies behind HTTP
-            await asyncio.sleep(0.01)
+        await router.reaches("pdx_router_bad_frames_total", 5)
         await stranger.start()
         try:
             other = FakeDaemon(daemon_ref("other"), [stranger], key=b"another key than ours")
@@ -122,6 +123,22 @@ async def test_daemons_are_welcomed_and_strangers_ignored() -> None:
             await router.seen(1)
         finally:
             await stranger.stop()
+
+
+@within(20)
+async def test_a_daemon_of_another_version_is_named_once_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    async with fleet() as router:
+        with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.linger = 0
+            socket.setsockopt(zmq.IDENTITY, b"gpu7:pdx/0123/7")
+            lock(socket, KEY, server=False)
+            socket.connect(router.published.control)
+            for _ in range(3):
+                await socket.send(MAGIC + bytes([WIRE_VERSION + 1]) + b"\x80")
+                assert (await socket.recv())[:4] == MAGIC + bytes([WIRE_VERSION]), "from which it sees the same"
+        assert await router.metric("pdx_router_bad_frames_total") == 3
+    both = f"gpu7:pdx/0123/7 is not heard: peer speaks wire version {WIRE_VERSION + 1}, this side {WIRE_VERSION}"
+    assert caplog.text.count(both) == 1
 
 
 @within(20)

@@ -17,15 +17,21 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from engine_fakes import KEY, FakeDaemon, FakeEngine, daemon_ref, until, within
+import zmq
+import zmq.asyncio
+from engine_fakes import KEY, FakeDaemon, FakeEngine, daemon_ref, metric, reaches, until, within
 from prometheus_client import generate_latest
 
+from pdx.curve import lock
 from pdx.launch import processes
+from pdx.router.engines.control import ControlSocket
 from pdx.router.metrics import Metrics
+from pdx.router.workers.hub import Hub, Places
 from pdx.router.workers.merging import Totals, added
 from pdx.router.workers.texts import read_text, serve_text
+from pdx.wire import MAGIC, WIRE_VERSION
 
-REACHED_S = 20.0  # metrics are added up every second
+REACHED_S = 20.0
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 
 
@@ -85,41 +91,34 @@ async def ready(url: str, count: int) -> None:
                 in_a_row = in_a_row + 1 if reply.status == 200 else 0
 
 
-async def metric(url: str, line: str) -> float:
-    async with aiohttp.ClientSession() as client, client.get(url + "/metrics") as reply:
-        found = [row for row in (await reply.text()).splitlines() if row.startswith(f"{line} ")]
-    return float(found[0].split()[-1]) if found else 0.0
-
-
-async def reaches(url: str, line: str, value: float) -> None:
-    ends_at = time.monotonic() + REACHED_S
-    while (now := await metric(url, line)) != value:  # it lies in other processes
-        assert time.monotonic() < ends_at, f"{line} stands at {now} instead of {value}"
-        await asyncio.sleep(0.05)
+async def answers_are(url: str, count: int) -> None:
+    """All workers have said so: they are added up every second."""
+    async with aiohttp.ClientSession() as client:
+        await reaches(client, url, 'pdx_router_requests_total{code="200",model="smol"}', count, REACHED_S)
 
 
 @within(40)
 async def _serve_and_lose_one(tmp_path: Path) -> None:
     p, d = FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
-    answered = 'pdx_router_requests_total{code="200",model="smol"}'
     async with workers(tmp_path, p, d) as (url, leader):
         await ready(url, 12)
         replies = await on_new_connections(url, 30)
         assert {reply.status for reply in replies} == {200}
         assert {reply.headers["x-pdx-handoff"] for reply in replies} != {"none"}
-        await reaches(url, answered, 30)
-        assert await metric(url, 'pdx_router_engines{role="prefill"}') == 1
+        await answers_are(url, 30)
+        async with aiohttp.ClientSession() as client:
+            assert await metric(client, url, 'pdx_router_engines{role="prefill"}') == 1
         children = [pid for pid in processes.of_sessions({leader}) if pid != leader]
         assert len(children) == 3, "two workers and the hub"
         for victim in sorted(children):  # each of the three, one after the other
-            await reaches(url, answered, 30)  # the hub, perhaps a new one, has heard all of them
+            await answers_are(url, 30)  # the hub, perhaps a new one, has heard all of them
             os.kill(victim, signal.SIGKILL)
             await until(lambda victim=victim: victim not in processes.of_sessions({leader}), "it is gone")
             await until(lambda: len(processes.of_sessions({leader})) == 4, "it was started anew")
             await ready(url, 12)
         replies = await on_new_connections(url, 10)
         assert [reply.status for reply in replies] == [200] * 10
-        await reaches(url, answered, 40)  # nothing that was counted is lost, nor counted twice
+        await answers_are(url, 40)  # nothing that was counted is lost, nor counted twice
 
 
 def test_workers_serve_together_and_each_may_die(tmp_path: Path) -> None:
@@ -162,6 +161,29 @@ def test_a_stop_at_any_moment_of_the_start_ends_all(tmp_path: Path) -> None:
         finally:
             process.kill()  # the others end with it, also where this test fails
             process.wait(10)
+
+
+@within(20)
+async def test_the_hub_tells_a_daemon_of_another_version_so() -> None:
+    """Workers never see its frames: the hub can't read them."""
+    metrics = Metrics()
+    with tempfile.TemporaryDirectory() as folder, zmq.asyncio.Context() as context:
+        control = ControlSocket("tcp://127.0.0.1:0", cluster_key=KEY, metrics=metrics)
+        hub = Hub(control, Places(Path(folder)), metrics)
+        running = asyncio.create_task(hub.run())
+        try:
+            with context.socket(zmq.DEALER) as daemon:
+                daemon.linger = 0
+                lock(daemon, KEY, server=False)
+                daemon.connect(control.endpoint)
+                await daemon.send(MAGIC + bytes([WIRE_VERSION + 1]) + b"\x80")
+                assert (await daemon.recv())[:4] == MAGIC + bytes([WIRE_VERSION])
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
+            hub.close()
+            control.close()
+    assert value(generate_latest(metrics.registry), "pdx_router_bad_frames_total") == 1
 
 
 @pytest.mark.parametrize("flag", ["--port", "--control"])

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from engine_fakes import until, within
+from engine_fakes import FakeEngine, fleet, until, within
 
 from pdx.router.engines import upstream as code
 from pdx.router.engines.connection import HEAD_BYTES_MAX, READ_AHEAD_BYTES
@@ -139,6 +139,33 @@ async def test_one_that_has_been_idle_for_long_is_not_used_again(monkeypatch: py
 
 
 @within(10)
+async def test_what_nobody_asks_for_again_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine that has left, say. What may still be used stays."""
+    async with serving(answering(*[WHOLE] * 3)) as (upstream, url, connections):
+        await ask(upstream, url)
+        upstream.drop_idle()
+        await ask(upstream, url)
+        assert connections == [1]
+        monkeypatch.setattr(code, "KEEPALIVE_S", -1.0)
+        ((kept,),) = upstream._idle.values()
+        upstream.drop_idle()
+        assert not upstream._idle
+        await until(lambda: not kept.reusable, "it is closed")
+        await ask(upstream, url)
+        assert connections == [2]
+
+
+@within(10)
+async def test_a_router_keeps_no_connection_to_an_engine_that_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "KEEPALIVE_S", 0.05)
+    async with fleet(FakeEngine("d0", "decode")) as router:
+        await router.ask({"model": "smol", "prompt": "x"})
+        router.daemons[0].engines = []
+        await until(lambda: not router.outside.directory.engines(), "it has left")
+        await until(lambda: not router.outside.upstream._idle, "nothing of it is kept")
+
+
+@within(10)
 async def test_leaving_early_drops_the_request() -> None:
     gone = asyncio.Event()
 
@@ -173,26 +200,28 @@ async def test_a_client_that_reads_slowly_holds_little() -> None:
             sent[0] += 1 << 16
 
     async with serving(server) as (upstream, url, _), upstream.call(url, b"{}", {}) as reply:
-        before = -1
-        while sent[0] != before:  # until it is stuck
-            before = sent[0]
-            await asyncio.sleep(0.1)
+        await until(lambda: reply._connection._paused, "it has stopped to read")
         assert len(await reply.chunk()) < READ_AHEAD_BYTES + (1 << 20)
-        before = sent[0]
-        while sent[0] == before:  # and goes on
+        enough = sent[0] + (32 << 20)  # more than sockets hold
+        while sent[0] < enough:  # it goes on
             await reply.chunk()
 
 
 @within(10)
 async def test_a_long_body_to_an_engine_that_refuses_it() -> None:
+    heard = asyncio.Event()
+
     async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 413 Large\r\nContent-Length: 0\r\n\r\n")
         await writer.drain()
-        await asyncio.sleep(0.2)  # it reads nothing
+        await heard.wait()  # it reads nothing
 
     async with serving(server) as (upstream, url, _):
-        assert (await ask(upstream, url, bytes(32 << 20)))[0] == 413
+        try:
+            assert (await ask(upstream, url, bytes(32 << 20)))[0] == 413
+        finally:
+            heard.set()
 
 
 @within(4)
@@ -227,7 +256,7 @@ async def test_what_was_left_unread_is_not_the_next_ones() -> None:
         for _ in range(8):
             async with upstream.call(url, b"{}", {}) as reply:
                 await reply.chunk()
-                await asyncio.sleep(0.02)
+                await until(lambda reply=reply: reply._connection._paused, "it has stopped to read")
         assert len((await ask(upstream, url))[2]) == size
 
 
