@@ -80,11 +80,9 @@ class SharedTails(Store):
 class NoBudgets(Handoffs):
     """Waits for ever."""
 
-    def tick(self, now: float) -> None:
+    def _look_at_clock(self, now: float) -> None:
         for lease in self._desk.store.expire(now):
             self._lease_expired(lease, now)
-        self._end_passed(now)
-        self._serve_waiting(now)
 
 
 class UnpinnedReads(Handoffs):

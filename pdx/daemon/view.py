@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from pdx.buffer.store import Store
 from pdx.daemon.receiving import Incoming
 from pdx.daemon.sending import Outgoing
 from pdx.verbs import HANDOFFS_SHOWN, DaemonView, DiskView, HandoffView
@@ -18,14 +17,13 @@ if TYPE_CHECKING:
 def view(service: Service, now: float) -> DaemonView:
     """Takes time linear in extents and in handoffs under way, not in blocks."""
     store, handoffs, counters = service.store, service.handoffs, service.counters
-    cached = cached_bytes(store)
     sends, receives = handoffs.halves
     halves = chain((_sending(half, now) for half in sends), (_receiving(half, now) for half in receives))
     promoted = counters["blocks_promoted"]
     return DaemonView(
         arena_bytes=len(store.arena.memory),
-        leased_bytes=used_bytes(store) - cached,
-        cached_bytes=cached,
+        leased_bytes=store.extents.used_bytes - store.extents.idle_bytes,
+        cached_bytes=store.extents.idle_bytes,
         cached_blocks=len(store.index),
         pinned_bytes=handoffs.pinned_bytes,
         waiting=handoffs.reservations_waiting,
@@ -41,18 +39,6 @@ def view(service: Service, now: float) -> DaemonView:
         sent_bytes=counters["bytes_put"],
         landed_pages=counters["pages_landed"],
     )
-
-
-def used_bytes(store: Store) -> int:
-    """Of all slots that are not free."""
-    pools = store.extents.pools.items()
-    return sum((len(pool.extents) * pool.units - pool.free_units) * pages.unit_bytes for pages, pool in pools)
-
-
-def cached_bytes(store: Store) -> int:
-    """Of those that nobody holds: they go when room is needed."""
-    pools = store.extents.pools.items()
-    return sum(extent.idle_units * pages.unit_bytes for pages, pool in pools for extent in pool.extents)
 
 
 def _sending(half: Outgoing, now: float) -> HandoffView:
