@@ -123,7 +123,7 @@ class Lanes:
     def lost(self, scheme: str, endpoint: str, reason: str, now: float) -> None:
         """A channel of ours broke."""
         self._counters[f"lanes_lost_{scheme}"] += 1
-        # A late handle may name an earlier life of a daemon: all that offer the endpoint are charged, so the living too.
+        # A late handle may name an earlier life of a daemon: all that offer the endpoint are charged, the living too.
         for peer in [p for p in self._peers.values() if any(o.endpoint == endpoint for o in p.ref.lanes)]:
             rest = peer.rests.setdefault(endpoint, Rest())
             rest.losses += 1

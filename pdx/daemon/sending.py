@@ -366,13 +366,20 @@ class SendingHalves:
         return ()
 
     def _copies(self, record: Outgoing, action: do.Put) -> list[Copy]:
-        """One a page: lanes join those that lie side by side on both sides."""
+        """Pages that lie side by side on both sides travel as one span."""
         assert record.claim is not None
         places, targets, pages, layer = record.claim.places, record.targets, record.pages, action.layer
-        return [
-            Copy(places[block].page_offset(pages, layer), targets[block].page_offset(pages, layer), pages.page_bytes)
-            for block in action.blocks
-        ]
+        copies: list[Copy] = []
+        source = target = length = 0  # of the span that grows: no object for each page
+        for block in action.blocks:
+            start, target_start = places[block].page_offset(pages, layer), targets[block].page_offset(pages, layer)
+            if start != source + length or target_start != target + length:
+                if length:
+                    copies.append(Copy(source, target, length))
+                source, target, length = start, target_start, 0
+            length += pages.page_bytes
+        copies.append(Copy(source, target, length))
+        return copies
 
     def _notice(self, record: Outgoing, action: do.Put) -> bytes:
         assert record.claim is not None

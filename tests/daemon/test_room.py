@@ -65,6 +65,18 @@ def test_who_waits_looks_again_when_some_of_it_has_come(host: Host, claims: list
     assert host.handoffs.reservations_waiting == 0
 
 
+def test_who_waits_takes_the_room_of_what_has_become_cache(host: Host) -> None:
+    host.send(0, LARGE)
+    host.send(1, OTHER)
+    host.fill(list(range(20)))
+    host.handoffs.let_go("P", LetGo(handoff_id=name(0), side="send", fence=1, ok=True), host.now)
+    assert host.ask(0, hashes=LARGE) == "granted"
+    host.tick()
+    assert host.handoffs.reservations_waiting == 1, "decode's engine holds it"
+    host.let_go(ok=True)
+    assert host.handoffs.reservations_waiting == 0
+
+
 def test_the_next_in_line_looks_at_once_when_the_head_has_left(host: Host, claims: list[int]) -> None:
     host.send(0, LARGE)
     host.send(1, OTHER)
