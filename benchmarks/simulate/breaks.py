@@ -119,8 +119,8 @@ class UnheldReturns(Handoffs):
 
 
 class _CarelessHalves(SendingHalves):
-    def hand_over(self, *about: Any) -> HandoffKey:
-        key = super().hand_over(*about)
+    def hand_over(self, *about: Any, **more: Any) -> HandoffKey:
+        key = super().hand_over(*about, **more)
         record = self.records.get(key)
         if record is not None and record.wire is not None:
             self._desk.end_lease(record.wire)
