@@ -1,4 +1,6 @@
-"""Locks ZeroMQ connections with the cluster key: CURVE, both sides holding the key pair derived from it.
+"""Locks ZeroMQ connections with the cluster key, and ends those that fall silent.
+
+CURVE, both sides holding the key pair derived from the cluster key.
 
 The public half is never published, and an allow list lets in nobody who knows only that. Used on every tcp socket of
 the control plane, on loopback too, so that what is tested is what runs between hosts.
@@ -15,13 +17,18 @@ from zmq.utils import z85
 from pdx.wire import FRAME_BYTES_MAX
 
 CURVE_BYTES = 33  # a message's header, nonce, flags and MAC, which ZeroMQ counts
+# A host that loses its power closes no connection. ZeroMQ's own threads ask and answer, however busy their process is:
+# late is only a machine that is gone, cut off, or stopped for so long.
+HEARTBEAT_MS, SILENT_MS = 2_000, 10_000
 
 
 def lock(socket: zmq.Socket[Any], cluster_key: bytes, *, server: bool) -> None:
     """Call before bind or connect. A peer with another key is ignored by ZeroMQ, without a word to either side.
 
-    Nor does ZeroMQ make room for a message that no decoder would take.
+    Nor does ZeroMQ make room for a message that no decoder would take. A connection that is silent for SILENT_MS ends.
     """
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
     socket.maxmsgsize = FRAME_BYTES_MAX + CURVE_BYTES
     public = public_key(cluster_key)
     socket.curve_secretkey, socket.curve_publickey = _secret_key(cluster_key), public

@@ -283,13 +283,9 @@ class Fail(PeerMessage, tag="fail", frozen=True):
 
 
 class Cancel(PeerMessage, tag="cancel", frozen=True):
-    """Stop posting puts, drain those under way, answer Drained."""
+    """Stop posting puts. When the last one has ended is the lane's to say, by the window's end."""
 
     reason: str
-
-
-class Drained(PeerMessage, tag="drained", frozen=True):
-    """No put of this handoff is, or will be, under way."""
 
 
 # --- NOTICE ---------------------------------------------------------------------------------------------------
@@ -407,7 +403,7 @@ ATTACH = Attach
 TO_ATTACH = Attached | AttachRefused
 ENGINE = OpenSend | Filled | OpenLoad | LookUp | Keep | Finished | LetGo | Renew | WeightEpoch | Reset | Ask
 TO_ENGINE = SendOpened | SendEnded | LoadOpened | LoadEnded | Answer
-PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel | Drained
+PEER = Reserve | Grant | Wait | Refuse | Commit | Committed | Alive | Fail | Cancel
 NOTICE = Landed
 ROUTER = Announce | Holdings | HandoffFailed | Answer
 TO_DAEMON = Welcome | Resync | Share | CancelHandoff | Ask

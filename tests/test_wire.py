@@ -63,7 +63,7 @@ def test_other_version_is_refused_before_the_body() -> None:
 
 def test_unknown_fields_and_foreign_conversations_are_refused() -> None:
     ids = {"handoff_id": b"", "attempt": 1, "lease_epoch": 1, "incarnation": 1}
-    body = msgpack.packb({"type": "drained", **ids, "x": 1})
+    body = msgpack.packb({"type": "committed", **ids, "x": 1})
     with pytest.raises(WireError):
         decode_any(wire.MAGIC + bytes([wire.WIRE_VERSION]) + body)
     with pytest.raises(WireError):

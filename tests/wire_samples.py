@@ -76,7 +76,6 @@ SAMPLES: list[wire.Message] = [
     wire.Alive(**PEER),
     wire.Fail(**PEER, reason="engine died"),
     wire.Cancel(**PEER, reason="client left"),
-    wire.Drained(**PEER),
     wire.Landed(
         handoff_id=ID, attempt=1, lease_epoch=5, layer=2, blocks=[0, 1], checksums=bytes(16), digests=bytes(64)
     ),

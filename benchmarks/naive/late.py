@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,8 @@ class LateSender(Sender):
         super().__init__(*arguments, **named)
         self._late = self.sign.exists()
 
-    def filled(self, layer: int, blocks: Iterable[int], *, now: float) -> list[Action]:
-        was_whole = self._published
-        actions = super().filled(layer, blocks, now=now)
-        if self._late and self._published and not was_whole:
-            for each in range(self._layers):
-                actions += self._put(each, sorted(self._wanted))
-        return actions
-
-    def _put(self, layer: int, blocks: list[int]) -> list[Action]:
-        return [] if self._late and not self._published else super()._put(layer, blocks)
+    def _go_on(self) -> list[Action]:
+        return [] if self._late and not self._published else super()._go_on()
 
 
 def main() -> int:

@@ -80,11 +80,9 @@ class SharedTails(Store):
 class NoBudgets(Handoffs):
     """Waits for ever."""
 
-    def tick(self, now: float) -> None:
+    def _look_at_clock(self, now: float) -> None:
         for lease in self._desk.store.expire(now):
             self._lease_expired(lease, now)
-        self._end_passed(now)
-        self._serve_waiting(now)
 
 
 class UnpinnedReads(Handoffs):
@@ -121,8 +119,8 @@ class UnheldReturns(Handoffs):
 
 
 class _CarelessHalves(SendingHalves):
-    def hand_over(self, *about: Any) -> HandoffKey:
-        key = super().hand_over(*about)
+    def hand_over(self, *about: Any, **more: Any) -> HandoffKey:
+        key = super().hand_over(*about, **more)
         record = self.records.get(key)
         if record is not None and record.wire is not None:
             self._desk.end_lease(record.wire)

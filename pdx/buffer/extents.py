@@ -57,6 +57,18 @@ class Extents:
         free = len(self.untaken) + sum(pool.free_units / pool.units for pool in self.pools.values())
         return free / self.total if self.total else 1.0
 
+    @property
+    def used_bytes(self) -> int:
+        """Of all units that are taken."""
+        pools = self.pools.items()
+        return sum((len(pool.extents) * pool.units - pool.free_units) * layout.unit_bytes for layout, pool in pools)
+
+    @property
+    def idle_bytes(self) -> int:
+        """Of these, what could be freed at any time."""
+        pools = self.pools.items()
+        return sum(extent.idle_units * layout.unit_bytes for layout, pool in pools for extent in pool.extents)
+
     def share(self, run: Run) -> float:
         """What giving this run back adds to `free_share`."""
         return run.blocks / self.pools[run.layout].units / self.total

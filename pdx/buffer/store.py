@@ -67,6 +67,7 @@ class Store:
         self.policy: Policy = Lru() if policy is None else policy
         self.quotas = Quotas() if quotas is None else quotas
         self._tenant_of = tenant_of
+        self.freed = 0  # grows with each slot that may go from now on, or has gone
         self.evicted_blocks = 0
         self.evicted_ahead_blocks = 0  # of these, before a claim asked for their room
         self.on_evict: Callable[[Slot], None] = lambda slot: None  # told of a slot that lookups still find
@@ -89,8 +90,8 @@ class Store:
         """Room for a whole prompt under one lease; headers carry the new generation before this returns.
 
         Blocks that are ready are shared, all others get fresh slots, for which idle slots are evicted. None, with
-        nothing evicted, if it does not fit now: try again when a lease has ended. Raises Refused if it never can, and
-        if its tenant's quota is leased already: nobody is to wait in line behind somebody who waits for himself.
+        nothing evicted, if it does not fit now: try again when `freed` or the index has changed. Raises Refused if it
+        never can, and if its tenant's quota is leased already: nobody is to wait in line behind who waits for himself.
         """
         tenant = self._tenant_of(namespace)
         self._check_possible(pages, len(block_hashes) + tail, tenant)
@@ -250,7 +251,7 @@ class Store:
         extents = self.extents
         return {
             "arena_bytes": len(self.arena.memory),
-            "used_bytes": sum(slot.size_bytes for slot in self.slots.values()),
+            "used_bytes": extents.used_bytes,
             "tenants": {tenant.hex(): used for tenant, used in self.quotas.largest(TENANTS_SHOWN)},
             "extents": {"total": extents.total, "untaken": len(extents.untaken)},
             "slots": _counts(self.slots.values(), _TAKEN),
@@ -410,6 +411,7 @@ class Store:
                     now_unused.append(slot)
                 if slot.idle:
                     slot.run.extent.idle_units += slot.blocks
+                    self.freed += 1
             elif not slot.holds:
                 self._drop(slot)
         self.policy.touched(now_unused)
@@ -429,6 +431,7 @@ class Store:
         self.policy.forgotten(slot)
         self.quotas.credit(slot.tenant, slot.size_bytes)
         self.extents.give(slot.run)
+        self.freed += 1
 
 
 def _distinct(spots: Iterable[Spot]) -> tuple[Slot, ...]:

@@ -56,6 +56,8 @@ from pdx.wire import (
     Wait,
 )
 
+LOOK_S = 0.05  # between two looks at everybody's budget and lease: far less than any of them
+
 log = logging.getLogger("pdxd")
 
 
@@ -80,6 +82,8 @@ class Handoffs:
         self._returns = Returns(self._desk, self._sending)
         self._sharing = Sharing(self._desk, self._sending, self.spaces)
         self._waiting: deque[Outgoing | Incoming] = deque()
+        self._without_room: tuple[Outgoing | Incoming, int, int] | None = None  # the head, and how the store was then
+        self._next_look = 0.0
 
     # --- from engines ---
 
@@ -198,7 +202,7 @@ class Handoffs:
         self._sharing.ask(wish, now)
 
     def peer_lost(self, control: str, now: float) -> None:
-        """The connection to a peer daemon broke: its handoffs with us are over. It is told, for it may live."""
+        """The connection to a peer daemon broke: its handoffs with us are over, but for those that have landed here."""
         self._returns.peer_lost(control)
         self._desk.ports.lanes.forget(control)
         for record in list(self._sending.records.values()):
@@ -206,7 +210,7 @@ class Handoffs:
                 self._sending.act(record, record.sender.fail("decode daemon is gone", tell_peer=True), now)
         for incoming in list(self._receiving.records.values()):
             if incoming.receiver.handle.prefill_daemon.control == control:
-                self._receiving.act(incoming, incoming.receiver.fail("prefill daemon is gone", tell_peer=True), now)
+                self._receiving.act(incoming, incoming.receiver.peer_lost(), now)
 
     # --- from lanes and the clock ---
 
@@ -226,21 +230,17 @@ class Handoffs:
                     self._sending.channel_lost(scheme, channel, reason, now)
 
     def tick(self, now: float) -> None:
-        """Budgets, expiries, fences, and those who wait for room. Call it often: every loop of the service."""
-        for record in list(self._sending.records.values()):
-            self._sending.act(record, record.sender.tick(now=now), now)
-        self._receiving.tick(now)
-        self._questions.tick(now)
-        for lease in self._desk.store.expire(now):
-            self._lease_expired(lease, now)
-        for grip in self._grips.unanswered(now):
-            self._ask_to_let_go(grip)
+        """Fences, those who wait for room or an answer, and the clock. Call it often: every loop of the service."""
+        if now >= self._next_look:
+            self._next_look = now + LOOK_S
+            self._look_at_clock(now)
         self._end_passed(now)
         if self._tiering is not None:
             self._tiering.tick(now)
         self._pins.tick(now)
         self._low_water.tick()
         self._serve_waiting(now)
+        self._questions.tick(now)
         self._returns.tick(now, room=not self._waiting)
         self._sharing.tick(now, room=not self._waiting)
 
@@ -340,22 +340,50 @@ class Handoffs:
         self._receiving.pages_landed(twin, action.layer, action.blocks, now)
         return True
 
+    def _look_at_clock(self, now: float) -> None:
+        """Budgets and expiries: work for each half, lease and question, so not in every turn of a busy loop."""
+        for record in list(self._sending.records.values()):
+            self._sending.act(record, record.sender.tick(now=now), now)
+        self._receiving.tick(now)
+        self._questions.look(now)
+        for lease in self._desk.store.expire(now):
+            self._lease_expired(lease, now)
+        for grip in self._grips.unanswered(now):
+            self._ask_to_let_go(grip)
+        if self._waiting:
+            self._give_way(now)  # look-ups go on finding what they hold
+
     def _serve_waiting(self, now: float) -> None:
-        """Whole-prompt claims, strictly first in, first out: a large one is never starved by small ones."""
+        """Whole-prompt claims, strictly first in, first out: a large one is never starved by small ones.
+
+        Who has found no room looks again when there may be some: a claim looks at all of its blocks.
+        """
+        store = self._desk.store
         while self._waiting:
             record = self._waiting[0]
             if isinstance(record, Outgoing):
-                over = record.key not in self._sending.records or self._sending.claim(record, now)
+                is_over = record.key not in self._sending.records
             else:
-                over = record.key not in self._receiving.records or self._receiving.claim(record, now)
-            if not over:
-                break
-            self._waiting.popleft()
-        if self._waiting:
-            self._sending.give_way(now)
-            self._receiving.give_way(now)
-            for grip in self._grips.give_way():
-                self._ask_to_let_go(grip, "others wait for room")
+                is_over = record.key not in self._receiving.records
+            if not is_over and self._without_room == (record, store.freed, store.index.changes):
+                return
+            if is_over or self._claim(record, now):
+                self._waiting.popleft()
+            else:
+                self._without_room = record, store.freed, store.index.changes
+                self._give_way(now)
+
+    def _claim(self, record: Outgoing | Incoming, now: float) -> bool:
+        """Whether it need not wait any more."""
+        if isinstance(record, Outgoing):
+            return self._sending.claim(record, now)
+        return self._receiving.claim(record, now)
+
+    def _give_way(self, now: float) -> None:
+        self._sending.give_way(now)
+        self._receiving.give_way(now)
+        for grip in self._grips.give_way():
+            self._ask_to_let_go(grip, "others wait for room")
 
     def _end_passed(self, now: float) -> None:
         for grip, message in self._grips.passed():

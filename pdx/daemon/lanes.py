@@ -123,18 +123,17 @@ class Lanes:
     def lost(self, scheme: str, endpoint: str, reason: str, now: float) -> None:
         """A channel of ours broke."""
         self._counters[f"lanes_lost_{scheme}"] += 1
-        peer = next((p for p in self._peers.values() if any(o.endpoint == endpoint for o in p.ref.lanes)), None)
-        if peer is None:
-            return
-        rest = peer.rests.setdefault(endpoint, Rest())
-        rest.losses += 1
-        rest.tried_by = None
-        pause_s = min(REST_MAX_S, REST_FIRST_S * 2.0 ** min(rest.losses - 1, 16))
-        rest.until = now + pause_s
-        log.warning(
-            "lane %s to daemon %s is lost: %s; for %g s its handoffs take another, if there is one",
-            scheme, peer.ref.daemon_id, reason, pause_s,
-        )  # fmt: skip
+        # A late handle may name an earlier life of a daemon: all that offer the endpoint are charged, the living too.
+        for peer in [p for p in self._peers.values() if any(o.endpoint == endpoint for o in p.ref.lanes)]:
+            rest = peer.rests.setdefault(endpoint, Rest())
+            rest.losses += 1
+            rest.tried_by = None
+            pause_s = min(REST_MAX_S, REST_FIRST_S * 2.0 ** min(rest.losses - 1, 16))
+            rest.until = now + pause_s
+            log.warning(
+                "lane %s to daemon %s is lost: %s; for %g s its handoffs take another, if there is one",
+                scheme, peer.ref.daemon_id, reason, pause_s,
+            )  # fmt: skip
 
     def forget(self, control: str) -> None:
         """The daemon at this control endpoint is gone. Whoever comes back is another one."""

@@ -62,6 +62,7 @@ class Desk:
     ports: Ports
     seen: SeenHandles = field(default_factory=SeenHandles)
     tombstones: dict[HandoffKey, str] = field(default_factory=dict)
+    stirred: dict[HandoffKey, None] = field(default_factory=dict)  # what may be the answer to an early question now
 
     def verified(self, text: str, *, daemon: str, use: str = "") -> TransferHandle:
         """The handle, if it is good for this daemon. `use` marks it used on that side. Raises HandleError."""
@@ -100,6 +101,7 @@ class Desk:
 
     def bury(self, key: HandoffKey, reason: str) -> None:
         self.tombstones[key] = reason
+        self.stirred[key] = None
         if len(self.tombstones) > TOMBSTONES_MAX:
             del self.tombstones[next(iter(self.tombstones))]
 

@@ -100,13 +100,23 @@ class Questions:
         self._early = {k: q for k, q in self._early.items() if q.engine.info.engine_id != engine_id}
 
     def tick(self, now: float) -> None:
-        for question in [q for q in self._early.values() if not self._undecided(q, now)]:
-            del self._early[question.key]
-            self._decide(question, now)
+        """Answers those early ones whose handoffs have been stirred since the last call."""
+        stirred, self._desk.stirred = self._desk.stirred, {}
+        self._answer_decided([self._early[key] for key in stirred if key in self._early], now)
+
+    def look(self, now: float) -> None:
+        """At all of them, for time decides too."""
+        self._answer_decided(list(self._early.values()), now)
         while self._first_asked and now - next(iter(self._first_asked.values())) >= FORGET_ASKED_S:
             self._first_asked.popitem(last=False)
 
     # --- answers ----------------------------------------------------------------------------------------------
+
+    def _answer_decided(self, early: list[Question], now: float) -> None:
+        for question in early:
+            if not self._undecided(question, now):
+                del self._early[question.key]
+                self._decide(question, now)
 
     def _undecided(self, question: Question, now: float) -> str:
         """Why this question can't be answered yet; empty if it can."""

@@ -22,7 +22,6 @@ from pdx.wire import (
     NOTICE,
     Alive,
     Commit,
-    Drained,
     Fail,
     Grant,
     Landed,
@@ -154,8 +153,6 @@ class ReceivingHalves:
                 self.act(record, record.receiver.alive(now=now), now)
             case Fail():
                 self.act(record, record.receiver.failed_by_peer(message), now)
-            case Drained():
-                pass  # the window's end is the lane's to say
             case _:
                 self._desk.stale(message)
 
@@ -189,6 +186,7 @@ class ReceivingHalves:
             if record.paired is None:  # in shared slots the prefill workers raise it, and may be further already
                 self._desk.store.arena.set_watermark(record.places[block].header_offset, layers, shard)
         self._desk.ports.counters["pages_landed"] += len(blocks)
+        self._desk.stirred[record.key] = None
         self.act(record, record.receiver.check(), now)
 
     def window_closed(self, window: int, now: float) -> None:
@@ -203,6 +201,8 @@ class ReceivingHalves:
     # --- carrying out actions ---
 
     def act(self, record: Incoming, actions: Sequence[do.Action], now: float) -> None:
+        if actions:
+            self._desk.stirred[record.key] = None
         for action in actions:
             self._carry_out(record, action, now)
 
@@ -293,17 +293,16 @@ class ReceivingHalves:
         self.act(record, receiver.claimed(wanted, grant, windowed=record.paired is None, now=now), now)
 
     def _open_window(self, record: Incoming, claim: Claim) -> int:
-        pages = record.reserve.pages
-        spans = [
-            Span(claim.places[block].page_offset(pages, layer), pages.page_bytes)
-            for block in sorted(claim.fresh)
-            for layer in range(pages.layers)
-        ]
         region = self._lanes.region(record.reserve.lane)
         assert region is not None
-        window = region.open_window(spans)
+        window = region.open_window(spans_of(claim))
         self._windows[window] = record
         return window
+
+
+def spans_of(claim: Claim) -> list[Span]:
+    """Every byte of the fresh blocks' pages, and no other: they lie side by side in slots that have no other blocks."""
+    return [Span(slot.run.offset, slot.blocks * slot.layout.block_bytes) for slot in claim.fresh_slots]
 
 
 def _fits(landed: Landed, record: Incoming) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -103,6 +104,7 @@ class SendingHalves:
             request_id=message.request_id,
             blocks=len(message.block_hashes) + bool(message.tail_hash),
             layers=engine.pages.layers,
+            page_bytes=engine.pages.page_bytes,
             incarnation=ports.me.incarnation,
             now=now,
         )
@@ -169,8 +171,8 @@ class SendingHalves:
             self._desk.store.release(found.lease)
             raise
         sender = Sender(
-            handle, request_id="", blocks=len(chain), layers=kind.pages.layers, incarnation=ports.me.incarnation,
-            now=now,
+            handle, request_id="", blocks=len(chain), layers=kind.pages.layers, page_bytes=kind.pages.page_bytes,
+            incarnation=ports.me.incarnation, now=now,
         )  # fmt: skip
         claim = Claim(found.lease, found.places, frozenset(), False, ())
         record = Outgoing(key, sender, kind.pages, what=what, claim=claim, wire=found.lease, route=route)
@@ -243,7 +245,7 @@ class SendingHalves:
             case Refuse():
                 actions = sender.fail(f"refused by decode: {message.reason}", tell_peer=False)
             case Cancel():
-                actions = sender.cancelled_by_peer(message)
+                actions = sender.fail(f"peer: {message.reason}", tell_peer=False)
             case Committed():
                 actions = sender.committed()
             case Wait():
@@ -295,10 +297,13 @@ class SendingHalves:
         )
 
     def act(self, record: Outgoing, actions: Sequence[do.Action], now: float) -> None:
-        for action in actions:
-            self._carry_out(record, action, now)
+        # In one queue, since a put that ends at once brings the next: within one another they would nest too deep.
+        todo = deque(actions)
+        while todo:
+            todo += self._carry_out(record, todo.popleft(), now)
 
-    def _carry_out(self, record: Outgoing, action: do.Action, now: float) -> None:
+    def _carry_out(self, record: Outgoing, action: do.Action, now: float) -> Sequence[do.Action]:
+        """Returns what comes of it at once."""
         ports, handle = self._desk.ports, record.sender.handle
         match action:
             case do.ToPeer(message):
@@ -307,7 +312,7 @@ class SendingHalves:
                 assert record.engine is not None
                 ports.to_engine(record.engine.info.engine_id, message)
             case do.Put():
-                self._put(record, action, now)
+                return self._put(record, action, now)
             case do.StopPuts():
                 if record.route is not None and record.route.lane is not None:
                     record.route.lane.cancel(record.key[0])
@@ -327,12 +332,12 @@ class SendingHalves:
                 self._forget(record, reason)
             case _:
                 raise AssertionError(f"not a sender's action: {action}")
+        return ()
 
-    def _put(self, record: Outgoing, action: do.Put, now: float) -> None:
+    def _put(self, record: Outgoing, action: do.Put, now: float) -> Sequence[do.Action]:
         self._desk.trace(record.key, "put", layer=action.layer, pages=len(action.blocks), block=action.blocks[0])
         if self._land_here(record, action, now):
-            self.act(record, record.sender.put_ended(ok=True, reason="", now=now), now)
-            return
+            return record.sender.put_ended(ok=True, reason="", now=now)
         ports, route = self._desk.ports, record.route
         assert route is not None
         try:
@@ -352,27 +357,28 @@ class SendingHalves:
                 urgency=float(action.layer % record.pages.shard_layers) if record.engine is not None else -1.0,
             )
         except (PdxError, ValueError) as error:  # the peer's endpoint or places are impossible
-            self.act(record, record.sender.put_ended(ok=False, reason=str(error), now=now), now)
-            return
+            return record.sender.put_ended(ok=False, reason=str(error), now=now)
         size_bytes = len(action.blocks) * record.pages.page_bytes
         underway = Underway(record.sender.handle.decode_daemon.daemon_id, size_bytes, now)
         self._puts[route.scheme, ticket] = record, underway
         ports.counters["pages_put"] += len(action.blocks)
         ports.counters["bytes_put"] += size_bytes
+        return ()
 
     def _copies(self, record: Outgoing, action: do.Put) -> list[Copy]:
         """Pages that lie side by side on both sides travel as one span."""
         assert record.claim is not None
+        places, targets, pages, layer = record.claim.places, record.targets, record.pages, action.layer
         copies: list[Copy] = []
-        size = record.pages.page_bytes
+        source = target = length = 0  # of the span that grows: no object for each page
         for block in action.blocks:
-            source = record.claim.places[block].page_offset(record.pages, action.layer)
-            target = record.targets[block].page_offset(record.pages, action.layer)
-            last = copies[-1] if copies else None
-            if last and last.source_offset + last.length == source and last.target_offset + last.length == target:
-                copies[-1] = Copy(last.source_offset, last.target_offset, last.length + size)
-            else:
-                copies.append(Copy(source, target, size))
+            start, target_start = places[block].page_offset(pages, layer), targets[block].page_offset(pages, layer)
+            if start != source + length or target_start != target + length:
+                if length:
+                    copies.append(Copy(source, target, length))
+                source, target, length = start, target_start, 0
+            length += pages.page_bytes
+        copies.append(Copy(source, target, length))
         return copies
 
     def _notice(self, record: Outgoing, action: do.Put) -> bytes:

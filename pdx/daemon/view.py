@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from pdx.buffer.store import Store
 from pdx.daemon.lanes import LOCAL
 from pdx.daemon.receiving import Incoming
 from pdx.daemon.sending import Outgoing
@@ -19,15 +18,14 @@ if TYPE_CHECKING:
 def view(service: Service, now: float) -> DaemonView:
     """Takes time linear in extents and in handoffs under way, not in blocks."""
     store, handoffs, counters = service.store, service.handoffs, service.counters
-    cached = cached_bytes(store)
     sends, receives = handoffs.halves
     halves = chain((_sending(half, now) for half in sends), (_receiving(half, now) for half in receives))
     promoted = counters["blocks_promoted"]
     lanes = [offer.scheme for offer in service.me.lanes]  # those that nothing has taken too: rates begin at 0
     return DaemonView(
         arena_bytes=len(store.arena.memory),
-        leased_bytes=used_bytes(store) - cached,
-        cached_bytes=cached,
+        leased_bytes=store.extents.used_bytes - store.extents.idle_bytes,
+        cached_bytes=store.extents.idle_bytes,
         cached_blocks=len(store.index),
         pinned_bytes=handoffs.pinned_bytes,
         waiting=handoffs.reservations_waiting,
@@ -50,18 +48,6 @@ def view(service: Service, now: float) -> DaemonView:
         leases_expired=counters["leases_expired"],
         bad_frames=counters["bad_frames"],
     )
-
-
-def used_bytes(store: Store) -> int:
-    """Of all slots that are not free."""
-    pools = store.extents.pools.items()
-    return sum((len(pool.extents) * pool.units - pool.free_units) * pages.unit_bytes for pages, pool in pools)
-
-
-def cached_bytes(store: Store) -> int:
-    """Of those that nobody holds: they go when room is needed."""
-    pools = store.extents.pools.items()
-    return sum(extent.idle_units * pages.unit_bytes for pages, pool in pools for extent in pool.extents)
 
 
 def _sending(half: Outgoing, now: float) -> HandoffView:

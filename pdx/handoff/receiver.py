@@ -181,10 +181,15 @@ class Receiver:
         return actions + self._end_if_quiet()
 
     def failed_by_peer(self, message: Fail) -> list[Action]:
-        # Once landed, what the sender says no longer matters: every page is here and checked.
-        if self.state is Receiving.LANDED:
+        if self.state is Receiving.LANDED:  # every page is here and checked: what the sender says matters no longer
             return []
         return self.fail(f"prefill: {message.reason}", tell_peer=False)
+
+    def peer_lost(self) -> list[Action]:
+        """The connection to the sending daemon broke. It is told of the end, for it may live."""
+        if self.state is Receiving.LANDED:  # as above; a window that is still open is the lane's to close
+            return []
+        return self.fail("prefill daemon is gone", tell_peer=True)
 
     def tick(self, *, now: float) -> list[Action]:
         """Budgets. Call it a few times a second."""

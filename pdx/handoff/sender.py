@@ -6,6 +6,7 @@ and which puts are under way. It never decides where pages lie: the driver knows
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,17 +25,28 @@ from pdx.handoff.actions import (
 from pdx.handoff.handle import TransferHandle
 from pdx.handoff.states import SENDING, Sending, after
 from pdx.layout import Place
-from pdx.wire import Alive, Cancel, Drained, Fail, PeerMessage, SendEnded, SendOpened
+from pdx.wire import Alive, Fail, PeerMessage, SendEnded, SendOpened
 
 # A lane's notice holds 64 KiB, and a page takes up to 45 bytes of it (number, checksum, digest).
 PUT_BLOCKS_MAX = 1024
+# What may be under way at once, in PUTS_OPEN puts or more. Each page costs the driver's thread some microseconds, in
+# which nobody else's last slab goes out; and a fast lane sends as much while that thread has something else to do.
+OPEN_BYTES, PUTS_OPEN = 64 << 20, 4
 
 
 class Sender:
     """One handoff, sending side. Every method returns the actions to take, in order."""
 
     def __init__(
-        self, handle: TransferHandle, *, request_id: str, blocks: int, layers: int, incarnation: int, now: float
+        self,
+        handle: TransferHandle,
+        *,
+        request_id: str,
+        blocks: int,
+        layers: int,
+        page_bytes: int,
+        incarnation: int,
+        now: float,
     ) -> None:
         self.handle = handle
         self.request_id = request_id
@@ -45,13 +57,15 @@ class Sender:
         self._layers = layers
         self._incarnation = incarnation
         self._filled = [0] * blocks  # bit l: layer l of this block is in its slot
-        self._sent = [0] * blocks
         self._whole = (1 << layers) - 1
         self._wanted: frozenset[int] = frozenset()
         self._published = False
         self._has_engine = self._engine_holds = True
-        self._puts_open = 0
-        self._puts_made = 0
+        self._put_blocks = min(PUT_BLOCKS_MAX, max(1, OPEN_BYTES // PUTS_OPEN // page_bytes))
+        self._ready: deque[Put] = deque()  # filled and wanted, and no room for them among those under way
+        self._open: deque[int] = deque()  # pages of each put under way; lanes end those of a handoff in their order
+        self._pages_open = 0
+        self.pages_put = 0
         self.started_at = now
         self._progress_at = now
 
@@ -93,26 +107,26 @@ class Sender:
         self._progress_at = now
         actions = self._publish_if_whole()
         if self.state is Sending.SENDING:
-            actions += self._put(layer, [b for b in ready if b in self._wanted])
-            actions += self._commit_if_all_sent()
+            self._queue(layer, [b for b in ready if b in self._wanted])
+            actions += self._go_on()
         return actions
 
     def renewed(self, *, now: float) -> list[Action]:
         """The engine says that the request lives, computing or still in its queue."""
-        if self.state is not Sending.SENDING or self._puts_open:
+        if self.state is not Sending.SENDING or self._open:
             return []
         self._progress_at = now
         return [ToPeer(Alive(**self._ids()))]
 
     def put_ended(self, *, ok: bool, reason: str, now: float) -> list[Action]:
         """One Put action has come to its end: its slots are no longer read by it."""
-        self._puts_open -= 1
+        self._pages_open -= self._open.popleft()
         self._progress_at = now
         if self.state is Sending.DRAINING:
             return self._drained_if_quiet()
         if not ok:
             return self.fail(f"put failed: {reason}", tell_peer=True)
-        return self._commit_if_all_sent()
+        return self._go_on()
 
     def engine_let_go(self, *, ok: bool, reason: str) -> list[Action]:
         """The engine's steps no longer touch the slots. Not ok: it won't fill the rest either.
@@ -139,10 +153,11 @@ class Sender:
         self.lease_epoch = lease_epoch
         self._wanted = wanted_set
         self._progress_at = now
-        actions: list[Action] = []
+        begun = sorted(block for block in wanted_set if self._filled[block])
+        are_whole = all(self._filled[block] == self._whole for block in begun)
         for layer in range(self._layers):
-            actions += self._put(layer, [b for b in sorted(wanted_set) if self._filled[b] >> layer & 1])
-        return actions + self._commit_if_all_sent()
+            self._queue(layer, begun if are_whole else [b for b in begun if self._filled[b] >> layer & 1])
+        return self._go_on()
 
     def committed(self) -> list[Action]:
         if self.state is not Sending.COMMITTING:
@@ -172,11 +187,6 @@ class Sender:
                 actions.append(RevokeEngine())
         return actions + self._drained_if_quiet()
 
-    def cancelled_by_peer(self, message: Cancel) -> list[Action]:
-        """CANCEL asks for an answer even when this half has failed already."""
-        actions = self.fail(f"peer: {message.reason}", tell_peer=False)
-        return actions if self._puts_open else [*actions, ToPeer(Drained(**self._ids()))]
-
     def tick(self, *, now: float) -> list[Action]:
         """Budgets. Call it a few times a second."""
         budgets = self.handle.budgets
@@ -191,10 +201,6 @@ class Sender:
         return []
 
     @property
-    def pages_put(self) -> int:
-        return self._puts_made
-
-    @property
     def wanted(self) -> frozenset[int]:
         return self._wanted
 
@@ -203,20 +209,26 @@ class Sender:
         reason = f", {self.reason}" if self.reason else ""
         return (
             f"<Sender {self.handle.handoff_id.hex()[:8]} {self.state.value}: {filled}/{self.blocks * self._layers} "
-            f"pages filled, {self._puts_made} put, {self._puts_open} puts open{reason}>"
+            f"pages filled, {self.pages_put} put, {len(self._open)} puts open{reason}>"
         )
 
     # --- steps ---
 
-    def _put(self, layer: int, blocks: list[int]) -> list[Action]:
-        bit = 1 << layer
-        blocks = [b for b in blocks if not self._sent[b] & bit]
-        for block in blocks:
-            self._sent[block] |= bit
-        puts = [blocks[start : start + PUT_BLOCKS_MAX] for start in range(0, len(blocks), PUT_BLOCKS_MAX)]
-        self._puts_open += len(puts)
-        self._puts_made += len(blocks)
-        return [Put(layer, tuple(put)) for put in puts]
+    def _queue(self, layer: int, blocks: list[int]) -> None:
+        size = self._put_blocks
+        self._ready += [Put(layer, tuple(blocks[start : start + size])) for start in range(0, len(blocks), size)]
+
+    def _go_on(self) -> list[Action]:
+        """As many puts as there is room for, in the order in which they became ready; COMMIT behind the last one."""
+        actions: list[Action] = []
+        room = self._put_blocks * PUTS_OPEN
+        while self._ready and self._pages_open + len(self._ready[0].blocks) <= room:
+            put = self._ready.popleft()
+            self._open.append(len(put.blocks))
+            self._pages_open += len(put.blocks)
+            self.pages_put += len(put.blocks)
+            actions.append(put)
+        return actions or self._commit_if_all_sent()
 
     def _publish_if_whole(self) -> list[Action]:
         if self._published or any(bits != self._whole for bits in self._filled):
@@ -225,18 +237,18 @@ class Sender:
         return [Publish()]
 
     def _commit_if_all_sent(self) -> list[Action]:
-        if self.state is not Sending.SENDING or self._puts_open or not self._published:
+        if self.state is not Sending.SENDING or self._open or not self._published:
             return []
-        if any(self._sent[block] != self._whole for block in self._wanted):
+        if self.pages_put < len(self._wanted) * self._layers:
             return []
         self.state = after(SENDING, self.state, "all_sent")
-        return [SendCommit(pages=self._puts_made)]
+        return [SendCommit(pages=self.pages_put)]
 
     def _drained_if_quiet(self) -> list[Action]:
-        if self.state is not Sending.DRAINING or self._puts_open:
+        if self.state is not Sending.DRAINING or self._open:
             return []
         self.state = after(SENDING, self.state, "drained")
-        return [ToPeer(Drained(**self._ids())), Ended(self.reason)]
+        return [Ended(self.reason)]
 
     def _end(self) -> list[Action]:
         self.state = after(SENDING, self.state, "let_go")

@@ -13,6 +13,7 @@ from pdx.layout import Place
 from pdx.wire import Alive, Budgets, DaemonRef
 
 BLOCKS, LAYERS = 2, 3
+Page = tuple[int, int]  # layer, block
 PREFILL = DaemonRef(daemon_id="p", incarnation=1, control="tcp://127.0.0.1:1", lanes=[])
 DECODE = DaemonRef(daemon_id="d", incarnation=2, control="tcp://127.0.0.1:2", lanes=[])
 HANDLE = TransferHandle(
@@ -30,7 +31,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def opened() -> LateSender:
-    sender = LateSender(HANDLE, request_id="r", blocks=BLOCKS, layers=LAYERS, incarnation=1, now=0.0)
+    sender = LateSender(HANDLE, request_id="r", blocks=BLOCKS, layers=LAYERS, page_bytes=64, incarnation=1, now=0.0)
     sender.claimed(PLACES, frozenset(range(BLOCKS)), RESERVE, now=0.0)
     return sender
 
@@ -39,22 +40,26 @@ def grant(sender: LateSender) -> list[Action]:
     return sender.granted(has=[], wanted=range(BLOCKS), lease_epoch=1, now=0.1)
 
 
-def fill(sender: LateSender) -> list[list[Action]]:
+def fill(sender: LateSender) -> list[list[Page]]:
     """What leaves when each layer is filled."""
     return [puts(sender.filled(layer, range(BLOCKS), now=0.2)) for layer in range(LAYERS)]
 
 
-def puts(actions: list[Action]) -> list[Action]:
-    return sorted((action for action in actions if isinstance(action, Put)), key=lambda put: put.layer)
+def puts(actions: list[Action]) -> list[Page]:
+    return sorted((put.layer, block) for put in actions if isinstance(put, Put) for block in put.blocks)
 
 
-ALL_LATE: list[list[Action]] = [[], [], [Put(layer, (0, 1)) for layer in range(LAYERS)]]
+def pages_of(layers: range) -> list[Page]:
+    return [(layer, block) for layer in layers for block in range(BLOCKS)]
+
+
+ALL_LATE: list[list[Page]] = [[], [], pages_of(range(LAYERS))]
 
 
 def test_without_the_sign_every_layer_leaves_when_it_is_filled(run_dir: Path) -> None:
     sender = opened()
     grant(sender)
-    assert fill(sender) == [[Put(layer, (0, 1))] for layer in range(LAYERS)]
+    assert fill(sender) == [pages_of(range(layer, layer + 1)) for layer in range(LAYERS)]
 
 
 def test_with_the_sign_all_leave_after_the_last(run_dir: Path) -> None:

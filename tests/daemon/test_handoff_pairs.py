@@ -14,7 +14,7 @@ from pdx.errors import PeerGone, WireError
 from pdx.transport.handshake import greet_as_connector
 from pdx.transport.sockets import parse_endpoint
 from pdx.verbs import Clear
-from pdx.wire import Ask, DaemonRef, LaneOffer, LoadEnded, Renew, SendEnded, SendOpened
+from pdx.wire import Ask, Budgets, DaemonRef, LaneOffer, LoadEnded, Renew, SendEnded, SendOpened
 
 DAEMON_OF_OTHERS = DaemonRef(
     daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=[LaneOffer(endpoint="tcp://127.0.0.1:9")]
@@ -240,6 +240,22 @@ def test_a_daemon_dies(tmp_path: Path, victim: str) -> None:
         else:
             prefill.expect_failed_send()
         survivor.wait_unleased()
+
+
+def test_what_has_landed_outlives_the_daemon_that_sent_it(fleet: Fleet) -> None:
+    """Decode's engine may come for it when prefill's host has gone, and gets the tail too."""
+    source, target = fleet.daemon(), fleet.daemon()
+    prefill, decode = fleet.engine(source, "P"), fleet.engine(target, "D")
+    prompt, handle = prompt_of(40), fleet.handle(prefill, decode, Budgets(claim_s=60.0))
+    prefill.prefill(prompt, handle)
+    until(lambda: source.counter("sends_settled") == 1, "it has landed")
+    other, other_handle = prompt_of(64, seed=1), fleet.handle(prefill, decode)
+    prefill.open_send(other, other_handle)
+    decode.open_load(other, other_handle)
+    source.kill()
+    assert "prefill daemon is gone" in decode.expect_failed_load().reason
+    assert decode.load(prompt, handle) == 3
+    target.wait_unleased()
 
 
 def test_a_silent_prefill_engine_loses_its_lease_but_not_the_quarantine(tmp_path: Path) -> None:

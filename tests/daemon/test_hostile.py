@@ -32,7 +32,6 @@ from pdx.wire import (
     Commit,
     Committed,
     DaemonRef,
-    Drained,
     Fail,
     Filled,
     FilledEntry,
@@ -207,7 +206,6 @@ def peer_messages(out_ids: dict[str, Any], in_ids: dict[str, Any], blocks: int, 
         Commit(**in_ids, pages=pages, checksum=1),
         Alive(**in_ids),
         Fail(**in_ids, reason="f"),
-        Drained(**in_ids),
     ]
 
 

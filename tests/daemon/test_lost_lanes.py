@@ -93,6 +93,15 @@ def test_a_handoff_from_before_the_loss_proves_nothing(lanes: Lanes) -> None:
     assert schemes(lanes, 2.0) == ["tcp"] * 3
 
 
+def test_a_loss_is_charged_to_the_living_one_too_if_a_late_handle_names_its_former_life(lanes: Lanes) -> None:
+    """At fixed ports a daemon that has started anew offers what it offered before."""
+    former = peer("former", BETTER, TCP)
+    lanes.route(former, 0.0)
+    lanes.route(PEER, 0.0)
+    lanes.lost("loopback", BETTER, "fabric error", 1.0)
+    assert schemes(lanes, 2.0) == ["tcp"] * 3
+
+
 def test_the_only_lane_of_a_pair_is_taken_while_it_rests(lanes: Lanes) -> None:
     only = peer("only", TCP)
     lanes.route(only, 0.0)

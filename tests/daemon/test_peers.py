@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
 
+import pytest
 import zmq
+from daemon.fleet import Fleet, until
 
+from pdx import curve
 from pdx.curve import lock
 from pdx.daemon.peers import UNREACHED_S, Peers
 from pdx.launch.ports import free_ports
-from pdx.wire import DaemonRef, Drained
+from pdx.wire import DaemonRef, Fail
 
 KEY = b"k" * 32
-FAREWELL = Drained(handoff_id=b"h" * 16, attempt=0, lease_epoch=1, incarnation=1)
+FAREWELL = Fail(handoff_id=b"h" * 16, attempt=0, lease_epoch=1, incarnation=1, reason="over")
 
 
 def test_a_farewell_to_a_dead_peer_does_not_keep_a_connection_to_it() -> None:
@@ -57,3 +61,24 @@ def test_a_peer_that_is_reached_at_once_is_not_lost() -> None:
         peers.tick(lost.append, time.monotonic() + UNREACHED_S + 1)
         assert (lost, counters["peers_not_reached"]) == ([], 0)
         peers.close()
+
+
+def test_a_peer_that_falls_silent_is_lost_though_nobody_has_closed_its_connection(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a host without power; here its daemon is stopped."""
+    monkeypatch.setattr(curve, "HEARTBEAT_MS", 20)
+    monkeypatch.setattr(curve, "SILENT_MS", 500)
+    daemon = fleet.daemon()
+    with zmq.Context() as context:
+        poller, lost = zmq.Poller(), list[str]()
+        peers = Peers(context, poller, Counter[str](), cluster_key=fleet.key_file.read_bytes())
+        peers.send(daemon.ref, FAREWELL)
+        peers.handle_ready(dict(poller.poll(10_000)), lost.append)
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            until(lambda: peers.handle_ready(dict(poller.poll(100)), lost.append) or lost, "it is lost")
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+            peers.close()
+        assert lost == [daemon.ref.control]

@@ -9,10 +9,10 @@ from pdx.errors import IllegalTransition
 from pdx.handoff import actions as do
 from pdx.handoff.handle import TransferHandle
 from pdx.handoff.receiver import Receiver
-from pdx.handoff.sender import PUT_BLOCKS_MAX, Sender
+from pdx.handoff.sender import OPEN_BYTES, PUT_BLOCKS_MAX, PUTS_OPEN, Sender
 from pdx.handoff.states import RECEIVING, SENDING, Receiving, Sending, after
 from pdx.layout import Place
-from pdx.wire import Budgets, Cancel, Commit, DaemonRef, Drained, Fail, Grant, LoadEnded, Reserve, SendEnded, SendOpened
+from pdx.wire import Budgets, Commit, DaemonRef, Fail, Grant, LoadEnded, Reserve, SendEnded, SendOpened
 
 LAYERS = 2
 ID = b"i" * 16
@@ -31,7 +31,7 @@ GRANT = Grant(**IDS, has=[], wanted=[0, 1, 2], places=PLACES, window=1)
 
 
 def make_sender(fresh: set[int] | None = None) -> Sender:
-    sender = Sender(HANDLE, request_id="r", blocks=3, layers=LAYERS, incarnation=1, now=0.0)
+    sender = Sender(HANDLE, request_id="r", blocks=3, layers=LAYERS, page_bytes=64, incarnation=1, now=0.0)
     sender.claimed(PLACES, frozenset({0, 1, 2} if fresh is None else fresh), RESERVE, now=0.0)
     return sender
 
@@ -64,7 +64,7 @@ def test_illegal_transitions_raise() -> None:
 
 
 def test_claim_opens_the_engine_and_reserves() -> None:
-    sender = Sender(HANDLE, request_id="r", blocks=3, layers=LAYERS, incarnation=1, now=0.0)
+    sender = Sender(HANDLE, request_id="r", blocks=3, layers=LAYERS, page_bytes=64, incarnation=1, now=0.0)
     opened, reserve = sender.claimed(PLACES, frozenset({1, 2}), RESERVE, now=0.0)
     assert isinstance(opened, do.ToEngine)
     assert isinstance(opened.message, SendOpened)
@@ -126,7 +126,7 @@ def test_failure_drains_before_it_ends() -> None:
     assert kinds(actions) == ["SendEnded", "Fail", "StopPuts", "Abandon", "RevokeEngine"]
     assert sender.state is Sending.DRAINING
     assert sender.filled(1, [0], now=0.2) == [], "late pages of a failed handoff go nowhere"
-    assert kinds(sender.put_ended(ok=False, reason="cancelled", now=0.3)) == ["Drained", "Ended"]
+    assert kinds(sender.put_ended(ok=False, reason="cancelled", now=0.3)) == ["Ended"]
     assert sender.fail("again", tell_peer=True) == []
     assert sender.reason == "engine died", "the first reason is the one kept"
 
@@ -163,7 +163,7 @@ def test_a_block_named_twice_is_put_once() -> None:
 
 def test_a_put_has_no_more_blocks_than_a_notice_can_name() -> None:
     blocks = 2 * PUT_BLOCKS_MAX + 1
-    sender = Sender(HANDLE, request_id="r", blocks=blocks, layers=1, incarnation=1, now=0.0)
+    sender = Sender(HANDLE, request_id="r", blocks=blocks, layers=1, page_bytes=64, incarnation=1, now=0.0)
     sender.claimed([PLACES[0]] * blocks, frozenset(), RESERVE, now=0.0)
     puts = sender.granted(has=[], wanted=range(blocks), lease_epoch=4, now=0.1)
     assert [len(put.blocks) for put in puts if isinstance(put, do.Put)] == [PUT_BLOCKS_MAX, PUT_BLOCKS_MAX, 1]
@@ -171,10 +171,51 @@ def test_a_put_has_no_more_blocks_than_a_notice_can_name() -> None:
     assert ends == [[], [], [do.SendCommit(blocks)]]
 
 
+def make_long(blocks: int, fresh: frozenset[int] = frozenset()) -> Sender:
+    """Of pages of which two are a put, all of them there but those of `fresh` blocks."""
+    sender = Sender(
+        HANDLE, request_id="r", blocks=blocks, layers=LAYERS, page_bytes=OPEN_BYTES // PUTS_OPEN // 2, incarnation=1,
+        now=0.0,
+    )  # fmt: skip
+    sender.claimed([PLACES[0]] * blocks, fresh, RESERVE, now=0.0)
+    return sender
+
+
+def test_of_a_prompt_that_is_whole_only_so_much_is_under_way_at_once_and_the_rest_follows_in_order() -> None:
+    sender, blocks = make_long(10), range(10)
+    puts = sender.granted(has=[], wanted=blocks, lease_epoch=4, now=0.1)
+    assert puts == [do.Put(0, (block, block + 1)) for block in range(0, 8, 2)]
+    for open_puts in puts:  # grows as it is walked: each end brings the next
+        assert isinstance(open_puts, do.Put)
+        puts += sender.put_ended(ok=True, reason="", now=0.2)
+        if isinstance(puts[-1], do.SendCommit):
+            break
+    *sent, commit = puts
+    assert sent == [do.Put(layer, (block, block + 1)) for layer in range(LAYERS) for block in range(0, 10, 2)]
+    assert commit == do.SendCommit(pages=20)
+
+
+def test_small_puts_go_out_at_once_however_many_there_are() -> None:
+    """What counts is how much they carry: each step of a prefill has a few pages in each layer."""
+    sender = make_long(8, fresh=frozenset(range(8)))
+    sender.granted(has=[], wanted=range(8), lease_epoch=4, now=0.1)
+    assert [sender.filled(0, [block], now=0.2) for block in range(8)] == [[do.Put(0, (block,))] for block in range(8)]
+    assert sender.filled(1, [0], now=0.2) == []
+    assert sender.put_ended(ok=True, reason="", now=0.3) == [do.Put(1, (0,))]
+
+
+def test_what_waits_for_others_to_end_never_goes_out_after_a_failure() -> None:
+    sender = make_long(10)
+    puts = sender.granted(has=[], wanted=range(10), lease_epoch=4, now=0.1)
+    sender.fail("engine died", tell_peer=True)
+    ends = [kinds(sender.put_ended(ok=True, reason="", now=0.2)) for _ in puts]
+    assert ends == [[], [], [], ["Ended"]]
+
+
 def test_engine_giving_up_fails_the_handoff() -> None:
     sender = make_sender()
     actions = sender.engine_let_go(ok=False, reason="request aborted")
-    assert kinds(actions) == ["SendEnded", "Fail", "StopPuts", "Abandon", "Drained", "Ended"]
+    assert kinds(actions) == ["SendEnded", "Fail", "StopPuts", "Abandon", "Ended"]
 
 
 @pytest.mark.parametrize("silent_s,reason", [(1.1, "no GRANT")])
@@ -207,17 +248,8 @@ def test_a_request_in_the_engines_queue_is_not_silence() -> None:
     assert receiver.tick(now=11.1) != []
 
 
-def test_cancel_is_answered_once_drained() -> None:
-    sender = make_sender()
-    sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
-    sender.filled(0, [0], now=0.1)
-    cancel = Cancel(**IDS, reason="decode left")
-    assert "Drained" not in kinds(sender.cancelled_by_peer(cancel))
-    assert kinds(sender.put_ended(ok=True, reason="", now=0.1)) == ["Drained", "Ended"]
-
-
 def make_returning() -> Sender:
-    sender = Sender(HANDLE, request_id="", blocks=3, layers=LAYERS, incarnation=1, now=0.0)
+    sender = Sender(HANDLE, request_id="", blocks=3, layers=LAYERS, page_bytes=64, incarnation=1, now=0.0)
     assert kinds(sender.held(RESERVE, now=0.0)) == ["Reserve"], "there is no engine to be told"
     return sender
 
@@ -239,12 +271,12 @@ def test_without_an_engine_a_receiver_that_has_all_is_asked_for_its_word() -> No
 def test_without_an_engine_a_failure_takes_nothing_back_and_tells_nobody_here() -> None:
     """The blocks are cache, whatever becomes of their copies."""
     sender = make_returning()
-    assert kinds(sender.fail("refused by decode: full", tell_peer=False)) == ["StopPuts", "Drained", "Ended"]
+    assert kinds(sender.fail("refused by decode: full", tell_peer=False)) == ["StopPuts", "Ended"]
     sender = make_returning()
     sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.1)
     assert kinds(sender.fail("lane lost", tell_peer=True)) == ["Fail", "StopPuts"]
     sender.put_ended(ok=False, reason="", now=0.2)
-    assert kinds(sender.put_ended(ok=True, reason="", now=0.2)) == ["Drained", "Ended"]
+    assert kinds(sender.put_ended(ok=True, reason="", now=0.2)) == ["Ended"]
 
 
 # --- receiver -------------------------------------------------------------------------------------------------
@@ -378,12 +410,23 @@ def test_what_nobody_waits_for_ends_when_it_has_landed_and_its_window_is_closed(
     assert receiver.window_closed() == [do.Ended("")]
 
 
-def test_fail_after_landed_changes_nothing() -> None:
+def test_the_sender_s_end_after_landed_changes_nothing() -> None:
     receiver = make_receiver()
     land_all(receiver)
     receiver.commit(COMMIT)
     receiver.checked(ok=True, now=1.0)
     assert receiver.failed_by_peer(Fail(**IDS, reason="late")) == []
+    assert receiver.peer_lost() == []
+    assert receiver.engine_opened(), "every page is here and checked"
+    assert receiver.engine_let_go(ok=True, reason="") == []
+    assert receiver.window_closed() == [do.Ended("")]
+
+
+def test_a_sender_that_is_lost_before_fails_what_is_under_way() -> None:
+    receiver = make_receiver()
+    land_all(receiver)
+    assert kinds(receiver.peer_lost()) == ["Cancel", "Abandon", "CloseWindow"]
+    assert receiver.state is Receiving.FAILING
 
 
 @pytest.mark.parametrize("landed_at,now,reason", [(0.0, 2.1, "nothing landed for"), (9.9, 10.1, "not finished within")])
@@ -397,7 +440,3 @@ def test_receiver_budgets(landed_at: float, now: float, reason: str) -> None:
 def test_refusal_ends_at_once() -> None:
     receiver = Receiver(HANDLE, blocks=3, layers=LAYERS, lease_epoch=4, incarnation=2, now=0.0)
     assert kinds(receiver.refuse("KV layouts differ")) == ["Refuse", "Ended"]
-
-
-def test_drained_is_a_message_of_the_sender() -> None:
-    assert Drained(**IDS).attempt == 1

@@ -30,6 +30,7 @@ def test_a_naive_variant_is_caught(name: str) -> None:
     caught = next((outcome for outcome in outcomes if outcome.finding), None)
     assert caught is not None, f"{EPISODES_MAX} episodes without {name}, and nothing was noticed"
     assert caught.kind in CAUGHT_AS[name], caught.finding
+    assert "TypeError" not in caught.finding, "the variant itself is broken"
     assert caught.trace
 
 

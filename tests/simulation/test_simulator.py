@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.simulate import __main__ as simulate
 from benchmarks.simulate.simulator import Episode, Outcome, run_episode
+from pdx.handoff import sender
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,14 @@ def test_any_message_of_daemons_and_engines_may_be_lost(seed: int) -> None:
     episode = Episode(seed, handoffs=40)
     episode.world.loss_chance = 0.05
     episode.run()
+
+
+@pytest.mark.parametrize("seed", range(40, 44))
+def test_few_pages_may_be_under_way_at_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is filled waits for what is under way, at every fault."""
+    monkeypatch.setattr(sender, "OPEN_BYTES", 1)
+    outcome = run_episode(seed, handoffs=60)
+    assert not outcome.finding, "\n".join([f"seed {seed}", *outcome.trace[-80:], outcome.finding])
 
 
 def test_the_worlds_are_not_too_kind() -> None:
