@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import cast
 
 from pdx.transport.api import Copy, PutDone, PutFailed, Span
-from pdx.transport.side import MEMORY_BYTES, WAIT_S, Pair, ProcessPair, Side, arrivals_of, losses_of, sides
+from pdx.transport.side import GONE_S, MEMORY_BYTES, WAIT_S, Pair, ProcessPair, Side, arrivals_of, losses_of, sides
 
 MakeProcessPair = Callable[[], AbstractContextManager[ProcessPair]]
 WHOLE = [Copy(0, 0, MEMORY_BYTES)]
@@ -36,7 +36,7 @@ def check_killed_writer(make_pair: MakeProcessPair) -> None:
         window = _stream_into_near(near, far)
         pair.kill_far()
         near.region.close_window(window)
-        near.wait_closed(window)
+        near.wait_closed(window, GONE_S)
         _check_stays_untouched(near)
 
 
@@ -104,7 +104,7 @@ def check_killed_somewhere(make_pair: MakeProcessPair, *, seed: int) -> None:
         for ticket in tickets:
             near.wait_end(ticket)
         near.region.close_window(windows[1])
-        near.wait_closed(windows[1])
+        near.wait_closed(windows[1], GONE_S)
         ended = [event.ticket for event in near.events if isinstance(event, PutDone | PutFailed)]
         assert sorted(ended) == tickets, "some put did not end, or ended twice"
         assert len(losses_of(near.events, channel)) == 1, "PeerLost more than once"
