@@ -9,10 +9,13 @@ windows before a byte is written) or `"sender"` (nixl, ucx: one-sided writes run
 lane asks the receiver's for a window's spans and checks its copies against them; what opens the region to it is told
 only to peers that proved the cluster key and named an open window. The contract is the same: WindowClosed comes when
 not a byte can follow. On a "sender"-checked lane that is when the peer's lane has drained, or is gone; a peer that is
-merely stopped keeps the window, and so its slots in quarantine, until it goes on or dies.
+merely stopped keeps the window, and so its slots in quarantine, until it goes on or dies. One that is gone without a
+word has its network's time to end what was under way. So has the sender: its ticket stays open as long as the library
+may read the source, and PeerLost comes before the end of a ticket that can't be ended in good time.
 
-After a failure: a lost channel is lost for ever (connect() gives a new one), and a lane whose own thread failed loses
-all its channels and every later one; its windows then stay open for good, as nothing is left that could close them.
+After a failure: a lost channel is lost for ever (connect() gives a new one), and a lane whose own thread failed says
+LaneFailed and loses all its channels and every later one; its windows then stay open for good, as nothing is left that
+could close them.
 
 Threads: all methods are called by the one thread that made the lane (the daemon's control thread) and never block on
 the network. Lanes have threads of their own; what they have to say waits in take_events().
@@ -69,14 +72,21 @@ class WindowClosed(msgspec.Struct, frozen=True):
 
 
 class PeerLost(msgspec.Struct, frozen=True):
-    """A channel of ours broke. Its open puts have failed (their PutFailed events come first). Connect anew."""
+    """A channel of ours broke. Its open puts have failed (their PutFailed events come first, but for those whose source
+    may still be read). Connect anew."""
 
     channel: int
     endpoint: str
     reason: str
 
 
-Event = PutDone | PutFailed | Arrived | WindowClosed | PeerLost
+class LaneFailed(msgspec.Struct, frozen=True):
+    """A thread of the lane itself failed: it is of no use any more."""
+
+    reason: str
+
+
+Event = PutDone | PutFailed | Arrived | WindowClosed | PeerLost | LaneFailed
 
 
 class Region(Protocol):

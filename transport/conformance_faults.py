@@ -16,7 +16,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from pdx.transport.api import Copy, Span
-from pdx.transport.side import MEMORY_BYTES, WAIT_S, MakePair, Side, arrivals_of, ends_of, losses_of
+from pdx.transport.side import GONE_S, MEMORY_BYTES, WAIT_S, MakePair, Side, arrivals_of, ends_of, losses_of
 
 Fault = Literal["cut", "reset", "stall", "corrupt"]
 # A one-sided lane's connection carries the right to write: a bit that flips there is for TCP's checksum to find.
@@ -66,7 +66,7 @@ def _stream(near: Side, far: Side, channel: int, rng: random.Random, *, is_intac
         far.region.close_window(window)
     if far.lane.checked_by == "sender":  # it keeps a window for a peer that is there
         near.lane.break_channel(channel, "the test is over")  # type: ignore[attr-defined]
-    far.wait_closed(window)
+    far.wait_closed(window, GONE_S)
     assert all(len(ends_of(near.events, ticket)) == 1 for ticket in tickets), "a put ended twice"
     assert len(losses_of(near.events, channel)) <= 1, "PeerLost more than once"
     behind = START + PUTS * PUT_BYTES

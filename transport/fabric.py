@@ -40,13 +40,20 @@ class Fabric(Protocol):
         """A name for the peer; a peer that has registered more since is added again, under the same name."""
 
     def write(self, peer: str, *, source: Memory, target: Memory, copies: Sequence[Copy]) -> Transfer:
-        """Starts one transfer; the copies lie inside both memories."""
+        """Starts one transfer; the copies lie inside both memories. If it raises, part of it may be under way."""
 
     def is_done(self, transfer: Transfer) -> bool:
-        """Whether every byte is where it belongs. True once; the transfer is forgotten then."""
+        """Whether every byte is where it belongs. True once; the transfer is forgotten then.
 
-    def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> None:
-        """Breaks with a peer: afterwards none of its transfers reads our memory."""
+        If it raises, the transfer has ended, or ends with all others of that peer.
+        """
+
+    def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> bool:
+        """Breaks with a peer. `transfers`: those of its that have not ended, or not well; they are forgotten.
+
+        False, and nothing is forgotten, as long as one of them may touch memory: some libraries can't take back what
+        they have posted. Ask again later.
+        """
 
     def close(self) -> None:
         """Afterwards no memory is touched through this fabric, by us or by whoever needs our help for it."""

@@ -234,7 +234,7 @@ class LoopbackLane:
         for source, target in zip(frame.sources, targets, strict=True):
             target[:] = source
         notice = put.notice if frame.is_last else None
-        self._windows.end_frame(put.window, landed_bytes=frame.payload_bytes, notice=notice)
+        self._windows.end_frame(put.window, notice=notice)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -20,6 +20,7 @@ from pdx.transport.api import Copy
 from pdx.transport.fabric import Memory, Transfer
 from pdx.transport.onesided import OneSidedLane
 from pdx.transport.rdma import DEVICES, rdma_here
+from pdx.transport.reactor import SETTLE_S
 from pdx.transport.sockets import STALL_S
 
 SCHEME = "nixl"
@@ -35,11 +36,14 @@ IDLE_PEERS_MAX = 16
 class NixlLane(OneSidedLane):
     """See Lane."""
 
-    def __init__(self, url: str, *, key: bytes | None, name: str, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self, url: str, *, key: bytes | None, name: str, stall_s: float = STALL_S, settle_s: float = SETTLE_S
+    ) -> None:
         """Raises UnknownTransport if NIXL is not installed, ConfigError if it or the address does not work."""
         super().__init__(
-            url, scheme=SCHEME, key=key, name=name, make_fabric=NixlFabric, stall_s=stall_s, devices=rdma_here().devices
-        )
+            url, scheme=SCHEME, key=key, name=name, make_fabric=NixlFabric, stall_s=stall_s, settle_s=settle_s,
+            devices=rdma_here().devices,
+        )  # fmt: skip
 
 
 class NixlFabric:
@@ -72,6 +76,8 @@ class NixlFabric:
         self._metadata = b""
         self._lock = threading.Lock()
         self._idle: OrderedDict[str, None] = OrderedDict()  # the one left last comes last
+        self._broken: set[str] = set()  # would be as broken when they are added again
+        self._posted: dict[Transfer, str] = {}  # by whom they go to
 
     def register(self, memory: Memory) -> None:
         if not memory.length:
@@ -97,6 +103,7 @@ class NixlFabric:
             raise PeerGone(f"NIXL does not take the peer's metadata: {error}") from error
         with self._lock:
             self._idle.pop(peer, None)
+            self._broken.discard(peer)
         return peer
 
     def write(self, peer: str, *, source: Memory, target: Memory, copies: Sequence[Copy]) -> Transfer:
@@ -115,9 +122,10 @@ class NixlFabric:
             )
             self._agent.postXferReq(transfer, "")
         except self._failure as error:
-            self._release(transfer)
-            self._forget(peer)  # or it would be as broken when it is added again
+            self._release(Transfer(transfer))
+            self._broken.add(peer)
             raise PeerGone(f"NIXL: {error}") from error
+        self._posted[Transfer(transfer)] = peer
         return Transfer(transfer)
 
     def is_done(self, transfer: Transfer) -> bool:
@@ -128,33 +136,46 @@ class NixlFabric:
             self._agent.releaseXferReq(transfer)
         except self._failure as error:
             raise PeerGone(f"NIXL: {error}") from error
+        del self._posted[transfer]
         return True
 
-    def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> None:
+    def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> bool:
+        if any(self._is_under_way(transfer) for transfer in transfers):
+            return False  # to release one is to forget it: the network card goes on
         for transfer in transfers:
             self._release(transfer)
         with self._lock:
             self._idle.pop(peer, None)
-            if not transfers:
+            if not transfers and peer not in self._broken:
                 self._idle[peer] = None
                 if len(self._idle) <= IDLE_PEERS_MAX:
-                    return
+                    return True
                 peer, _ = self._idle.popitem(last=False)
         self._forget(peer)
+        return True
 
     def close(self) -> None:
+        for transfer in list(self._posted):
+            self._release(transfer)
         for registration in self._registered:
             with contextlib.suppress(*self._failure):
                 self._agent.deregisterMem(registration, self._backends)
         self._registered.clear()
         self._agent = None  # ends its threads
 
+    def _is_under_way(self, transfer: Transfer) -> bool:
+        with contextlib.suppress(*self._failure):
+            return bool(self._agent.getXferStatus(transfer) == self._nixl.NIXL_IN_PROG)
+        return False
+
     def _forget(self, peer: str) -> None:
-        if peer != self._name:
+        if peer != self._name and peer not in self._posted.values():  # another channel's way to it
             with contextlib.suppress(*self._failure):  # it may have noticed the peer's end itself
                 self._agent.invalidateRemoteMD(peer)
+            self._broken.discard(peer)
 
-    def _release(self, transfer: int) -> None:
+    def _release(self, transfer: Transfer) -> None:
+        self._posted.pop(transfer, None)
         with contextlib.suppress(*self._failure):  # what can't be released ends with the peer
             if transfer:
                 self._agent.releaseXferReq(transfer)

@@ -21,11 +21,11 @@ from pdx.transport.link_messages import SPANS_IN_WINDOW_MAX
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.onesided_sender import OneSidedPut
 from pdx.transport.outbox import checked_copies
-from pdx.transport.reactor import WIND_DOWN_S, Reactor
+from pdx.transport.reactor import SETTLE_S, WIND_DOWN_S, Reactor
 from pdx.transport.sockets import STALL_S, listen_at, parse_endpoint
 from pdx.transport.spans import SpanSet, check_inside
 
-# Channels end one after the other, each within its own time.
+# What is under way has its time; then the fabric ends its connections, one after the other.
 JOIN_S = 3 * WIND_DOWN_S
 
 
@@ -64,10 +64,11 @@ class OneSidedLane:
         name: str,
         make_fabric: Callable[[], Fabric],
         stall_s: float = STALL_S,
+        settle_s: float = SETTLE_S,
         devices: Sequence[str] = (),
     ) -> None:
-        """`devices`: of RDMA, which the fabric uses. Raises ConfigError if the address cannot be had, and whatever
-        make_fabric raises."""
+        """`settle_s`: for how long a peer that is gone without a word may still write. `devices`: of RDMA, which the
+        fabric uses. Raises ConfigError if the address cannot be had, and whatever make_fabric raises."""
         self.scheme = scheme
         self.devices = tuple(devices)
         listening, self.endpoint = listen_at(url, scheme=scheme, key=key)
@@ -85,6 +86,7 @@ class OneSidedLane:
             mailbox=self._mailbox,
             name=name,
             stall_s=stall_s,
+            settle_s=settle_s,
         )
         self._channels: dict[str, int] = {}  # by endpoint, until their loss was told
         self._numbers = itertools.count(1)

@@ -33,7 +33,6 @@ class Grants:
     def __init__(self, *, emit: Callable[[Event], None]) -> None:
         self._emit = emit
         self._open: dict[int, Grant] = {}
-        self.landed_count = 0
 
     def open(self, window: int, memory: Memory, spans: Sequence[Span]) -> None:
         self._open[window] = Grant(memory, spans)
@@ -49,8 +48,10 @@ class Grants:
         return askers
 
     def ask(self, window: int, *, link: int) -> Grant | None:
-        """The grant, from now on given to this link too; None if no such window is open."""
+        """The grant, from now on given to this link too; None if no such window is open. WireError if it has it."""
         grant = self._open.get(window)
+        if grant is not None and link in grant.askers:
+            raise WireError("a window is asked for that was granted")  # the answer may be large
         if grant is None or grant.is_closing:
             return None
         grant.askers.add(link)
@@ -61,7 +62,6 @@ class Grants:
         grant = self._open.get(window)
         if grant is None or link not in grant.askers:
             return False
-        self.landed_count += 1
         self._emit(Arrived(window, notice))
         return True
 

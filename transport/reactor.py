@@ -15,38 +15,34 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from pdx.errors import PeerGone, TransportError, WireError
-from pdx.transport.api import Event, PeerLost, PutFailed, Span
+from pdx.errors import PdxError, PeerGone, WireError
+from pdx.transport.api import Event, LaneFailed, PeerLost, PutFailed, Span
 from pdx.transport.fabric import Fabric, Memory
-from pdx.transport.link import Greeting, Link
-from pdx.transport.link_messages import Bye, LinkMessage, Shut
+from pdx.transport.link import Link
+from pdx.transport.link_messages import LinkMessage, Shut
 from pdx.transport.mailbox import Mailbox
+from pdx.transport.onesided_door import Door, Outcome
+from pdx.transport.onesided_ending import Ending
 from pdx.transport.onesided_receiver import Grants, InboundPeer
 from pdx.transport.onesided_sender import OneSidedChannel, OneSidedPut
 
 logger = logging.getLogger(__name__)
 
-# One link a peer; each is a descriptor and a few KiB.
-LINKS_MAX = 256
 # Fabrics copy while they are asked, so the thread asks without a pause at first: a slab is done by then, and on a busy
 # machine the shortest sleep may last 4 ms. What takes longer is the network's; then it leaves its core to others.
 SPIN_S = 1e-3
 TRANSFER_POLL_S = 20e-6
 # While something has a deadline, or a peer must take bytes.
 TICK_S = 0.05
-# A peer that ends without BYE was killed, or broke with us. What of its writes needs our help (sockets under the
-# fabric) may lie in kernel buffers still: a few MiB, moved by a thread that sleeps on them. Waited for in slices, so
-# that a stop of this process shortens the wait by one slice only.
-SETTLE_SLICES = 10
-# Silence is not the end of a process: over a broken network the peer may write on until its keep-alive, of 13 s, ends
-# its side too, and its endpoint with it.
-SETTLE_SLICES_AFTER_SILENCE = 600
-# abort() waits no longer than this for peers to end what they write into us.
+# A peer that ends without BYE was killed, or the network between us broke: its network card may go on for as long as it
+# repeats a write, and it for as long as it waits for that (onesided_ending).
+SETTLE_S = 30.0
+# What a lost channel had under way has mostly ended by then.
+HURRY_S = 0.2
+# abort() waits no longer than this for what is under way, from us and into us.
 WIND_DOWN_S = 2.0
 # While puts follow puts, the control thread is not woken for every PutDone.
 ANNOUNCE_EVERY_S = 0.001
-
-Broken = (OSError, TransportError, WireError)
 
 
 class Reactor:
@@ -62,35 +58,37 @@ class Reactor:
         mailbox: Mailbox,
         name: str,
         stall_s: float,
+        settle_s: float,
     ) -> None:
-        self.refused_count = 0
         self.channels: dict[int, OneSidedChannel] = {}
         self.grants = Grants(emit=self._emit)
-        self._listening = listening
-        self._scheme = scheme
-        self._key = key
         self._fabric = fabric
         self._mailbox = mailbox
         self._name = name
         self._stall_s = stall_s
+        # In slices, so that a stop of this process shortens the wait by one slice only.
+        self._settle_slices = round(settle_s / TICK_S)
         self._commands: deque[Callable[[], None]] = deque()
-        self._greetings: set[Greeting] = set()
         self._inbound: dict[int, InboundPeer] = {}  # by descriptor
         self._outbound: dict[int, OneSidedChannel] = {}  # by descriptor
+        self._endings: list[Ending] = []  # of channels that are lost
         self._settling: dict[int, int] = {}  # link number -> slices left
         self._link_count = 0
+        self._unheard: set[int] = set()  # descriptors of peers that take no answers, and so are not listened to
         self._blocked_since: dict[int, float] = {}  # descriptor -> since when its peer takes no messages
+        self._looked_s = time.monotonic()  # at the descriptors
+        self._patient_until_s = 0.0
+        self._hurry_until_s = 0.0
         self._ticked_s = 0.0
         self._announced_s = 0.0
         self._owes_announcement = False
-        self._is_deaf = False  # accepts nothing until the next tick
         self._is_stopped = False
         self._is_over = False
         self._drain_until_s: float | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.epoll()
         self._poll.register(self._wake, select.EPOLLIN)
-        self._poll.register(listening, select.EPOLLIN)
+        self._door = Door(listening, self._poll, scheme=scheme, key=key, name=name, stall_s=stall_s, call=self.call)
         self._thread = threading.Thread(target=self._run, name=f"{name}-reactor", daemon=True)
         self._thread.start()
 
@@ -134,7 +132,7 @@ class Reactor:
             self._emit(PeerLost(number, endpoint, "the lane failed"))
             return
         self.channels[number] = OneSidedChannel(number, endpoint, fabric=self._fabric, emit=self._emit)
-        self._greet(endpoint, lambda outcome: self._connected(number, outcome))
+        self._door.connect(endpoint, lambda outcome: self._connected(number, outcome))
 
     def put(self, channel: int, put: OneSidedPut, queue: bytes, urgency: float) -> None:
         target = self.channels.get(channel)
@@ -158,27 +156,33 @@ class Reactor:
             while not self._is_stopped:
                 self._turn()
             self._wind_down()
-        except Exception:
+        except Exception as error:
             logger.exception("%s: the lane failed; its peers are lost", self._name)
-        finally:
+            self._end()
+            self._mailbox.add(LaneFailed(f"internal error: {error!r}"))
+        else:
             self._end()
 
     def _turn(self) -> None:
         ready = self._wait()
+        self._look(time.monotonic())
         self._run_commands()
         for descriptor, _ in ready:
-            if descriptor == self._listening.fileno():
-                self._accept()
+            if descriptor == self._door.fileno():
+                self._door.accept(self._accepted, link_count=len(self._inbound))
             elif descriptor in self._inbound:
                 self._serve_inbound(self._inbound[descriptor])
             elif descriptor in self._outbound:
                 self._serve_outbound(self._outbound[descriptor])
+        now = time.monotonic()
         for channel in list(self.channels.values()):
-            self._guarded(channel, channel.advance, time.monotonic())
-        self._tick(time.monotonic())
+            self._guarded(channel, channel.advance, now)
+        self._endings = [ending for ending in self._endings if not ending.advance(now)]
+        self._tick(now)
 
     def _wait(self) -> list[tuple[int, int]]:
         is_flying = any(channel.is_flying or channel.is_eager for channel in self.channels.values())
+        is_flying = is_flying or (bool(self._endings) and time.monotonic() < self._hurry_until_s)
         self._announce(is_flying=is_flying)
         if is_flying:
             if all(self._may_pause(channel) for channel in self.channels.values()):
@@ -186,10 +190,16 @@ class Reactor:
             return self._poll.poll(0)
         return self._poll.poll(TICK_S if self._is_stopped or self._is_due() else None)
 
+    def _look(self, now: float) -> None:
+        """Who was away, or stood still with the whole machine, can't say that others have: it gives them time anew."""
+        if now > self._looked_s + self._stall_s / 2:
+            self._patient_until_s = now + self._stall_s
+        self._looked_s = now
+
     def _is_due(self) -> bool:
         """Something has a deadline, or must be sent again and again, until a peer takes it."""
         return (
-            bool(self._settling or self._blocked_since or self._is_deaf)
+            bool(self._endings or self._settling or self._blocked_since or self._door.is_deaf)
             or any(not channel.is_idle for channel in self.channels.values())
             or any(party.link.unsent_bytes for party in self._inbound.values())
         )
@@ -223,45 +233,8 @@ class Reactor:
 
     # --- links ---
 
-    def _greet(self, peer: str | socket.socket, then: Callable[[socket.socket | str], None]) -> None:
-        def at_end(greeting: Greeting, outcome: socket.socket | str) -> None:
-            self.call(lambda: greeted(greeting, outcome))
-
-        def greeted(greeting: Greeting, outcome: socket.socket | str) -> None:
-            greeting.join(self._stall_s)  # its thread's last act was to call us
-            self._greetings.discard(greeting)
-            then(outcome)
-
-        try:
-            greeting = Greeting(
-                peer, scheme=self._scheme, key=self._key, stall_s=self._stall_s, at_end=at_end, name=self._name
-            )
-        except RuntimeError as error:  # no more threads
-            if isinstance(peer, socket.socket):
-                peer.close()
-            reason = f"no more connections can be made here: {error}"
-            self.call(lambda: then(reason))
-            return
-        self._greetings.add(greeting)
-
-    def _accept(self) -> None:
-        try:
-            accepted, address = self._listening.accept()
-        except OSError as error:  # the peer has gone already, or descriptors ran out: the next tick may fare better
-            logger.warning("%s: accept failed: %s", self._name, error)
-            self._poll.unregister(self._listening)
-            self._is_deaf = True
-            return
-        if len(self._inbound) + len(self._greetings) >= LINKS_MAX:
-            self.refused_count += 1
-            logger.warning("%s: refused %s: %d links are open", self._name, address, LINKS_MAX)
-            accepted.close()
-            return
-        self._greet(accepted, self._accepted)
-
-    def _accepted(self, outcome: socket.socket | str) -> None:
+    def _accepted(self, outcome: Outcome) -> None:
         if isinstance(outcome, str):
-            self.refused_count += 1
             logger.warning("%s: dropped a connection: %s", self._name, outcome)
             return
         self._link_count += 1
@@ -269,7 +242,7 @@ class Reactor:
         self._inbound[party.link.fileno()] = party
         self._watch(party.link)
 
-    def _connected(self, number: int, outcome: socket.socket | str) -> None:
+    def _connected(self, number: int, outcome: Outcome) -> None:
         channel = self.channels.get(number)
         if channel is None:
             if isinstance(outcome, socket.socket):
@@ -286,7 +259,17 @@ class Reactor:
 
     def _unwatch(self, link: Link) -> None:
         self._poll.unregister(link.fileno())
+        self._unheard.discard(link.fileno())
         self._blocked_since.pop(link.fileno(), None)
+
+    def _heed(self, link: Link) -> None:
+        """Listens to a peer, or, while it does not take what it asks for, only for that."""
+        if link.is_congested:
+            self._unheard.add(link.fileno())
+            self._poll.modify(link.fileno(), select.EPOLLOUT)
+        else:
+            self._unheard.discard(link.fileno())
+            self._poll.modify(link.fileno(), select.EPOLLIN)
 
     # --- peers that write into us ---
 
@@ -294,20 +277,25 @@ class Reactor:
         try:
             if party.is_refused:
                 party.link.discard()
-                return
-            if not self._mailbox.wait_for_room(self._stall_s):
+            elif party.link.is_congested or party.link.fileno() in self._unheard:
+                party.link.flush()
+                self._heed(party.link)
+            elif not self._mailbox.wait_for_room(self._stall_s):
                 raise WireError("we are too far behind to take its notices")
-            for message in party.link.receive():
-                party.handle(message)
+            else:
+                for message in party.link.receive():
+                    party.handle(message)
         except WireError as error:
             self._refuse(party, str(error))
         except (OSError, PeerGone) as error:
             self._end_inbound(party, error)
+        except Exception as error:
+            logger.exception("%s: serving a peer failed", self._name)
+            self._refuse(party, f"internal error: {error!r}")
 
     def _refuse(self, party: InboundPeer, reason: str) -> None:
         """Hangs up. What it still writes it can't take back: its windows wait until it has hung up too."""
         logger.warning("%s: dropped a peer: %s", self._name, reason)
-        self.refused_count += 1
         party.is_refused = True
         try:
             party.link.finish()
@@ -328,8 +316,7 @@ class Reactor:
             self.grants.link_is_quiet(party.number)
             return
         logger.info("%s: a peer left without a word: %s", self._name, error)
-        has_ended = isinstance(error, PeerGone | ConnectionError)
-        self._settling[party.number] = SETTLE_SLICES if has_ended else SETTLE_SLICES_AFTER_SILENCE
+        self._settling[party.number] = self._settle_slices
 
     # --- peers that we write into ---
 
@@ -344,32 +331,22 @@ class Reactor:
     def _guarded(self, channel: OneSidedChannel, step: Callable[[float], None], now: float) -> None:
         try:
             step(now)
-        except Broken as error:
+        except (OSError, PdxError) as error:
             self._lose(channel, str(error))
+        except Exception as error:
+            logger.exception("%s: the channel to %s failed", self._name, channel.endpoint)
+            self._lose(channel, f"internal error: {error!r}")
 
-    def _lose(
-        self, channel: OneSidedChannel, reason: str, *, is_ours: bool = False, wait_s: float = WIND_DOWN_S
-    ) -> None:
-        """What was posted gets some time to end, since a break can't take back what the network has."""
+    def _lose(self, channel: OneSidedChannel, reason: str, *, is_ours: bool = False) -> None:
+        now = time.monotonic()
         del self.channels[channel.number]
         if channel.link is not None:
             self._unwatch(channel.link)
             del self._outbound[channel.link.fileno()]
-        self._say_bye_when_quiet(channel, wait_s)
-        channel.end(reason, is_ours=is_ours)
-
-    def _say_bye_when_quiet(self, channel: OneSidedChannel, wait_s: float) -> None:
-        if channel.link is None:
-            return
-        try:
-            channel.stop_posting()
-            deadline_s = time.monotonic() + wait_s
-            while channel.is_flying and time.monotonic() < deadline_s:
-                channel.advance(time.monotonic())
-            if not channel.is_flying:
-                channel.link.send(Bye())
-        except Broken:
-            return  # it learns from the end of the connection
+        ending = channel.retire(reason, is_ours=is_ours, now=now)
+        if not ending.advance(now):
+            self._endings.append(ending)
+            self._hurry_until_s = now + HURRY_S
 
     # --- deadlines and the end ---
 
@@ -377,9 +354,7 @@ class Reactor:
         if now < self._ticked_s + TICK_S:
             return
         self._ticked_s = now
-        if self._is_deaf:
-            self._is_deaf = False
-            self._poll.register(self._listening, select.EPOLLIN)
+        self._door.listen_again()
         for number, slices_left in list(self._settling.items()):
             if slices_left:
                 self._settling[number] = slices_left - 1
@@ -387,8 +362,8 @@ class Reactor:
                 del self._settling[number]
                 self.grants.link_is_quiet(number)
         for channel in list(self.channels.values()):
-            if channel.is_stuck(now, self._stall_s):
-                self._lose(channel, f"peer did not move in {self._stall_s:g} s", wait_s=0.0)
+            if now > self._patient_until_s and channel.is_stuck(self._looked_s, self._stall_s):
+                self._lose(channel, f"peer did not move in {self._stall_s:g} s")
             elif channel.link is not None:
                 self._guarded(channel, lambda at, link=channel.link: self._flush(link, at), now)  # type: ignore[misc]
         for party in list(self._inbound.values()):
@@ -401,7 +376,7 @@ class Reactor:
         link.flush()
         if not link.unsent_bytes:
             self._blocked_since.pop(link.fileno(), None)
-        elif now > self._blocked_since.setdefault(link.fileno(), now) + self._stall_s:
+        elif now > self._blocked_since.setdefault(link.fileno(), now) + self._stall_s and now > self._patient_until_s:
             raise PeerGone("peer takes no messages any more")
 
     def _wind_down(self) -> None:
@@ -410,12 +385,7 @@ class Reactor:
         self._run_commands()  # puts that came before stop()
         while time.monotonic() < self._drain_until_s and not all(c.is_idle for c in self.channels.values()):
             self._turn()
-        if not self._is_deaf:
-            self._poll.unregister(self._listening)
-        self._is_deaf = False
-        self._listening.close()
-        for greeting in self._greetings:
-            greeting.stop()
+        self._door.close()
         for channel in list(self.channels.values()):
             self._lose(channel, "the lane was closed", is_ours=True)
         for party in list(self._inbound.values()):
@@ -424,21 +394,32 @@ class Reactor:
             except OSError as error:
                 self._end_inbound(party, error)
         deadline_s = time.monotonic() + WIND_DOWN_S
-        while (self._inbound or self._greetings) and time.monotonic() < deadline_s:
+        while (self._inbound or self._endings or self._door.is_greeting) and time.monotonic() < deadline_s:
             self._turn()
 
     def _end(self) -> None:
+        """Whatever fails on the way, every put ends; none before the fabric is closed, and so touches no memory."""
         self._is_stopped = True
-        for channel in list(self.channels.values()):
-            channel.end("the lane failed", is_ours=False)
+        for channel in self.channels.values():
+            self._endings.append(channel.retire("the lane failed", is_ours=False, now=time.monotonic()))
         self.channels.clear()
         for party in self._inbound.values():
             party.link.close()
         self._inbound.clear()
+        try:
+            self._fabric.close()
+        except Exception:
+            logger.exception("%s: the fabric does not close", self._name)
+        for ending in self._endings:
+            ending.end_now()
+        self._endings.clear()
+        self._door.end()
         self._is_over = True
-        self._obey()  # puts that came too late fail here
-        self._fabric.close()
-        self._listening.close()
+        while self._commands:  # puts that came too late fail here
+            try:
+                self._obey()
+            except Exception:
+                logger.exception("%s: a command failed", self._name)
         self._poll.close()
         self._owes_announcement = True
         self._announce(is_flying=False)

@@ -16,6 +16,8 @@ from pdx.transport.api import Arrived, Copy, Event, Lane, PeerLost, PutDone, Put
 
 # It bounds a hang: on a busy machine a lane that is right may take many times as long as on an idle one.
 WAIT_S = 30.0
+# For the window of a peer that is gone without a word: what its network card may still write is waited for.
+GONE_S = 2 * WAIT_S
 MEMORY_BYTES = 4 << 20
 
 
@@ -101,8 +103,8 @@ class Side:
             f"arrival of {notices}", lambda events: wanted <= {e.notice for e in events if isinstance(e, Arrived)}
         )
 
-    def wait_closed(self, window: int) -> None:
-        self.wait(f"close of window {window}", lambda events: WindowClosed(window) in events)
+    def wait_closed(self, window: int, wait_s: float = WAIT_S) -> None:
+        self.wait(f"close of window {window}", lambda events: WindowClosed(window) in events, wait_s)
 
     def wait_lost(self, channel: int) -> None:
         self.wait(f"loss of channel {channel}", lambda events: bool(losses_of(events, channel)))

@@ -11,7 +11,8 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from pdx.config import is_loopback
@@ -44,6 +45,25 @@ def tune(connection: socket.socket, stall_s: float = STALL_S) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
 
+def connect(endpoint: str, *, scheme: str, stall_s: float, check: Callable[[socket.socket], None]) -> socket.socket:
+    """A tuned connection. `check` sees it before and after connect(), which a stop in between can only thereby end: it
+    keeps the socket for shut(), and raises if there was a stop already.
+
+    Raises ConfigError, PeerGone or OSError; the socket, once checked, is the caller's to close.
+    """
+    host, port = parse_endpoint(endpoint, scheme=scheme)
+    family, kind, protocol, address = resolve(endpoint, host, port)
+    connection = socket.socket(family, kind, protocol)
+    check(connection)
+    tune(connection, stall_s)
+    try:
+        connection.connect(address)
+    except BlockingIOError as error:
+        raise PeerGone(f"no answer from {endpoint}") from error
+    check(connection)
+    return connection
+
+
 def limit_unsent(connection: socket.socket, unsent_bytes: int) -> None:
     """Queued but unsent bytes are bytes that an urgent put cannot overtake: so one frame's worth.
 
@@ -62,7 +82,7 @@ def listen_at(url: str, *, scheme: str, key: bytes | None) -> tuple[socket.socke
     if key is None and not is_loopback(host):
         raise ConfigError(f"{url}: lanes off loopback need the cluster key; set PDX_KEY_FILE")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, address = resolve(url, host, port)
         listening = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"{url}: {error}") from error
@@ -76,6 +96,15 @@ def listen_at(url: str, *, scheme: str, key: bytes | None) -> tuple[socket.socke
         raise ConfigError(f"{url}: {error}") from error
     bracketed = f"[{host}]" if ":" in host else host
     return listening, f"{scheme}://{bracketed}:{listening.getsockname()[1]}"
+
+
+def resolve(endpoint: str, host: str, port: int) -> tuple[int, int, int, Any]:
+    """Family, kind, protocol and address to connect to. Raises ConfigError for what no name is, OSError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except UnicodeError as error:  # a label of more than 63 letters
+        raise ConfigError(f"{endpoint}: {error}") from error
+    return family, kind, protocol, address
 
 
 def parse_endpoint(endpoint: str, *, scheme: str = "tcp") -> tuple[str, int]:

@@ -140,16 +140,6 @@ class TcpLane:
         if channel in self._channels:
             self._channels[channel].stop(reason, is_ours=False)
 
-    def counts(self) -> dict[str, int]:
-        """For metrics, since the lane was opened; sent bytes are those of the channels that are open now."""
-        return {
-            "bytes_sent": sum(channel.bytes_sent for channel in self._channels.values()),
-            "bytes_landed": self._windows.bytes_landed,
-            "frames_landed": self._windows.frames_landed,
-            "frames_dropped": self._windows.frames_dropped,
-            "connections_refused": self._listener.refused_count,
-        }
-
     def close(self, *, drain_s: float) -> None:
         if not self._is_closed:
             self._is_closed = True

@@ -63,10 +63,6 @@ class TcpChannel:
     def is_over(self) -> bool:
         return self._lost_reason is not None
 
-    @property
-    def bytes_sent(self) -> int:
-        return sum(stream.bytes_sent for stream in self._streams.values())
-
     def put(self, put: Put, urgency: float) -> None:
         with self._lock:
             if self._lost_reason is None:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 
 from pdx.errors import PeerGone, TransportError, WireError
+from pdx.transport.api import LaneFailed
 from pdx.transport.frames import (
     FRAME_BYTES_MAX,
     HEAD_BYTES,
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # A few connections a peer; each costs a thread and, once it needs them, a MiB of buffers.
 CONNECTIONS_MAX = 512
+# Who has not proved the key may be anybody: they have places of their own, and of those the oldest goes first.
+STRANGERS_MAX = 64
 # Out of descriptors, accept() fails at once and for ever: don't spin on it.
 ACCEPT_RETRY_S = 0.1
 # Ends of connection threads are waited for no longer than this; shutdown() wakes them at once.
@@ -56,7 +59,6 @@ class TcpListener:
         stall_s: float,
         tls: LaneTls | None = None,
     ) -> None:
-        self.refused_count = 0
         self._tls = tls
         self._stall_s = stall_s
         self._listening = listening
@@ -64,7 +66,7 @@ class TcpListener:
         self._windows = windows
         self._mailbox = mailbox
         self._name = name
-        self._connections: set[_Connection] = set()
+        self._connections: dict[_Connection, None] = {}  # the oldest first
         self._ended: deque[_Connection] = deque()
         self._is_stopped = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -100,7 +102,8 @@ class TcpListener:
                 if self._listening.fileno() in ready:
                     self._accept()
         except Exception:
-            logger.exception("%s: accepting failed; no new peers until restart", self._name)
+            logger.exception("%s: accepting failed", self._name)
+            self._mailbox.add(LaneFailed("no new peer can connect any more"))
         finally:
             self._listening.close()
             self._end_connections()
@@ -112,21 +115,23 @@ class TcpListener:
             logger.warning("%s: accept failed: %s", self._name, error)
             select.select([self._wake], [], [], ACCEPT_RETRY_S)
             return
-        if len(self._connections) >= CONNECTIONS_MAX:
-            self.refused_count += 1
+        strangers = [connection for connection in self._connections if not connection.is_proven]
+        if len(self._connections) - len(strangers) >= CONNECTIONS_MAX:
             logger.warning("%s: refused %s: %d connections are open", self._name, address, CONNECTIONS_MAX)
             accepted.close()
             return
+        if len(strangers) >= STRANGERS_MAX:
+            strangers[0].shut()
+            strangers[0].join(JOIN_S)  # so that there are never more
         peer = f"{address[0]}:{address[1]}"
         connection = _Connection(accepted, peer, self._key, self._windows, self._mailbox, self._stall_s, self._tls)
         try:
             connection.start(f"{self._name}-receive", at_end=self._note_end)
         except RuntimeError as error:  # no more threads
             logger.warning("%s: refused %s: %s", self._name, peer, error)
-            self.refused_count += 1
             connection.close()
             return
-        self._connections.add(connection)
+        self._connections[connection] = None
 
     def _note_end(self, connection: _Connection) -> None:
         """The last act of a connection's thread: what follows is the listener's."""
@@ -136,10 +141,9 @@ class TcpListener:
     def _sweep(self) -> None:
         while self._ended:
             connection = self._ended.popleft()
-            self.refused_count += connection.was_refused
             connection.join(JOIN_S)  # it has nothing left to do
             connection.close()
-            self._connections.discard(connection)
+            self._connections.pop(connection, None)
 
     def _end_connections(self) -> None:
         deadline_s = time.monotonic() + JOIN_S
@@ -163,7 +167,7 @@ class _Connection:
         stall_s: float,
         tls: LaneTls | None,
     ) -> None:
-        self.was_refused = False
+        self.is_proven = False
         self._socket = accepted
         self._pipe: Pipe = accepted if tls is None else tls.pipe(accepted, is_acceptor=True)
         self._peer = peer
@@ -195,11 +199,11 @@ class _Connection:
             if isinstance(self._pipe, TlsPipe):
                 self._pipe.shake_hands(self._stall_s)
             greet_as_acceptor(self._pipe, self._key)
+            self.is_proven = True
             reset_on_close(self._socket)
             while self._wait_for_head():
                 self._receive_frame(decode_head(self._head))
         except (WireError, TransportError) as error:
-            self.was_refused = isinstance(error, WireError)
             logger.warning("dropped the connection from %s: %s", self._peer, error)
         except OSError as error:
             logger.info("connection from %s broke: %s", self._peer, error)
@@ -226,12 +230,11 @@ class _Connection:
         if targets is None:
             self._receive_body(head, [self._scratch_of(head.payload_bytes)])
             return
-        landed_bytes, notice = 0, None
+        notice = None
         try:
             notice = self._receive_body(head, targets)
-            landed_bytes = head.payload_bytes
         finally:
-            self._windows.end_frame(head.window, landed_bytes=landed_bytes, notice=notice)
+            self._windows.end_frame(head.window, notice=notice)
 
     def _receive_body(self, head: Head, targets: list[memoryview]) -> bytes | None:
         """Payload to the targets; the notice, if this is a put's last frame, is returned."""

@@ -15,14 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from pdx.errors import PeerGone, TransportError, WireError
+from pdx.errors import PdxError, PeerGone, WireError
 from pdx.transport.api import PutFailed
 from pdx.transport.frames import Head, encode_frame_start
 from pdx.transport.handshake import greet_as_connector
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.outbox import Frame, Outbox, Put
 from pdx.transport.pace import Pace
-from pdx.transport.sockets import Pipe, limit_unsent, parse_endpoint, receive_some, send_exactly, shut, tune
+from pdx.transport.sockets import Pipe, connect, limit_unsent, receive_some, send_exactly, shut
 from pdx.transport.tls import LaneTls
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,6 @@ class TcpStream:
         at_end: Callable[[str, list[PutFailed]], None],
     ) -> None:
         self.endpoint = endpoint
-        self.bytes_sent = 0
         self._at_end = at_end
         self._pace = Pace()
         self._key = key
@@ -125,33 +124,22 @@ class TcpStream:
 
     def _run(self) -> None:
         try:
-            connection = self._connect()
+            connection = connect(self.endpoint, scheme="tcp", stall_s=self._stall_s, check=self._hold)
             pipe = self._encrypted(connection)
             greet_as_connector(pipe, self._key)
             self._send_frames(connection, pipe)
             reason = "channel closed"
-        except (OSError, TransportError, WireError) as error:
+        except (OSError, PdxError) as error:
             reason = str(error)
         except Exception as error:
             logger.exception("channel to %s failed", self.endpoint)
             reason = f"internal error: {error!r}"
         self._end(self._stop_reason or reason)
 
-    def _connect(self) -> socket.socket:
-        host, port = parse_endpoint(self.endpoint)
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        connection = socket.socket(family, kind, protocol)
+    def _hold(self, connection: socket.socket) -> None:
         with self._lock:
             self._socket = connection
             self._check_not_stopped()
-        tune(connection, self._stall_s)
-        try:
-            connection.connect(address)
-        except BlockingIOError as error:
-            raise PeerGone(f"no answer from {self.endpoint}") from error
-        with self._lock:
-            self._check_not_stopped()  # a stop before connect() had begun could not interrupt it
-        return connection
 
     def _encrypted(self, connection: socket.socket) -> Pipe:
         if self._tls is None:
@@ -190,7 +178,6 @@ class TcpStream:
         if self._pace.sent(total_bytes, began_s=began_s, ended_s=now_s):
             limit_unsent(connection, self._pace.frame_bytes)
         with self._lock:
-            self.bytes_sent += frame.payload_bytes
             end = self._outbox.frame_sent(frame)
             is_empty = not self._outbox
         if end is not None:

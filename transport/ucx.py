@@ -16,7 +16,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -25,11 +25,12 @@ from pdx.transport.api import Copy
 from pdx.transport.fabric import Memory, Transfer
 from pdx.transport.onesided import OneSidedLane
 from pdx.transport.rdma import rdma_here
+from pdx.transport.reactor import SETTLE_S
 from pdx.transport.sockets import STALL_S
 
 SCHEME = "ucx"
-# A forced close of an endpoint cancels what is under way and ends in a few rounds of progress.
-CLOSE_PERIOD_NS, CLOSE_ATTEMPTS = 10_000_000, 100
+# A forced close of an endpoint cancels what is under way and ends in a few rounds of progress; the lane waits for it.
+CLOSE_PERIOD_NS, CLOSE_ATTEMPTS = 10_000_000, 10
 
 # Rounds of progress for one question, while there is some: a large copy within one host takes a round per 512 KiB.
 PROGRESS_ROUNDS = 16
@@ -39,8 +40,9 @@ class UcxLane(OneSidedLane):
     """See Lane."""
 
     def __init__(
-        self, url: str, *, key: bytes | None, name: str, stall_s: float = STALL_S, emulated: bool = False
-    ) -> None:
+        self, url: str, *, key: bytes | None, name: str, stall_s: float = STALL_S, settle_s: float = SETTLE_S,
+        emulated: bool = False,
+    ) -> None:  # fmt: skip
         """`emulated`: also where UCX emulates writes and may end this process with a peer's. For tests and benchmarks.
 
         Raises UnknownTransport if ucxx is not installed, ConfigError if it or the address does not work.
@@ -48,7 +50,7 @@ class UcxLane(OneSidedLane):
         make_fabric = partial(UcxFabric, emulated=emulated)
         super().__init__(
             url, scheme=SCHEME, key=key, name=name, make_fabric=make_fabric, stall_s=stall_s,
-            devices=rdma_here().devices,
+            settle_s=settle_s, devices=rdma_here().devices,
         )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ class UcxFabric:
         self._memories: list[int] = []  # UCX's handles of them
         self._peers: dict[str, _Peer] = {}
         self._numbers = itertools.count(1)
-        self._flushes: dict[Transfer, int] = {}
+        self._flushes: dict[Transfer, _Flush] = {}
 
     def register(self, memory: Memory) -> None:
         if not memory.length:
@@ -110,8 +112,11 @@ class UcxFabric:
         return name
 
     def write(self, peer: str, *, source: Memory, target: Memory, copies: Sequence[Copy]) -> Transfer:
-        reached = self._peers[peer]
+        reached = self._peers.get(peer)
+        if reached is None:
+            raise PeerGone("another channel broke with the peer")
         rkey = reached.rkey_of(target)
+        reached.is_in_doubt = True
         for copy in copies:
             self._ucp.put(
                 reached.handle,
@@ -121,29 +126,36 @@ class UcxFabric:
                 rkey,
             )
         transfer = Transfer(next(self._numbers))
-        self._flushes[transfer] = self._ucp.flush(reached.handle)
+        self._flushes[transfer] = _Flush(self._ucp.flush(reached.handle), reached)
+        reached.is_in_doubt = False
         return transfer
 
     def is_done(self, transfer: Transfer) -> bool:
-        if not self._ucp.is_done(self._flushes[transfer]):
+        if not self._ucp.is_done(self._flushes[transfer].request):
             return False
-        self._ucp.free(self._flushes.pop(transfer))
+        self._ucp.free(self._flushes.pop(transfer).request)
         return True
 
-    def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> None:
-        gone = self._peers.pop(peer, None)
+    def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> bool:
+        gone = self._flushes[transfers[0]].peer if transfers else self._peers.get(peer)
         if gone is None:
-            return
-        for _, _, rkey in gone.regions:
+            return True
+        if self._peers.get(peer) is gone:
+            del self._peers[peer]
+            with contextlib.suppress(self._ucxx.UCXError, RuntimeError):  # it may be dead already
+                gone.endpoint.close_blocking(CLOSE_PERIOD_NS, CLOSE_ATTEMPTS)
+        if not all(self._ucp.is_over(self._flushes[transfer].request) for transfer in transfers):
+            return False  # what is under way uses its rkeys
+        for _, _, rkey in gone.regions if not gone.is_in_doubt else ():
             self._ucp.forget(rkey)
-        with contextlib.suppress(self._ucxx.UCXError, RuntimeError):  # it may be dead already
-            gone.endpoint.close_blocking(CLOSE_PERIOD_NS, CLOSE_ATTEMPTS)
+        gone.regions.clear()
         for transfer in transfers:
-            self._ucp.free(self._flushes.pop(transfer))
+            self._ucp.free(self._flushes.pop(transfer).request)
+        return True
 
     def close(self) -> None:
-        for peer in list(self._peers):
-            self.drop_peer(peer, [])
+        for name, peer in list(self._peers.items()):
+            self.drop_peer(name, [transfer for transfer, flush in self._flushes.items() if flush.peer is peer])
         for handle in self._memories:
             self._ucp.unregister(handle)
         self._memories.clear()
@@ -158,11 +170,12 @@ class _Metadata(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Peer:
-    __slots__ = ("endpoint", "handle", "regions")
+    __slots__ = ("endpoint", "handle", "is_in_doubt", "regions")
 
     def __init__(self, endpoint: Any, handle: int) -> None:
         self.endpoint = endpoint
         self.handle = handle
+        self.is_in_doubt = False  # a write failed: what of it is under way nobody can tell
         self.regions: list[tuple[int, int, int]] = []  # address, length, rkey
 
     def rkey_of(self, memory: Memory) -> int:
@@ -170,6 +183,11 @@ class _Peer:
             if address <= memory.address and memory.address + memory.length <= address + length:
                 return rkey
         raise PeerGone("the peer granted memory that it did not register")
+
+
+class _Flush(NamedTuple):
+    request: int  # 0: it ended at once
+    peer: _Peer
 
 
 class _MapParams(ctypes.Structure):
@@ -257,6 +275,13 @@ class _Ucp:
         if status < 0:
             raise PeerGone(f"UCX: the peer is gone (status {status})")
         return bool(status != self.IN_PROGRESS)
+
+    def is_over(self, request: int) -> bool:
+        """Done, or failed."""
+        try:
+            return self.is_done(request)
+        except PeerGone:
+            return True
 
     def free(self, request: int) -> None:
         """A request under way is forgotten, not cancelled."""

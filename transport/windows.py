@@ -37,9 +37,6 @@ class WindowTable:
         self._new_id = new_id
         self._lock = threading.Lock()
         self._windows: dict[int, _Window] = {}
-        self.frames_landed = 0
-        self.frames_dropped = 0
-        self.bytes_landed = 0
 
     def open(self, memory: memoryview, spans: Sequence[Span]) -> int:
         """Raises ValueError if a span lies outside the memory, or the memory is read-only."""
@@ -63,14 +60,13 @@ class WindowTable:
             self._end_if_quiet(number, window)
 
     def admit(self, number: int, spans: Sequence[Span]) -> list[memoryview] | None:
-        """Where the bytes of one frame belong; end_frame() must follow. None, and counted, if no such window is open.
+        """Where the bytes of one frame belong; end_frame() must follow. None if no such window is open.
 
         Raises WireError if a span lies outside the window.
         """
         with self._lock:
             window = self._windows.get(number)
             if window is None or window.closing:
-                self.frames_dropped += 1
                 return None
             memory, covers = window.memory, window.spans.covers
             targets: list[memoryview] = []
@@ -81,13 +77,11 @@ class WindowTable:
             window.frames_under_way += 1
             return targets
 
-    def end_frame(self, number: int, *, landed_bytes: int, notice: bytes | None) -> None:
+    def end_frame(self, number: int, *, notice: bytes | None) -> None:
         """The admitted frame is over. `notice`: this was the last frame of a put, and whole."""
         with self._lock:
             window = self._windows[number]
             window.frames_under_way -= 1
-            self.frames_landed += 1
-            self.bytes_landed += landed_bytes
             if notice is not None:
                 self._emit(Arrived(number, notice))
             self._end_if_quiet(number, window)

@@ -30,10 +30,10 @@ from pdx.daemon.sharing import Sharing
 from pdx.daemon.spaces import KnownSpaces
 from pdx.daemon.steering import Steering
 from pdx.daemon.tiering import Tiering
-from pdx.errors import Refused
+from pdx.errors import Refused, TransportError
 from pdx.handoff import actions as do
 from pdx.keys import space_of
-from pdx.transport.api import Arrived, Event, PeerLost, PutDone, PutFailed, WindowClosed
+from pdx.transport.api import Arrived, Event, LaneFailed, PeerLost, PutDone, PutFailed, WindowClosed
 from pdx.verbs import Clear, Result, Steer
 from pdx.wire import (
     Cancel,
@@ -228,6 +228,8 @@ class Handoffs:
                 case PeerLost(channel, endpoint, reason):
                     self._desk.ports.lanes.lost(scheme, endpoint, reason, now)
                     self._sending.channel_lost(scheme, channel, reason, now)
+                case LaneFailed(reason):  # its windows will never close: only a new daemon gets their slots back
+                    raise TransportError(f"lane {scheme} failed: {reason}")
 
     def tick(self, now: float) -> None:
         """Fences, those who wait for room or an answer, and the clock. Call it often: every loop of the service."""

@@ -13,14 +13,20 @@ from pdx.transport.fabric import Fabric
 from pdx.transport.registry import open_lane
 
 KEY = b"0123456789abcdef"
+SETTLE_S = 0.5
 
 
 def open_any(url: str, *, key: bytes | None, name: str) -> Lane:
-    """open_lane(), but for ucx, which refuses machines without RDMA: there it emulates writes."""
+    """open_lane(), but for ucx, which refuses machines without RDMA: there it emulates writes. And without RDMA nothing
+    writes for long for a process that is gone."""
+    if url.startswith("nixl://"):
+        from pdx.transport.nixl import NixlLane
+
+        return NixlLane(url, key=key, name=name, settle_s=SETTLE_S)
     if url.startswith("ucx://"):
         from pdx.transport.ucx import UcxLane
 
-        return UcxLane(url, key=key, name=name, emulated=True)
+        return UcxLane(url, key=key, name=name, settle_s=SETTLE_S, emulated=True)
     return open_lane(url, key=key, name=name)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
-from lane_pairs import KEY, OpenPair, example_fabric, needing
+from lane_pairs import KEY, SETTLE_S, OpenPair, example_fabric, needing
 
 from pdx.transport.api import Lane
 from pdx.transport.conformance_faults import FAULTS, check_fault
@@ -29,17 +29,19 @@ def tcp_of_streams(url: str) -> Lane:
 
 
 def one_sided(url: str) -> Lane:
-    return OneSidedLane(url, scheme="raw", key=KEY, name="test", make_fabric=example_fabric, stall_s=STALL_S)
+    return OneSidedLane(
+        url, scheme="raw", key=KEY, name="test", make_fabric=example_fabric, stall_s=STALL_S, settle_s=SETTLE_S
+    )
 
 
 def of_a_library(url: str) -> Lane:
     if url.startswith("ucx://"):
         from pdx.transport.ucx import UcxLane
 
-        return UcxLane(url, key=KEY, name="test", emulated=True, stall_s=STALL_S)
+        return UcxLane(url, key=KEY, name="test", emulated=True, stall_s=STALL_S, settle_s=SETTLE_S)
     from pdx.transport.nixl import NixlLane
 
-    return NixlLane(url, key=KEY, name="test", stall_s=STALL_S)
+    return NixlLane(url, key=KEY, name="test", stall_s=STALL_S, settle_s=SETTLE_S)
 
 
 @contextmanager

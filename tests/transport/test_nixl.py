@@ -1,4 +1,7 @@
-"""What is NIXL's own: how a process ends that has used it. Lanes' conformance is checked with all the others."""
+"""What is NIXL's own: how a process ends that has used it, and what it can't take back.
+
+Lanes' conformance is checked with all the others.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from held_fabric import wait_until
 from lane_pairs import needing
 
-from pdx.transport.nixl import leave_efa_out
+from pdx.transport.api import Copy
+from pdx.transport.fabric import host_memory
+from pdx.transport.nixl import NixlFabric, leave_efa_out
 
 USER = "from pdx.transport.nixl import NixlFabric; NixlFabric().close(); print('closed')"
 
@@ -40,3 +46,42 @@ def test_the_operator_s_choice_of_modules_stands(tmp_path: Path) -> None:
 def test_a_process_that_has_used_it_ends_well(scheme: str) -> None:
     done = subprocess.run([sys.executable, "-c", USER], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
+
+
+class HeldAgent:
+    """NIXL's agent, with transfers that do not end: those of a network card that repeats them."""
+
+    def __init__(self, agent: object, in_progress: object) -> None:
+        self._agent = agent
+        self._in_progress = in_progress
+        self.called: list[str] = []
+
+    def getXferStatus(self, transfer: int) -> object:
+        return self._in_progress
+
+    def __getattr__(self, name: str) -> object:
+        self.called.append(name)
+        return getattr(self._agent, name)
+
+
+@pytest.mark.parametrize("scheme", [pytest.param("nixl", marks=needing("nixl"))])
+def test_a_peer_is_kept_while_it_is_written_to(scheme: str) -> None:
+    """NIXL forgets what is under way to a peer that it drops, and does not end it."""
+    memory = memoryview(bytearray(1 << 16))
+    near, far = NixlFabric(), NixlFabric()
+    try:
+        ours = theirs = host_memory(memory)
+        for fabric in (near, far):
+            fabric.register(ours)
+        peer = near.add_peer(far.metadata())
+        transfer = near.write(peer, source=ours, target=theirs, copies=[Copy(0, 1 << 15, 1 << 15)])
+        agent = near._agent
+        near._agent = held = HeldAgent(agent, near._nixl.NIXL_IN_PROG)
+        assert not near.drop_peer(peer, [transfer])
+        assert held.called == []
+        near._agent = agent
+        wait_until(lambda: near.is_done(transfer))
+        assert near.drop_peer(peer, [])
+    finally:
+        near.close()
+        far.close()

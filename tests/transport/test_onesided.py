@@ -8,16 +8,16 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+from held_fabric import HeldFabric, wait_until
 from lane_pairs import KEY, example_fabric
+from raw_peers import opened, reader, writer
 
-from pdx.errors import ConfigError, PeerGone, TransportError, WireError
-from pdx.transport import reactor
+from pdx.errors import ConfigError, TransportError, WireError
+from pdx.transport import link, onesided_door, onesided_ending, reactor
 from pdx.transport.api import Arrived, Copy, PutDone, PutFailed, Span, WindowClosed
-from pdx.transport.handshake import greet_as_acceptor, greet_as_connector
 from pdx.transport.link import Link
 from pdx.transport.link_messages import (
     MESSAGE_BYTES_MAX,
@@ -33,7 +33,7 @@ from pdx.transport.link_messages import (
     encode,
 )
 from pdx.transport.onesided import OneSidedLane
-from pdx.transport.side import MEMORY_BYTES, WAIT_S, Side, losses_of
+from pdx.transport.side import WAIT_S, losses_of
 from pdx.transport.sockets import parse_endpoint
 
 SAMPLES: list[LinkMessage] = [
@@ -45,62 +45,6 @@ SAMPLES: list[LinkMessage] = [
     Drained(7),
     Bye(),
 ]
-
-
-@contextlib.contextmanager
-def opened(key: bytes | None = KEY, *, seed: int = 2, stall_s: float = 5.0) -> Iterator[Side]:
-    lane = OneSidedLane(
-        "raw://127.0.0.1:0", scheme="raw", key=key, name=f"side{seed}", make_fabric=example_fabric, stall_s=stall_s
-    )
-    side = Side(lane, seed=seed)
-    try:
-        yield side
-    finally:
-        lane.abort()
-
-
-class RawPeer:
-    """The other end of a link, which says what it is told to."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.link = Link(connection)
-        self._said: list[LinkMessage] = []
-
-    def next(self) -> LinkMessage:
-        """What the lane says next. PeerGone when it hangs up."""
-        deadline_s = time.monotonic() + WAIT_S
-        while not self._said:
-            assert select.select([self.link.fileno()], [], [], deadline_s - time.monotonic())[0], "it says nothing"
-            self._said += self.link.receive()
-        return self._said.pop(0)
-
-    def is_dropped(self) -> bool:
-        with contextlib.suppress(PeerGone, ConnectionResetError):
-            while True:
-                self.next()
-        return True
-
-
-@contextlib.contextmanager
-def writer(side: Side) -> Iterator[RawPeer]:
-    """A peer that proved the key and is about to write into `side`."""
-    connection = socket.create_connection(parse_endpoint(side.lane.endpoint, scheme="raw"), timeout=WAIT_S)
-    with connection:
-        greet_as_connector(connection, KEY)
-        yield RawPeer(connection)
-
-
-@contextlib.contextmanager
-def reader(side: Side) -> Iterator[tuple[RawPeer, int]]:
-    """A peer that `side` is about to write into, and the channel to it."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening.settimeout(WAIT_S)
-        channel = side.lane.connect(f"raw://127.0.0.1:{listening.getsockname()[1]}")
-        connection, _ = listening.accept()
-        with connection:
-            connection.settimeout(WAIT_S)
-            greet_as_acceptor(connection, KEY)
-            yield RawPeer(connection), channel
 
 
 def test_nothing_is_told_but_to_who_names_an_open_window() -> None:
@@ -130,22 +74,21 @@ def test_a_window_stays_until_its_writer_has_drained() -> None:
         assert peer.is_dropped()
 
 
-@pytest.mark.parametrize("says_bye", [True, False], ids=["orderly", "without a word"])
-def test_a_window_closes_when_its_writer_is_gone(says_bye: bool) -> None:
-    with opened() as side:
+@pytest.mark.parametrize("settle_s", [1e9, 0.0, 0.2], ids=["orderly", "without a word", "after a while"])
+def test_a_window_closes_when_its_writer_is_gone(settle_s: float) -> None:
+    with opened(settle_s=settle_s) as side:
         window = side.region.open_window([Span(0, 100)])
         with writer(side) as peer:
             peer.link.send(Ask(window))
             peer.next()
             side.region.close_window(window)
-            if says_bye:
+            if settle_s == 1e9:
                 peer.link.send(Bye())
         side.wait_closed(window)
         assert side.events == [WindowClosed(window)]
 
 
-def test_a_dropped_writer_keeps_its_window_until_it_has_hung_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reactor, "SETTLE_SLICES", 0)
+def test_a_dropped_writer_keeps_its_window_until_it_has_hung_up_too() -> None:
     with opened() as side:
         window = side.region.open_window([Span(0, 100)])
         with writer(side) as peer:
@@ -214,8 +157,9 @@ def test_a_writer_that_says_what_it_may_not_is_dropped(message: LinkMessage) -> 
         Granted(1, 4096, 10, "DRAM", 0, [Span(5, 6)], b"1"),
         Granted(1, (1 << 64) - 1, 10, "DRAM", 0, [], b"1"),
         Granted(1, 4096, 10, "DRAM", 0, [Span(0, 10)], b"no such process"),
+        Granted(1, 4096, 10, "DRAM", 0, [Span(0, 10)], b""),
     ],
-    ids=["ask", "landed", "unasked", "outside", "overflow", "metadata"],
+    ids=["ask", "landed", "unasked", "outside", "overflow", "metadata", "no metadata"],
 )
 def test_a_reader_that_says_what_it_may_not_costs_only_its_channel(message: LinkMessage) -> None:
     with opened() as side, reader(side) as (peer, channel):
@@ -237,11 +181,8 @@ def test_a_reader_that_does_not_answer_costs_a_stall_time() -> None:
 
 def test_the_sender_asks_once_and_says_when_it_has_drained() -> None:
     with opened(seed=1) as side, opened() as target, reader(side) as (peer, channel):
-        memory = example_fabric()
         tickets = [side.put(channel, 1, [Copy(0, 0, 10)], notice=b"%d" % n) for n in range(3)]
-        assert peer.next() == Ask(1)
-        at = target.region.memory.address  # type: ignore[attr-defined]
-        peer.link.send(Granted(1, at, MEMORY_BYTES, "DRAM", 0, [Span(0, 10)], memory.metadata()))
+        peer.grant(1, at=target, span=Span(0, 10))
         assert [peer.next() for _ in tickets] == [Landed(1, b"%d" % n) for n in range(3)]
         assert [side.wait_end(ticket) for ticket in tickets] == [PutDone(ticket) for ticket in tickets]
         assert target.memory[:10] == side.memory[:10]
@@ -257,21 +198,18 @@ def test_the_sender_asks_once_and_says_when_it_has_drained() -> None:
 @pytest.mark.parametrize("flies", [False, True])
 def test_a_window_that_was_granted_is_not_unknown(flies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A put may be under way through it: this costs the channel, and the channel only."""
-    monkeypatch.setattr(reactor, "WIND_DOWN_S", 0.2)
-    with opened(seed=1) as side, opened() as target, reader(side) as (peer, channel):
-        fabric = side.lane._fabric  # type: ignore[attr-defined]
-        ends = type(fabric).is_done
+    monkeypatch.setattr(onesided_ending, "PATIENCE_S", 0.0)
+    fabric = HeldFabric()
+    fabric.is_holding, fabric.can_cut = flies, True
+    with opened(seed=1, make_fabric=lambda: fabric) as side, opened() as target, reader(side) as (peer, channel):
         side.put(channel, 1, [Copy(0, 0, 10)], notice=b"n")
-        assert peer.next() == Ask(1)
-        at = target.region.memory.address  # type: ignore[attr-defined]
-        metadata = example_fabric().metadata()
-        with monkeypatch.context() as held:
-            held.setattr(type(fabric), "is_done", lambda *about: not flies and ends(*about))
-            peer.link.send(Granted(1, at, MEMORY_BYTES, "DRAM", 0, [Span(0, 10)], metadata))
-            if not flies:
-                assert peer.next() == Landed(1, b"n")
-            peer.link.send(Unknown(1))
-            side.wait_lost(channel)
+        peer.grant(1, at=target, span=Span(0, 10))
+        if flies:
+            wait_until(lambda: bool(fabric.under_way))
+        else:
+            assert peer.next() == Landed(1, b"n")
+        peer.link.send(Unknown(1))
+        side.wait_lost(channel)
         with reader(side) as (other, another):
             side.put(another, 2, [Copy(0, 0, 10)], notice=b"m")
             assert other.next() == Ask(2), "the lane lives"
@@ -299,6 +237,64 @@ def test_a_fabric_that_cannot_be_had_leaves_nothing_behind() -> None:
 
     with pytest.raises(TransportError, match="no such library"):
         OneSidedLane("raw://127.0.0.1:0", scheme="raw", key=None, name="test", make_fabric=absent)  # type: ignore
+
+
+def test_who_asks_again_for_what_it_has_is_dropped() -> None:
+    """The answer may be a thousand times as large as the question."""
+    with opened() as side, writer(side) as peer:
+        window = side.region.open_window([Span(0, 100)])
+        peer.link.send(Ask(window))
+        assert isinstance(peer.next(), Granted)
+        peer.link.send(Ask(window))
+        assert peer.is_dropped()
+
+
+def limit_buffers(end: socket.socket) -> None:
+    for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        end.setsockopt(socket.SOL_SOCKET, buffer, 32 << 10)
+
+
+def test_who_takes_no_answers_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "CONGESTED_BYTES", 1000)
+    question, asked_bytes = encode(Ask(1)), 0
+    with opened() as side, contextlib.ExitStack() as stack:
+        listening = side.lane._reactor._door._listening  # type: ignore[attr-defined]
+        limit_buffers(listening)  # and those of all that are accepted
+        peer = stack.enter_context(writer(side))
+        connection, rest, answers = peer.link._socket, b"", 0
+        limit_buffers(connection)
+        while select.select([], [connection], [], 0.3)[1]:
+            rest = rest or question * 4096
+            sent_bytes = connection.send(rest)
+            rest, asked_bytes = rest[sent_bytes:], asked_bytes + sent_bytes
+            assert asked_bytes < 8 << 20, "it takes whatever it is asked"
+        while answers < asked_bytes // len(question):
+            assert select.select([connection], [], [], WAIT_S)[0], "it does not go on"
+            answers += len(peer.link.receive())
+        window = side.region.open_window([Span(0, 100)])
+        other = stack.enter_context(writer(side))
+        other.link.send(Ask(window))
+        assert isinstance(other.next(), Granted)
+
+
+def test_strangers_keep_out_each_other_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onesided_door, "STRANGERS_MAX", 3)
+    with opened() as side, writer(side) as peer, contextlib.ExitStack() as stack:
+        peer.link.send(Ask(1))
+        assert peer.next() == Unknown(1)
+        address = parse_endpoint(side.lane.endpoint, scheme="raw")
+        silent = [stack.enter_context(socket.create_connection(address, timeout=WAIT_S)) for _ in range(4)]
+        assert silent[0].recv(1) == b""
+        with writer(side) as other:
+            for one in (peer, other):
+                one.link.send(Ask(1))
+                assert one.next() == Unknown(1)
+
+
+def test_a_name_that_is_none_is_a_lost_peer() -> None:
+    with opened() as side:
+        for endpoint in (f"raw://{'a' * 70}:1", "raw://a..b:1"):
+            side.wait_lost(side.lane.connect(endpoint))
 
 
 def test_messages_survive_any_cut() -> None:

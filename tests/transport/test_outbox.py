@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pdx.transport import outbox as outbox_module
 from pdx.transport.api import Copy, PutDone, PutFailed, Span
 from pdx.transport.frames import SPANS_MAX
 from pdx.transport.outbox import Outbox, Put, checked_copies
 from pdx.transport.pace import FIRST_FRAME_BYTES
+from pdx.transport.queues import PUTS_MAX
 from pdx.transport.spans import SpanSet
 
 MEMORY = memoryview(bytes(4 * FIRST_FRAME_BYTES))
@@ -85,7 +85,7 @@ def test_fail_all_ends_each_put_once() -> None:
 
 def test_bound() -> None:
     outbox = Outbox()
-    for ticket in range(outbox_module.PUTS_MAX):
+    for ticket in range(PUTS_MAX):
         assert outbox.add(Put(ticket, b"q", 1, MEMORY, [], b""), 0.0) is None
     assert isinstance(outbox.add(a_put(-1, b"q"), 0.0), PutFailed)
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from pdx.errors import PeerGone
-from pdx.transport.api import Arrived, Copy, PutFailed, Span, WindowClosed
+from pdx.errors import ConfigError, PeerGone
+from pdx.transport import tcp_receiver
+from pdx.transport.api import Arrived, Copy, LaneFailed, PutFailed, Span, WindowClosed
 from pdx.transport.frames import GREETING_BYTES, LANE_VERSION, Head, encode_frame_start
 from pdx.transport.handshake import greet_as_connector
-from pdx.transport.side import MEMORY_BYTES, WAIT_S, Side, arrivals_of, losses_of
+from pdx.transport.side import WAIT_S, Side, arrivals_of, losses_of
 from pdx.transport.sockets import parse_endpoint
 from pdx.transport.tcp import TcpLane
 
@@ -203,25 +204,35 @@ def test_no_descriptor_for_one_more_peer_costs_that_peer_only(monkeypatch: pytes
         far.wait_arrived(b"n")
 
 
-def test_counts() -> None:
-    lane = TcpLane("tcp://127.0.0.1:0", key=None, name="solo")
-    try:
-        side = Side(lane, seed=1)
-        window = side.region.open_window([Span(0, MEMORY_BYTES)])
-        channel = lane.connect(lane.endpoint)
-        side.put(channel, window ^ 1, [Copy(0, 0, 1000)])
-        side.put(channel, window, [Copy(0, 0, 1 << 20)], notice=b"n")
-        side.wait_arrived(b"n")
-        side.wait("both puts", lambda events: len(events) == 3)
-        assert lane.counts() == {
-            "bytes_sent": (1 << 20) + 1000,
-            "bytes_landed": 1 << 20,
-            "frames_landed": 4,
-            "frames_dropped": 1,
-            "connections_refused": 0,
-        }
-    finally:
-        lane.abort()
+def test_strangers_keep_out_each_other_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_receiver, "STRANGERS_MAX", 3)
+    with opened() as far, opened(seed=1) as near, contextlib.ExitStack() as stack:
+        window = far.region.open_window([Span(0, 10)])
+        channel = near.lane.connect(far.lane.endpoint)
+        near.put(channel, window, [], notice=b"before")
+        far.wait_arrived(b"before")
+        silent = [stack.enter_context(raw_peer(far, greets=False)) for _ in range(4)]
+        assert is_dropped(silent[0])
+        with raw_peer(far) as another:
+            near.put(channel, window, [], notice=b"after")
+            another.sendall(frame_of(window, Span(0, 10)) + bytes(10))
+            far.wait_arrived(b"after", b"")
+        assert not losses_of(near.events, channel)
+
+
+def test_a_listener_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened() as far:
+        monkeypatch.setattr(tcp_receiver.TcpListener, "_accept", lambda listener: 1 / 0)
+        with contextlib.suppress(ConnectionResetError), raw_peer(far, greets=False):
+            pass
+        far.wait("the failure", lambda events: any(isinstance(event, LaneFailed) for event in events))
+
+
+def test_a_name_that_is_none_is_a_lost_peer() -> None:
+    with opened() as near:
+        near.wait_lost(near.lane.connect(f"tcp://{'a' * 70}:1"))
+    with pytest.raises(ConfigError):
+        TcpLane(f"tcp://{'a' * 70}:1", key=KEY, name="nowhere")
 
 
 def wait_until_written(side: Side, *, offset: int, value: int) -> None:

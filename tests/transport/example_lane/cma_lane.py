@@ -17,6 +17,7 @@ from pdx.transport.fabric import Memory, Transfer
 from pdx.transport.onesided import OneSidedLane
 
 VECTORS_MAX = 1024  # the kernel's IOV_MAX
+SETTLE_S = 0.5  # nothing writes for a process that is gone
 
 
 class Vector(ctypes.Structure):
@@ -29,7 +30,7 @@ class CmaLane(OneSidedLane):
     """See Lane."""
 
     def __init__(self, url: str, *, key: bytes | None, name: str) -> None:
-        super().__init__(url, scheme="cma", key=key, name=name, make_fabric=CmaFabric)
+        super().__init__(url, scheme="cma", key=key, name=name, make_fabric=CmaFabric, settle_s=SETTLE_S)
 
 
 class CmaFabric:
@@ -66,8 +67,8 @@ class CmaFabric:
     def is_done(self, transfer: Transfer) -> bool:
         return True
 
-    def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> None:
-        """Nothing is ever under way."""
+    def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> bool:
+        return True  # nothing is ever under way
 
     def close(self) -> None:
         """Nothing is held."""

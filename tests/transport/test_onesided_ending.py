@@ -1,0 +1,180 @@
+"""How channels of a one-sided lane end: not before the network has let go of what they had under way."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from held_fabric import HeldFabric, wait_until
+from raw_peers import opened, reader
+
+from pdx.errors import PeerGone
+from pdx.transport import onesided_ending, onesided_sender, reactor
+from pdx.transport.api import Copy, LaneFailed, PutDone, PutFailed, Span, WindowClosed
+from pdx.transport.link_messages import Ask, Landed
+from pdx.transport.side import WAIT_S, Side, ends_of, losses_of
+
+SOME = [Copy(0, 0, 10)]
+
+
+@contextmanager
+def writing(fabric: HeldFabric) -> Iterator[tuple[Side, Side, int, int, int]]:
+    """Near, far, near's channel to far, a window of far's and the ticket of a put that is under way into it."""
+    with opened(seed=1, make_fabric=lambda: fabric) as near, opened(settle_s=1e9) as far:
+        window = far.region.open_window([Span(0, 10)])
+        channel = near.lane.connect(far.lane.endpoint)
+        ticket = near.put(channel, window, SOME, notice=b"n")
+        wait_until(lambda: bool(fabric.under_way))
+        yield near, far, channel, window, ticket
+
+
+def go_on(near: Side, far: Side) -> None:
+    """Both lanes do something else meanwhile, from beginning to end."""
+    window = far.region.open_window([])
+    with reader(near) as (peer, channel):
+        ticket = near.put(channel, 7, [], notice=b"")
+        assert peer.next() == Ask(7)
+        peer.grant_nothing(7)
+        assert peer.next() == Landed(7, b"")
+        assert near.wait_end(ticket) == PutDone(ticket)
+    back = far.lane.connect(far.lane.endpoint)
+    far.put(back, window, [], notice=b"on")
+    far.wait_arrived(b"on")
+
+
+def test_a_lost_channel_ends_with_its_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onesided_sender, "FLYING_PIECES_MAX", 1)
+    fabric = HeldFabric()
+    with writing(fabric) as (near, far, channel, window, ticket):
+        waiting = near.put(channel, window, SOME)
+        near.lane.break_channel(channel, "cut")  # type: ignore[attr-defined]
+        assert near.wait_end(waiting) == PutFailed(waiting, "cut")
+        far.region.close_window(window)
+        go_on(near, far)
+        assert not ends_of(near.events, ticket) and not losses_of(near.events, channel)
+        assert WindowClosed(window) not in far.events
+        fabric.is_holding = False
+        near.wait_lost(channel)
+        assert near.events[-2:] == [PutFailed(ticket, "cut"), losses_of(near.events, channel)[0]]
+        far.wait_closed(window)
+
+
+def test_what_cannot_be_cut_off_stays_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is told, so that others take another lane; the memory is not to be reused at either end."""
+    monkeypatch.setattr(onesided_ending, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(onesided_ending, "RETRY_S", 0.0)
+    fabric = HeldFabric()
+    with writing(fabric) as (near, far, channel, window, ticket):
+        far.region.close_window(window)
+        near.lane.break_channel(channel, "cut")  # type: ignore[attr-defined]
+        near.wait_lost(channel)
+        assert near.lane.connect(far.lane.endpoint) != channel
+        go_on(near, far)
+        assert not ends_of(near.events, ticket) and WindowClosed(window) not in far.events
+        fabric.is_holding = False
+        assert near.wait_end(ticket) == PutFailed(ticket, "cut")
+        far.wait_closed(window)
+        assert len(losses_of(near.events, channel)) == 1
+
+
+def test_who_was_cut_off_says_no_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last bytes may be on their way: the window closes when they had time to come."""
+    monkeypatch.setattr(onesided_ending, "PATIENCE_S", 0.0)
+    fabric = HeldFabric()
+    fabric.can_cut = True
+    with writing(fabric) as (near, far, channel, window, ticket):
+        far.region.close_window(window)
+        near.lane.break_channel(channel, "cut")  # type: ignore[attr-defined]
+        assert near.wait_end(ticket) == PutFailed(ticket, "cut")
+        near.wait_lost(channel)
+        settling = far.lane._reactor._settling  # type: ignore[attr-defined]
+        wait_until(lambda: bool(settling))
+        assert WindowClosed(window) not in far.lane.take_events()
+        settling.update(dict.fromkeys(settling, 0))
+        far.wait_closed(window)
+
+
+def test_a_lane_that_closes_ends_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reactor, "WIND_DOWN_S", 0.1)
+    fabric = HeldFabric()
+    with writing(fabric) as (near, _, channel, _, ticket):
+        near.lane.close(drain_s=0.0)
+        assert near.wait_end(ticket) == PutFailed(ticket, "the lane was closed")
+        assert not losses_of(near.events, channel)
+        assert not fabric.under_way, "the puts ended before the fabric was closed"
+
+
+@pytest.mark.parametrize("failure", [PeerGone("no way"), KeyError("a bug")], ids=repr)
+def test_peers_that_cannot_be_written_to_cost_nobody_else_anything(failure: Exception) -> None:
+    """Each is lost at once, so that the lane is never away from the others for as long as they may be silent."""
+    fabric = HeldFabric()
+    fabric.is_holding, fabric.failure = False, failure
+    with opened(seed=1, stall_s=1.0, make_fabric=lambda: fabric) as near, opened() as far:
+        window = far.region.open_window([Span(0, 10)])
+        with reader(near) as (healthy, channel), reader(near) as (one, first), reader(near) as (two, second):
+            asked = near.put(channel, 1, [], notice=b"n")
+            assert healthy.next() == Ask(1)
+            tickets = [near.put(lost, window, SOME) for lost in (first, second)]
+            for peer in (one, two):
+                peer.grant(window, at=far, span=Span(0, 10))
+            for lost, ticket in zip((first, second), tickets, strict=True):
+                near.wait_lost(lost)
+                assert isinstance(near.wait_end(ticket), PutFailed)
+            healthy.grant_nothing(1)
+            assert near.wait_end(asked) == PutDone(asked)
+
+
+def test_a_peer_that_cannot_be_served_costs_nobody_else_anything() -> None:
+    fabric = HeldFabric()
+    fabric.is_holding = False
+    with opened(seed=1) as near, opened(make_fabric=lambda: fabric) as far:
+        window = far.region.open_window([Span(0, 10)])
+        channel = near.lane.connect(far.lane.endpoint)
+        metadata, fabric.metadata = fabric.metadata, lambda: b"".join([0])  # type: ignore[list-item]
+        ticket = near.put(channel, window, SOME)
+        near.wait_lost(channel)
+        assert isinstance(near.wait_end(ticket), PutFailed)
+        fabric.metadata = metadata
+        near.put(near.lane.connect(far.lane.endpoint), window, SOME, notice=b"again")
+        far.wait_arrived(b"again")
+
+
+def test_a_lane_that_fails_says_so_and_ends_every_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the fabric fails too; who is being greeted is hung up on."""
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    fabric = HeldFabric()
+    monkeypatch.setattr(fabric, "close", lambda: 1 / 0)
+    monkeypatch.setattr(fabric, "drop_peer", lambda *_: 1 / 0)
+    with writing(fabric) as (near, far, channel, _, ticket), socket.create_server(("127.0.0.1", 0)) as silent:
+        near.lane.connect(f"raw://127.0.0.1:{silent.getsockname()[1]}")
+        greeted, _ = silent.accept()
+        near.lane._reactor.call(lambda: 1 / 0)  # type: ignore[attr-defined]
+        late = near.put(channel, 1, SOME)
+        near.wait("the failure", lambda events: any(isinstance(event, LaneFailed) for event in events))
+        assert len(losses_of(near.events, channel)) == 1
+        for put in (ticket, late, near.put(channel, 1, SOME)):
+            assert isinstance(near.wait_end(put), PutFailed)
+        with greeted:
+            greeted.settimeout(WAIT_S)
+            while greeted.recv(4096):
+                pass
+        near.wait_lost(near.lane.connect(far.lane.endpoint))
+    wait_until(lambda: not any(thread.name.endswith("-greet") for thread in threading.enumerate()))
+    assert raised == []
+
+
+def test_who_stood_still_does_not_say_that_others_did() -> None:
+    """The lane's thread is held up for longer than a peer may take: the peer has its time from then on."""
+    with opened(seed=1, stall_s=0.3) as near, reader(near) as (peer, channel):
+        ticket = near.put(channel, 1, [], notice=b"n")
+        assert peer.next() == Ask(1)
+        held = threading.Event()
+        near.lane._reactor.call(lambda: held.wait(1.0))  # type: ignore[attr-defined]
+        near.lane._reactor.call(held.set)  # type: ignore[attr-defined]
+        assert held.wait(10.0)
+        peer.grant_nothing(1)
+        assert near.wait_end(ticket) == PutDone(ticket)
