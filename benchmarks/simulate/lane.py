@@ -231,8 +231,7 @@ class SimulatedLane:
         put = arrival.put
         if not arrival.lost:
             self._write(arrival, targets, range(half, len(targets)))
-        landed_bytes = sum(map(len, arrival.pieces))
-        self.windows.end_frame(put.window, landed_bytes=landed_bytes, notice=None if arrival.lost else put.notice)
+        self.windows.end_frame(put.window, notice=None if arrival.lost else put.notice)
 
     def _write(self, arrival: _Arrival, targets: list[memoryview], which: range) -> None:
         for n in which:

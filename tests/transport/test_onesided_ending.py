@@ -64,6 +64,7 @@ def test_a_lost_channel_ends_with_its_writes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_cannot_be_cut_off_stays_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is told, so that others take another lane; the memory is not to be reused at either end."""
+    monkeypatch.setattr(onesided_ending, "TELL_S", 0.0)
     monkeypatch.setattr(onesided_ending, "PATIENCE_S", 0.0)
     monkeypatch.setattr(onesided_ending, "RETRY_S", 0.0)
     fabric = HeldFabric()
@@ -77,6 +78,18 @@ def test_what_cannot_be_cut_off_stays_held(monkeypatch: pytest.MonkeyPatch) -> N
         fabric.is_holding = False
         assert near.wait_end(ticket) == PutFailed(ticket, "cut")
         far.wait_closed(window)
+        assert len(losses_of(near.events, channel)) == 1
+
+
+def test_a_loss_is_told_long_before_anything_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onesided_ending, "TELL_S", 0.0)
+    fabric = HeldFabric()
+    with writing(fabric) as (near, _, channel, _, ticket):
+        near.lane.break_channel(channel, "cut")  # type: ignore[attr-defined]
+        near.wait_lost(channel)
+        assert not ends_of(near.events, ticket)
+        fabric.is_holding = False
+        assert near.wait_end(ticket) == PutFailed(ticket, "cut")
         assert len(losses_of(near.events, channel)) == 1
 
 
