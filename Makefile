@@ -18,7 +18,7 @@ demo: setup  ## Two engines, one conversation: watch KV stream from prefill to d
 
 test: setup  ## Run all tests
 	@scripts/testtools
-	@$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
+	@$(PYTHON_IN_VENV) -m pytest -n 3 $(ARGS)
 
 lint: setup  ## Style, types and layers
 	@$(PYTHON_IN_VENV) -m ruff check .
