@@ -37,7 +37,7 @@ __all__ = ["Answered", "Engine", "GivenUp", "Host", "Prompted", "WireFault", "an
 
 PREEMPT = 0.01  # chance of a preemption in a step
 IDLE_S = 0.02  # an idle engine looks this often for requests, and steps: a load may still be ending
-QUIET_S = 20.0
+QUIET_S = 45.0  # what a killed peer may still write on a one-sided lane is waited for 30 s
 # A server that has loaded torch forks an engine in 50 ms; a fresh interpreter would take two seconds.
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["torch"])
