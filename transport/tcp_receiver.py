@@ -204,9 +204,10 @@ class _Connection:
             while self._wait_for_head():
                 self._receive_frame(decode_head(self._head))
         except (WireError, TransportError) as error:
-            logger.warning("dropped the connection from %s: %s", self._peer, error)
+            # As text: who keeps a log's records would keep, with the error's frames, our views of the memory.
+            logger.warning("dropped the connection from %s: %s", self._peer, str(error))
         except OSError as error:
-            logger.info("connection from %s broke: %s", self._peer, error)
+            logger.info("connection from %s broke: %s", self._peer, str(error))
         except Exception:
             logger.exception("connection from %s failed", self._peer)
         finally:
