@@ -67,8 +67,7 @@ class Tax:
     pair: PdxPair
     plains: Mapping[str, tuple[Arm, Arm]]  # name -> (for prefill, for decode)
     plan: Plan
-    cpu_s: Samples = field(default_factory=dict)  # of the prefills
-    parts_s: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # the same by part
+    parts_s: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # CPU of the prefills, by part
     gaps_s: dict[str, list[float]] = field(default_factory=dict)  # while loading, all rounds together
     _seed: int = 0
 
@@ -93,9 +92,13 @@ class Tax:
             with self._active(name, 0):
                 first_token_s, cpu_s = self._compute(name, prompt) if name in self.plains else self._push(prompt)
             samples.setdefault(name, []).append(first_token_s)
-            self.cpu_s.setdefault(name, []).append(sum(cpu_s.values()))
             self.parts_s.setdefault(name, []).append(cpu_s)
         return samples
+
+    @property
+    def cpu_s(self) -> Samples:
+        """Of the prefills."""
+        return {name: [sum(parts.values()) for parts in samples] for name, samples in self.parts_s.items()}
 
     def _compute(self, name: str, prompt: int) -> tuple[float, dict[str, float]]:
         arm = self.plains[name][0]
@@ -215,13 +218,14 @@ def judge_naive(name: str, ratios: Samples, report: Report) -> float:
 
 def judge_cpu(tax: Tax, report: Report) -> None:
     name = "CPU seconds per 1,000 prompt tokens"
-    ratios = ratios_of(tax.cpu_s)
+    cpu_s = tax.cpu_s
+    ratios = ratios_of(cpu_s)
     ratio = median(ratios[PDX])
     report.bar(f"{name}: pdx / plain", round(ratio, 4), f"<= {TAX_MAX}", ratio <= TAX_MAX)
     judge_naive(name, ratios, report)
-    each = {arm: median(seconds) * 1000 / tax.plan.prompt_tokens for arm, seconds in tax.cpu_s.items()}
+    each = {arm: median(seconds) * 1000 / tax.plan.prompt_tokens for arm, seconds in cpu_s.items()}
     report.figures["cpu_s_per_1000_tokens"] = {
-        "medians": each, "samples_s_per_prompt": tax.cpu_s, "samples_by_part": tax.parts_s,
+        "medians": each, "samples_s_per_prompt": cpu_s, "samples_by_part": tax.parts_s,
     }  # fmt: skip
     rows = [[arm, f"{seconds:.3f}", f"{median(ratios[arm]):.4f}"] for arm, seconds in each.items()]
     table(f"{name} (pdx: prefill engine and its pdxd); medians", ("", "s", "to plain, within a round"), rows)

@@ -263,9 +263,9 @@ def router_environ(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     return _variables(os.environ if environ is None else environ, ROUTER_PREFIX)
 
 
-def admin_url(environ: Mapping[str, str] | None = None) -> str:
+def admin_url() -> str:
     """What PDX_ADMIN says: where a router's admin port is. Empty: it is not set."""
-    return (os.environ if environ is None else environ).get("PDX_ADMIN", "")
+    return os.environ.get("PDX_ADMIN", "")
 
 
 def import_path() -> dict[str, str]:

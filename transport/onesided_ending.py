@@ -67,8 +67,11 @@ class Ending:
             try:
                 if not self._fabric.is_done(transfer):
                     continue
-            except Exception as error:  # noqa: BLE001 - whatever it is, this write is waited for no longer
+            except PdxError as error:
                 logger.debug("a write to %s failed: %s", self._loss.endpoint, error)
+                self._failed.append(transfer)
+            except Exception:  # whatever it is, this write is waited for no longer
+                logger.exception("a write to %s can't be asked for", self._loss.endpoint)
                 self._failed.append(transfer)
             self._under_way.remove(transfer)
         if now >= self._tell_at_s and (self._under_way or self._is_held):

@@ -181,15 +181,15 @@ class Receiver:
         return actions + self._end_if_quiet()
 
     def failed_by_peer(self, message: Fail) -> list[Action]:
-        if self.state is Receiving.LANDED:  # every page is here and checked: what the sender says matters no longer
-            return []
-        return self.fail(f"prefill: {message.reason}", tell_peer=False)
+        return self._sender_failed(f"prefill: {message.reason}", tell_peer=False)
 
     def peer_lost(self) -> list[Action]:
         """The connection to the sending daemon broke. It is told of the end, for it may live."""
-        if self.state is Receiving.LANDED:  # as above; a window that is still open is the lane's to close
-            return []
-        return self.fail("prefill daemon is gone", tell_peer=True)
+        return self._sender_failed("prefill daemon is gone", tell_peer=True)
+
+    def _sender_failed(self, reason: str, *, tell_peer: bool) -> list[Action]:
+        # Once landed, that matters no longer: every page is here and checked, and an open window the lane's to close.
+        return [] if self.state is Receiving.LANDED else self.fail(reason, tell_peer=tell_peer)
 
     def tick(self, *, now: float) -> list[Action]:
         """Budgets. Call it a few times a second."""
