@@ -16,9 +16,10 @@ setup:  ## Make .venv and the demo model; every other target does this by itself
 demo: setup  ## Two engines, one conversation: watch KV stream from prefill to decode
 	@$(PYTHON_IN_VENV) -m benchmarks.demo $(ARGS)
 
+# A process of tests that dies is a failure, and isn't replaced: pytest-xdist 3.8 may then wait for ever.
 test: setup  ## Run all tests
 	@scripts/testtools
-	@$(PYTHON_IN_VENV) -m pytest -n 3 $(ARGS)
+	@$(PYTHON_IN_VENV) -m pytest -n 3 --max-worker-restart 0 $(ARGS)
 
 lint: setup  ## Style, types and layers
 	@$(PYTHON_IN_VENV) -m ruff check .

@@ -5,6 +5,7 @@ Only what the far side of a Pair needs is there. Memory is shared with the child
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -115,7 +116,8 @@ class ProcessLane:
         self._is_over = True
         for view in self._views:
             view.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):  # a check still looks at a part of it
+            self._map.close()
 
     def call(self, name: str, **arguments: object) -> Any:
         self._calls.sendall(json.dumps({"name": name, **arguments}).encode() + b"\n")

@@ -17,19 +17,20 @@ from pathlib import Path
 
 import pytest
 from lane_pairs import KEY, needing, open_any
-from process_lane import ProcessPair
+from process_lane import ProcessLane, ProcessPair
 
 from pdx.errors import ConfigError
 from pdx.transport import conformance
-from pdx.transport.api import Copy, Span
+from pdx.transport.api import Copy, Lane, Span
 from pdx.transport.conformance_death import PROCESS_CHECKS, check_killed_somewhere, check_killed_writer
 from pdx.transport.conformance_faults import Hazard
 from pdx.transport.rdma import rdma_here
 from pdx.transport.registry import open_lane
 from pdx.transport.side import Side, losses_of
 
-# The rest of them takes a nixl lane, which loads for seconds, to `make prove`.
-NIXL_CHECKS = (conformance.check_bytes_land_exactly, check_killed_writer)
+# The rest of them takes a nixl lane, which loads for seconds, to `make prove`. So does the killed writer: where UCX
+# emulates writes, its own thread answered that with abort() once, in hundreds: a pdxd's end, which the others survive.
+NIXL_CHECKS = (conformance.check_bytes_land_exactly,)
 HERE = Path(__file__).parent
 SCHEMES = [pytest.param(scheme, marks=needing(scheme)) for scheme in ("tcp", "nixl", "ucx")]
 REMOTE_CHECKS = (
@@ -40,9 +41,15 @@ REMOTE_CHECKS = (
 CHECKS: tuple[Callable[..., None], ...] = (*PROCESS_CHECKS, *REMOTE_CHECKS)
 
 
+def open_near(scheme: str) -> Lane:
+    """Ours, if it is all Python. Native code may take its process along, and what it says then is to be seen."""
+    url = f"{scheme}://127.0.0.1:0"
+    return open_any(url, key=KEY, name="near") if scheme == "tcp" else ProcessLane(url, checked_by="sender")
+
+
 @contextmanager
 def process_pair(scheme: str) -> Iterator[ProcessPair]:
-    near = open_any(f"{scheme}://127.0.0.1:0", key=KEY, name="near")
+    near = open_near(scheme)
     try:
         pair = ProcessPair(near)
         try:
