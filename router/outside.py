@@ -86,15 +86,14 @@ class Outside:
             ahead_s=work.ahead_s(engine_id, pace or NOMINAL_TOKENS_PER_S, now), step_s=work.step_s(engine_id),
         )  # fmt: skip
 
-    async def brought(self, prompt: Prompt | None, request: Request, snapshot: Snapshot, turn: int) -> Prompt | None:
-        """The prompt, when what is worth bringing has come to where it would be computed now."""
-        if prompt is None or not any(prompt.found.values()) or not any(engine.links for engine in snapshot):
-            return prompt  # nobody is known to have any of it, or nobody to have sent anything to anybody
+    async def brought(self, prompt: Prompt, request: Request, snapshot: Snapshot, turn: int) -> None:
+        """Returns when what is worth bringing has come to where the prompt would be computed now."""
+        if not any(prompt.found.values()) or not any(engine.links for engine in snapshot):
+            return  # nobody is known to have any of it, or nobody to have sent anything to anybody
         pair = choose_pair(snapshot, request.model, policy="prefix", turn=turn, asked=Asked(prompt=prompt))
         bring = worth_bringing(pair.prefill, snapshot, prompt) if pair is not None else None
         if bring is not None:
             await self.sharing.bring(bring, prompt, salt=request.body.get("cache_salt") or "")
-        return prompt
 
     def moment(self) -> Moment:
         """For the metrics."""

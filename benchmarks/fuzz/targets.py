@@ -188,8 +188,10 @@ def _request(raw: bytes) -> None:
             continue
         servable.prefill_body(path, public, "handle")
         servable.early_body(public, "handle")
-        with contextlib.suppress(StopIteration):  # with no engines there is nobody to wait for
-            PROMPTS.read(path, public, "m", (), turn=0, headers={}, now=0.0).send(None)
+        reading = PROMPTS.ask(path, public, "m", (), turn=0, headers={})
+        if reading is not None:
+            with contextlib.suppress(StopIteration):  # with no engines there is nobody to wait for
+                PROMPTS.read(reading, 0.0).send(None)
         if path in servable.WITH_IDS:
             servable.decode_body(path, public, "handle", [1, 2])
             if not seedable.unseedable_reason(path, public, ENGINE):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from benchmarks.routing.host import ENGINES, MODEL, PREFILL_TOKENS_PER_S, ROLES, SPACE, STEP_MORE_S, Host, prefill_s
 from benchmarks.routing.workloads import BLOCK_TOKENS, TTFT_P95_S, Sessions, Turn, Workload
 from pdx.daemon.holdings import TURN_S
-from pdx.keys import short_names
+from pdx.router.choice.blocks import Blocks
 from pdx.router.choice.knowledge import Knowledge
 from pdx.router.choice.policy import Asked, Candidate, PolicyName, choose_instead, choose_pair
 from pdx.router.choice.prompt import Prompt
@@ -81,9 +81,9 @@ class Run:
         prompt_names, answer_names = names[: len(turn.prompt)], names[len(turn.prompt) :]
         prompt = None
         if self.policy == "prefix":
-            short = tuple(short_names(SPACE, prompt_names))
-            found = self.knowledge.found(short, self.now)
-            prompt = Prompt(tokens=len(turn.prompt) * BLOCK_TOKENS, names={SPACE: short}, found={SPACE: found})
+            blocks = Blocks.called({SPACE: prompt_names})
+            found = self.knowledge.found(blocks.names(SPACE), self.now)
+            prompt = Prompt(tokens=len(turn.prompt) * BLOCK_TOKENS, blocks=blocks, found={SPACE: found})
         snapshot = tuple(self._seen(host) for host in self.hosts.values())
         asked = Asked(draws=tuple(self._rng.random() for _ in range(4)), prompt=prompt)  # type: ignore[arg-type]
         pair = choose_pair(snapshot, MODEL, policy=self.policy, turn=self._turn, asked=asked)

@@ -19,7 +19,7 @@ from pdx.daemon.costs import Costs
 from pdx.daemon.grips import Grip, Grips
 from pdx.daemon.lowwater import LowWater
 from pdx.daemon.pins import Pins
-from pdx.daemon.ports import Desk, Ports
+from pdx.daemon.ports import ROUTER_SAYS, Desk, Ports
 from pdx.daemon.prefixes import Prefixes
 from pdx.daemon.questions import Questions
 from pdx.daemon.receiving import Incoming, ReceivingHalves
@@ -193,9 +193,9 @@ class Handoffs:
         self._desk.bury(key, "cancelled")
         outgoing, incoming = self._sending.records.get(key), self._receiving.records.get(key)
         if outgoing is not None:
-            self._sending.act(outgoing, outgoing.sender.fail(f"router: {reason}", tell_peer=True), now)
+            self._sending.act(outgoing, outgoing.sender.fail(f"{ROUTER_SAYS}{reason}", tell_peer=True), now)
         if incoming is not None:
-            self._receiving.act(incoming, incoming.receiver.fail(f"router: {reason}", tell_peer=True), now)
+            self._receiving.act(incoming, incoming.receiver.fail(f"{ROUTER_SAYS}{reason}", tell_peer=True), now)
 
     def share(self, wish: Share, now: float) -> None:
         """A router wants a peer to have these blocks."""

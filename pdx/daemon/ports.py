@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import Counter
@@ -26,6 +27,10 @@ HandoffKey = tuple[bytes, int]  # handoff id, attempt
 
 # Each is ~100 bytes; at 500 handoffs a second they reach back two minutes, a handoff's whole budget.
 TOMBSTONES_MAX = 65_536
+ROUTER_SAYS = "router: "  # stands before the reasons of what it has ended
+LOGGED_A_SECOND = 10
+
+log = logging.getLogger("pdxd")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Desk:
     seen: SeenHandles = field(default_factory=SeenHandles)
     tombstones: dict[HandoffKey, str] = field(default_factory=dict)
     stirred: dict[HandoffKey, None] = field(default_factory=dict)  # what may be the answer to an early question now
+    log_second: int = 0
+    logged: int = 0  # failures in this second
 
     def verified(self, text: str, *, daemon: str, use: str = "") -> TransferHandle:
         """The handle, if it is good for this daemon. `use` marks it used on that side. Raises HandleError."""
@@ -97,7 +104,19 @@ class Desk:
     def tell_routers(self, key: HandoffKey, reason: str) -> None:
         """A failure is worth telling: the request can start to recompute now instead of at prefill's timeout."""
         if reason:
+            self._log_failure(key[0], reason)
             self.ports.to_routers(HandoffFailed(handoff_id=key[0], attempt=key[1], reason=reason))
+
+    def _log_failure(self, handoff_id: bytes, reason: str) -> None:
+        """Some each second: all those of a broken lane would push out of the log why it broke."""
+        if ROUTER_SAYS in reason:
+            return  # a client that left, or an answer that needed nothing more
+        second = self.ports.trace_clock_ns() // 1_000_000_000
+        if second != self.log_second:
+            self.log_second, self.logged = second, 0
+        self.logged += 1
+        if self.logged <= LOGGED_A_SECOND:
+            log.info("handoff %s failed: %r", handoff_id.hex(), reason)
 
     def bury(self, key: HandoffKey, reason: str) -> None:
         self.tombstones[key] = reason

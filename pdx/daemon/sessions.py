@@ -7,6 +7,7 @@ unmapped the arena, and a dying process loses its memory before its files, so EO
 from __future__ import annotations
 
 import itertools
+import logging
 import socket
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from pdx.wire import Attach, EngineInfo, identity_of
 
 ENGINES_MAX = 128
 SESSIONS_MAX = 512  # two an engine and more with ranks, the rest tools; well below the usual limit of 1024 descriptors
+
+log = logging.getLogger("pdxd")
 
 
 @dataclass(eq=False)
@@ -83,6 +86,7 @@ class Sessions:
             del engine.workers[session.rank]
         if engine.scheduler is None and not engine.workers:
             del self.engines[session.engine_id]
+            log.info("the last process of engine %s has left", session.engine_id)
         return engine
 
     def _join_engine(self, session: Session, hello: Attach) -> None:
@@ -113,6 +117,8 @@ class Sessions:
             engine.routers = frozenset(filter(None, (endpoint.strip() for endpoint in hello.router.split(","))))
         session.engine_id = name
         self.engines[name] = engine
+        if engine.complete:
+            log.info("engine %s (%s) is here, for %s", name, engine.info.role, engine.info.model)
 
     def _free_fence(self) -> int:
         taken = {session.fence_offset for session in self.by_identity.values() if session.kind == "worker"}

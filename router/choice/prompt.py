@@ -1,12 +1,13 @@
-"""What the router knows of one request's prompt when it chooses engines. A value: made once, for one snapshot."""
+"""What the router knows of one request's prompt when it chooses engines. Made for one snapshot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from pdx.router.choice.blocks import Blocks
 from pdx.router.choice.knowledge import Found
 
 if TYPE_CHECKING:
@@ -20,13 +21,12 @@ NOTHING = Found()
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int  # how many; a guess if there are no ids
     token_ids: list[int] | None = None
-    hashes: Mapping[bytes, Sequence[bytes]] = {}  # space of engines -> what they call its full blocks
-    names: Mapping[bytes, tuple[int, ...]] = {}  # the same, in short, under the tenant
-    found: Mapping[bytes, Mapping[str, Found]] = {}  # space -> daemon id -> what it has of them
-    generation: int = 0  # of the knowledge that says so
+    blocks: Blocks | None = None  # None: they can't be named
+    found: Mapping[bytes, Mapping[str, Found]] = {}  # space of engines -> daemon id -> what it has of them
+    generation: int = -1  # of the knowledge that says so
 
     def names_at(self, engine: Candidate) -> tuple[int, ...]:
-        return self.names.get(engine.space, ())
+        return self.blocks.names(engine.space) if self.blocks is not None else ()
 
     def cached_tokens(self, engine: Candidate) -> int:
         """Of leading blocks that its daemon has. An engine computes at least the last token."""

@@ -16,28 +16,26 @@ import time
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from pdx.admin import tokens_in
-from pdx.chain import TOKENS_MAX, block_hashes
+from pdx.chain import TOKENS_MAX
 from pdx.errors import Refused
-from pdx.keys import short_names, tenant_of
+from pdx.router.choice.blocks import Blocks
 from pdx.router.choice.forecast import NOMINAL_TOKENS_PER_S
-from pdx.router.choice.knowledge import Knowledge
+from pdx.router.choice.knowledge import Found, Knowledge
 from pdx.router.choice.policy import Candidate, Snapshot
 from pdx.router.choice.prompt import Prompt
-from pdx.router.engines.upstream import Upstream, UpstreamError
+from pdx.router.engines.upstream import Call, Upstream, UpstreamError
 from pdx.router.request.servable import CHAT, COMPLETIONS, alone_reason
 
 # English has four letters a token, code three: a guess that is too long only makes a prompt weigh more.
 LETTERS_A_TOKEN = 3
 IDS_MAX = 1 << 22  # remembered, of four bytes: 16 MiB
 TOKENS_AT_ONCE = 16_384  # to hash on the loop, some 8 ms; more of them on another thread, beside everybody's streams
-SPACES_MAX = 4  # kinds of blocks that one model's engines have; while weights roll there are two
 # Tokenizing is worth a twentieth of what the prompt takes to compute: choosing well saves more of that than so much.
 LAST = 5  # answers, of which the middle one says how long asking takes: a first one, or one behind a burst, is no rule
 FORGIVEN_AFTER = 50  # prompts for which nobody was asked: who was slow then is asked again
@@ -69,7 +67,7 @@ class Prompts:
     def __repr__(self) -> str:
         return f"<Prompts {len(self._ids)} remembered>"
 
-    async def read(
+    def ask(
         self,
         path: str,
         body: Mapping[str, Any],
@@ -78,80 +76,74 @@ class Prompts:
         *,
         turn: int,
         headers: Mapping[str, str],
-        now: float,
-    ) -> Prompt | None:
-        """None for what is no prompt of one sequence of tokens. Never raises for what a client or an engine says."""
+    ) -> Reading | None:
+        """Has the ids asked for now, if they are worth it; `read` then waits for them, or `drop` the reading. None for
+        what is no prompt of one sequence of tokens. Never raises for what a client says."""
         if path not in (COMPLETIONS, CHAT) or alone_reason(path, body):
             return None
         engines = [c for c in snapshot if model in c.info.models]
-        salt = body.get("cache_salt") or ""
+        salt, adapters = body.get("cache_salt") or "", _adapters(engines)
+        has_names = isinstance(salt, str) and model not in adapters
         given = _only(body.get("prompt")) if path == COMPLETIONS else None
-        ids: list[int] | None
         if isinstance(given, list):
-            ids = given if given and all(type(token) is int for token in given) else None
-            guess = len(given)
             self._count("given")
-        else:
-            guess = 1 + _letters(given if path == COMPLETIONS else body.get("messages")) // LETTERS_A_TOKEN
-            patience_s = patience_for(guess, engines, takes_s=self._takes_s())
-            asks = patience_s and isinstance(salt, str) and model not in _adapters(engines)
-            ids = None
-            if asks:
-                ids = await self._tokenized(path, body, salt, engines, turn, headers, patience_s)
-            else:
-                self._unasked += 1
-                self._count("unasked")
-        if ids is None or not isinstance(salt, str) or model in _adapters(engines) or _too_long(ids, engines):
-            return Prompt(tokens=guess if ids is None else len(ids), token_ids=ids)
-        hashes = partial(_hashed, ids, salt, engines)
-        named = await asyncio.to_thread(hashes) if len(ids) > TOKENS_AT_ONCE else hashes()
-        return self._named(ids, salt, named, now)
+            ids = given if given and all(type(token) is int for token in given) else None
+            return Reading(engines, salt, len(given), has_names, ids)
+        guess = 1 + _letters(given if path == COMPLETIONS else body.get("messages")) // LETTERS_A_TOKEN
+        reading = Reading(engines, salt, guess, has_names)
+        patience_s = patience_for(guess, engines, takes_s=self._takes_s())
+        if not patience_s or not has_names:
+            self._unasked += 1
+            self._count("unasked")
+            return reading
+        question = tokenize_question(path, body)
+        # Under the tenant: how soon an answer comes must not tell one what another has asked.
+        key = hashlib.blake2b(repr((salt, engines[0].info.content)).encode() + question, digest_size=16).digest()
+        kept = self._ids.get(key)
+        if kept is not None:
+            self._ids.move_to_end(key)
+            self._count("remembered")
+            reading.ids = list(kept)
+            return reading
+        url = engines[turn % len(engines)].info.url.rstrip("/") + "/tokenize"
+        reading.asked = _Asked(key, patience_s, time.monotonic(), self._upstream.call(url, question, headers))
+        reading.asked.call.begin()
+        return reading
+
+    async def read(self, reading: Reading, now: float) -> Prompt:
+        """Never raises for what an engine says."""
+        if reading.asked is not None:
+            reading.ids = await self._answer(reading.asked)
+            reading.asked = None  # the question is as long as the prompt
+        ids, engines = reading.ids, reading.engines
+        if ids is None or not reading.has_names or _too_long(ids, engines):
+            return Prompt(tokens=reading.guess if ids is None else len(ids), token_ids=ids)
+        blocks = Blocks(ids, reading.salt, {engine.space: engine.info.content for engine in engines})
+        if len(ids) > TOKENS_AT_ONCE:  # also what nobody has: it would be named on the loop when it is sent
+            await asyncio.to_thread(blocks.name_all)
+        return self.refreshed(Prompt(tokens=len(ids), token_ids=ids, blocks=blocks), now)
 
     def refreshed(self, prompt: Prompt, now: float) -> Prompt:
         """With what daemons have of it now: it may have waited in a line."""
-        if prompt.generation == self._knowledge.generation:
+        if prompt.blocks is None or prompt.generation == self._knowledge.generation:
             return prompt
-        found = {space: self._knowledge.found(names, now) for space, names in prompt.names.items()}
+        found = {space: self._found(prompt.blocks, space, now) for space in prompt.blocks.spaces}
         return msgspec.structs.replace(prompt, found=found, generation=self._knowledge.generation)
 
-    def _named(self, ids: list[int], salt: str, hashes: dict[bytes, list[bytes]], now: float) -> Prompt:
-        tenant = tenant_of(salt)
-        names = {space: tuple(short_names(space + tenant, each)) for space, each in hashes.items()}
-        found = {space: self._knowledge.found(each, now) for space, each in names.items()}
-        return Prompt(
-            tokens=len(ids), token_ids=ids, hashes=hashes, names=names, found=found,
-            generation=self._knowledge.generation,
-        )  # fmt: skip
+    def _found(self, blocks: Blocks, space: bytes, now: float) -> dict[str, Found]:
+        """Of a prompt whose first block nobody has, the others needn't be named before it is on its way."""
+        known = self._knowledge.found(blocks.first_name(space), now)
+        return self._knowledge.found(blocks.names(space), now) if known else {}
 
-    async def _tokenized(
-        self,
-        path: str,
-        body: Mapping[str, Any],
-        salt: str,
-        engines: Sequence[Candidate],
-        turn: int,
-        headers: Mapping[str, str],
-        patience_s: float,
-    ) -> list[int] | None:
-        question = tokenize_question(path, body)
-        # Under the tenant: how soon an answer comes must not tell one what another has asked.
-        name = hashlib.blake2b(repr((salt, engines[0].info.content)).encode() + question, digest_size=16).digest()
-        kept = self._ids.get(name)
-        if kept is not None:
-            self._ids.move_to_end(name)
-            self._count("remembered")
-            return list(kept)
-        engine, began_at = engines[turn % len(engines)], time.monotonic()
+    async def _answer(self, asked: _Asked) -> list[int] | None:
         try:
-            async with asyncio.timeout(patience_s):
-                url = engine.info.url.rstrip("/") + "/tokenize"
-                async with self._upstream.call(url, question, headers) as reply:
-                    ids = tokens_in(await reply.read()) if reply.status == 200 else None
+            async with asyncio.timeout(asked.at + asked.patience_s - time.monotonic()), asked.call as reply:
+                ids = tokens_in(await reply.read()) if reply.status == 200 else None
         except (UpstreamError, TimeoutError, Refused):
             ids = None
-        self._took_s.append(time.monotonic() - began_at)
+        self._took_s.append(time.monotonic() - asked.at)
         self._unasked = 0
-        if not ids or len(ids) > TOKENS_MAX or not self._remember(name, ids):
+        if not ids or len(ids) > TOKENS_MAX or not self._remember(asked.key, ids):
             self._count("late")
             return None
         self._count("asked")
@@ -174,23 +166,39 @@ class Prompts:
         return True
 
 
+class Reading:
+    """One prompt, while its ids may be on their way."""
+
+    __slots__ = ("asked", "engines", "guess", "has_names", "ids", "prompt", "salt")
+
+    def __init__(
+        self, engines: Sequence[Candidate], salt: Any, guess: int, has_names: bool, ids: list[int] | None = None
+    ) -> None:
+        self.engines = engines
+        self.salt = salt
+        self.guess = guess  # how many tokens
+        self.has_names = has_names  # whether ids would tell what engines call its blocks
+        self.ids = ids
+        self.asked: _Asked | None = None
+        self.prompt: Prompt | None = None  # for who has read it
+
+    def drop(self) -> None:
+        """Nobody will read it. Nothing if somebody has."""
+        if self.asked is not None:
+            self.asked.call.drop()
+
+
+class _Asked(NamedTuple):
+    key: bytes  # under which the ids are remembered
+    patience_s: float
+    at: float
+    call: Call
+
+
 def _too_long(ids: Sequence[int], engines: Sequence[Candidate]) -> bool:
     """Whether every engine will refuse it anyway."""
     contexts = [engine.info.context_tokens for engine in engines]
     return all(contexts) and len(ids) > max(contexts, default=0)
-
-
-def _hashed(ids: list[int], salt: str, engines: Sequence[Candidate]) -> dict[bytes, list[bytes]]:
-    """The names that engines give to the full blocks, by space. Of any thread."""
-    hashes: dict[bytes, list[bytes]] = {}
-    for engine in engines:
-        if engine.space in hashes or len(hashes) >= SPACES_MAX:
-            continue
-        try:
-            hashes[engine.space] = block_hashes(engine.info.content, ids, salt=salt)
-        except Refused:
-            hashes[engine.space] = []
-    return hashes
 
 
 def tokenize_question(path: str, body: Mapping[str, Any]) -> bytes:

@@ -40,8 +40,9 @@ class Sharing:
 
     async def bring(self, bring: Bring, prompt: Prompt, *, salt: str) -> None:
         """Returns when the blocks have come, or when waiting is over."""
-        space, daemon = bring.target.space, bring.target.daemon
-        names = prompt.names[space][: bring.blocks]
+        space, daemon, blocks = bring.target.space, bring.target.daemon, prompt.blocks
+        assert blocks is not None  # some of them are known somewhere
+        names = blocks.names(space)[: bring.blocks]
         key = daemon.daemon_id, names[-1]
         wait = self._waiting.get(key)
         if wait is None:
@@ -49,7 +50,7 @@ class Sharing:
                 self._counted("full")
                 return
             wait = self._waiting[key] = _Wait(names, asyncio.get_running_loop().create_future())
-            hashes = list(prompt.hashes[space][: bring.blocks])
+            hashes = list(blocks.hashes(space)[: bring.blocks])
             wish = Share(
                 to=daemon, engine=bring.target.engine_id, space=space, tenant=tenant_of(salt), block_hashes=hashes
             )

@@ -32,7 +32,7 @@ class UpstreamError(PdxError):
 
 
 class EngineConnection(asyncio.Protocol):
-    """Give it a request with `send`, wait for `head`, then take chunks until one is empty."""
+    """Give it a request with `send` or `post`, wait for `head`, then take chunks until one is empty."""
 
     def __init__(self) -> None:
         self.idle_since = 0.0
@@ -41,7 +41,7 @@ class EngineConnection(asyncio.Protocol):
         self._writable: asyncio.Future[None] | None = None
         self._error = ""
         self._paused = False
-        self._begin()
+        self._reset()
 
     def __repr__(self) -> str:
         state = self._error or ("idle" if self._complete else "answering" if self._has_head else "waiting")
@@ -58,21 +58,24 @@ class EngineConnection(asyncio.Protocol):
         over = self._sent and self._complete and not self._paused
         return over and self._keeps_open and not self._error
 
+    def post(self, head: bytes, body: bytes) -> None:
+        """Sends a short request, of PIECE_BYTES at most, without waiting. Raises UpstreamError."""
+        self._reset()
+        self._usable().write(head + body)
+        self._sent = True
+
     async def send(self, head: bytes, body: bytes) -> None:
         """Raises UpstreamError."""
-        self._begin()
-        if self._transport is None or self._error:
-            raise UpstreamError("broken")
         if len(body) <= PIECE_BYTES:
-            self._transport.write(head + body)
-            self._sent = True
+            self.post(head, body)
             return
-        self._transport.write(head)
+        self._reset()
+        self._usable().write(head)
         pieces = memoryview(body)
         for start in range(0, len(body), PIECE_BYTES):
             if self._error or self._has_head:  # it has answered before it has read all of it
                 return
-            self._transport.write(pieces[start : start + PIECE_BYTES])
+            self._usable().write(pieces[start : start + PIECE_BYTES])
             if self._writable is not None:
                 await self._writable
         self._sent = True
@@ -101,6 +104,11 @@ class EngineConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def _usable(self) -> asyncio.Transport:
+        if self._transport is None or self._error:
+            raise UpstreamError("broken")
+        return self._transport
+
     async def _more(self) -> None:
         if self._error:
             raise UpstreamError(self._error)
@@ -110,7 +118,7 @@ class EngineConnection(asyncio.Protocol):
         finally:
             self._waiter = None
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.status = 0
         self.content_type = "application/json"
         self._parser = httptools.HttpResponseParser(self)

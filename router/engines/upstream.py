@@ -6,6 +6,7 @@ Knows addresses and bytes; nothing of journeys, handoffs or clients.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import ssl
@@ -16,7 +17,7 @@ from types import TracebackType
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from pdx.router.engines.connection import EngineConnection, UpstreamError
+from pdx.router.engines.connection import PIECE_BYTES, EngineConnection, UpstreamError
 
 # Ours, whoever we wanted to reach: out of descriptors, or of memory for sockets.
 OURS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -57,12 +58,10 @@ class Upstream:
     def call(self, url: str, body: bytes, headers: Mapping[str, str]) -> Call:
         """A block that posts, and gets the reply once its head is here. Leaving it early drops the request upstream.
 
-        Raises UpstreamError, also on entry and from the reply's methods. No limit on connections: the engines queue,
-        and a queue here would hide their load from the policy.
+        Raises UpstreamError on entry, and from the reply's methods. No limit on connections: the engines queue, and a
+        queue here would hide their load from the policy.
         """
-        address, host, path = _taken_apart(url)
-        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n{_lines(headers)}\r\n"
-        return Call(self, address, head, body)
+        return Call(self, url, body, headers)
 
     async def healthy(self, url: str) -> bool:
         """Whether GET `url` answers 200 within HEALTH_S."""
@@ -74,24 +73,24 @@ class Upstream:
 
     async def _get(self, url: str) -> bytes | None:
         try:
-            address, host, path = _taken_apart(url)
-            head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
-            async with asyncio.timeout(HEALTH_S), Call(self, address, head, b"") as reply:
+            async with asyncio.timeout(HEALTH_S), Call(self, url, None, {}) as reply:
                 return await reply.read(PAGE_BYTES_MAX) if reply.status == 200 else None
         except (UpstreamError, TimeoutError):
             return None
 
     async def connection(self, address: Address) -> EngineConnection:
         """One of ours to there, or a new one; `done_with` takes it back. Raises UpstreamError."""
-        connection = self._kept(address) or await self._connected(address)
+        connection = self.kept(address) or await self._connected(address)
         self._open.add(connection)
         return connection
 
-    def _kept(self, address: Address) -> EngineConnection | None:
+    def kept(self, address: Address) -> EngineConnection | None:
+        """One of ours to there that nobody uses; `done_with` takes it back."""
         idle, oldest = self._idle.get(address), time.monotonic() - KEEPALIVE_S
         while idle:
             connection = idle.pop()
             if connection.reusable and connection.idle_since >= oldest:
+                self._open.add(connection)
                 return connection
             connection.close()
         return None
@@ -135,27 +134,57 @@ class Call:
     """One request, and its reply for as long as the block. (A class, and no generator: every request of a client makes
     two of these, or three.)"""
 
-    __slots__ = ("_address", "_body", "_connection", "_head", "_upstream")
+    __slots__ = ("_address", "_body", "_connection", "_headers", "_upstream", "_url")
 
-    def __init__(self, upstream: Upstream, address: Address, head: str, body: bytes) -> None:
-        self._upstream, self._address = upstream, address
-        self._head, self._body = head, body
+    def __init__(self, upstream: Upstream, url: str, body: bytes | None, headers: Mapping[str, str]) -> None:
+        """`body`: None for GET."""
+        self._upstream, self._url, self._body, self._headers = upstream, url, body, headers
+        self._connection: EngineConnection | None = None
+
+    def begin(self) -> None:
+        """Sends it now, if it is short and a connection is kept for it: an engine can be at work before the task has
+        begun that waits for it. (uvloop 0.23 writes at once, an older one when the loop's turn is over.) After this
+        enter the block, or `drop` it."""
+        if len(self._body or b"") > PIECE_BYTES:
+            return
+        with contextlib.suppress(UpstreamError):  # who enters hears of it
+            head, body = self._request()
+            self._connection = self._upstream.kept(self._address)
+            if self._connection is not None:
+                self._connection.post(head, body)
+
+    def drop(self) -> None:
+        """Gives up the request and its reply, wherever they are, and the block with them; does nothing after it."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._upstream.done_with(self._address, connection)
 
     async def __aenter__(self) -> Reply:
-        self._connection = connection = await self._upstream.connection(self._address)
         try:
-            # As clients sent it, byte for byte.
-            await connection.send(self._head.encode("utf-8", "surrogateescape"), self._body)
-            await connection.head()
+            if self._connection is None:
+                head, body = self._request()
+                self._connection = await self._upstream.connection(self._address)
+                await self._connection.send(head, body)
+            await self._connection.head()
+            return Reply(self._connection)
         except BaseException:
-            self._upstream.done_with(self._address, connection)
+            self.drop()
             raise
-        return Reply(connection)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._upstream.done_with(self._address, self._connection)
+        self.drop()
+
+    def _request(self) -> tuple[bytes, bytes]:
+        """As clients sent it, byte for byte."""
+        self._address, host, path = _taken_apart(self._url)
+        if self._body is None:
+            head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{_lines(self._headers)}\r\n"
+        else:
+            length = f"Content-Length: {len(self._body)}\r\n"
+            head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\n{length}{_lines(self._headers)}\r\n"
+        return head.encode("utf-8", "surrogateescape"), self._body or b""
 
 
 class Reply:

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from pdx.handoff.handle import HANDOFF_ID_BYTES
 from pdx.router.choice.policy import Asked, Snapshot, choose_pair, serving
-from pdx.router.choice.prompt import Prompt
+from pdx.router.choice.prompts import Reading
 from pdx.router.front.access import ApiKeys, Caller, Origins
 from pdx.router.front.answers import as_json, refusal
 from pdx.router.front.replies import REFUSALS
@@ -182,6 +182,7 @@ class Front:
         self._outside.metrics.in_flight.inc()
         self._outside.under_way += 1
         ends_at = time.monotonic() + self._door.request_timeout_s
+        reading: Reading | None = None
         try:
             raw = await self._read(client)
             body = self._read_body(client, raw)
@@ -194,10 +195,10 @@ class Front:
             headers["X-Request-Id"] = _request_id(client) or secrets.token_hex(16)
             if request.traceparent:
                 headers["traceparent"] = request.traceparent
+            seen = self._look()
+            reading = self._ask(request, headers, seen.engines)  # the rest can be done while an engine reads it
             self._outside.retry_budget.on_request()
             session = client.headers.get(SESSION_HEADER, "") or session_of(request.body)
-            seen = self._look()
-            prompt = await self._prompt(request, headers, seen.engines)
             journey = Journey(request, self._settings, self._outside.retry_budget)
             conductor = Conductor(
                 journey,
@@ -206,38 +207,44 @@ class Front:
                 model=model,
                 headers=headers,
                 shown=shown,
-                begins=partial(self._begin, model, session, prompt, seen),
+                begins=partial(self._begin, request, session, reading, seen),
                 wish=wish,
             )
             return await conductor.play(timeout_s=ends_at - time.monotonic())
         finally:
+            if reading is not None:
+                reading.drop()
             self._outside.metrics.in_flight.dec()
             self._outside.under_way -= 1
 
     def _look(self) -> _Look:
         return _Look(self.snapshot(), self._outside.changes, time.monotonic())
 
-    async def _prompt(self, request: Request, headers: dict[str, str], snapshot: Snapshot) -> Prompt | None:
+    def _ask(self, request: Request, headers: dict[str, str], snapshot: Snapshot) -> Reading | None:
         if self._settings.policy != "prefix":
             return None
-        outside, turn = self._outside, self._turn
-        prompt = await outside.prompts.read(
-            request.path, request.body, request.model, snapshot, turn=turn, headers=headers, now=time.monotonic()
+        return self._outside.prompts.ask(
+            request.path, request.body, request.model, snapshot, turn=self._turn, headers=headers
         )
-        return await outside.brought(prompt, request, snapshot, turn)
 
-    def _begin(self, model: str, session: str, prompt: Prompt | None, seen: _Look) -> Begin:
-        """`seen`: by which the prompt was read; looked at anew unless nothing has happened since."""
+    async def _begin(self, request: Request, session: str, reading: Reading | None, seen: _Look) -> Begin:
+        """`seen`: by which the prompt is read; looked at anew unless nothing has happened since."""
+        outside, prompt = self._outside, None
+        if reading is not None:
+            prompt = reading.prompt  # of the last time: it has waited in a line
+            if prompt is None:
+                prompt = await outside.prompts.read(reading, time.monotonic())
+                await outside.brought(prompt, request, seen.engines, self._turn)
+                reading.prompt = prompt
         self._turn += 1
         now = time.monotonic()
-        same = seen.changes == self._outside.changes and now - seen.at < MOMENT_S
-        engines = seen.engines if same else self.snapshot()
-        known = prompt and self._outside.prompts.refreshed(prompt, now)
+        same = seen.changes == outside.changes and now - seen.at < MOMENT_S
+        known = prompt and outside.prompts.refreshed(prompt, now)
         asked = Asked(draws=_draws(), session=session, prompt=known)
         return Begin(
-            snapshot=engines,
-            behind=self._outside.gate.queue.needs,
-            retry_after_s=self._outside.retry_after_s(model),
+            snapshot=seen.engines if same else self.snapshot(),
+            behind=outside.gate.queue.needs,
+            retry_after_s=outside.retry_after_s(request.model),
             turn=self._turn,
             handoff_id=secrets.token_bytes(HANDOFF_ID_BYTES),
             now_unix_s=time.time(),

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from pdx.router.choice.policy import Candidate, Pair, Side, Snapshot
-from pdx.router.engines.upstream import Reply, UpstreamError
+from pdx.router.engines.upstream import Call, Reply, UpstreamError
 from pdx.router.front.replies import words_of
 from pdx.router.line.admission import Wish
 from pdx.router.line.gate import Place
@@ -55,6 +55,7 @@ from pdx.router.standing.blame import Blame
 
 # Writing the last bytes to a client that no longer reads must end too.
 CLOSE_S = 5.0
+FAULT_CODE = 500
 CLIENT_GONE_CODE = 499  # never sent: how the metrics show clients that left
 STREAM_TYPE = "text/event-stream; charset=utf-8"  # as vLLM says it
 RANK_HEADER = "X-data-parallel-rank"
@@ -73,7 +74,7 @@ class Conductor:
         model: str,
         headers: dict[str, str],
         shown: Mapping[str, str],
-        begins: Callable[[], Begin],
+        begins: Callable[[], Awaitable[Begin]],
         wish: Wish,
     ) -> None:
         self._journey = journey
@@ -87,6 +88,7 @@ class Conductor:
         self._place: Place | None = None  # in the line
         self._blame = Blame(outside)
         self._handoff_failed: asyncio.Future[str] | None = None
+        self._at_fault = False  # the router's own code, which the front answers for and counts
         self._started_at = time.monotonic()
         self._calls: dict[Side, asyncio.Task[Event]] = {}
         self._heard: asyncio.Future[None] | None = None  # done when one of them is
@@ -109,7 +111,7 @@ class Conductor:
         try:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._run(self._begins())
+                    await self._run(await self._begins())
             except TimeoutError:
                 self._blame.overdue = True
                 await self._drop_all()
@@ -121,6 +123,9 @@ class Conductor:
             # The client is gone, or so slow that it does not even take the goodbye.
             if self._client.transport is not None:
                 self._client.transport.abort()
+        except Exception:
+            self._at_fault = True
+            raise
         finally:
             self._leave_line(went=False)
             try:
@@ -155,19 +160,21 @@ class Conductor:
             case LineUp():
                 self._place = self._outside.gate.line_up(action.need, self._wish, self._place)
             case CallPrefill():
+                call = self._begun(action.engine, action.body)
                 assert self._journey.decode is not None
                 pair = Pair(action.engine, self._journey.decode)
                 self._handoff_failed = self._blame.handoff_began(pair, self._journey.handoff_id)
                 # Decode's place is taken now: else all requests in prefill's line would choose the same free engine.
                 self._decode_call.callback(self._outside.in_flight_at(pair.decode))
                 sent = self._outside.sent(action.engine, action.prompt, waits=False)
-                self._start("prefill", action.engine, self._prefill(action), sent)
+                self._start("prefill", action.engine, call, self._prefill(action, call), sent)
             case CallDecode():
                 await self._drop("decode")
+                call = self._begun(action.engine, action.body)
                 # Counted before the first await: of requests that come together, each must see those before it.
                 self._decode_call.callback(self._outside.in_flight_at(action.engine))
                 sent = self._outside.sent(action.engine, action.prompt, waits=action.waits)
-                self._start("decode", action.engine, self._decode(action), sent)
+                self._start("decode", action.engine, call, self._decode(action, call), sent)
             case DropPrefill():
                 await self._drop("prefill")
             case ShowCached():
@@ -199,7 +206,8 @@ class Conductor:
         self,
         side: Side,
         engine: Candidate,
-        call: Coroutine[Any, Any, Event],
+        call: Call,
+        hearing: Coroutine[Any, Any, Event],
         sent: Callable[[bool], None],
     ) -> None:
         counts = [self._outside.in_line_at(engine)]
@@ -209,13 +217,15 @@ class Conductor:
 
         # Not within the coroutine: of a task that is cancelled before it has begun, nothing runs.
         def ended(task: asyncio.Task[Event]) -> None:
+            if task.cancelled() or task.exception() is not None:
+                call.drop()
             self._wake(task)
             for over in counts:
                 over()
             judge(task)
             sent(_answered(task))
 
-        self._calls[side] = task = asyncio.create_task(call)
+        self._calls[side] = task = asyncio.create_task(hearing)
         task.add_done_callback(ended)
 
     async def _next_event(self) -> Event | None:
@@ -253,30 +263,30 @@ class Conductor:
         finally:
             await self._drop("decode")
 
-    async def _prefill(self, action: CallPrefill) -> Event:
+    async def _prefill(self, action: CallPrefill, call: Call) -> Event:
         """Prefill's answer, or the daemons' word that it is of no use any more, whichever comes first."""
-        failure, call = self._handoff_failed, asyncio.current_task()
+        failure, task = self._handoff_failed, asyncio.current_task()
         assert failure is not None
-        assert call is not None
+        assert task is not None
 
         def broke(failure: asyncio.Future[str]) -> None:
             if not failure.cancelled():
-                call.cancel()
+                task.cancel()
 
         failure.add_done_callback(broke)
         try:
-            return await self._call_prefill(action)
+            return await self._call_prefill(action, call)
         except asyncio.CancelledError:
             # By `broke`, unless somebody else wants this call to end, or does so too.
-            if failure.done() and not failure.cancelled() and call.uncancel() == 0:
+            if failure.done() and not failure.cancelled() and task.uncancel() == 0:
                 return HandoffBroke(failure.result())
             raise
         finally:
             failure.remove_done_callback(broke)
 
-    async def _call_prefill(self, action: CallPrefill) -> Event:
+    async def _call_prefill(self, action: CallPrefill, call: Call) -> Event:
         try:
-            async with asyncio.timeout(action.timeout_s), self._called(action.engine, action.body) as reply:
+            async with asyncio.timeout(action.timeout_s), call as reply:
                 return PrefillAnswered(reply.status, await reply.read())
         except UpstreamError as error:
             self._note(action.engine, error)
@@ -284,10 +294,10 @@ class Conductor:
         except TimeoutError:
             return PrefillFailed("timeout")
 
-    async def _decode(self, action: CallDecode) -> Event:
+    async def _decode(self, action: CallDecode, call: Call) -> Event:
         self._events = EventStream(action.cached_tokens, action.seed)
         try:
-            reply = await self._decode_call.enter_async_context(self._called(action.engine, action.body))
+            reply = await self._decode_call.enter_async_context(call)
             if reply.status == 200 and reply.content_type.startswith("text/event-stream"):
                 self._content_type = reply.content_type
                 self._reply = reply
@@ -335,18 +345,21 @@ class Conductor:
         told = self._events.error
         return DecodeFailed(str(error), snapshot, words=words_of(told.body) if told else "", blames=error.blames)
 
-    def _called(self, engine: Candidate, body: bytes) -> AbstractAsyncContextManager[Reply]:
+    def _begun(self, engine: Candidate, body: bytes) -> Call:
+        """On its way, if it can be, before it is counted: an engine can work while the router keeps its books."""
         url, headers = engine.info.url.rstrip("/") + self._client.path, self._headers
         if engine.info.data_parallel_rank is not None:  # its server would choose another: the handoff is for this one
             headers = {**headers, RANK_HEADER: str(engine.info.data_parallel_rank)}
-        return self._outside.upstream.call(url, body, headers)
+        call = self._outside.upstream.call(url, body, headers)
+        call.begin()
+        return call
 
     # --- the line ---------------------------------------------------------------------------------------------
 
     async def _turn(self, place: Place) -> Event:
         why = await place.turn()
         if why is None:
-            return msgspec.structs.replace(self._begins(), behind=frozenset())
+            return msgspec.structs.replace(await self._begins(), behind=frozenset())
         return TurnedAway(why=why, retry_after_s=self._outside.gate.retry_after_s())
 
     def _leave_line(self, *, went: bool) -> None:
@@ -405,6 +418,9 @@ class Conductor:
 
     def _count(self) -> None:
         metrics, journey = self._outside.metrics, self._journey
+        if self._at_fault:
+            self._record.end(FAULT_CODE, time.monotonic())
+            return
         code = self._response.status if self._response is not None else CLIENT_GONE_CODE
         self._record.end(code, time.monotonic())
         metrics.requests.labels(model=self._model, code=str(code)).inc()

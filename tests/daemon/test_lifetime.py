@@ -68,6 +68,13 @@ def test_the_first_client_starts_a_detached_daemon_and_the_others_share_it(setti
         assert stat.S_IMODE(settings.run_path.stat().st_mode) == 0o700
 
 
+def test_its_log_tells_who_came_and_who_left(settings: Config) -> None:
+    log = settings.run_path / LOG_NAME
+    with DaemonClient.attach(settings, WORKER), DaemonClient.attach(settings, SCHEDULER):
+        until(lambda: f"engine {ENGINE.engine_id} ({ENGINE.role}) is here" in log.read_text(), "it is told")
+    until(lambda: f"the last process of engine {ENGINE.engine_id} has left" in log.read_text(), "its end is told")
+
+
 def test_it_lingers_for_a_client_that_comes_back_then_exits_and_cleans_up(settings: Config) -> None:
     DaemonClient.attach(settings, TOOL).close()
     with DaemonClient.attach(settings, TOOL, start=False) as again:

@@ -131,3 +131,18 @@ def test_a_window_is_all_pages_of_the_fresh_blocks_and_nothing_else(page_bytes: 
     each = [Span(place.page_offset(pages, layer), page_bytes) for place in places for layer in range(pages.layers)]
     assert SpanSet(spans_of(claim)).spans() == SpanSet(each).spans()
     assert len(spans_of(claim)) == len(claim.fresh_slots) < len(claim.fresh)
+
+
+def test_the_log_says_why_a_handoff_failed_unless_a_router_has_ended_it(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is where alerts send people."""
+    caplog.set_level("INFO")
+    host.send(0)
+    host.send(1)
+    host.handoffs.cancel(name(0), 1, "client_gone", host.now)
+    host.handoffs.engine_failing("P", host.now)
+    host.tick()
+    told = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
+    reasons = ("prefill engine died", "prefill: prefill engine died")  # one for each half
+    assert told == [f"handoff {name(1).hex()} failed: {reason!r}" for reason in reasons]

@@ -7,8 +7,11 @@ import time
 from contextlib import AsyncExitStack
 
 import msgspec
+import pytest
+from aiohttp import web
 from engine_fakes import CONTENT, FakeEngine, Fleet, fleet, until, verified, within
 
+from pdx.router.choice import prompts
 from pdx.router.service import drain
 from pdx.router.standing.breaker import BreakerSettings
 from pdx.wire import HandoffFailed, encode
@@ -82,6 +85,44 @@ async def test_the_urgent_go_first_and_tenants_take_turns() -> None:
         blocker.cancel()
         assert [answer[0] for answer in await asyncio.gather(*tasks)] == [200] * 4
         assert [headers["X-Request-Id"] for headers in d.headers[1:]] == ["urgent", "a1", "b1", "a2"]
+
+
+class SilentTokenizer(FakeEngine):
+    """It never says of which tokens a text is made."""
+
+    waiting = 0
+
+    async def _other(self, request: web.Request) -> web.Response:
+        self.waiting += 1
+        try:
+            await asyncio.Event().wait()
+            raise AssertionError
+        finally:
+            self.waiting -= 1
+
+
+@within(20)
+async def test_who_waits_for_tokens_may_leave_or_run_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted once, and nothing of it is left, neither here nor at the engine."""
+    monkeypatch.setattr(prompts, "PATIENCE_MIN_S", 60.0)
+    monkeypatch.setattr(prompts, "PATIENCE_MAX_S", 60.0)
+    engines = [SilentTokenizer("p0", "prefill"), SilentTokenizer("p1", "prefill"), FakeEngine("d0", "decode")]
+
+    def waiting() -> int:
+        return sum(engine.waiting for engine in engines if isinstance(engine, SilentTokenizer))
+
+    async with fleet(*engines, policy="prefix", request_timeout_s=1.0) as router:
+        asked = asyncio.create_task(router.ask({**PROMPT, "prompt": "a text " * 100}))
+        await until(lambda: waiting() == 1, "an engine is asked for tokens")
+        asked.cancel()
+        await router.reaches('pdx_router_requests_total{code="499",model="smol"}', 1)
+        await until(lambda: waiting() == 0, "the question is given up")
+        status, _, _ = await router.ask({**PROMPT, "prompt": "another text " * 100})
+        assert status == 504
+        await until(lambda: waiting() == 0, "the question is given up")
+        assert await router.metric('pdx_router_requests_total{code="504",model="smol"}') == 1
+        assert await router.metric("pdx_router_inflight") == 0
+        assert not any(engine.requests for engine in engines)
 
 
 @within(20)

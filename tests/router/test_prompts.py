@@ -13,7 +13,7 @@ from engine_fakes import CONTENT, FakeEngine, daemon_ref, within
 
 from pdx.chain import block_hashes
 from pdx.keys import short_names, space_of, tenant_of
-from pdx.router.choice import prompts
+from pdx.router.choice import blocks, prompts
 from pdx.router.choice.knowledge import Found, Knowledge
 from pdx.router.choice.policy import Candidate
 from pdx.router.choice.prompt import Prompt
@@ -63,7 +63,8 @@ async def read(
             reader = Prompts(upstream, knowledge)
             for turn, body in enumerate(bodies * times):
                 snapshot = tuple(engine.seen() for engine in engines)
-                prompt = await reader.read(path, body, "smol", snapshot, turn=turn, headers={}, now=1.0)
+                reading = reader.ask(path, body, "smol", snapshot, turn=turn, headers={})
+                prompt = await reader.read(reading, 1.0) if reading is not None else None
             return prompt
         finally:
             for engine in engines:
@@ -80,6 +81,32 @@ async def test_a_text_is_asked_for_once_and_finds_its_blocks() -> None:
         assert found.cached_tokens(engines[0].seen()) == len(TEXT) // 16 * 16
         assert found.cached_tokens(engines[1].seen()) == 0
     assert [len(engine.requests) for engine in engines] == [2, 0]
+
+
+@within(20)
+async def test_what_nobody_has_is_named_by_its_first_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest when it is on its way: hashing a prompt takes longer than anything else here."""
+    hashed: list[int] = []
+
+    def counted(content: Any, ids: Any, **about: Any) -> list[bytes]:
+        hashed.append(len(ids))
+        return block_hashes(content, ids, **about)
+
+    monkeypatch.setattr(blocks, "block_hashes", counted)
+    engine = Tokenizer("p0")
+    cold, warm = list(range(500)), list(TEXT.encode())
+    for ids, lengths in ((cold, [16]), (warm, [16, len(warm)])):
+        hashed.clear()
+        found = await read([engine], {"prompt": ids})
+        assert found is not None
+        assert hashed == lengths
+    found = await read([engine], {"prompt": cold})
+    assert found is not None
+    names = tuple(short_names(engine.seen().space, block_hashes(NAMED, cold)))
+    assert found.names_at(engine.seen()) == names
+    assert found.blocks is not None
+    assert found.blocks.first_name(engine.seen().space) == names[:1]
+    assert found.blocks.names(b"another space") == ()
 
 
 @within(20)
@@ -134,7 +161,7 @@ def test_nonsense_is_the_engines_to_refuse(path: str, body: dict[str, Any]) -> N
     @within(20)
     async def test() -> None:
         found = await read([Tokenizer("p0"), Tokenizer("p1")], body, path=path)
-        assert found is None or not found.names
+        assert found is None or found.blocks is None
 
     test()
 
@@ -144,7 +171,7 @@ async def test_what_tokens_do_not_name_has_no_names() -> None:
     engines = [Tokenizer("p0", adapters={"smol": "aa"}), Tokenizer("p1")]
     found = await read(engines, {"prompt": list(TEXT.encode())})
     assert found is not None
-    assert (found.tokens, found.names) == (len(TEXT), {})
+    assert (found.tokens, found.blocks) == (len(TEXT), None)
     other = [
         Tokenizer(name, content=msgspec.structs.replace(CONTENT, hash_algorithm="pickled")) for name in ("p0", "p1")
     ]
@@ -169,7 +196,7 @@ def test_patience_is_what_choosing_can_be_worth() -> None:
 @within(20)
 async def test_a_prompt_that_every_engine_will_refuse_is_not_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
-    monkeypatch.setattr(prompts, "block_hashes", lambda *_, **__: hashed.append(1) or [])
+    monkeypatch.setattr(blocks, "block_hashes", lambda *_, **__: hashed.append(1) or [])
     for context, times in ((64, 0), (0, 1)):
         engines = [Tokenizer(name, context_tokens=context) for name in ("p0", "p1")]
         found = await read(engines, {"prompt": list(range(1000, 1065))})
@@ -186,7 +213,7 @@ async def test_a_long_prompt_is_hashed_beside_the_loop(monkeypatch: pytest.Monke
         return block_hashes(*about, **more)
 
     monkeypatch.setattr(prompts, "TOKENS_AT_ONCE", 10)
-    monkeypatch.setattr(prompts, "block_hashes", hashes)
+    monkeypatch.setattr(blocks, "block_hashes", hashes)
     engines = [Tokenizer("p0"), Tokenizer("p1")]
     found = await read(engines, {"prompt": list(TEXT.encode())})
     assert found is not None
@@ -216,7 +243,9 @@ async def asked_after(slow: int, *, prompts: int) -> list[str]:
                     {"prompt": f"{turn} {TEXT}"},
                     tuple(engine.seen(tokens_per_s=1.0) for engine in engines),
                 )
-                await reader.read(COMPLETIONS, body, "smol", snapshot, turn=turn, headers={}, now=1.0)
+                reading = reader.ask(COMPLETIONS, body, "smol", snapshot, turn=turn, headers={})
+                assert reading is not None
+                await reader.read(reading, 1.0)
         finally:
             for engine in engines:
                 await engine.stop()

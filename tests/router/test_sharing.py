@@ -9,6 +9,7 @@ from engine_fakes import LAYOUT, daemon_ref, engine_info, until, within
 from test_knowledge import holdings
 
 from pdx.keys import short_names, tenant_of
+from pdx.router.choice.blocks import Blocks
 from pdx.router.choice.forecast import BRING_S, Bring, worth_bringing
 from pdx.router.choice.knowledge import Found, Knowledge
 from pdx.router.choice.policy import Candidate
@@ -75,7 +76,7 @@ class Daemon:
         self.sharing.heard("p1", 0.0)
 
     def bring(self, seconds: float = 60.0) -> asyncio.Task[None]:
-        prompt = Prompt(tokens=200, hashes={SPACE: HASHES}, names={SPACE: NAMES})
+        prompt = Prompt(tokens=200, blocks=Blocks.called({SPACE: HASHES}, salt="alice"))
         bring = Bring(P0, P1, 8, seconds)
         return asyncio.create_task(self.sharing.bring(bring, prompt, salt="alice"))
 

@@ -78,6 +78,59 @@ async def test_whole_answers_on_one_connection(answer: bytes) -> None:
 
 
 @within(10)
+async def test_a_call_that_has_begun_is_sent_before_anybody_waits_for_it() -> None:
+    heard: list[bytes] = []
+    async with serving(answering(WHOLE, WHOLE, heard=heard)) as (upstream, url, connections):
+        first = upstream.call(url, b"1", {})
+        first.begin()
+        await asyncio.sleep(0)
+        assert not heard, "no connection is kept yet: who enters opens one"
+        async with first as reply:
+            assert await reply.read() == b"hello"
+        second = upstream.call(url, b"2", {})
+        second.begin()
+        await until(lambda: len(heard) == 2, "it has been sent")
+        async with second as reply:
+            assert await reply.read() == b"hello"
+        second.drop()
+        assert connections == [1]
+
+
+@pytest.mark.parametrize("spoilt", [{"X-A": "1\r\nX-B: 2"}, {}])
+@within(10)
+async def test_a_call_that_can_not_begin_says_so_on_entry(spoilt: dict[str, str]) -> None:
+    async with serving(answering(WHOLE)) as (upstream, url, _):
+        call = upstream.call(url if spoilt else "http://", b"{}", spoilt)
+        call.begin()
+        with pytest.raises(UpstreamError):
+            async with call:
+                pass
+        call.drop()
+
+
+@within(10)
+async def test_a_call_that_is_dropped_before_anybody_waits_is_gone_at_the_engine_too() -> None:
+    left = asyncio.Event()
+
+    async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answering(WHOLE)(reader, writer)
+        await reader.readuntil(b"\r\n\r\n")
+        try:
+            await reader.read()
+        finally:
+            left.set()
+
+    async with serving(server) as (upstream, url, connections):
+        await ask(upstream, url)
+        call = upstream.call(url, b"", {})
+        call.begin()
+        call.drop()
+        call.drop()
+        await left.wait()
+        assert connections == [1]
+
+
+@within(10)
 async def test_an_answer_until_the_connection_closes() -> None:
     async with serving(answering(b"HTTP/1.1 200 OK\r\n\r\nhello")) as (upstream, url, connections):
         for count in (1, 2):
