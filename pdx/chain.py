@@ -8,7 +8,6 @@ which nobody can tell from tokens: prompts with such are not named here.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -19,6 +18,7 @@ from pdx.keys import ContentFingerprint
 
 TOKENS_MAX = 1 << 20  # of one prompt: half a second of hashing
 TOKEN_MAX = (1 << 32) - 1
+VOCABULARY_MAX = 1 << 18  # tokens whose encoding is remembered
 
 _DIGESTS: dict[str, Callable[[bytes], bytes]] = {
     "sha256_cbor": lambda data: hashlib.sha256(data).digest(),
@@ -46,7 +46,7 @@ def block_hashes(content: ContentFingerprint, tokens: Sequence[int], *, salt: st
     parent, size = digest(_text(seed)), content.block_tokens
     # A router does this for every prompt: what is the same in all blocks is written once.
     before, between = _head(_ARRAY, 3) + _head(_BYTES, len(parent)), _head(_ARRAY, size)
-    encoded = list(map(_token, tokens))
+    encoded = list(map(_encoded_tokens.__getitem__, tokens))
     names = []
     for start in range(0, len(tokens) - size + 1, size):
         parent = digest(before + parent + between + b"".join(encoded[start : start + size]) + extra)
@@ -63,11 +63,19 @@ def _head(kind: int, value: int) -> bytes:
     return bytes(((kind << 5) | size_code,)) + value.to_bytes(size_bytes, "big")
 
 
-@functools.lru_cache(maxsize=1 << 18)  # a vocabulary: most of a long prompt's time went into this
-def _token(token: int) -> bytes:
-    if not 0 <= token <= TOKEN_MAX:
-        raise Refused(f"a token is a number from 0 to {TOKEN_MAX}")
-    return _head(_UINT, token)
+class _EncodedTokens(dict[int, bytes]):
+    """A vocabulary: most of a long prompt's time went into this. Of any thread."""
+
+    def __missing__(self, token: int) -> bytes:
+        if not 0 <= token <= TOKEN_MAX:
+            raise Refused(f"a token is a number from 0 to {TOKEN_MAX}")
+        if len(self) >= VOCABULARY_MAX:
+            self.clear()
+        self[token] = encoded = _head(_UINT, token)
+        return encoded
+
+
+_encoded_tokens = _EncodedTokens()
 
 
 def _text(text: str) -> bytes:

@@ -98,7 +98,8 @@ class Prompts:
             return reading
         question = tokenize_question(path, body)
         # Under the tenant: how soon an answer comes must not tell one what another has asked.
-        key = hashlib.blake2b(repr((salt, engines[0].info.content)).encode() + question, digest_size=16).digest()
+        named = b"%b%d %b" % (engines[0].space, len(salt), salt.encode("utf-8", "surrogatepass"))
+        key = hashlib.blake2b(named + question, digest_size=16).digest()
         kept = self._ids.get(key)
         if kept is not None:
             self._ids.move_to_end(key)
