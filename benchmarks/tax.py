@@ -3,11 +3,11 @@
 Prefill: time to the first token of a pair whose prefill engine pushes every page (asked through the router, its hop
 included) over that of a plain engine, and CPU seconds of the prefill engine with its pdxd over the plain engine's.
 Decode: inter-token latency of an engine with the connector over a plain engine's, alone and while another request's
-pages arrive and are loaded; then the plain engine has a plain prefill engine at work on the other core. Every figure is
-a ratio within one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. The
+pages arrive and are loaded; a plain engine has a plain one on the other core, idle or at work. Every figure is a
+ratio within one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. The
 control is a second plain engine, and its ratio to the first what this machine can tell apart at all. The naive variant
 is the same pair whose daemons poll instead of sleeping, each on its engine's core; it must miss every bar.
-The full run takes about 30 minutes.
+The full run takes about 40 minutes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Plan:
     naive_rounds: int  # of each
 
 
-FULL = Plan(prompt_tokens=512, prefill_rounds=48, decode_rounds=120, load_rounds=16, naive_rounds=2)
+FULL = Plan(prompt_tokens=512, prefill_rounds=48, decode_rounds=60, load_rounds=12, naive_rounds=2)
 QUICK = Plan(prompt_tokens=512, prefill_rounds=3, decode_rounds=3, load_rounds=1, naive_rounds=1)
 
 
@@ -102,28 +102,32 @@ class Tax:
 
     def _compute(self, name: str, prompt: int) -> tuple[float, dict[str, float]]:
         arm = self.plains[name][0]
-        before = arm.cpu_seconds()
-        timing = self._ask(arm.url, arm.model, self.plan.prompt_tokens, 1, prompt)
-        after = arm.cpu_seconds()
+        before, after = arm.cpu_seconds(), dict[str, float]()
+        timing = self._ask(
+            arm.url, arm.model, self.plan.prompt_tokens, 1, prompt, began=lambda: after.update(arm.cpu_seconds())
+        )
         return timing.first_token_s, {part: after[part] - before[part] for part in after}
 
     def _push(self, prompt: int) -> tuple[float, dict[str, float]]:
         """A first token that can't be streamed before decode has answered is not prefill's: another prompt then."""
         for attempt in range(ATTEMPTS):
-            before = self.pair.cpu_seconds()
-            # With one token only the router would end the handoff, for nobody needs its pages.
+            before, after = self.pair.cpu_seconds(), dict[str, float]()
+            # With one token only the router would end the handoff, for nobody needs its pages. But decode's time is
+            # not prefill's, whose processes spin for a while when they are done.
             seed = prompt + attempt * SEEDS_APART
-            timing = self._ask(self.pair.url, self.pair.model, self.plan.prompt_tokens, 2, seed)
-            after = self.pair.cpu_seconds()
+            timing = self._ask(
+                self.pair.url, self.pair.model, self.plan.prompt_tokens, 2, seed,
+                began=lambda after=after: after.update(self.pair.cpu_seconds()),
+            )  # fmt: skip
             if timing.headers.get("x-pdx-way") == "seeded":
                 return timing.first_token_s, {part: after[part] - before[part] for part in ("P", "pdxd-a")}
         raise SystemExit(f"{ATTEMPTS} prompts went the way {timing.headers.get('x-pdx-way')!r}, not seeded")
 
     def decode(self) -> Samples:
-        """Median seconds between two tokens of a stream that is alone."""
+        """Median seconds between two tokens of a stream that is alone, beside an idle engine on the other core."""
         samples: Samples = {}
         for prompt, name in self._turns(self.plan.decode_rounds):
-            with self._active(name, 1) as arm:
+            with self._both(name) as arm:
                 timing = self._ask(self._decoder(name), arm.model, STEADY_PROMPT, STEADY_TOKENS, prompt)
             samples.setdefault(name, []).append(median(timing.gaps_s))
         return samples
@@ -132,10 +136,7 @@ class Tax:
         """The same while another prompt is prefilled on the other core and, with pdx, its pages come and are loaded."""
         samples: Samples = {}
         for prompt, name in self._turns(self.plan.load_rounds):
-            with contextlib.ExitStack() as stack:
-                arm = stack.enter_context(self._active(name, 1))
-                if name in self.plains:
-                    stack.enter_context(self._active(name, 0))
+            with self._both(name) as arm:
                 body = completion(arm.model, prompt_of(STEADY_PROMPT, prompt), LOADED_TOKENS)
                 steady = Background(self._decoder(name), body, DEADLINE_S)
                 beside, tokens = (self.plains[name][0].url, 1) if name in self.plains else (self.pair.url, 2)
@@ -160,6 +161,14 @@ class Tax:
                 stack.enter_context(self.pair.part("pdxd-a").moved(PREFILL_CPUS))
             yield arm
 
+    @contextlib.contextmanager
+    def _both(self, name: str) -> Iterator[Arm]:
+        """Two engines whatever the arm, so that each decodes beside an idle one. Yields decode's."""
+        with contextlib.ExitStack() as stack:
+            if name in self.plains:
+                stack.enter_context(self._active(name, 0))
+            yield stack.enter_context(self._active(name, 1))
+
     def _decoder(self, name: str) -> str:
         return self.plains[name][1].url if name in self.plains else self.pair.decode.url
 
@@ -172,8 +181,12 @@ class Tax:
                 # The pair must not find in its caches what it has just computed while its daemons slept.
                 yield self._seed + (NAIVE_SEED if name == NAIVE else 0), name
 
-    def _ask(self, url: str, model: object, tokens: int, answer: int, seed: int = 0) -> Timing:
-        timing = stream(url, completion(model, prompt_of(tokens, seed), answer), DEADLINE_S)
+    def _ask(
+        self, url: str, model: object, tokens: int, answer: int, seed: int = 0, *,
+        began: Callable[[], None] = lambda: None,
+    ) -> Timing:  # fmt: skip
+        """`began` is called with the first token."""
+        timing = stream(url, completion(model, prompt_of(tokens, seed), answer), DEADLINE_S, began=began)
         if not timing.good:
             raise SystemExit(f"{url}: status {timing.status}, {timing.error}")
         return timing
