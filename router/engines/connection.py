@@ -70,12 +70,13 @@ class EngineConnection(asyncio.Protocol):
             self.post(head, body)
             return
         self._reset()
-        self._usable().write(head)
+        transport = self._usable()
+        transport.write(head)
         pieces = memoryview(body)
         for start in range(0, len(body), PIECE_BYTES):
             if self._error or self._has_head:  # it has answered before it has read all of it
                 return
-            self._usable().write(pieces[start : start + PIECE_BYTES])
+            transport.write(pieces[start : start + PIECE_BYTES])
             if self._writable is not None:
                 await self._writable
         self._sent = True

@@ -80,9 +80,7 @@ class Upstream:
 
     async def connection(self, address: Address) -> EngineConnection:
         """One of ours to there, or a new one; `done_with` takes it back. Raises UpstreamError."""
-        connection = self.kept(address) or await self._connected(address)
-        self._open.add(connection)
-        return connection
+        return self.kept(address) or await self._connected(address)
 
     def kept(self, address: Address) -> EngineConnection | None:
         """One of ours to there that nobody uses; `done_with` takes it back."""
@@ -117,6 +115,7 @@ class Upstream:
             if getattr(error, "errno", None) in OURS:
                 raise UpstreamError("no_descriptors", blames=False) from error
             raise UpstreamError("unreachable", unreachable=True) from error
+        self._open.add(connection)
         return connection
 
     def done_with(self, address: Address, connection: EngineConnection) -> None:
