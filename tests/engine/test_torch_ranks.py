@@ -98,7 +98,7 @@ def test_ranks_that_end_a_load_in_different_steps(pair: Pair, slow: int) -> None
     engine = pair.decode.engine
     engine.stalled = {slow}
     handed_over(pair)
-    until(lambda: pair.step() or pair.daemons["decode"].counter("receives_settled") == 0, "nothing has ended yet")
+    until(lambda: pair.step() or pair.received[0].status != "waiting", "the daemon has answered")
     for _ in range(20):
         pair.step()
     assert pair.received[0].status == "loading", "half of its pages are missing"
