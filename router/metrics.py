@@ -55,6 +55,11 @@ class Metrics:
         self.in_flight = self._gauge("inflight", "Requests under way")
         self.ttft_s = self._latencies("ttft", "From the request's arrival to the answer's first byte", TTFT_BUCKETS_S)
         self.itl_s = self._latencies("itl", "Between two pieces of a stream, of mostly one token each", ITL_BUCKETS_S)
+        self.handover_s = self._latencies(
+            "handover",
+            "From prefill's answer to the first piece of decode's stream, of pairs that went",
+            TTFT_BUCKETS_S,
+        )
         self.e2e_s = self._latencies("e2e", "From the request's arrival to the answer's last byte", E2E_BUCKETS_S)
         self.queued = self._gauge("queued", "Requests waiting in the router for an engine with room")
         self.queued_s = Histogram(

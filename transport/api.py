@@ -48,6 +48,7 @@ class PutDone(msgspec.Struct, frozen=True):
     """The source bytes of this put may be reused. (That they have landed is the peer's to say, by its notice.)"""
 
     ticket: int
+    at: float  # since when, in seconds of time.monotonic(); for who takes events late
 
 
 class PutFailed(msgspec.Struct, frozen=True):
@@ -131,16 +132,20 @@ class Lane(Protocol):
         notice: bytes,
         queue: bytes,
         urgency: float,
+        quiet: bool = False,
     ) -> int:
         """Queues one put and returns its ticket, which ends in PutDone or PutFailed, exactly once.
 
         Puts of one `queue` (a handoff) keep their order; queues share the channel, larger `urgency` first. On failure
         the target spans are undefined and no byte outside them has changed. Copies may be empty: then only the notice
-        travels. Raises ValueError if a copy lies outside the region, ClosedTransport after close.
+        travels. The PutDone of a `quiet` one need not make the descriptor readable: it comes with the next event that
+        does, or to who asks, or at the latest when its queue is cancelled. Raises ValueError if a copy lies outside the
+        region, ClosedTransport after close.
         """
 
     def cancel(self, queue: bytes) -> None:
-        """Drops what is not yet on the wire: those tickets end in PutFailed, those under way in either."""
+        """Drops what is not yet on the wire: those tickets end in PutFailed, those under way in either. All of them
+        make the descriptor readable, quiet ones too."""
 
     def take_events(self) -> list[Event]:
         """Everything that happened since the last call, in order per channel. Never blocks."""

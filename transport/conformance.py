@@ -10,6 +10,7 @@ import gc
 import os
 import random
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
@@ -283,6 +284,25 @@ def check_cancel(make_pair: MakePair) -> None:
         assert got == done, "notices and ends of cancelled puts disagree"
 
 
+def check_quiet(make_pair: MakePair) -> None:
+    """A quiet put ends no later than what follows it in its queue, or than its cancelling, and says when it did."""
+    with sides(make_pair) as (_, near, far, channel):
+        window = far.region.open_window([Span(0, MEMORY_BYTES)])
+        began_s = time.monotonic()
+        quiet = [near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"q%d" % n, quiet=True) for n in range(5)]
+        loud = near.put(channel, window, [], notice=b"loud")
+        assert isinstance(near.wait_end(loud), PutDone)
+        ended = [event for event in near.events if isinstance(event, PutDone)]
+        assert [event.ticket for event in ended] == [*quiet, loud], "quiet puts end out of their turn"
+        times = [began_s, *(event.at for event in ended), time.monotonic()]
+        assert times == sorted(times), f"impossible times of the ends: {times}"
+        far.wait_arrived(b"loud")
+        last = near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"last", quiet=True)
+        far.wait_arrived(b"last")
+        near.lane.cancel(b"q")
+        near.wait_end(last)
+
+
 def check_cancel_leaves_nothing(make_pair: MakePair) -> None:
     """However much is put and cancelled, no memory, thread or descriptor stays behind."""
     with sides(make_pair) as (_, near, far, channel):
@@ -364,6 +384,7 @@ CHECKS: tuple[Check, ...] = (
     check_unknown_window,
     check_put_outside_window,
     check_cancel,
+    check_quiet,
     check_cancel_leaves_nothing,
     check_peer_killed,
     check_idle_peer_killed,

@@ -80,6 +80,7 @@ class Faulty:
         notice: bytes,
         queue: bytes,
         urgency: float,
+        quiet: bool = False,
     ) -> int:
         if not isinstance(region, FaultyRegion):
             raise ValueError("the region was registered with another lane")
@@ -88,8 +89,9 @@ class Faulty:
         else:
             inner = region.inner
         ticket = self._lane.put(
-            channel, region=inner, window=window, copies=copies, notice=notice, queue=queue, urgency=urgency
-        )
+            channel, region=inner, window=window, copies=copies, notice=notice, queue=queue, urgency=urgency,
+            quiet=quiet,
+        )  # fmt: skip
         self._puts_since_break += 1
         self._bytes_since_break += sum(copy.length for copy in copies)
         if self._break_is_due():

@@ -2,7 +2,7 @@
 
 A LoopbackNet is the network. Bytes move only in LoopbackNet.step() or pump(), and every take_events() pumps first.
 Windows, outbox and frames are those of the tcp lane, so that what holds here for order and admission holds there.
-The net's lock lets control threads share it; without threads a run is a function of the calls and of `rng`.
+The net's lock lets control threads share it; without threads a run is a function of the calls, of `rng` and of `clock`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pdx.errors import ClosedTransport, ConfigError, WireError
@@ -25,8 +26,9 @@ SCHEME = "loopback"
 class LoopbackNet:
     """Thread-safe."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.lock = threading.RLock()
+        self.clock = clock
         self._rng = rng
         self._lanes: dict[str, LoopbackLane] = {}
         self._cut: set[str] = set()
@@ -147,6 +149,7 @@ class LoopbackLane:
         notice: bytes,
         queue: bytes,
         urgency: float,
+        quiet: bool = False,
     ) -> int:
         self._check_open()
         if not isinstance(region, CheckedRegion) or region.windows is not self._windows:
@@ -158,7 +161,8 @@ class LoopbackLane:
             if target is None:
                 self._mailbox.add(PutFailed(ticket, "the channel is lost"))
                 return ticket
-            failed = target.outbox.add(Put(ticket, queue, window, region.memory, checked, notice), urgency)
+            put = Put(ticket, queue, window, region.memory, checked, notice, quiet)
+            failed = target.outbox.add(put, urgency)
             if failed is not None:
                 self._mailbox.add(failed)
             self._mailbox.announce()
@@ -221,7 +225,7 @@ class LoopbackLane:
         except WireError as error:
             self.lose(channel, f"peer closed the connection: {error}")
             return True
-        end = channel.outbox.frame_sent(frame)
+        end = channel.outbox.frame_sent(frame, self._net.clock())
         if end is not None:
             self._mailbox.add(end)
         return True

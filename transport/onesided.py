@@ -127,13 +127,14 @@ class OneSidedLane:
         notice: bytes,
         queue: bytes,
         urgency: float,
+        quiet: bool = False,
     ) -> int:
         self._check_open()
         if not isinstance(region, OneSidedRegion) or region.reactor is not self._reactor:
             raise ValueError("the region was registered with another lane")
         checked = checked_copies(copies, region.memory.length, notice=notice)
         ticket = next(self._tickets)
-        put = OneSidedPut(ticket, window, region.memory, checked, notice)
+        put = OneSidedPut(ticket, window, region.memory, checked, notice, quiet=quiet)
         self._reactor.call(partial(self._reactor.put, channel, put, queue, urgency))
         return ticket
 

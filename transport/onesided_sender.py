@@ -8,6 +8,7 @@ A put is posted piece by piece: what is posted nobody can overtake, or take back
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
@@ -36,15 +37,20 @@ class OneSidedPut:
     """One put, from the queue to its end."""
 
     __slots__ = (
-        "copied_bytes", "copies", "copy_index", "failure", "flying", "is_begun", "notice", "source", "ticket", "window",
+        "copied_bytes", "copies", "copy_index", "failure", "flying", "is_begun", "notice", "quiet", "source", "ticket",
+        "window",
     )  # fmt: skip
 
-    def __init__(self, ticket: int, window: int, source: Memory, copies: Sequence[Copy], notice: bytes) -> None:
+    def __init__(
+        self, ticket: int, window: int, source: Memory, copies: Sequence[Copy], notice: bytes, *, quiet: bool = False
+    ) -> None:
+        """`quiet`: see Lane.put."""
         self.ticket = ticket
         self.window = window
         self.source = source
         self.copies = copies
         self.notice = notice
+        self.quiet = quiet
         self.copy_index = self.copied_bytes = 0
         self.is_begun = False
         self.failure: str | None = None  # why the rest of it is not posted
@@ -71,7 +77,16 @@ class _Permit:
 class OneSidedChannel:
     """Owned by the reactor's thread. Raises PeerGone, WireError or OSError when the channel is over: call retire()."""
 
-    def __init__(self, number: int, endpoint: str, *, fabric: Fabric, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        endpoint: str,
+        *,
+        fabric: Fabric,
+        emit: Callable[[Event], None],
+        emit_quietly: Callable[[Event], None],
+    ) -> None:
+        """`emit_quietly`: for what nobody has to be woken for."""
         self.number = number
         self.endpoint = endpoint
         self.link: Link | None = None  # None: not greeted yet
@@ -79,6 +94,7 @@ class OneSidedChannel:
         self.moved_s = 0.0  # when a piece ended, or the first of those under way began
         self._fabric = fabric
         self._emit = emit
+        self._emit_quietly = emit_quietly
         self._peer = ""
         self._waiting: Queues[OneSidedPut] = Queues()  # the first of a queue may have begun
         self._begun: dict[bytes, deque[OneSidedPut]] = {}  # by queue
@@ -106,6 +122,8 @@ class OneSidedChannel:
     def cancel(self, queue_name: bytes) -> None:
         """What is under way ends as it would have, but for a put whose last piece is not."""
         self._fail(self._waiting.drop(queue_name), "cancelled")
+        for put in self._begun.get(queue_name, ()):
+            put.quiet = False  # who cancels waits for it
 
     def handle(self, message: LinkMessage) -> None:
         match message:
@@ -249,7 +267,8 @@ class OneSidedChannel:
         permit = self._permits[put.window]
         permit.begun -= 1
         if put.failure is None:
-            self._emit(PutDone(put.ticket))
+            emit = self._emit_quietly if put.quiet else self._emit
+            emit(PutDone(put.ticket, time.monotonic()))
             self._link().send(Landed(put.window, put.notice))
         else:
             self._emit(PutFailed(put.ticket, put.failure))

@@ -131,7 +131,9 @@ class Reactor:
         if self._is_over:
             self._emit(PeerLost(number, endpoint, "the lane failed"))
             return
-        self.channels[number] = OneSidedChannel(number, endpoint, fabric=self._fabric, emit=self._emit)
+        self.channels[number] = OneSidedChannel(
+            number, endpoint, fabric=self._fabric, emit=self._emit, emit_quietly=self._mailbox.add_quietly
+        )
         self._door.connect(endpoint, lambda outcome: self._connected(number, outcome))
 
     def put(self, channel: int, put: OneSidedPut, queue: bytes, urgency: float) -> None:
@@ -144,6 +146,7 @@ class Reactor:
     def cancel(self, queue: bytes) -> None:
         for channel in self.channels.values():
             channel.cancel(queue)
+        self._owes_announcement = True  # of what has ended quietly
 
     def break_channel(self, channel: int, reason: str) -> None:
         if channel in self.channels:

@@ -69,10 +69,12 @@ class Side:
         notice: bytes = b"",
         queue: bytes = b"q",
         urgency: float = 0.0,
+        quiet: bool = False,
     ) -> int:
         return self.lane.put(
-            channel, region=self.region, window=window, copies=copies, notice=notice, queue=queue, urgency=urgency
-        )
+            channel, region=self.region, window=window, copies=copies, notice=notice, queue=queue, urgency=urgency,
+            quiet=quiet,
+        )  # fmt: skip
 
     def free_memory(self) -> None:
         """BufferError if the lane still holds a view."""

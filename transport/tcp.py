@@ -110,6 +110,7 @@ class TcpLane:
         notice: bytes,
         queue: bytes,
         urgency: float,
+        quiet: bool = False,
     ) -> int:
         self._check_open()
         if not isinstance(region, CheckedRegion) or region.windows is not self._windows:
@@ -120,7 +121,7 @@ class TcpLane:
         if target is None:
             self._mailbox.add(PutFailed(ticket, "the channel is lost"))
         else:
-            target.put(Put(ticket, queue, window, region.memory, checked, notice), urgency)
+            target.put(Put(ticket, queue, window, region.memory, checked, notice, quiet), urgency)
         return ticket
 
     def cancel(self, queue: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from benchmarks.simulate.world import Process, World
@@ -32,13 +33,15 @@ class Network:
         self.slowness = 1.0
 
 
-class _Put(NamedTuple):
+@dataclass(eq=False, slots=True)
+class _Put:
     ticket: int
     channel: int
     window: int
     copies: list[Copy]
     notice: bytes
     queue: bytes
+    quiet: bool
 
 
 class _Arrival(NamedTuple):
@@ -112,9 +115,11 @@ class SimulatedLane:
         notice: bytes,
         queue: bytes,
         urgency: float,
+        quiet: bool = False,
     ) -> int:
         ticket = next(self._numbers)
-        put = _Put(ticket, channel, window, checked_copies(copies, len(self._memory), notice=notice), notice, queue)
+        checked = checked_copies(copies, len(self._memory), notice=notice)
+        put = _Put(ticket, channel, window, checked, notice, queue, quiet)
         waiting = self._queues.setdefault(queue, [])
         waiting.append(put)
         if len(waiting) == 1:
@@ -128,6 +133,8 @@ class SimulatedLane:
             del waiting[1:]
             for put in dropped:
                 self._emit(PutFailed(put.ticket, "cancelled"))
+            waiting[0].quiet = False
+        self._ring()
 
     @property
     def windows_open(self) -> int:
@@ -187,7 +194,9 @@ class SimulatedLane:
             self._start(waiting[0])
         else:
             del self._queues[put.queue]
-        self._emit(PutDone(put.ticket))
+        self._events.append(PutDone(put.ticket, self._world.now))
+        if not put.quiet:
+            self._ring()
         first_at = max(self._world.now + self._delay_s(), self._wire_free_at)
         self._wire_free_at = first_at + self._delay_s() / 2
         spans = [Span(copy.target_offset, copy.length) for copy in put.copies]

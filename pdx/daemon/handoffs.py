@@ -217,10 +217,10 @@ class Handoffs:
     def lane_events(self, scheme: str, events: Sequence[Event], now: float) -> None:
         for event in events:
             match event:
-                case PutDone(ticket):
-                    self._sending.put_ended(scheme, ticket, now, ok=True)
+                case PutDone(ticket, at):
+                    self._sending.put_ended(scheme, ticket, now, at=at)
                 case PutFailed(ticket, reason):
-                    self._sending.put_ended(scheme, ticket, now, ok=False, reason=reason)
+                    self._sending.put_ended(scheme, ticket, now, at=now, reason=reason or "no reason given")
                 case Arrived(window, notice):
                     self._receiving.arrived(window, notice, now)
                 case WindowClosed(window):
@@ -255,6 +255,11 @@ class Handoffs:
     @property
     def fences_pending(self) -> bool:
         return self._grips.pending
+
+    @property
+    def puts_open(self) -> bool:
+        """Lanes may have events that they woke nobody for."""
+        return self._sending.puts_open
 
     def steer(self, what: Steer, now: float) -> Result:
         """A verb of an operator. Raises Refused, changing nothing."""

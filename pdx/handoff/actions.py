@@ -24,10 +24,14 @@ class ToEngine(Action, frozen=True):
 
 
 class Put(Action, frozen=True):
-    """Put one layer of these blocks into the granted window; answer with `put_ended`, exactly once."""
+    """Put one layer of these blocks into the granted window; answer with `put_ended`, exactly once.
+
+    `quiet`: nothing waits for that answer. It may come with whatever happens next.
+    """
 
     layer: int
     blocks: tuple[int, ...]
+    quiet: bool = False
 
 
 class StopPuts(Action, frozen=True):

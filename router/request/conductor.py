@@ -190,6 +190,8 @@ class Conductor:
             case PassOn():
                 if self._journey.handed_over:
                     self._blame.handoff_went()
+                    if (seconds := self._record.seconds_since("prefill_answered", time.monotonic())) is not None:
+                        self._outside.metrics.handover_s.of(self._model).observe(seconds)
                 await self._write(action.body)
                 self._calls["decode"] = pump = asyncio.create_task(self._pump())
                 pump.add_done_callback(self._blame.stream_ended)

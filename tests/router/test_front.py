@@ -94,6 +94,9 @@ async def test_stream_passes_unchanged_but_for_the_usage() -> None:
         assert json.loads(ours[3][6:])["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
         assert json.loads(theirs[3][6:])["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
         assert await router.metric('pdx_router_ttft_seconds_count{model="smol"}') == 1
+        assert await router.metric('pdx_router_handover_seconds_count{model="smol"}') == 1
+        handover_s = await router.metric('pdx_router_handover_seconds_sum{model="smol"}')
+        assert 0 < handover_s < await router.metric('pdx_router_e2e_seconds_sum{model="smol"}')
 
 
 @within(20)

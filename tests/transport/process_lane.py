@@ -81,10 +81,10 @@ class ProcessLane:
         return int(self.call("connect", endpoint=endpoint))
 
     def put(self, channel: int, *, region: object, window: int, copies: Sequence[Copy], notice: bytes, queue: bytes,
-            urgency: float) -> int:  # fmt: skip
+            urgency: float, quiet: bool = False) -> int:  # fmt: skip
         rows = [[copy.source_offset, copy.target_offset, copy.length] for copy in copies]
         return int(self.call("put", channel=channel, window=window, copies=rows, notice=notice.hex(),
-                             queue=queue.hex(), urgency=urgency))  # fmt: skip
+                             queue=queue.hex(), urgency=urgency, quiet=quiet))  # fmt: skip
 
     def cancel(self, queue: bytes) -> None:
         self.call("cancel", queue=queue.hex())

@@ -184,7 +184,7 @@ def test_the_sender_asks_once_and_says_when_it_has_drained() -> None:
         tickets = [side.put(channel, 1, [Copy(0, 0, 10)], notice=b"%d" % n) for n in range(3)]
         peer.grant(1, at=target, span=Span(0, 10))
         assert [peer.next() for _ in tickets] == [Landed(1, b"%d" % n) for n in range(3)]
-        assert [side.wait_end(ticket) for ticket in tickets] == [PutDone(ticket) for ticket in tickets]
+        assert all(isinstance(side.wait_end(ticket), PutDone) for ticket in tickets)
         assert target.memory[:10] == side.memory[:10]
         peer.link.send(Shut(1))
         assert peer.next() == Drained(1)

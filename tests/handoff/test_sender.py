@@ -1,66 +1,20 @@
-"""Both halves of a handoff, driven by pure events."""
+"""The sending half of a handoff, driven by pure events."""
 
 from __future__ import annotations
 
+import random
+
 import pytest
-from wire_samples import PAGES
+from halves import HANDLE, LAYERS, PLACES, RESERVE, kinds, make_receiver, make_sender
 
-from pdx.errors import IllegalTransition
 from pdx.handoff import actions as do
-from pdx.handoff.handle import TransferHandle
-from pdx.handoff.receiver import Receiver
 from pdx.handoff.sender import OPEN_BYTES, PUT_BLOCKS_MAX, PUTS_OPEN, Sender
-from pdx.handoff.states import RECEIVING, SENDING, Receiving, Sending, after
-from pdx.layout import Place
-from pdx.wire import Budgets, Commit, DaemonRef, Fail, Grant, LoadEnded, Reserve, SendEnded, SendOpened
-
-LAYERS = 2
-ID = b"i" * 16
-PREFILL = DaemonRef(daemon_id="p", incarnation=1, control="tcp://127.0.0.1:1", lanes=[])
-DECODE = DaemonRef(daemon_id="d", incarnation=2, control="tcp://127.0.0.1:2", lanes=[])
-HANDLE = TransferHandle(
-    handoff_id=ID, attempt=1, prefill_engine="P", decode_engine="D", prefill_daemon=PREFILL, decode_daemon=DECODE,
-    budgets=Budgets(grant_s=1, slab_s=2, total_s=10, claim_s=3), issued_unix_s=0.0,
-)  # fmt: skip
-PLACES = [Place(slot_offset=4096 * n, slot_blocks=1, position=0, header_offset=0, generation=1) for n in range(3)]
-IDS = {"handoff_id": ID, "attempt": 1, "lease_epoch": 0, "incarnation": 1}
-RESERVE = Reserve(
-    **IDS, handle="h", namespace=b"n", layout_id="l", pages=PAGES, block_hashes=[b"a", b"b"], tail_hash=b"t", lane="tcp"
-)
-GRANT = Grant(**IDS, has=[], wanted=[0, 1, 2], places=PLACES, window=1)
-
-
-def make_sender(fresh: set[int] | None = None) -> Sender:
-    sender = Sender(HANDLE, request_id="r", blocks=3, layers=LAYERS, page_bytes=64, incarnation=1, now=0.0)
-    sender.claimed(PLACES, frozenset({0, 1, 2} if fresh is None else fresh), RESERVE, now=0.0)
-    return sender
-
-
-def kinds(actions: list[do.Action]) -> list[str]:
-    """Names of the actions; messages by their own name."""
-    return [type(a.message).__name__ if isinstance(a, do.ToPeer | do.ToEngine) else type(a).__name__ for a in actions]
+from pdx.handoff.states import Sending
+from pdx.wire import SendEnded, SendOpened
 
 
 def fill_all(sender: Sender) -> list[do.Action]:
     return [action for layer in range(LAYERS) for action in sender.filled(layer, [0, 1, 2], now=0.1)]
-
-
-# --- tables ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("table", "states"), [(SENDING, Sending), (RECEIVING, Receiving)])
-def test_every_state_but_the_last_has_a_way_out_and_all_can_be_reached(table: dict, states: type) -> None:
-    reached = {after for after in table.values()} | {next(iter(states))}
-    assert reached == set(states)
-    assert {state for state, _ in table} == set(states) - {states.ENDED}
-
-
-def test_illegal_transitions_raise() -> None:
-    with pytest.raises(IllegalTransition, match="'committed' is not possible in state 'sending'"):
-        after(SENDING, Sending.SENDING, "committed")
-
-
-# --- sender ---------------------------------------------------------------------------------------------------
 
 
 def test_claim_opens_the_engine_and_reserves() -> None:
@@ -75,8 +29,8 @@ def test_claim_opens_the_engine_and_reserves() -> None:
 def test_pages_filled_before_grant_go_out_with_it_and_later_ones_at_once() -> None:
     sender = make_sender()
     assert sender.filled(0, [0, 1], now=0.1) == []
-    assert sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.2) == [do.Put(0, (0, 1))]
-    assert sender.filled(1, [0, 1], now=0.3) == [do.Put(1, (0, 1))]
+    assert sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.2) == [do.Put(0, (0, 1), quiet=True)]
+    assert sender.filled(1, [0, 1], now=0.3) == [do.Put(1, (0, 1), quiet=True)]
     assert sender.filled(1, [0, 1], now=0.3) == [], "a page is sent once"
 
 
@@ -94,13 +48,13 @@ def test_blocks_that_the_receiver_has_are_not_sent() -> None:
     sender = make_sender()
     sender.granted(has=[0, 1], wanted=[2], lease_epoch=4, now=0.0)
     puts = [action for action in fill_all(sender) if isinstance(action, do.Put)]
-    assert puts == [do.Put(0, (2,)), do.Put(1, (2,))]
+    assert puts == [do.Put(0, (2,), quiet=True), do.Put(1, (2,))]
 
 
 def test_blocks_that_the_store_held_go_out_without_the_engine() -> None:
     sender = make_sender(fresh={2})
     actions = sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
-    assert actions == [do.Put(0, (0, 1)), do.Put(1, (0, 1))]
+    assert actions == [do.Put(0, (0, 1), quiet=True), do.Put(1, (0, 1), quiet=True)]
 
 
 def test_nothing_wanted_still_waits_for_the_engine_to_finish() -> None:
@@ -158,7 +112,7 @@ def test_layers_that_do_not_exist_are_not_filled(layer: int) -> None:
 def test_a_block_named_twice_is_put_once() -> None:
     sender = make_sender()
     sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
-    assert sender.filled(0, [1, 1, 0], now=0.1) == [do.Put(0, (1, 0))]
+    assert sender.filled(0, [1, 1, 0], now=0.1) == [do.Put(0, (1, 0), quiet=True)]
 
 
 def test_a_put_has_no_more_blocks_than_a_notice_can_name() -> None:
@@ -199,9 +153,45 @@ def test_small_puts_go_out_at_once_however_many_there_are() -> None:
     """What counts is how much they carry: each step of a prefill has a few pages in each layer."""
     sender = make_long(8, fresh=frozenset(range(8)))
     sender.granted(has=[], wanted=range(8), lease_epoch=4, now=0.1)
-    assert [sender.filled(0, [block], now=0.2) for block in range(8)] == [[do.Put(0, (block,))] for block in range(8)]
+    sent = [sender.filled(0, [block], now=0.2) for block in range(8)]
+    assert sent == [[do.Put(0, (block,), quiet=block < 4)] for block in range(8)]
     assert sender.filled(1, [0], now=0.2) == []
     assert sender.put_ended(ok=True, reason="", now=0.3) == [do.Put(1, (0,))]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_however_quiet_puts_are_the_last_one_is_heard_and_nothing_waits_for_what_nobody_hears(seed: int) -> None:
+    """Ends of quiet puts are told only with those of loud ones, or when the engine says something."""
+    chance = random.Random(seed)
+    blocks = chance.randrange(1, 20)
+    sender = make_long(blocks, fresh=frozenset(range(blocks)))
+    pages = [(layer, block) for layer in range(LAYERS) for block in range(blocks)]
+    wanted = [block for block in range(blocks) if chance.random() < 0.7]
+    has = sorted(set(range(blocks)) - set(wanted))
+    granted_after = chance.randrange(len(pages))
+    under_way: list[do.Put] = []
+    committed = False
+
+    def take(actions: list[do.Action]) -> None:
+        nonlocal committed
+        under_way.extend(action for action in actions if isinstance(action, do.Put))
+        committed = committed or any(isinstance(action, do.SendCommit) for action in actions)
+
+    def hear() -> None:
+        for _ in range(len(under_way)):
+            take(sender.put_ended(ok=True, reason="", now=0.2))
+            del under_way[0]
+
+    for number, (layer, block) in enumerate(pages):
+        if number == granted_after:
+            take(sender.granted(has=has, wanted=wanted, lease_epoch=4, now=0.1))
+        if chance.random() < 0.3:
+            hear()
+        take(sender.filled(layer, [block], now=0.2))
+    while any(not put.quiet for put in under_way):
+        hear()
+    assert committed
+    assert not under_way
 
 
 def test_what_waits_for_others_to_end_never_goes_out_after_a_failure() -> None:
@@ -277,166 +267,3 @@ def test_without_an_engine_a_failure_takes_nothing_back_and_tells_nobody_here() 
     assert kinds(sender.fail("lane lost", tell_peer=True)) == ["Fail", "StopPuts"]
     sender.put_ended(ok=False, reason="", now=0.2)
     assert kinds(sender.put_ended(ok=True, reason="", now=0.2)) == ["Ended"]
-
-
-# --- receiver -------------------------------------------------------------------------------------------------
-
-
-def make_receiver(wanted: tuple[int, ...] = (0, 1, 2)) -> Receiver:
-    receiver = Receiver(HANDLE, blocks=3, layers=LAYERS, lease_epoch=4, incarnation=2, now=0.0)
-    receiver.claimed(wanted, GRANT, windowed=True, now=0.0)
-    return receiver
-
-
-def land_all(receiver: Receiver) -> None:
-    for layer in range(LAYERS):
-        receiver.landed(layer, [0, 1, 2], now=0.1)
-
-
-COMMIT = Commit(**IDS, pages=6, checksum=77)
-
-
-def test_no_page_is_awaited_twice_or_after_the_end() -> None:
-    receiver = make_receiver((0, 2))
-    assert receiver.awaits(0, [0, 2])
-    receiver.landed(0, [0], now=0.1)
-    assert not receiver.awaits(0, [2, 0]), "a late twin would overwrite a checksum"
-    assert receiver.awaits(1, [0])
-    assert not receiver.awaits(0, [1]), "not wanted"
-    assert not any(receiver.awaits(layer, [0]) for layer in (-1, LAYERS))
-    receiver.fail("x", tell_peer=False)
-    assert not receiver.awaits(0, [2])
-
-
-def test_a_handoff_has_begun_with_its_first_page_or_when_none_is_to_come() -> None:
-    receiver = make_receiver()
-    receiver.landed(0, [7], now=0.1)
-    assert not receiver.begun
-    receiver.landed(1, [2], now=0.1)
-    assert receiver.begun
-    assert make_receiver(wanted=()).begun
-
-
-def test_watermarks_count_leading_layers_only() -> None:
-    receiver = make_receiver()
-    assert receiver.landed(1, [0], now=0.1) == [(0, 0)]
-    assert receiver.landed(0, [0, 1], now=0.1) == [(0, 2), (1, 1)]
-
-
-def test_each_shard_has_a_watermark_of_its_own() -> None:
-    receiver = Receiver(HANDLE, blocks=1, layers=6, shards=2, lease_epoch=4, incarnation=2, now=0.0)
-    receiver.claimed([0], GRANT, windowed=True, now=0.0)
-    raised = [receiver.landed(layer, [0], now=0.1)[0][1] for layer in (3, 0, 5, 4, 1, 2)]
-    assert raised == [1, 1, 1, 3, 2, 3]
-
-
-@pytest.mark.parametrize("commit_first", [True, False])
-def test_commit_and_pages_in_any_order(commit_first: bool) -> None:
-    receiver = make_receiver()
-    actions = receiver.commit(COMMIT) if commit_first else []
-    land_all(receiver)
-    actions += receiver.check() if commit_first else receiver.commit(COMMIT)
-    assert actions == [do.CheckCommit(77)]
-    assert kinds(receiver.checked(ok=True, now=0.2)) == ["Publish", "Committed", "CloseWindow"]
-    assert receiver.state is Receiving.LANDED
-
-
-def test_wrong_checksum_is_a_failure_not_a_success() -> None:
-    receiver = make_receiver()
-    land_all(receiver)
-    receiver.commit(COMMIT)
-    assert kinds(receiver.checked(ok=False, now=0.2)) == ["Cancel", "Abandon", "CloseWindow"]
-    assert receiver.state is Receiving.FAILING
-
-
-def test_commit_of_another_count_fails() -> None:
-    receiver = make_receiver(wanted=(2,))
-    receiver.commit(COMMIT)
-    assert "6 pages where 2 were wanted" in receiver.reason
-
-
-def test_the_end_needs_window_and_engine_both_quiet() -> None:
-    receiver = make_receiver()
-    assert receiver.engine_opened()
-    assert not receiver.engine_opened(), "one load per handoff"
-    receiver.fail("prefill died", tell_peer=False)
-    assert receiver.window_closed() == []
-    assert receiver.engine_let_go(ok=False, reason="") == [do.Ended("prefill died")]
-
-
-def test_failing_tells_an_engine_that_reads_along() -> None:
-    receiver = make_receiver()
-    receiver.engine_opened()
-    actions = receiver.failed_by_peer(Fail(**IDS, reason="engine died"))
-    assert kinds(actions) == ["Abandon", "CloseWindow", "LoadEnded", "RevokeEngine"]
-    assert isinstance(actions[2].message, LoadEnded)
-
-
-def test_engine_may_finish_before_commit() -> None:
-    receiver = make_receiver()
-    receiver.engine_opened()
-    land_all(receiver)
-    assert receiver.engine_let_go(ok=True, reason="") == []
-    receiver.commit(COMMIT)
-    receiver.checked(ok=True, now=0.2)
-    assert receiver.window_closed() == [do.Ended("")]
-
-
-def test_decode_request_aborted_while_pages_land_cancels_the_sender() -> None:
-    receiver = make_receiver()
-    receiver.engine_opened()
-    assert kinds(receiver.engine_let_go(ok=False, reason="aborted")) == ["Cancel", "Abandon", "CloseWindow"]
-
-
-def test_nobody_claims_the_landed_pages() -> None:
-    """The router died between prefill's answer and decode's request: the claim budget frees the tail."""
-    receiver = make_receiver()
-    land_all(receiver)
-    receiver.commit(COMMIT)
-    receiver.checked(ok=True, now=1.0)
-    receiver.window_closed()
-    assert receiver.tick(now=3.9) == []
-    assert receiver.tick(now=4.1) == [do.Ended("")]
-    assert not receiver.engine_opened()
-
-
-def test_what_nobody_waits_for_ends_when_it_has_landed_and_its_window_is_closed() -> None:
-    receiver = Receiver(HANDLE, blocks=3, layers=LAYERS, lease_epoch=4, incarnation=2, now=0.0, spare=True)
-    receiver.claimed((0, 1, 2), GRANT, windowed=True, now=0.0)
-    assert not receiver.engine_opened(), "no engine has a right to it"
-    land_all(receiver)
-    receiver.commit(COMMIT)
-    assert kinds(receiver.checked(ok=True, now=1.0)) == ["Publish", "Committed", "CloseWindow"]
-    assert receiver.window_closed() == [do.Ended("")]
-
-
-def test_the_sender_s_end_after_landed_changes_nothing() -> None:
-    receiver = make_receiver()
-    land_all(receiver)
-    receiver.commit(COMMIT)
-    receiver.checked(ok=True, now=1.0)
-    assert receiver.failed_by_peer(Fail(**IDS, reason="late")) == []
-    assert receiver.peer_lost() == []
-    assert receiver.engine_opened(), "every page is here and checked"
-    assert receiver.engine_let_go(ok=True, reason="") == []
-    assert receiver.window_closed() == [do.Ended("")]
-
-
-def test_a_sender_that_is_lost_before_fails_what_is_under_way() -> None:
-    receiver = make_receiver()
-    land_all(receiver)
-    assert kinds(receiver.peer_lost()) == ["Cancel", "Abandon", "CloseWindow"]
-    assert receiver.state is Receiving.FAILING
-
-
-@pytest.mark.parametrize("landed_at,now,reason", [(0.0, 2.1, "nothing landed for"), (9.9, 10.1, "not finished within")])
-def test_receiver_budgets(landed_at: float, now: float, reason: str) -> None:
-    receiver = make_receiver()
-    receiver.landed(0, [0], now=landed_at)
-    assert kinds(receiver.tick(now=now))[0] == "Cancel"
-    assert reason in receiver.reason
-
-
-def test_refusal_ends_at_once() -> None:
-    receiver = Receiver(HANDLE, blocks=3, layers=LAYERS, lease_epoch=4, incarnation=2, now=0.0)
-    assert kinds(receiver.refuse("KV layouts differ")) == ["Refuse", "Ended"]
