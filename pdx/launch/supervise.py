@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -64,6 +64,7 @@ class Child:
     pidfd: int
     colour: int
     log: IO[bytes] | None
+    outlives: bool  # it is told to stop when those that do not have ended
     last_lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=LAST_LINES))
     partial: bytes = b""  # of a line whose end has not come yet
 
@@ -126,8 +127,19 @@ class Supervisor:
         self._wake_read.close()
         self._wake_write.close()
 
-    def start(self, name: str, command: list[str], *, env: Mapping[str, str] | None = None, cpus: str = "") -> None:
-        """Starts `command` with `env` added to the environment, pinned to `cpus` ("0,2-3") if given."""
+    def start(
+        self,
+        name: str,
+        command: list[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cpus: str = "",
+        outlives: bool = False,
+    ) -> None:
+        """Starts `command` with `env` added to the environment, pinned to `cpus` ("0,2-3") if given.
+
+        `outlives`: others need it to their very end, so it is told to stop when they have ended.
+        """
         guarded = [sys.executable, guard.__file__, str(os.getpid()), str(self._grace_s), cpus, *command]
         process = subprocess.Popen(
             guarded,
@@ -141,7 +153,8 @@ class Supervisor:
         os.set_blocking(process.stdout.fileno(), False)
         log = (self._log_dir / f"{name}.log").open("ab") if self._log_dir else None
         colour = COLOURS[len(self._children) % len(COLOURS)]
-        child = Child(name=name, process=process, pidfd=os.pidfd_open(process.pid), colour=colour, log=log)
+        pidfd = os.pidfd_open(process.pid)
+        child = Child(name=name, process=process, pidfd=pidfd, colour=colour, log=log, outlives=outlives)
         self._children.append(child)
         self._selector.register(process.stdout, selectors.EVENT_READ, child)
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
@@ -175,18 +188,23 @@ class Supervisor:
         self._watch(deadline)
 
     def stop(self) -> Stopped:
-        """Ends every command: SIGTERM, a grace (cut short by another signal), SIGKILL to what is left. Idempotent."""
+        """Ends every command: SIGTERM, a grace (cut short by another signal), SIGKILL to what is left. Idempotent.
+
+        Those that outlive the others have a grace of their own, behind theirs.
+        """
         if not self._children:
             return self.stopped
         sessions = self._note_shared()
-        before = len(processes.of_sessions(sessions)) - len(self._alive())
-        for child in reversed(self._alive()):
-            child.process.terminate()
-        # The guards kill their groups after the grace themselves; the second is for them to do it.
-        deadline = time.monotonic() + self._grace_s + 1.0
-        while self._alive() and not self._signalled and (left_s := deadline - time.monotonic()) > 0:
-            self._turn(left_s)
-        self._note_shared()
+        before = len(processes.of_sessions(sessions)) - len(self._alive(self._children))
+        for outlives in (False, True):
+            told = [child for child in self._children if child.outlives is outlives]
+            for child in reversed(self._alive(told)):
+                child.process.terminate()
+            # The guards kill their groups after the grace themselves; the second is for them to do it.
+            deadline = time.monotonic() + self._grace_s + 1.0
+            while self._alive(told) and not self._signalled and (left_s := deadline - time.monotonic()) > 0:
+                self._turn(left_s)
+            self._note_shared()
         self._kill_all(sessions)
         for child in self._children:
             child.process.wait()
@@ -314,8 +332,9 @@ class Supervisor:
         self._shared |= processes.shared_memory_of(processes.of_sessions(sessions))
         return sessions
 
-    def _alive(self) -> list[Child]:
-        return [child for child in self._children if child.process.poll() is None]
+    @staticmethod
+    def _alive(children: Sequence[Child]) -> list[Child]:
+        return [child for child in children if child.process.poll() is None]
 
     def _forget(self, child: Child) -> None:
         self._drain_whole(child)

@@ -141,7 +141,7 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, en
 
 def _start_daemon(supervisor: Supervisor, daemon: DaemonSpec, environ: dict[str, str]) -> None:
     (daemon.run_dir / config.INFO_NAME).unlink(missing_ok=True)  # of one that was killed
-    supervisor.start(daemon.name, daemon.command(), env=environ, cpus=daemon.cpus)
+    supervisor.start(daemon.name, daemon.command(), env=environ, cpus=daemon.cpus, outlives=True)
 
 
 def _start_router(

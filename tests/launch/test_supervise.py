@@ -100,6 +100,29 @@ def test_a_stubborn_one_is_killed_after_the_grace(tmp_path: Path) -> None:
         assert supervisor.stop().left == 0
 
 
+def test_who_outlives_the_others_is_told_last(tmp_path: Path) -> None:
+    """The one's last act needs the other: an engine's answers go to its daemon's disk."""
+    code = """
+import pathlib, signal, sys
+mine, other = (pathlib.Path(name) for name in sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("other is", "gone" if other.exists() else "here", flush=True)))
+print("up", flush=True)
+try:
+    signal.pause()
+finally:
+    mine.touch()
+"""
+    files = [str(tmp_path / name) for name in "ab"]
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
+        supervisor.start("engine", [sys.executable, "-c", code, *files])
+        supervisor.start("daemon", [sys.executable, "-c", code, *reversed(files)], outlives=True)
+        probes = {name: lambda log=tmp_path / f"{name}.log": logged(log, "up") for name in ("engine", "daemon")}
+        supervisor.wait_ready(probes, deadline_s=WAIT_S)
+        assert supervisor.stop().left == 0
+    assert (tmp_path / "engine.log").read_text() == "up\nother is here\n"
+    assert (tmp_path / "daemon.log").read_text() == "up\nother is gone\n"
+
+
 def test_a_killed_guard_leaves_nothing(tmp_path: Path) -> None:
     with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
         supervisor.start("a", SLEEPER)
