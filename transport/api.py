@@ -64,6 +64,7 @@ class Arrived(msgspec.Struct, frozen=True):
 
     window: int
     notice: bytes
+    at: float  # when, in seconds of time.monotonic(); for who takes events late
 
 
 class WindowClosed(msgspec.Struct, frozen=True):
@@ -93,11 +94,15 @@ Event = PutDone | PutFailed | Arrived | WindowClosed | PeerLost | LaneFailed
 class Region(Protocol):
     """Local power over registered memory. Not encodable, so it can't be sent by mistake."""
 
-    def open_window(self, spans: Sequence[Span]) -> int:
+    def open_window(self, spans: Sequence[Span], *, quiet: bool = False) -> int:
         """A new window over these spans of this region; its id is random and never reused.
 
-        Raises ValueError, changing nothing, if a span lies outside the region.
+        What arrives through a `quiet` one need not make the lane's descriptor readable: it comes with the next event
+        that does, or to who asks. Raises ValueError, changing nothing, if a span lies outside the region.
         """
+
+    def listen(self, window: int) -> None:
+        """From now on it is not quiet; what has arrived before makes the descriptor readable. Unknown ids: no-op."""
 
     def close_window(self, window: int) -> None:
         """Admits no further put. Ends in exactly one WindowClosed, at once or when what is under way has ended: soon on

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 from pdx.errors import ClosedTransport
-from pdx.transport.api import Copy, Event, PutDone, PutFailed, Span, WindowClosed
+from pdx.transport.api import Arrived, Copy, Event, PutDone, PutFailed, Span, WindowClosed
 from pdx.transport.conformance_peers import (
     check_hostile_bytes,
     check_idle_peer_killed,
@@ -303,6 +303,31 @@ def check_quiet(make_pair: MakePair) -> None:
         near.wait_end(last)
 
 
+def check_quiet_window(make_pair: MakePair) -> None:
+    """What arrives through a quiet window is told to who asks, to who listens, and before the window's end."""
+    with sides(make_pair) as (_, near, far, channel):
+        window = far.region.open_window([Span(0, MEMORY_BYTES)], quiet=True)
+        began_s = time.monotonic()
+        near.wait_end(near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"one"))
+        near.wait_end(near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"two"))
+        far.region.listen(window)
+        far.wait_arrived(b"one", b"two")
+        near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"three")
+        far.wait_arrived(b"three")
+        arrived = [event for event in far.events if isinstance(event, Arrived)]
+        assert [event.notice for event in arrived] == [b"one", b"two", b"three"]
+        times = [began_s, *(event.at for event in arrived), time.monotonic()]
+        assert times == sorted(times), f"impossible times of arrival: {times}"
+        far.region.listen(window + 1)
+        other = far.region.open_window([Span(0, MEMORY_BYTES)], quiet=True)
+        near.wait_end(near.put(channel, other, [], notice=b"four"))
+        near.wait_end(near.put(channel, window, [], notice=b"five"))
+        far.wait_arrived(b"five")
+        assert arrivals_of(far.events)[-2:] == [b"four", b"five"], "a quiet notice is told out of its turn"
+        far.region.close_window(other)
+        far.wait_closed(other)
+
+
 def check_cancel_leaves_nothing(make_pair: MakePair) -> None:
     """However much is put and cancelled, no memory, thread or descriptor stays behind."""
     with sides(make_pair) as (_, near, far, channel):
@@ -385,6 +410,7 @@ CHECKS: tuple[Check, ...] = (
     check_put_outside_window,
     check_cancel,
     check_quiet,
+    check_quiet_window,
     check_cancel_leaves_nothing,
     check_peer_killed,
     check_idle_peer_killed,

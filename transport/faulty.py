@@ -166,4 +166,5 @@ class FaultyRegion:
         self.inner = inner
         self.memory = memory.cast("B") if memory.format != "B" or memory.ndim != 1 else memory[:]
         self.open_window = inner.open_window
+        self.listen = inner.listen
         self.close_window = inner.close_window

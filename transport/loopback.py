@@ -109,7 +109,7 @@ class LoopbackLane:
         self.channels: dict[int, LoopbackChannel] = {}
         self._net = net
         self._mailbox = Mailbox()
-        self._windows = WindowTable(emit=self._mailbox.add, new_id=lambda: rng.getrandbits(64))
+        self._windows = WindowTable(self._mailbox, new_id=lambda: rng.getrandbits(64), clock=net.clock)
         self._numbers = itertools.count(1)
         self._tickets = itertools.count(1)
         self._regions: list[CheckedRegion] = []

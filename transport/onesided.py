@@ -37,14 +37,17 @@ class OneSidedRegion:
         self.memory = host_memory(self.view)
         self.reactor = reactor
 
-    def open_window(self, spans: Sequence[Span]) -> int:
+    def open_window(self, spans: Sequence[Span], *, quiet: bool = False) -> int:
         check_inside(spans, self.memory.length)
         merged = SpanSet(spans).spans()
         if len(merged) > SPANS_IN_WINDOW_MAX:
             raise ValueError(f"a window of {len(merged)} spans apart; {SPANS_IN_WINDOW_MAX} can be granted")
         window = secrets.randbits(64)
-        self.reactor.call(partial(self.reactor.open_window, window, self.memory, merged))
+        self.reactor.call(partial(self.reactor.open_window, window, self.memory, merged, quiet=quiet))
         return window
+
+    def listen(self, window: int) -> None:
+        self.reactor.call(partial(self.reactor.listen, window))
 
     def close_window(self, window: int) -> None:
         self.reactor.call(partial(self.reactor.close_window, window))

@@ -6,6 +6,7 @@ every peer that was granted it has said DRAINED, or can't write any more (which 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from pdx.errors import WireError
@@ -18,11 +19,12 @@ from pdx.transport.link_messages import Ask, Bye, Drained, Granted, Landed, Link
 class Grant:
     """One window."""
 
-    __slots__ = ("askers", "is_closing", "memory", "spans")
+    __slots__ = ("askers", "is_closing", "memory", "quiet", "spans")
 
-    def __init__(self, memory: Memory, spans: Sequence[Span]) -> None:
+    def __init__(self, memory: Memory, spans: Sequence[Span], *, quiet: bool) -> None:
         self.memory = memory
         self.spans = spans
+        self.quiet = quiet  # see Region.open_window
         self.askers: set[int] = set()  # links that may be writing through it
         self.is_closing = False
 
@@ -30,12 +32,18 @@ class Grant:
 class Grants:
     """Owned by the reactor's thread. Links are named by numbers that are never used again."""
 
-    def __init__(self, *, emit: Callable[[Event], None]) -> None:
+    def __init__(self, *, emit: Callable[[Event], None], emit_quietly: Callable[[Event], None]) -> None:
         self._emit = emit
+        self._emit_quietly = emit_quietly
         self._open: dict[int, Grant] = {}
 
-    def open(self, window: int, memory: Memory, spans: Sequence[Span]) -> None:
-        self._open[window] = Grant(memory, spans)
+    def open(self, window: int, memory: Memory, spans: Sequence[Span], *, quiet: bool) -> None:
+        self._open[window] = Grant(memory, spans, quiet=quiet)
+
+    def listen(self, window: int) -> None:
+        grant = self._open.get(window)
+        if grant is not None:
+            grant.quiet = False
 
     def close(self, window: int) -> set[int]:
         """Who must be told SHUT. Unknown ids: nobody."""
@@ -62,7 +70,8 @@ class Grants:
         grant = self._open.get(window)
         if grant is None or link not in grant.askers:
             return False
-        self._emit(Arrived(window, notice))
+        emit = self._emit_quietly if grant.quiet else self._emit
+        emit(Arrived(window, notice, time.monotonic()))
         return True
 
     def drained(self, window: int, *, link: int) -> None:

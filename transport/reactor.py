@@ -61,7 +61,7 @@ class Reactor:
         settle_s: float,
     ) -> None:
         self.channels: dict[int, OneSidedChannel] = {}
-        self.grants = Grants(emit=self._emit)
+        self.grants = Grants(emit=self._emit, emit_quietly=mailbox.add_quietly)
         self._fabric = fabric
         self._mailbox = mailbox
         self._name = name
@@ -118,8 +118,12 @@ class Reactor:
 
     # --- commands ---
 
-    def open_window(self, window: int, memory: Memory, spans: Sequence[Span]) -> None:
-        self.grants.open(window, memory, spans)
+    def open_window(self, window: int, memory: Memory, spans: Sequence[Span], *, quiet: bool) -> None:
+        self.grants.open(window, memory, spans, quiet=quiet)
+
+    def listen(self, window: int) -> None:
+        self.grants.listen(window)
+        self._owes_announcement = True  # of what has arrived quietly
 
     def close_window(self, window: int) -> None:
         askers = self.grants.close(window)

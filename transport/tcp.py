@@ -57,7 +57,7 @@ class TcpLane:
         self._streams = streams or usual_streams()
         self._stall_s = stall_s
         self._mailbox = Mailbox()
-        self._windows = WindowTable(emit=self._mailbox.add, new_id=lambda: secrets.randbits(64))
+        self._windows = WindowTable(self._mailbox, new_id=lambda: secrets.randbits(64))
         self._listener = TcpListener(
             listening, key=key, windows=self._windows, mailbox=self._mailbox, name=name, stall_s=stall_s, tls=tls
         )

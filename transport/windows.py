@@ -8,7 +8,9 @@ Therefore a put whose last frame was admitted had all its frames admitted: recei
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from pdx.errors import WireError
 from pdx.transport.api import Arrived, Event, Span, WindowClosed
@@ -22,34 +24,57 @@ class CheckedRegion:
         self.memory = memory.cast("B") if memory.format != "B" or memory.ndim != 1 else memory[:]
         self.windows = windows
 
-    def open_window(self, spans: Sequence[Span]) -> int:
-        return self.windows.open(self.memory, spans)
+    def open_window(self, spans: Sequence[Span], *, quiet: bool = False) -> int:
+        return self.windows.open(self.memory, spans, quiet=quiet)
+
+    def listen(self, window: int) -> None:
+        self.windows.listen(window)
 
     def close_window(self, window: int) -> None:
         self.windows.close(window)
 
 
-class WindowTable:
-    """Thread-safe. `emit` receives Arrived and WindowClosed, in their order, from whichever thread caused them."""
+class Events(Protocol):
+    """Where a table's events go; see Mailbox."""
 
-    def __init__(self, *, emit: Callable[[Event], None], new_id: Callable[[], int]) -> None:
-        self._emit = emit
+    def add(self, event: Event) -> None: ...
+
+    def add_quietly(self, event: Event) -> None: ...
+
+    def announce(self) -> None: ...
+
+
+class WindowTable:
+    """Thread-safe. `events` takes Arrived and WindowClosed, in their order, from whichever thread caused them."""
+
+    def __init__(
+        self, events: Events, *, new_id: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._events = events
         self._new_id = new_id
+        self._clock = clock
         self._lock = threading.Lock()
         self._windows: dict[int, _Window] = {}
 
-    def open(self, memory: memoryview, spans: Sequence[Span]) -> int:
+    def open(self, memory: memoryview, spans: Sequence[Span], *, quiet: bool = False) -> int:
         """Raises ValueError if a span lies outside the memory, or the memory is read-only."""
         if memory.readonly:
             raise ValueError("a window cannot be opened over read-only memory")
         check_inside(spans, memory.nbytes)
-        window = _Window(memory, SpanSet(spans))
+        window = _Window(memory, SpanSet(spans), quiet)
         with self._lock:
             number = self._new_id()
             while number in self._windows:
                 number = self._new_id()
             self._windows[number] = window
         return number
+
+    def listen(self, number: int) -> None:
+        with self._lock:
+            window = self._windows.get(number)
+            if window is not None:
+                window.quiet = False
+        self._events.announce()
 
     def close(self, number: int) -> None:
         with self._lock:
@@ -83,20 +108,22 @@ class WindowTable:
             window = self._windows[number]
             window.frames_under_way -= 1
             if notice is not None:
-                self._emit(Arrived(number, notice))
+                add = self._events.add_quietly if window.quiet else self._events.add
+                add(Arrived(number, notice, self._clock()))
             self._end_if_quiet(number, window)
 
     def _end_if_quiet(self, number: int, window: _Window) -> None:
         if window.closing and not window.frames_under_way:
             del self._windows[number]
-            self._emit(WindowClosed(number))
+            self._events.add(WindowClosed(number))
 
 
 class _Window:
-    __slots__ = ("closing", "frames_under_way", "memory", "spans")
+    __slots__ = ("closing", "frames_under_way", "memory", "quiet", "spans")
 
-    def __init__(self, memory: memoryview, spans: SpanSet) -> None:
+    def __init__(self, memory: memoryview, spans: SpanSet, quiet: bool) -> None:
         self.memory = memory
         self.spans = spans
+        self.quiet = quiet
         self.frames_under_way = 0  # more than one if the peer has several connections
         self.closing = False

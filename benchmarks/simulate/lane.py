@@ -86,7 +86,9 @@ class SimulatedLane:
         self._channels: dict[int, str] = {}
         self._queues: dict[bytes, list[_Put]] = {}  # each in order; its first put is under way
         self._wire_free_at = 0.0  # bytes arrive in the order in which they left
-        self.windows = WindowTable(emit=self._emit, new_id=lambda: self._world.chance.getrandbits(64))
+        self.windows = WindowTable(
+            self, new_id=lambda: self._world.chance.getrandbits(64), clock=lambda: self._world.now
+        )
         self._memory = memoryview(b"")
         network.lanes[self.endpoint] = self
 
@@ -132,7 +134,7 @@ class SimulatedLane:
             dropped = waiting[1:]  # the first is on the wire
             del waiting[1:]
             for put in dropped:
-                self._emit(PutFailed(put.ticket, "cancelled"))
+                self.add(PutFailed(put.ticket, "cancelled"))
             waiting[0].quiet = False
         self._ring()
 
@@ -162,10 +164,10 @@ class SimulatedLane:
             for queue, waiting in list(self._queues.items()):
                 for put in [put for put in waiting if put.channel == number]:
                     waiting.remove(put)
-                    self._emit(PutFailed(put.ticket, "the connection broke"))
+                    self.add(PutFailed(put.ticket, "the connection broke"))
                 if not waiting:
                     del self._queues[queue]
-            self._emit(PeerLost(number, endpoint, "the connection broke"))
+            self.add(PeerLost(number, endpoint, "the connection broke"))
 
     # --- the way of a put -------------------------------------------------------------------------------------
 
@@ -194,9 +196,8 @@ class SimulatedLane:
             self._start(waiting[0])
         else:
             del self._queues[put.queue]
-        self._events.append(PutDone(put.ticket, self._world.now))
-        if not put.quiet:
-            self._ring()
+        add = self.add_quietly if put.quiet else self.add
+        add(PutDone(put.ticket, self._world.now))
         first_at = max(self._world.now + self._delay_s(), self._wire_free_at)
         self._wire_free_at = first_at + self._delay_s() / 2
         spans = [Span(copy.target_offset, copy.length) for copy in put.copies]
@@ -210,7 +211,7 @@ class SimulatedLane:
         self._queues[put.queue].remove(put)
         if not self._queues[put.queue]:
             del self._queues[put.queue]
-        self._emit(PutFailed(put.ticket, "the channel is lost"))
+        self.add(PutFailed(put.ticket, "the channel is lost"))
 
     def _spoilt(self, pieces: list[bytes]) -> list[bytes]:
         chance = self._world.chance
@@ -247,6 +248,14 @@ class SimulatedLane:
             self._touch(arrival.spans[n].offset, arrival.spans[n].length, "write")
             targets[n][:] = arrival.pieces[n]
 
-    def _emit(self, event: Event) -> None:
+    # --- its own mailbox --------------------------------------------------------------------------------------
+
+    def add(self, event: Event) -> None:
         self._events.append(event)
+        self._ring()
+
+    def add_quietly(self, event: Event) -> None:
+        self._events.append(event)
+
+    def announce(self) -> None:
         self._ring()

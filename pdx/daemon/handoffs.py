@@ -221,8 +221,8 @@ class Handoffs:
                     self._sending.put_ended(scheme, ticket, now, at=at)
                 case PutFailed(ticket, reason):
                     self._sending.put_ended(scheme, ticket, now, at=now, reason=reason or "no reason given")
-                case Arrived(window, notice):
-                    self._receiving.arrived(window, notice, now)
+                case Arrived(window, notice, at):
+                    self._receiving.arrived(window, notice, now, at=at)
                 case WindowClosed(window):
                     self._receiving.window_closed(window, now)
                 case PeerLost(channel, endpoint, reason):
@@ -257,9 +257,9 @@ class Handoffs:
         return self._grips.pending
 
     @property
-    def puts_open(self) -> bool:
-        """Lanes may have events that they woke nobody for."""
-        return self._sending.puts_open
+    def awaits_lanes(self) -> bool:
+        """They may have events that they woke nobody for."""
+        return self._sending.puts_open or self._receiving.windows_open
 
     def steer(self, what: Steer, now: float) -> Result:
         """A verb of an operator. Raises Refused, changing nothing."""
@@ -344,7 +344,7 @@ class Handoffs:
         twin = self._receiving.records.get(record.key)
         if twin is None or twin.paired is not record:
             return False
-        self._receiving.pages_landed(twin, action.layer, action.blocks, now)
+        self._receiving.pages_landed(twin, action.layer, action.blocks, now, at=now)
         return True
 
     def _look_at_clock(self, now: float) -> None:

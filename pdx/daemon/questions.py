@@ -126,8 +126,10 @@ class Questions:
             return "not reserved yet" if unknown and now - question.asked_at < question.patience_s else ""
         if record.receiver.state is Receiving.WAITING:
             return "the arena is full"
-        early = question.message.early and record.receiver.state is Receiving.GRANTED
-        return "no page has landed yet" if early and not record.receiver.begun else ""
+        if question.message.early and record.receiver.state is Receiving.GRANTED and not record.receiver.begun:
+            self._halves.listen(record)
+            return "no page has landed yet"
+        return ""
 
     def _decide(self, question: Question, now: float) -> None:
         record = self._halves.records.get(question.key)
@@ -152,6 +154,7 @@ class Questions:
         )
         places = record.places[:common]
         self._grips.add(Grip(handoff_id, "load", engine_id, lease, record.key, places))
+        self._halves.listen(record)  # its engine follows the watermarks
         self._desk.trace(record.key, "open_load", places=common)
         self._answer(engine, message, handoff_id, "granted", places=places)
 

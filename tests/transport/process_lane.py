@@ -150,9 +150,13 @@ class ProcessRegion:
         self._lane = lane
         self._length = length
 
-    def open_window(self, spans: Sequence[Span]) -> int:
+    def open_window(self, spans: Sequence[Span], *, quiet: bool = False) -> int:
         check_inside(spans, self._length)
-        return int(self._lane.call("open_window", spans=[[span.offset, span.length] for span in spans]))
+        spans_of = [[span.offset, span.length] for span in spans]
+        return int(self._lane.call("open_window", spans=spans_of, quiet=quiet))
+
+    def listen(self, window: int) -> None:
+        self._lane.call("listen", window=window)
 
     def close_window(self, window: int) -> None:
         self._lane.call("close_window", window=window)
