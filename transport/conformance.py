@@ -300,6 +300,7 @@ def check_quiet(make_pair: MakePair) -> None:
         last = near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"last", quiet=True)
         far.wait_arrived(b"last")
         near.lane.cancel(b"q")
+        near.wait_told()
         near.wait_end(last)
 
 
@@ -311,6 +312,7 @@ def check_quiet_window(make_pair: MakePair) -> None:
         near.wait_end(near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"one"))
         near.wait_end(near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"two"))
         far.region.listen(window)
+        far.wait_told()
         far.wait_arrived(b"one", b"two")
         near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"three")
         far.wait_arrived(b"three")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pdx.errors import ClosedTransport, ConfigError, WireError
-from pdx.transport.api import Copy, Event, PeerLost, PutFailed, Region
+from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, PutFailed, Region
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.outbox import Frame, Outbox, Put, checked_copies
 from pdx.transport.windows import CheckedRegion, WindowTable
@@ -101,6 +101,7 @@ class LoopbackChannel:
 class LoopbackLane:
     """See Lane. Thread-safe through the net's lock, which is more than the contract asks."""
 
+    contract = CONTRACT
     scheme = SCHEME
     checked_by: Literal["receiver", "sender"] = "receiver"
 
@@ -109,7 +110,12 @@ class LoopbackLane:
         self.channels: dict[int, LoopbackChannel] = {}
         self._net = net
         self._mailbox = Mailbox()
-        self._windows = WindowTable(self._mailbox, new_id=lambda: rng.getrandbits(64), clock=net.clock)
+        self._windows = WindowTable(
+            emit=self._mailbox.add,
+            announce=self._mailbox.announce,
+            new_id=lambda: rng.getrandbits(64),
+            clock=net.clock,
+        )
         self._numbers = itertools.count(1)
         self._tickets = itertools.count(1)
         self._regions: list[CheckedRegion] = []

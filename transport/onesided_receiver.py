@@ -7,13 +7,14 @@ every peer that was granted it has said DRAINED, or can't write any more (which 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pdx.errors import WireError
-from pdx.transport.api import Arrived, Event, Span, WindowClosed
+from pdx.transport.api import Arrived, Span, WindowClosed
 from pdx.transport.fabric import Fabric, Memory
 from pdx.transport.link import Link
 from pdx.transport.link_messages import Ask, Bye, Drained, Granted, Landed, LinkMessage, Unknown
+from pdx.transport.mailbox import Emit
 
 
 class Grant:
@@ -32,9 +33,8 @@ class Grant:
 class Grants:
     """Owned by the reactor's thread. Links are named by numbers that are never used again."""
 
-    def __init__(self, *, emit: Callable[[Event], None], emit_quietly: Callable[[Event], None]) -> None:
+    def __init__(self, *, emit: Emit) -> None:
         self._emit = emit
-        self._emit_quietly = emit_quietly
         self._open: dict[int, Grant] = {}
 
     def open(self, window: int, memory: Memory, spans: Sequence[Span], *, quiet: bool) -> None:
@@ -52,7 +52,7 @@ class Grants:
             return set()
         grant.is_closing = True
         askers = set(grant.askers)
-        self._end_if_quiet(window, grant)
+        self._end_if_drained(window, grant)
         return askers
 
     def ask(self, window: int, *, link: int) -> Grant | None:
@@ -70,23 +70,22 @@ class Grants:
         grant = self._open.get(window)
         if grant is None or link not in grant.askers:
             return False
-        emit = self._emit_quietly if grant.quiet else self._emit
-        emit(Arrived(window, notice, time.monotonic()))
+        self._emit(Arrived(window, notice, time.monotonic()), quiet=grant.quiet)
         return True
 
     def drained(self, window: int, *, link: int) -> None:
         grant = self._open.get(window)
         if grant is not None:
             grant.askers.discard(link)
-            self._end_if_quiet(window, grant)
+            self._end_if_drained(window, grant)
 
-    def link_is_quiet(self, link: int) -> None:
+    def link_is_over(self, link: int) -> None:
         """It will never write again, through any window."""
         for window, grant in list(self._open.items()):
             if link in grant.askers:
                 self.drained(window, link=link)
 
-    def _end_if_quiet(self, window: int, grant: Grant) -> None:
+    def _end_if_drained(self, window: int, grant: Grant) -> None:
         if grant.is_closing and not grant.askers:
             del self._open[window]
             self._emit(WindowClosed(window))

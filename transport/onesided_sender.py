@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from pdx.errors import PeerGone, WireError
-from pdx.transport.api import Copy, Event, PutDone, PutFailed, Span
+from pdx.transport.api import Copy, PutDone, PutFailed, Span
 from pdx.transport.fabric import Fabric, Memory, Transfer
 from pdx.transport.link import Link
 from pdx.transport.link_messages import Ask, Drained, Granted, Landed, LinkMessage, Shut, Unknown
+from pdx.transport.mailbox import Emit
 from pdx.transport.onesided_ending import Ending
 from pdx.transport.queues import PUTS_MAX, Queue, Queues, cut
 from pdx.transport.spans import SpanSet, check_inside
@@ -77,16 +78,7 @@ class _Permit:
 class OneSidedChannel:
     """Owned by the reactor's thread. Raises PeerGone, WireError or OSError when the channel is over: call retire()."""
 
-    def __init__(
-        self,
-        number: int,
-        endpoint: str,
-        *,
-        fabric: Fabric,
-        emit: Callable[[Event], None],
-        emit_quietly: Callable[[Event], None],
-    ) -> None:
-        """`emit_quietly`: for what nobody has to be woken for."""
+    def __init__(self, number: int, endpoint: str, *, fabric: Fabric, emit: Emit) -> None:
         self.number = number
         self.endpoint = endpoint
         self.link: Link | None = None  # None: not greeted yet
@@ -94,7 +86,6 @@ class OneSidedChannel:
         self.moved_s = 0.0  # when a piece ended, or the first of those under way began
         self._fabric = fabric
         self._emit = emit
-        self._emit_quietly = emit_quietly
         self._peer = ""
         self._waiting: Queues[OneSidedPut] = Queues()  # the first of a queue may have begun
         self._begun: dict[bytes, deque[OneSidedPut]] = {}  # by queue
@@ -267,8 +258,7 @@ class OneSidedChannel:
         permit = self._permits[put.window]
         permit.begun -= 1
         if put.failure is None:
-            emit = self._emit_quietly if put.quiet else self._emit
-            emit(PutDone(put.ticket, time.monotonic()))
+            self._emit(PutDone(put.ticket, time.monotonic()), quiet=put.quiet)
             self._link().send(Landed(put.window, put.notice))
         else:
             self._emit(PutFailed(put.ticket, put.failure))

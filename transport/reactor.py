@@ -61,7 +61,7 @@ class Reactor:
         settle_s: float,
     ) -> None:
         self.channels: dict[int, OneSidedChannel] = {}
-        self.grants = Grants(emit=self._emit, emit_quietly=mailbox.add_quietly)
+        self.grants = Grants(emit=self._emit)
         self._fabric = fabric
         self._mailbox = mailbox
         self._name = name
@@ -135,9 +135,7 @@ class Reactor:
         if self._is_over:
             self._emit(PeerLost(number, endpoint, "the lane failed"))
             return
-        self.channels[number] = OneSidedChannel(
-            number, endpoint, fabric=self._fabric, emit=self._emit, emit_quietly=self._mailbox.add_quietly
-        )
+        self.channels[number] = OneSidedChannel(number, endpoint, fabric=self._fabric, emit=self._emit)
         self._door.connect(endpoint, lambda outcome: self._connected(number, outcome))
 
     def put(self, channel: int, put: OneSidedPut, queue: bytes, urgency: float) -> None:
@@ -214,12 +212,12 @@ class Reactor:
     def _may_pause(self, channel: OneSidedChannel) -> bool:
         return not channel.is_eager and channel.moved_s + SPIN_S < time.monotonic()
 
-    def _emit(self, event: Event) -> None:
+    def _emit(self, event: Event, *, quiet: bool = False) -> None:
         if self._is_over:
             self._mailbox.add(event)
             return
-        self._mailbox.add_quietly(event)
-        self._owes_announcement = True
+        self._mailbox.add(event, quiet=True)
+        self._owes_announcement = self._owes_announcement or not quiet
 
     def _announce(self, *, is_flying: bool) -> None:
         now_s = time.monotonic()
@@ -320,7 +318,7 @@ class Reactor:
         del self._inbound[party.link.fileno()]
         party.link.close()
         if party.said_bye:
-            self.grants.link_is_quiet(party.number)
+            self.grants.link_is_over(party.number)
             return
         logger.info("%s: a peer left without a word: %s", self._name, error)
         self._settling[party.number] = self._settle_slices
@@ -367,7 +365,7 @@ class Reactor:
                 self._settling[number] = slices_left - 1
             else:
                 del self._settling[number]
-                self.grants.link_is_quiet(number)
+                self.grants.link_is_over(number)
         for channel in list(self.channels.values()):
             if now > self._patient_until_s and channel.is_stuck(self._looked_s, self._stall_s):
                 self._lose(channel, f"peer did not move in {self._stall_s:g} s")

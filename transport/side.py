@@ -94,6 +94,11 @@ class Side:
             select.select([self.lane.fileno()], [], [], left_s)
             self.events += self.lane.take_events()
 
+    def wait_told(self) -> None:
+        """Until the lane's descriptor is readable."""
+        told = select.select([self.lane.fileno()], [], [], WAIT_S)[0]
+        assert told, f"nothing was told within {WAIT_S:g} s; events so far: {self.events}"
+
     def wait_end(self, ticket: int, wait_s: float = WAIT_S) -> PutDone | PutFailed:
         self.wait(f"end of ticket {ticket}", lambda events: bool(ends_of(events, ticket)), wait_s)
         (end,) = ends_of(self.events, ticket)

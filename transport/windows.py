@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from pdx.errors import WireError
-from pdx.transport.api import Arrived, Event, Span, WindowClosed
+from pdx.transport.api import Arrived, Span, WindowClosed
+from pdx.transport.mailbox import Emit
 from pdx.transport.spans import SpanSet, check_inside
 
 
@@ -34,23 +34,20 @@ class CheckedRegion:
         self.windows.close(window)
 
 
-class Events(Protocol):
-    """Where a table's events go; see Mailbox."""
-
-    def add(self, event: Event) -> None: ...
-
-    def add_quietly(self, event: Event) -> None: ...
-
-    def announce(self) -> None: ...
-
-
 class WindowTable:
-    """Thread-safe. `events` takes Arrived and WindowClosed, in their order, from whichever thread caused them."""
+    """Thread-safe. `emit` takes Arrived and WindowClosed, in their order, from whichever thread caused them."""
 
     def __init__(
-        self, events: Events, *, new_id: Callable[[], int], clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        emit: Emit,
+        announce: Callable[[], None],
+        new_id: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._events = events
+        """`announce`: of what was emitted quietly."""
+        self._emit = emit
+        self._announce = announce
         self._new_id = new_id
         self._clock = clock
         self._lock = threading.Lock()
@@ -74,7 +71,7 @@ class WindowTable:
             window = self._windows.get(number)
             if window is not None:
                 window.quiet = False
-        self._events.announce()
+        self._announce()
 
     def close(self, number: int) -> None:
         with self._lock:
@@ -82,7 +79,7 @@ class WindowTable:
             if window is None or window.closing:
                 return
             window.closing = True
-            self._end_if_quiet(number, window)
+            self._end_if_unused(number, window)
 
     def admit(self, number: int, spans: Sequence[Span]) -> list[memoryview] | None:
         """Where the bytes of one frame belong; end_frame() must follow. None if no such window is open.
@@ -108,14 +105,13 @@ class WindowTable:
             window = self._windows[number]
             window.frames_under_way -= 1
             if notice is not None:
-                add = self._events.add_quietly if window.quiet else self._events.add
-                add(Arrived(number, notice, self._clock()))
-            self._end_if_quiet(number, window)
+                self._emit(Arrived(number, notice, self._clock()), quiet=window.quiet)
+            self._end_if_unused(number, window)
 
-    def _end_if_quiet(self, number: int, window: _Window) -> None:
+    def _end_if_unused(self, number: int, window: _Window) -> None:
         if window.closing and not window.frames_under_way:
             del self._windows[number]
-            self._events.add(WindowClosed(number))
+            self._emit(WindowClosed(number))
 
 
 class _Window:

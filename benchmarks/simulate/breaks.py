@@ -137,7 +137,7 @@ class EverOpen(CheckedRegion):
     """Says that a window is closed, and leaves it open."""
 
     def close_window(self, window: int) -> None:
-        self.windows._events.add(WindowClosed(window))
+        self.windows._emit(WindowClosed(window))
 
 
 def only_checksum(page: bytes, arena: Headers, place: Place, layer: int) -> str:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from benchmarks.simulate.world import Process, World
 from pdx.errors import WireError
-from pdx.transport.api import Copy, Event, PeerLost, PutDone, PutFailed, Region, Span
+from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, PutDone, PutFailed, Region, Span
 from pdx.transport.outbox import checked_copies
 from pdx.transport.windows import CheckedRegion, WindowTable
 
@@ -60,6 +60,7 @@ class _Arrival(NamedTuple):
 class SimulatedLane:
     """See pdx.transport.api.Lane. `ring` wakes the daemon that owns it."""
 
+    contract = CONTRACT
     checked_by: Literal["receiver", "sender"] = "receiver"
 
     def __init__(
@@ -82,12 +83,16 @@ class SimulatedLane:
         self._ring = ring
         self._region = region
         self._events: list[Event] = []
+        self.is_readable = False
         self._numbers = itertools.count(1)
         self._channels: dict[int, str] = {}
         self._queues: dict[bytes, list[_Put]] = {}  # each in order; its first put is under way
         self._wire_free_at = 0.0  # bytes arrive in the order in which they left
         self.windows = WindowTable(
-            self, new_id=lambda: self._world.chance.getrandbits(64), clock=lambda: self._world.now
+            emit=self._emit,
+            announce=self._announce,
+            new_id=lambda: self._world.chance.getrandbits(64),
+            clock=lambda: self._world.now,
         )
         self._memory = memoryview(b"")
         network.lanes[self.endpoint] = self
@@ -134,15 +139,16 @@ class SimulatedLane:
             dropped = waiting[1:]  # the first is on the wire
             del waiting[1:]
             for put in dropped:
-                self.add(PutFailed(put.ticket, "cancelled"))
+                self._emit(PutFailed(put.ticket, "cancelled"))
             waiting[0].quiet = False
-        self._ring()
+        self._announce()
 
     @property
     def windows_open(self) -> int:
         return len(self.windows._windows)
 
     def take_events(self) -> list[Event]:
+        self.is_readable = False
         taken, self._events = self._events, []
         return taken
 
@@ -164,10 +170,10 @@ class SimulatedLane:
             for queue, waiting in list(self._queues.items()):
                 for put in [put for put in waiting if put.channel == number]:
                     waiting.remove(put)
-                    self.add(PutFailed(put.ticket, "the connection broke"))
+                    self._emit(PutFailed(put.ticket, "the connection broke"))
                 if not waiting:
                     del self._queues[queue]
-            self.add(PeerLost(number, endpoint, "the connection broke"))
+            self._emit(PeerLost(number, endpoint, "the connection broke"))
 
     # --- the way of a put -------------------------------------------------------------------------------------
 
@@ -196,8 +202,7 @@ class SimulatedLane:
             self._start(waiting[0])
         else:
             del self._queues[put.queue]
-        add = self.add_quietly if put.quiet else self.add
-        add(PutDone(put.ticket, self._world.now))
+        self._emit(PutDone(put.ticket, self._world.now), quiet=put.quiet)
         first_at = max(self._world.now + self._delay_s(), self._wire_free_at)
         self._wire_free_at = first_at + self._delay_s() / 2
         spans = [Span(copy.target_offset, copy.length) for copy in put.copies]
@@ -211,7 +216,7 @@ class SimulatedLane:
         self._queues[put.queue].remove(put)
         if not self._queues[put.queue]:
             del self._queues[put.queue]
-        self.add(PutFailed(put.ticket, "the channel is lost"))
+        self._emit(PutFailed(put.ticket, "the channel is lost"))
 
     def _spoilt(self, pieces: list[bytes]) -> list[bytes]:
         chance = self._world.chance
@@ -248,14 +253,11 @@ class SimulatedLane:
             self._touch(arrival.spans[n].offset, arrival.spans[n].length, "write")
             targets[n][:] = arrival.pieces[n]
 
-    # --- its own mailbox --------------------------------------------------------------------------------------
-
-    def add(self, event: Event) -> None:
+    def _emit(self, event: Event, *, quiet: bool = False) -> None:
         self._events.append(event)
-        self._ring()
+        if not quiet:
+            self._announce()
 
-    def add_quietly(self, event: Event) -> None:
-        self._events.append(event)
-
-    def announce(self) -> None:
+    def _announce(self) -> None:
+        self.is_readable = True
         self._ring()

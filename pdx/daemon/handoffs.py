@@ -344,7 +344,8 @@ class Handoffs:
         twin = self._receiving.records.get(record.key)
         if twin is None or twin.paired is not record:
             return False
-        self._receiving.pages_landed(twin, action.layer, action.blocks, now, at=now)
+        at = self._desk.ports.trace_clock_ns() / 1e9
+        self._receiving.pages_landed(twin, action.layer, action.blocks, now, at=at)
         return True
 
     def _look_at_clock(self, now: float) -> None:

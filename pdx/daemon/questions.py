@@ -82,6 +82,7 @@ class Questions:
             return handle
         if message.early and len(self._early) < EARLY_MAX:
             self._early[question.key] = question
+            self._listen(question)
         self._answer(engine, message, handle.handoff_id, "wait", reason=why)
         return handle
 
@@ -114,7 +115,9 @@ class Questions:
 
     def _answer_decided(self, early: list[Question], now: float) -> None:
         for question in early:
-            if not self._undecided(question, now):
+            if self._undecided(question, now):
+                self._listen(question)
+            else:
                 del self._early[question.key]
                 self._decide(question, now)
 
@@ -126,10 +129,14 @@ class Questions:
             return "not reserved yet" if unknown and now - question.asked_at < question.patience_s else ""
         if record.receiver.state is Receiving.WAITING:
             return "the arena is full"
-        if question.message.early and record.receiver.state is Receiving.GRANTED and not record.receiver.begun:
+        early = question.message.early and record.receiver.state is Receiving.GRANTED
+        return "no page has landed yet" if early and not record.receiver.begun else ""
+
+    def _listen(self, question: Question) -> None:
+        """Its answer waits for the first page of its handoff."""
+        record = self._halves.records.get(question.key)
+        if record is not None:
             self._halves.listen(record)
-            return "no page has landed yet"
-        return ""
 
     def _decide(self, question: Question, now: float) -> None:
         record = self._halves.records.get(question.key)

@@ -261,7 +261,8 @@ class SendingHalves:
         record, put = self._puts.pop((scheme, ticket), (None, None))
         if record is not None and put is not None:
             ok = not reason
-            self.links.ended(put, at, ok=ok)
+            if ok:
+                self.links.ended(put, at)
             self._desk.ports.tracer.note(record.key[0], "sent" if ok else "put_failed", int(at * 1e9))
             self.act(record, record.sender.put_ended(ok=ok, reason=reason, now=now), now)
 

@@ -190,7 +190,7 @@ class Supervisor:
     def stop(self) -> Stopped:
         """Ends every command: SIGTERM, a grace (cut short by another signal), SIGKILL to what is left. Idempotent.
 
-        Those that outlive the others have a grace of their own, behind theirs.
+        Those that outlive the others have a grace of their own, behind theirs: a signal cuts one of them.
         """
         if not self._children:
             return self.stopped
@@ -202,6 +202,7 @@ class Supervisor:
                 child.process.terminate()
             # The guards kill their groups after the grace themselves; the second is for them to do it.
             deadline = time.monotonic() + self._grace_s + 1.0
+            self._signalled = False
             while self._alive(told) and not self._signalled and (left_s := deadline - time.monotonic()) > 0:
                 self._turn(left_s)
             self._note_shared()

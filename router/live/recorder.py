@@ -158,11 +158,6 @@ class Record:
                 self._opened = True
                 self._step("first_byte", now)
 
-    def seconds_since(self, what: StepName, now: float) -> float | None:
-        """Since this step, the last of its name. None if there was none."""
-        at_us = next((step.at_us for step in reversed(self.steps) if step.what == what), None)
-        return None if at_us is None else now - self.began_at - at_us / 1e6
-
     def end(self, code: int, now: float) -> None:
         """The connection is over; `code` is what the client got."""
         if self._journey is None:

@@ -89,7 +89,7 @@ class Conductor:
         self._blame = Blame(outside)
         self._handoff_failed: asyncio.Future[str] | None = None
         self._at_fault = False  # the router's own code, which the front answers for and counts
-        self._started_at = time.monotonic()
+        self._started_at = self._prefilled_at = time.monotonic()
         self._calls: dict[Side, asyncio.Task[Event]] = {}
         self._heard: asyncio.Future[None] | None = None  # done when one of them is
         self._decode_call = AsyncExitStack()  # decode's connection, open as long as its stream
@@ -190,8 +190,8 @@ class Conductor:
             case PassOn():
                 if self._journey.handed_over:
                     self._blame.handoff_went()
-                    if (seconds := self._record.seconds_since("prefill_answered", time.monotonic())) is not None:
-                        self._outside.metrics.handover_s.of(self._model).observe(seconds)
+                    seconds = time.monotonic() - self._prefilled_at
+                    self._outside.metrics.handover_s.of(self._model).observe(seconds)
                 await self._write(action.body)
                 self._calls["decode"] = pump = asyncio.create_task(self._pump())
                 pump.add_done_callback(self._blame.stream_ended)
@@ -289,7 +289,9 @@ class Conductor:
     async def _call_prefill(self, action: CallPrefill, call: Call) -> Event:
         try:
             async with asyncio.timeout(action.timeout_s), call as reply:
-                return PrefillAnswered(reply.status, await reply.read())
+                body = await reply.read()
+                self._prefilled_at = time.monotonic()
+                return PrefillAnswered(reply.status, body)
         except UpstreamError as error:
             self._note(action.engine, error)
             return PrefillFailed(str(error), blames=error.blames)

@@ -67,9 +67,9 @@ def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLI
 
 
 class Daemon:
-    """One pdxd process in a run directory of its own."""
+    """One pdxd process in a run directory of its own. `program`: a file to run instead of pdxd."""
 
-    def __init__(self, run_dir: Path, key_file: Path, **settings: str) -> None:
+    def __init__(self, run_dir: Path, key_file: Path, *, program: str = "", **settings: str) -> None:
         self.run_dir = run_dir
         self.config: Config = load(
             {
@@ -79,7 +79,8 @@ class Daemon:
         )  # fmt: skip
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log = (run_dir / "log").open("wb")
-        command = [sys.executable, "-m", "pdx.daemon.main", f"--run-dir={run_dir}", *flags_of(self.config)]
+        what = [program] if program else ["-m", "pdx.daemon.main"]
+        command = [sys.executable, *what, f"--run-dir={run_dir}", *flags_of(self.config)]
         self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
         until(lambda: (run_dir / "pdxd.json").exists() or self.process.poll() is not None, "pdxd serves")
         assert self.process.poll() is None, (run_dir / "log").read_text()
