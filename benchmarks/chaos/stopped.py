@@ -2,7 +2,8 @@
 
 Once with pdx as it is, and once with daemons that take slots back when a lease is over and workers that trust what they
 read. Slots are overwritten when they are freed, as the next handoff would. Each request is a paired one, so that decode
-reads while prefill computes; it is stopped as soon as its load has begun.
+reads while prefill computes; it is stopped as soon as its load has begun. Another one behind each goes well, or the
+router would soon spare a pair of daemons whose handoffs only fail.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ LOADING_S = 20.0
 
 
 def measure(model: Path, scratch: Path, report: Report, pool: Sequence[Known]) -> None:
-    chosen = _unlike(pool)
-    right = _arm(model, scratch / "pdx", chosen)
-    naive = _arm(model, scratch / "naive", chosen, daemon="benchmarks.naive.hasty",
+    chosen, good = _unlike(pool), _short(pool)
+    right = _arm(model, scratch / "pdx", chosen, good)
+    naive = _arm(model, scratch / "naive", chosen, good, daemon="benchmarks.naive.hasty",
                  connector="benchmarks.naive.trusting")  # fmt: skip
     report.figures["stopped_readers"] = {"pdx": right, "naive": naive}
     print(f"  decode stopped for {STOPPED_S:g} s with a lease of {LEASE_S} s: pdx {dict(right)}, naive {dict(naive)}")
@@ -51,8 +52,19 @@ def _unlike(pool: Sequence[Known]) -> list[Known]:
     return list(chosen.values())[:STOPS]
 
 
+def _short(pool: Sequence[Known]) -> list[Known]:
+    """As many questions that decode reads in a moment."""
+    return sorted(pool, key=lambda known: known.prompt_tokens)[:STOPS]
+
+
 def _arm(
-    model: Path, scratch: Path, chosen: Sequence[Known], *, daemon: str = "pdx.daemon.main", connector: str = ""
+    model: Path,
+    scratch: Path,
+    chosen: Sequence[Known],
+    good: Sequence[Known],
+    *,
+    daemon: str = "pdx.daemon.main",
+    connector: str = "",
 ) -> Counter[str]:
     with rig_in(model, scratch) as rig:
         rig.start_router()
@@ -61,15 +73,17 @@ def _arm(
         rig.start_engine("P0", "prefill", "a", cpu=0, flags=CHUNK, connector=connector)
         decode = rig.start_engine("D0", "decode", "b", cpu=1, connector=connector)
         rig.wait_routable(2)
-        return Counter(_stopped(rig, decode, number, known) for number, known in enumerate(chosen))
+        verdicts: Counter[str] = Counter()
+        for number, (known, other) in enumerate(zip(chosen, good, strict=True)):
+            verdicts[_stopped(rig, decode, number, known)] += 1
+            _call(rig, _wish(number, other), other).run()
+        return verdicts
 
 
 def _stopped(rig: Rig, decode: Part, number: int, known: Known) -> str:
     """The verdict on one request whose reader was stopped."""
-    wish = Wish(number, 0, known.tokens, streamed=False, unseedable=True, usage_asked=False)
-    heard: list[Heard] = []
-    body: dict[str, Any] = body_of(wish, known, str(rig.model))
-    call = Call(rig.url + known.question.path, body, deadline_s=DEADLINE_S)
+    wish, heard = _wish(number, known), list[Heard]()
+    call = _call(rig, wish, known)
     client = threading.Thread(target=lambda: heard.append(call.run()))
     client.start()
     tool = rig.tool("b")
@@ -83,3 +97,12 @@ def _stopped(rig: Rig, decode: Part, number: int, known: Known) -> str:
     unleased(rig.tool("a"), tool)
     verdict = judge(wish, known.answer(known.tokens), heard[0], left=False, router_died=False, deadline_s=DEADLINE_S)
     return verdict.kind
+
+
+def _wish(number: int, known: Known) -> Wish:
+    return Wish(number, 0, known.tokens, streamed=False, unseedable=True, usage_asked=False)
+
+
+def _call(rig: Rig, wish: Wish, known: Known) -> Call:
+    body: dict[str, Any] = body_of(wish, known, str(rig.model))
+    return Call(rig.url + known.question.path, body, deadline_s=DEADLINE_S)
