@@ -2,12 +2,15 @@
 
 Once with pdx as it is, and once with daemons that take slots back when a lease is over and workers that trust what they
 read. Slots are overwritten when they are freed, as the next handoff would. Each request is a paired one, so that decode
-reads while prefill computes; it is stopped as soon as its load has begun. Another one behind each goes well, or the
+reads while prefill computes; it is stopped as soon as its load has begun, and prefill as soon as a block has landed
+that decode has not read, so that the handoff is not over when the lease is. Another one behind each goes well, or the
 router would soon spare a pair of daemons whose handoffs only fail.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import signal
 import threading
 import time
@@ -30,6 +33,7 @@ LEASE_S, STOPPED_S = 2, 5.0
 DAEMON = {"arena": "256MiB", "poison": "true", "lease_s": str(LEASE_S)}
 STOPS, SHARED_CHARACTERS, PROMPT_TOKENS_MIN = 6, 200, 300
 LOADING_S = 20.0
+BLOCK_TOKENS = 128
 
 
 def measure(model: Path, scratch: Path, report: Report, pool: Sequence[Known]) -> None:
@@ -70,17 +74,17 @@ def _arm(
         rig.start_router()
         for name in "ab":
             rig.start_daemon(name, module=daemon, **DAEMON)
-        rig.start_engine("P0", "prefill", "a", cpu=0, flags=CHUNK, connector=connector)
+        prefill = rig.start_engine("P0", "prefill", "a", cpu=0, flags=CHUNK, connector=connector)
         decode = rig.start_engine("D0", "decode", "b", cpu=1, connector=connector)
         rig.wait_routable(2)
         verdicts: Counter[str] = Counter()
         for number, (known, other) in enumerate(zip(chosen, good, strict=True)):
-            verdicts[_stopped(rig, decode, number, known)] += 1
+            verdicts[_stopped(rig, prefill, decode, number, known)] += 1
             _call(rig, _wish(number, other), other).run()
         return verdicts
 
 
-def _stopped(rig: Rig, decode: Part, number: int, known: Known) -> str:
+def _stopped(rig: Rig, prefill: Part, decode: Part, number: int, known: Known) -> str:
     """The verdict on one request whose reader was stopped."""
     wish, heard = _wish(number, known), list[Heard]()
     call = _call(rig, wish, known)
@@ -90,13 +94,22 @@ def _stopped(rig: Rig, decode: Part, number: int, known: Known) -> str:
     wait_until(lambda: any("loading" in half for half in stats(tool)["handoffs"]), LOADING_S, "decode loads")
     decode.signal(signal.SIGSTOP)
     try:
+        wait_until(lambda: _blocks_landed(tool, known) >= 2, LOADING_S, "a second block lands")
+        prefill.signal(signal.SIGSTOP)
         time.sleep(STOPPED_S)
     finally:
-        decode.signal(signal.SIGCONT)
+        for engine in (decode, prefill):
+            engine.signal(signal.SIGCONT)
     client.join(DEADLINE_S)
     unleased(rig.tool("a"), tool)
     verdict = judge(wish, known.answer(known.tokens), heard[0], left=False, router_died=False, deadline_s=DEADLINE_S)
     return verdict.kind
+
+
+def _blocks_landed(tool: Any, known: Known) -> float:
+    """Of the handoff that decode reads."""
+    found = re.search(r"(\d+)/(\d+) pages landed, engine loading", " ".join(stats(tool)["handoffs"]))
+    return int(found[1]) / int(found[2]) * math.ceil(known.prompt_tokens / BLOCK_TOKENS) if found else 0.0
 
 
 def _wish(number: int, known: Known) -> Wish:
