@@ -28,9 +28,6 @@ from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
-# Grows when what is said here changes. A lane says for which number it was written, and no other is opened.
-CONTRACT = 2
-
 
 class Span(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """`length` bytes from `offset`, relative to a region's start."""
@@ -51,7 +48,6 @@ class PutDone(msgspec.Struct, frozen=True):
     """The source bytes of this put may be reused. (That they have landed is the peer's to say, by its notice.)"""
 
     ticket: int
-    at: float  # since when, in seconds of time.monotonic(); for who takes events late
 
 
 class PutFailed(msgspec.Struct, frozen=True):
@@ -67,7 +63,6 @@ class Arrived(msgspec.Struct, frozen=True):
 
     window: int
     notice: bytes
-    at: float  # when, in seconds of time.monotonic(); for who takes events late
 
 
 class WindowClosed(msgspec.Struct, frozen=True):
@@ -97,15 +92,11 @@ Event = PutDone | PutFailed | Arrived | WindowClosed | PeerLost | LaneFailed
 class Region(Protocol):
     """Local power over registered memory. Not encodable, so it can't be sent by mistake."""
 
-    def open_window(self, spans: Sequence[Span], *, quiet: bool = False) -> int:
+    def open_window(self, spans: Sequence[Span]) -> int:
         """A new window over these spans of this region; its id is random and never reused.
 
-        What arrives through a `quiet` one need not make the lane's descriptor readable: it comes with the next event
-        that does, or to who asks. Raises ValueError, changing nothing, if a span lies outside the region.
+        Raises ValueError, changing nothing, if a span lies outside the region.
         """
-
-    def listen(self, window: int) -> None:
-        """From now on it is not quiet; what has arrived before makes the descriptor readable. Unknown ids: no-op."""
 
     def close_window(self, window: int) -> None:
         """Admits no further put. Ends in exactly one WindowClosed, at once or when what is under way has ended: soon on
@@ -116,13 +107,12 @@ class Region(Protocol):
 class Lane(Protocol):
     """One transport in one process."""
 
-    contract: int  # for which CONTRACT it was written
     scheme: str
     checked_by: Literal["receiver", "sender"]
     endpoint: str  # published address, e.g. tcp://127.0.0.1:40213
 
     def fileno(self) -> int:
-        """Readable while take_events() has something to say that is not quiet (see put and open_window)."""
+        """Readable while take_events() has something to say."""
 
     def register(self, memory: memoryview) -> Region:
         """Raises ClosedTransport. The memory must outlive the lane."""
@@ -141,20 +131,16 @@ class Lane(Protocol):
         notice: bytes,
         queue: bytes,
         urgency: float,
-        quiet: bool = False,
     ) -> int:
         """Queues one put and returns its ticket, which ends in PutDone or PutFailed, exactly once.
 
         Puts of one `queue` (a handoff) keep their order; queues share the channel, larger `urgency` first. On failure
         the target spans are undefined and no byte outside them has changed. Copies may be empty: then only the notice
-        travels. The PutDone of a `quiet` one need not make the descriptor readable: it comes with the next event that
-        does, or to who asks, or at the latest when its queue is cancelled. Raises ValueError if a copy lies outside the
-        region, ClosedTransport after close.
+        travels. Raises ValueError if a copy lies outside the region, ClosedTransport after close.
         """
 
     def cancel(self, queue: bytes) -> None:
-        """Drops what is not yet on the wire: those tickets end in PutFailed, those under way in either. All of them
-        make the descriptor readable, quiet ones too."""
+        """Drops what is not yet on the wire: those tickets end in PutFailed, those under way in either."""
 
     def take_events(self) -> list[Event]:
         """Everything that happened since the last call, in order per channel. Never blocks."""

@@ -10,13 +10,12 @@ import gc
 import os
 import random
 import threading
-import time
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
 
 from pdx.errors import ClosedTransport
-from pdx.transport.api import Arrived, Copy, Event, PutDone, PutFailed, Span, WindowClosed
+from pdx.transport.api import Copy, Event, PutDone, PutFailed, Span, WindowClosed
 from pdx.transport.conformance_peers import (
     check_hostile_bytes,
     check_idle_peer_killed,
@@ -284,52 +283,6 @@ def check_cancel(make_pair: MakePair) -> None:
         assert got == done, "notices and ends of cancelled puts disagree"
 
 
-def check_quiet(make_pair: MakePair) -> None:
-    """A quiet put ends no later than what follows it in its queue, or than its cancelling, and says when it did."""
-    with sides(make_pair) as (_, near, far, channel):
-        window = far.region.open_window([Span(0, MEMORY_BYTES)])
-        began_s = time.monotonic()
-        quiet = [near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"q%d" % n, quiet=True) for n in range(5)]
-        loud = near.put(channel, window, [], notice=b"loud")
-        assert isinstance(near.wait_end(loud), PutDone)
-        ended = [event for event in near.events if isinstance(event, PutDone)]
-        assert [event.ticket for event in ended] == [*quiet, loud], "quiet puts end out of their turn"
-        times = [began_s, *(event.at for event in ended), time.monotonic()]
-        assert times == sorted(times), f"impossible times of the ends: {times}"
-        far.wait_arrived(b"loud")
-        last = near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"last", quiet=True)
-        far.wait_arrived(b"last")
-        near.lane.cancel(b"q")
-        near.wait_told()
-        near.wait_end(last)
-
-
-def check_quiet_window(make_pair: MakePair) -> None:
-    """What arrives through a quiet window is told to who asks, to who listens, and before the window's end."""
-    with sides(make_pair) as (_, near, far, channel):
-        window = far.region.open_window([Span(0, MEMORY_BYTES)], quiet=True)
-        began_s = time.monotonic()
-        near.wait_end(near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"one"))
-        near.wait_end(near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"two"))
-        far.region.listen(window)
-        far.wait_told()
-        far.wait_arrived(b"one", b"two")
-        near.put(channel, window, [Copy(0, 0, 50_000)], notice=b"three")
-        far.wait_arrived(b"three")
-        arrived = [event for event in far.events if isinstance(event, Arrived)]
-        assert [event.notice for event in arrived] == [b"one", b"two", b"three"]
-        times = [began_s, *(event.at for event in arrived), time.monotonic()]
-        assert times == sorted(times), f"impossible times of arrival: {times}"
-        far.region.listen(window + 1)
-        other = far.region.open_window([Span(0, MEMORY_BYTES)], quiet=True)
-        near.wait_end(near.put(channel, other, [], notice=b"four"))
-        near.wait_end(near.put(channel, window, [], notice=b"five"))
-        far.wait_arrived(b"five")
-        assert arrivals_of(far.events)[-2:] == [b"four", b"five"], "a quiet notice is told out of its turn"
-        far.region.close_window(other)
-        far.wait_closed(other)
-
-
 def check_cancel_leaves_nothing(make_pair: MakePair) -> None:
     """However much is put and cancelled, no memory, thread or descriptor stays behind."""
     with sides(make_pair) as (_, near, far, channel):
@@ -411,8 +364,6 @@ CHECKS: tuple[Check, ...] = (
     check_unknown_window,
     check_put_outside_window,
     check_cancel,
-    check_quiet,
-    check_quiet_window,
     check_cancel_leaves_nothing,
     check_peer_killed,
     check_idle_peer_killed,

@@ -50,7 +50,6 @@ class Faulty:
         self._bytes_since_break = 0
         self.break_count = 0
         self.corrupt_count = 0
-        self.contract = lane.contract
         self.scheme = lane.scheme
         self.checked_by: Literal["receiver", "sender"] = lane.checked_by
         self.endpoint = lane.endpoint
@@ -81,7 +80,6 @@ class Faulty:
         notice: bytes,
         queue: bytes,
         urgency: float,
-        quiet: bool = False,
     ) -> int:
         if not isinstance(region, FaultyRegion):
             raise ValueError("the region was registered with another lane")
@@ -90,9 +88,8 @@ class Faulty:
         else:
             inner = region.inner
         ticket = self._lane.put(
-            channel, region=inner, window=window, copies=copies, notice=notice, queue=queue, urgency=urgency,
-            quiet=quiet,
-        )  # fmt: skip
+            channel, region=inner, window=window, copies=copies, notice=notice, queue=queue, urgency=urgency
+        )
         self._puts_since_break += 1
         self._bytes_since_break += sum(copy.length for copy in copies)
         if self._break_is_due():
@@ -167,5 +164,4 @@ class FaultyRegion:
         self.inner = inner
         self.memory = memory.cast("B") if memory.format != "B" or memory.ndim != 1 else memory[:]
         self.open_window = inner.open_window
-        self.listen = inner.listen
         self.close_window = inner.close_window

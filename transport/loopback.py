@@ -2,7 +2,7 @@
 
 A LoopbackNet is the network. Bytes move only in LoopbackNet.step() or pump(), and every take_events() pumps first.
 Windows, outbox and frames are those of the tcp lane, so that what holds here for order and admission holds there.
-The net's lock lets control threads share it; without threads a run is a function of the calls, of `rng` and of `clock`.
+The net's lock lets control threads share it; without threads a run is a function of the calls and of `rng`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from pdx.errors import ClosedTransport, ConfigError, WireError
-from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, PutFailed, Region
+from pdx.transport.api import Copy, Event, PeerLost, PutFailed, Region
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.outbox import Frame, Outbox, Put, checked_copies
 from pdx.transport.windows import CheckedRegion, WindowTable
@@ -26,9 +25,8 @@ SCHEME = "loopback"
 class LoopbackNet:
     """Thread-safe."""
 
-    def __init__(self, rng: random.Random, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, rng: random.Random) -> None:
         self.lock = threading.RLock()
-        self.clock = clock
         self._rng = rng
         self._lanes: dict[str, LoopbackLane] = {}
         self._cut: set[str] = set()
@@ -101,7 +99,6 @@ class LoopbackChannel:
 class LoopbackLane:
     """See Lane. Thread-safe through the net's lock, which is more than the contract asks."""
 
-    contract = CONTRACT
     scheme = SCHEME
     checked_by: Literal["receiver", "sender"] = "receiver"
 
@@ -110,12 +107,7 @@ class LoopbackLane:
         self.channels: dict[int, LoopbackChannel] = {}
         self._net = net
         self._mailbox = Mailbox()
-        self._windows = WindowTable(
-            emit=self._mailbox.add,
-            announce=self._mailbox.announce,
-            new_id=lambda: rng.getrandbits(64),
-            clock=net.clock,
-        )
+        self._windows = WindowTable(emit=self._mailbox.add, new_id=lambda: rng.getrandbits(64))
         self._numbers = itertools.count(1)
         self._tickets = itertools.count(1)
         self._regions: list[CheckedRegion] = []
@@ -155,7 +147,6 @@ class LoopbackLane:
         notice: bytes,
         queue: bytes,
         urgency: float,
-        quiet: bool = False,
     ) -> int:
         self._check_open()
         if not isinstance(region, CheckedRegion) or region.windows is not self._windows:
@@ -167,8 +158,7 @@ class LoopbackLane:
             if target is None:
                 self._mailbox.add(PutFailed(ticket, "the channel is lost"))
                 return ticket
-            put = Put(ticket, queue, window, region.memory, checked, notice, quiet)
-            failed = target.outbox.add(put, urgency)
+            failed = target.outbox.add(Put(ticket, queue, window, region.memory, checked, notice), urgency)
             if failed is not None:
                 self._mailbox.add(failed)
             self._mailbox.announce()
@@ -231,7 +221,7 @@ class LoopbackLane:
         except WireError as error:
             self.lose(channel, f"peer closed the connection: {error}")
             return True
-        end = channel.outbox.frame_sent(frame, self._net.clock())
+        end = channel.outbox.frame_sent(frame)
         if end is not None:
             self._mailbox.add(end)
         return True

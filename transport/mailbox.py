@@ -7,19 +7,12 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable
-from typing import Protocol
 
 from pdx.transport.api import Event
 
 # Only peers can fill the mailbox without limit (notices); past this their connections wait. 64 Ki notices of a few
 # hundred bytes are some 20 MiB.
 EVENTS_MAX = 1 << 16
-
-
-class Emit(Protocol):
-    """Mailbox.add, or what stands before it."""
-
-    def __call__(self, event: Event, *, quiet: bool = False) -> None: ...
 
 
 class Mailbox:
@@ -36,11 +29,13 @@ class Mailbox:
     def fileno(self) -> int:
         return self._descriptor
 
-    def add(self, event: Event, *, quiet: bool = False) -> None:
-        """A `quiet` one waits for the next announce(), or for who takes without being told to."""
+    def add(self, event: Event) -> None:
         self._events.append(event)
-        if not quiet:
-            self.announce()
+        self.announce()
+
+    def add_quietly(self, event: Event) -> None:
+        """For events that can wait for a later announce(), which the caller owes."""
+        self._events.append(event)
 
     def add_all(self, events: Iterable[Event]) -> None:
         for event in events:

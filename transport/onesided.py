@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal
 
 from pdx.errors import ClosedTransport
-from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, Region, Span
+from pdx.transport.api import Copy, Event, PeerLost, Region, Span
 from pdx.transport.fabric import Fabric, host_memory
 from pdx.transport.link_messages import SPANS_IN_WINDOW_MAX
 from pdx.transport.mailbox import Mailbox
@@ -37,17 +37,14 @@ class OneSidedRegion:
         self.memory = host_memory(self.view)
         self.reactor = reactor
 
-    def open_window(self, spans: Sequence[Span], *, quiet: bool = False) -> int:
+    def open_window(self, spans: Sequence[Span]) -> int:
         check_inside(spans, self.memory.length)
         merged = SpanSet(spans).spans()
         if len(merged) > SPANS_IN_WINDOW_MAX:
             raise ValueError(f"a window of {len(merged)} spans apart; {SPANS_IN_WINDOW_MAX} can be granted")
         window = secrets.randbits(64)
-        self.reactor.call(partial(self.reactor.open_window, window, self.memory, merged, quiet=quiet))
+        self.reactor.call(partial(self.reactor.open_window, window, self.memory, merged))
         return window
-
-    def listen(self, window: int) -> None:
-        self.reactor.call(partial(self.reactor.listen, window))
 
     def close_window(self, window: int) -> None:
         self.reactor.call(partial(self.reactor.close_window, window))
@@ -56,7 +53,6 @@ class OneSidedRegion:
 class OneSidedLane:
     """See Lane. All methods belong to the control thread, except that abort() may also come from a signal handler."""
 
-    contract = CONTRACT
     checked_by: Literal["receiver", "sender"] = "sender"
 
     def __init__(
@@ -131,14 +127,13 @@ class OneSidedLane:
         notice: bytes,
         queue: bytes,
         urgency: float,
-        quiet: bool = False,
     ) -> int:
         self._check_open()
         if not isinstance(region, OneSidedRegion) or region.reactor is not self._reactor:
             raise ValueError("the region was registered with another lane")
         checked = checked_copies(copies, region.memory.length, notice=notice)
         ticket = next(self._tickets)
-        put = OneSidedPut(ticket, window, region.memory, checked, notice, quiet=quiet)
+        put = OneSidedPut(ticket, window, region.memory, checked, notice)
         self._reactor.call(partial(self._reactor.put, channel, put, queue, urgency))
         return ticket
 

@@ -6,26 +6,23 @@ every peer that was granted it has said DRAINED, or can't write any more (which 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdx.errors import WireError
-from pdx.transport.api import Arrived, Span, WindowClosed
+from pdx.transport.api import Arrived, Event, Span, WindowClosed
 from pdx.transport.fabric import Fabric, Memory
 from pdx.transport.link import Link
 from pdx.transport.link_messages import Ask, Bye, Drained, Granted, Landed, LinkMessage, Unknown
-from pdx.transport.mailbox import Emit
 
 
 class Grant:
     """One window."""
 
-    __slots__ = ("askers", "is_closing", "memory", "quiet", "spans")
+    __slots__ = ("askers", "is_closing", "memory", "spans")
 
-    def __init__(self, memory: Memory, spans: Sequence[Span], *, quiet: bool) -> None:
+    def __init__(self, memory: Memory, spans: Sequence[Span]) -> None:
         self.memory = memory
         self.spans = spans
-        self.quiet = quiet  # see Region.open_window
         self.askers: set[int] = set()  # links that may be writing through it
         self.is_closing = False
 
@@ -33,17 +30,12 @@ class Grant:
 class Grants:
     """Owned by the reactor's thread. Links are named by numbers that are never used again."""
 
-    def __init__(self, *, emit: Emit) -> None:
+    def __init__(self, *, emit: Callable[[Event], None]) -> None:
         self._emit = emit
         self._open: dict[int, Grant] = {}
 
-    def open(self, window: int, memory: Memory, spans: Sequence[Span], *, quiet: bool) -> None:
-        self._open[window] = Grant(memory, spans, quiet=quiet)
-
-    def listen(self, window: int) -> None:
-        grant = self._open.get(window)
-        if grant is not None:
-            grant.quiet = False
+    def open(self, window: int, memory: Memory, spans: Sequence[Span]) -> None:
+        self._open[window] = Grant(memory, spans)
 
     def close(self, window: int) -> set[int]:
         """Who must be told SHUT. Unknown ids: nobody."""
@@ -52,7 +44,7 @@ class Grants:
             return set()
         grant.is_closing = True
         askers = set(grant.askers)
-        self._end_if_drained(window, grant)
+        self._end_if_quiet(window, grant)
         return askers
 
     def ask(self, window: int, *, link: int) -> Grant | None:
@@ -70,22 +62,22 @@ class Grants:
         grant = self._open.get(window)
         if grant is None or link not in grant.askers:
             return False
-        self._emit(Arrived(window, notice, time.monotonic()), quiet=grant.quiet)
+        self._emit(Arrived(window, notice))
         return True
 
     def drained(self, window: int, *, link: int) -> None:
         grant = self._open.get(window)
         if grant is not None:
             grant.askers.discard(link)
-            self._end_if_drained(window, grant)
+            self._end_if_quiet(window, grant)
 
-    def link_is_over(self, link: int) -> None:
+    def link_is_quiet(self, link: int) -> None:
         """It will never write again, through any window."""
         for window, grant in list(self._open.items()):
             if link in grant.askers:
                 self.drained(window, link=link)
 
-    def _end_if_drained(self, window: int, grant: Grant) -> None:
+    def _end_if_quiet(self, window: int, grant: Grant) -> None:
         if grant.is_closing and not grant.askers:
             del self._open[window]
             self._emit(WindowClosed(window))

@@ -8,16 +8,14 @@ A put is posted piece by piece: what is posted nobody can overtake, or take back
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pdx.errors import PeerGone, WireError
-from pdx.transport.api import Copy, PutDone, PutFailed, Span
+from pdx.transport.api import Copy, Event, PutDone, PutFailed, Span
 from pdx.transport.fabric import Fabric, Memory, Transfer
 from pdx.transport.link import Link
 from pdx.transport.link_messages import Ask, Drained, Granted, Landed, LinkMessage, Shut, Unknown
-from pdx.transport.mailbox import Emit
 from pdx.transport.onesided_ending import Ending
 from pdx.transport.queues import PUTS_MAX, Queue, Queues, cut
 from pdx.transport.spans import SpanSet, check_inside
@@ -38,20 +36,15 @@ class OneSidedPut:
     """One put, from the queue to its end."""
 
     __slots__ = (
-        "copied_bytes", "copies", "copy_index", "failure", "flying", "is_begun", "notice", "quiet", "source", "ticket",
-        "window",
+        "copied_bytes", "copies", "copy_index", "failure", "flying", "is_begun", "notice", "source", "ticket", "window",
     )  # fmt: skip
 
-    def __init__(
-        self, ticket: int, window: int, source: Memory, copies: Sequence[Copy], notice: bytes, *, quiet: bool = False
-    ) -> None:
-        """`quiet`: see Lane.put."""
+    def __init__(self, ticket: int, window: int, source: Memory, copies: Sequence[Copy], notice: bytes) -> None:
         self.ticket = ticket
         self.window = window
         self.source = source
         self.copies = copies
         self.notice = notice
-        self.quiet = quiet
         self.copy_index = self.copied_bytes = 0
         self.is_begun = False
         self.failure: str | None = None  # why the rest of it is not posted
@@ -78,7 +71,7 @@ class _Permit:
 class OneSidedChannel:
     """Owned by the reactor's thread. Raises PeerGone, WireError or OSError when the channel is over: call retire()."""
 
-    def __init__(self, number: int, endpoint: str, *, fabric: Fabric, emit: Emit) -> None:
+    def __init__(self, number: int, endpoint: str, *, fabric: Fabric, emit: Callable[[Event], None]) -> None:
         self.number = number
         self.endpoint = endpoint
         self.link: Link | None = None  # None: not greeted yet
@@ -113,8 +106,6 @@ class OneSidedChannel:
     def cancel(self, queue_name: bytes) -> None:
         """What is under way ends as it would have, but for a put whose last piece is not."""
         self._fail(self._waiting.drop(queue_name), "cancelled")
-        for put in self._begun.get(queue_name, ()):
-            put.quiet = False  # who cancels waits for it
 
     def handle(self, message: LinkMessage) -> None:
         match message:
@@ -258,7 +249,7 @@ class OneSidedChannel:
         permit = self._permits[put.window]
         permit.begun -= 1
         if put.failure is None:
-            self._emit(PutDone(put.ticket, time.monotonic()), quiet=put.quiet)
+            self._emit(PutDone(put.ticket))
             self._link().send(Landed(put.window, put.notice))
         else:
             self._emit(PutFailed(put.ticket, put.failure))

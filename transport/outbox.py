@@ -1,4 +1,4 @@
-"""What one channel still has to send, cut into frames in a fair order (see queues). Pure: `now` is given, no threads.
+"""What one channel still has to send, cut into frames in a fair order (see queues). Pure: no threads, no clocks.
 
 At most one frame is under way at a time: next_frame(), then frame_sent().
 """
@@ -24,7 +24,6 @@ class Put(msgspec.Struct):
     memory: memoryview
     copies: Sequence[Copy]
     notice: bytes
-    quiet: bool = False  # see Lane.put
     copy_index: int = 0
     copied_bytes: int = 0  # of copies[copy_index]
 
@@ -76,18 +75,18 @@ class Outbox:
             payload_bytes += length
         return Frame(put, sources, targets, payload_bytes, is_last=put.copy_index == len(put.copies))
 
-    def frame_sent(self, frame: Frame, now: float) -> PutDone | PutFailed | None:
+    def frame_sent(self, frame: Frame) -> PutDone | PutFailed | None:
         """The frame's memory is no longer read. Says how its put ended, if it did."""
         put, self._under_way = frame.put, None
         cancelled, self._cancelled = self._cancelled, None
         if cancelled is not None:
             self._put_count -= 1
-            return PutDone(put.ticket, now) if frame.is_last else PutFailed(put.ticket, cancelled)
+            return PutDone(put.ticket) if frame.is_last else PutFailed(put.ticket, cancelled)
         if not frame.is_last:
             return None
         self._queues.end_first(put.queue)
         self._put_count -= 1
-        return PutDone(put.ticket, now)
+        return PutDone(put.ticket)
 
     def cancel(self, name: bytes, reason: str) -> list[PutFailed]:
         """Drops a queue. The put whose frame is under way ends in frame_sent(): until then its memory is read."""
@@ -95,7 +94,6 @@ class Outbox:
         if dropped and dropped[0] is self._under_way:
             del dropped[0]
             self._cancelled = reason
-            self._under_way.quiet = False  # who cancels waits for it
         self._put_count -= len(dropped)
         return [PutFailed(put.ticket, reason) for put in dropped]
 

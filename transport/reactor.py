@@ -118,12 +118,8 @@ class Reactor:
 
     # --- commands ---
 
-    def open_window(self, window: int, memory: Memory, spans: Sequence[Span], *, quiet: bool) -> None:
-        self.grants.open(window, memory, spans, quiet=quiet)
-
-    def listen(self, window: int) -> None:
-        self.grants.listen(window)
-        self._owes_announcement = True  # of what has arrived quietly
+    def open_window(self, window: int, memory: Memory, spans: Sequence[Span]) -> None:
+        self.grants.open(window, memory, spans)
 
     def close_window(self, window: int) -> None:
         askers = self.grants.close(window)
@@ -148,7 +144,6 @@ class Reactor:
     def cancel(self, queue: bytes) -> None:
         for channel in self.channels.values():
             channel.cancel(queue)
-        self._owes_announcement = True  # of what has ended quietly
 
     def break_channel(self, channel: int, reason: str) -> None:
         if channel in self.channels:
@@ -212,12 +207,12 @@ class Reactor:
     def _may_pause(self, channel: OneSidedChannel) -> bool:
         return not channel.is_eager and channel.moved_s + SPIN_S < time.monotonic()
 
-    def _emit(self, event: Event, *, quiet: bool = False) -> None:
+    def _emit(self, event: Event) -> None:
         if self._is_over:
             self._mailbox.add(event)
             return
-        self._mailbox.add(event, quiet=True)
-        self._owes_announcement = self._owes_announcement or not quiet
+        self._mailbox.add_quietly(event)
+        self._owes_announcement = True
 
     def _announce(self, *, is_flying: bool) -> None:
         now_s = time.monotonic()
@@ -318,7 +313,7 @@ class Reactor:
         del self._inbound[party.link.fileno()]
         party.link.close()
         if party.said_bye:
-            self.grants.link_is_over(party.number)
+            self.grants.link_is_quiet(party.number)
             return
         logger.info("%s: a peer left without a word: %s", self._name, error)
         self._settling[party.number] = self._settle_slices
@@ -365,7 +360,7 @@ class Reactor:
                 self._settling[number] = slices_left - 1
             else:
                 del self._settling[number]
-                self.grants.link_is_over(number)
+                self.grants.link_is_quiet(number)
         for channel in list(self.channels.values()):
             if now > self._patient_until_s and channel.is_stuck(self._looked_s, self._stall_s):
                 self._lose(channel, f"peer did not move in {self._stall_s:g} s")

@@ -69,12 +69,10 @@ class Side:
         notice: bytes = b"",
         queue: bytes = b"q",
         urgency: float = 0.0,
-        quiet: bool = False,
     ) -> int:
         return self.lane.put(
-            channel, region=self.region, window=window, copies=copies, notice=notice, queue=queue, urgency=urgency,
-            quiet=quiet,
-        )  # fmt: skip
+            channel, region=self.region, window=window, copies=copies, notice=notice, queue=queue, urgency=urgency
+        )
 
     def free_memory(self) -> None:
         """BufferError if the lane still holds a view."""
@@ -93,11 +91,6 @@ class Side:
             assert left_s > 0, f"{what}: not within {wait_s:g} s; events so far: {self.events}"
             select.select([self.lane.fileno()], [], [], left_s)
             self.events += self.lane.take_events()
-
-    def wait_told(self) -> None:
-        """Until the lane's descriptor is readable."""
-        told = select.select([self.lane.fileno()], [], [], WAIT_S)[0]
-        assert told, f"nothing was told within {WAIT_S:g} s; events so far: {self.events}"
 
     def wait_end(self, ticket: int, wait_s: float = WAIT_S) -> PutDone | PutFailed:
         self.wait(f"end of ticket {ticket}", lambda events: bool(ends_of(events, ticket)), wait_s)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pdx.errors import ClosedTransport
-from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, PutFailed, Region
+from pdx.transport.api import Copy, Event, PeerLost, PutFailed, Region
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.outbox import Put, checked_copies
 from pdx.transport.sockets import STALL_S, listen_at, parse_endpoint
@@ -31,7 +31,6 @@ JOIN_S = 6.0
 class TcpLane:
     """See Lane. All methods belong to the control thread, except that abort() may also come from a signal handler."""
 
-    contract = CONTRACT
     scheme = "tcp"
     checked_by: Literal["receiver", "sender"] = "receiver"
 
@@ -58,9 +57,7 @@ class TcpLane:
         self._streams = streams or usual_streams()
         self._stall_s = stall_s
         self._mailbox = Mailbox()
-        self._windows = WindowTable(
-            emit=self._mailbox.add, announce=self._mailbox.announce, new_id=lambda: secrets.randbits(64)
-        )
+        self._windows = WindowTable(emit=self._mailbox.add, new_id=lambda: secrets.randbits(64))
         self._listener = TcpListener(
             listening, key=key, windows=self._windows, mailbox=self._mailbox, name=name, stall_s=stall_s, tls=tls
         )
@@ -113,7 +110,6 @@ class TcpLane:
         notice: bytes,
         queue: bytes,
         urgency: float,
-        quiet: bool = False,
     ) -> int:
         self._check_open()
         if not isinstance(region, CheckedRegion) or region.windows is not self._windows:
@@ -124,7 +120,7 @@ class TcpLane:
         if target is None:
             self._mailbox.add(PutFailed(ticket, "the channel is lost"))
         else:
-            target.put(Put(ticket, queue, window, region.memory, checked, notice, quiet), urgency)
+            target.put(Put(ticket, queue, window, region.memory, checked, notice), urgency)
         return ticket
 
     def cancel(self, queue: bytes) -> None:

@@ -91,7 +91,6 @@ class TcpStream:
         with self._lock:
             failed = self._outbox.cancel(queue, "cancelled")
         self._mailbox.add_all(failed)
-        self._mailbox.announce()  # what has ended quietly
 
     def finish(self) -> None:
         """Ends once everything queued is sent."""
@@ -178,12 +177,12 @@ class TcpStream:
         now_s = time.monotonic()
         if self._pace.sent(total_bytes, began_s=began_s, ended_s=now_s):
             limit_unsent(connection, self._pace.frame_bytes)
-        with self._lock:  # who cancels finds a put here, and wants to hear of it, or its end in the mailbox
-            end = self._outbox.frame_sent(frame, now_s)
-            if end is not None:
-                self._mailbox.add(end, quiet=True)
-                self._owes_announcement = self._owes_announcement or not put.quiet
+        with self._lock:
+            end = self._outbox.frame_sent(frame)
             is_empty = not self._outbox
+        if end is not None:
+            self._mailbox.add_quietly(end)
+            self._owes_announcement = True
         # After every frame: the next put of another queue may take seconds.
         if self._owes_announcement and (is_empty or now_s > self._announced_s + ANNOUNCE_EVERY_S):
             self._owes_announcement = False

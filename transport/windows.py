@@ -8,12 +8,10 @@ Therefore a put whose last frame was admitted had all its frames admitted: recei
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 from pdx.errors import WireError
-from pdx.transport.api import Arrived, Span, WindowClosed
-from pdx.transport.mailbox import Emit
+from pdx.transport.api import Arrived, Event, Span, WindowClosed
 from pdx.transport.spans import SpanSet, check_inside
 
 
@@ -24,41 +22,28 @@ class CheckedRegion:
         self.memory = memory.cast("B") if memory.format != "B" or memory.ndim != 1 else memory[:]
         self.windows = windows
 
-    def open_window(self, spans: Sequence[Span], *, quiet: bool = False) -> int:
-        return self.windows.open(self.memory, spans, quiet=quiet)
-
-    def listen(self, window: int) -> None:
-        self.windows.listen(window)
+    def open_window(self, spans: Sequence[Span]) -> int:
+        return self.windows.open(self.memory, spans)
 
     def close_window(self, window: int) -> None:
         self.windows.close(window)
 
 
 class WindowTable:
-    """Thread-safe. `emit` takes Arrived and WindowClosed, in their order, from whichever thread caused them."""
+    """Thread-safe. `emit` receives Arrived and WindowClosed, in their order, from whichever thread caused them."""
 
-    def __init__(
-        self,
-        *,
-        emit: Emit,
-        announce: Callable[[], None],
-        new_id: Callable[[], int],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`announce`: of what was emitted quietly."""
+    def __init__(self, *, emit: Callable[[Event], None], new_id: Callable[[], int]) -> None:
         self._emit = emit
-        self._announce = announce
         self._new_id = new_id
-        self._clock = clock
         self._lock = threading.Lock()
         self._windows: dict[int, _Window] = {}
 
-    def open(self, memory: memoryview, spans: Sequence[Span], *, quiet: bool = False) -> int:
+    def open(self, memory: memoryview, spans: Sequence[Span]) -> int:
         """Raises ValueError if a span lies outside the memory, or the memory is read-only."""
         if memory.readonly:
             raise ValueError("a window cannot be opened over read-only memory")
         check_inside(spans, memory.nbytes)
-        window = _Window(memory, SpanSet(spans), quiet)
+        window = _Window(memory, SpanSet(spans))
         with self._lock:
             number = self._new_id()
             while number in self._windows:
@@ -66,20 +51,13 @@ class WindowTable:
             self._windows[number] = window
         return number
 
-    def listen(self, number: int) -> None:
-        with self._lock:
-            window = self._windows.get(number)
-            if window is not None:
-                window.quiet = False
-        self._announce()
-
     def close(self, number: int) -> None:
         with self._lock:
             window = self._windows.get(number)
             if window is None or window.closing:
                 return
             window.closing = True
-            self._end_if_unused(number, window)
+            self._end_if_quiet(number, window)
 
     def admit(self, number: int, spans: Sequence[Span]) -> list[memoryview] | None:
         """Where the bytes of one frame belong; end_frame() must follow. None if no such window is open.
@@ -105,21 +83,20 @@ class WindowTable:
             window = self._windows[number]
             window.frames_under_way -= 1
             if notice is not None:
-                self._emit(Arrived(number, notice, self._clock()), quiet=window.quiet)
-            self._end_if_unused(number, window)
+                self._emit(Arrived(number, notice))
+            self._end_if_quiet(number, window)
 
-    def _end_if_unused(self, number: int, window: _Window) -> None:
+    def _end_if_quiet(self, number: int, window: _Window) -> None:
         if window.closing and not window.frames_under_way:
             del self._windows[number]
             self._emit(WindowClosed(number))
 
 
 class _Window:
-    __slots__ = ("closing", "frames_under_way", "memory", "quiet", "spans")
+    __slots__ = ("closing", "frames_under_way", "memory", "spans")
 
-    def __init__(self, memory: memoryview, spans: SpanSet, quiet: bool) -> None:
+    def __init__(self, memory: memoryview, spans: SpanSet) -> None:
         self.memory = memory
         self.spans = spans
-        self.quiet = quiet
         self.frames_under_way = 0  # more than one if the peer has several connections
         self.closing = False

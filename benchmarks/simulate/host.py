@@ -250,8 +250,7 @@ class Host(Process):
         for message in looped:
             self.handoffs.peer_message(cast(Any, message), now)
         for lane in self.lanes:
-            if lane.is_readable or self.handoffs.awaits_lanes:
-                self.handoffs.lane_events(lane.scheme, lane.take_events(), now)
+            self.handoffs.lane_events(lane.scheme, lane.take_events(), now)
         while self._inbox:
             act, details = self._inbox.popleft()
             act(*details)

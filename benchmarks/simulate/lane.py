@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from benchmarks.simulate.world import Process, World
 from pdx.errors import WireError
-from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, PutDone, PutFailed, Region, Span
+from pdx.transport.api import Copy, Event, PeerLost, PutDone, PutFailed, Region, Span
 from pdx.transport.outbox import checked_copies
 from pdx.transport.windows import CheckedRegion, WindowTable
 
@@ -33,15 +32,13 @@ class Network:
         self.slowness = 1.0
 
 
-@dataclass(eq=False, slots=True)
-class _Put:
+class _Put(NamedTuple):
     ticket: int
     channel: int
     window: int
     copies: list[Copy]
     notice: bytes
     queue: bytes
-    quiet: bool
 
 
 class _Arrival(NamedTuple):
@@ -60,7 +57,6 @@ class _Arrival(NamedTuple):
 class SimulatedLane:
     """See pdx.transport.api.Lane. `ring` wakes the daemon that owns it."""
 
-    contract = CONTRACT
     checked_by: Literal["receiver", "sender"] = "receiver"
 
     def __init__(
@@ -83,17 +79,11 @@ class SimulatedLane:
         self._ring = ring
         self._region = region
         self._events: list[Event] = []
-        self.is_readable = False
         self._numbers = itertools.count(1)
         self._channels: dict[int, str] = {}
         self._queues: dict[bytes, list[_Put]] = {}  # each in order; its first put is under way
         self._wire_free_at = 0.0  # bytes arrive in the order in which they left
-        self.windows = WindowTable(
-            emit=self._emit,
-            announce=self._announce,
-            new_id=lambda: self._world.chance.getrandbits(64),
-            clock=lambda: self._world.now,
-        )
+        self.windows = WindowTable(emit=self._emit, new_id=lambda: self._world.chance.getrandbits(64))
         self._memory = memoryview(b"")
         network.lanes[self.endpoint] = self
 
@@ -122,11 +112,9 @@ class SimulatedLane:
         notice: bytes,
         queue: bytes,
         urgency: float,
-        quiet: bool = False,
     ) -> int:
         ticket = next(self._numbers)
-        checked = checked_copies(copies, len(self._memory), notice=notice)
-        put = _Put(ticket, channel, window, checked, notice, queue, quiet)
+        put = _Put(ticket, channel, window, checked_copies(copies, len(self._memory), notice=notice), notice, queue)
         waiting = self._queues.setdefault(queue, [])
         waiting.append(put)
         if len(waiting) == 1:
@@ -140,15 +128,12 @@ class SimulatedLane:
             del waiting[1:]
             for put in dropped:
                 self._emit(PutFailed(put.ticket, "cancelled"))
-            waiting[0].quiet = False
-        self._announce()
 
     @property
     def windows_open(self) -> int:
         return len(self.windows._windows)
 
     def take_events(self) -> list[Event]:
-        self.is_readable = False
         taken, self._events = self._events, []
         return taken
 
@@ -202,7 +187,7 @@ class SimulatedLane:
             self._start(waiting[0])
         else:
             del self._queues[put.queue]
-        self._emit(PutDone(put.ticket, self._world.now), quiet=put.quiet)
+        self._emit(PutDone(put.ticket))
         first_at = max(self._world.now + self._delay_s(), self._wire_free_at)
         self._wire_free_at = first_at + self._delay_s() / 2
         spans = [Span(copy.target_offset, copy.length) for copy in put.copies]
@@ -253,11 +238,6 @@ class SimulatedLane:
             self._touch(arrival.spans[n].offset, arrival.spans[n].length, "write")
             targets[n][:] = arrival.pieces[n]
 
-    def _emit(self, event: Event, *, quiet: bool = False) -> None:
+    def _emit(self, event: Event) -> None:
         self._events.append(event)
-        if not quiet:
-            self._announce()
-
-    def _announce(self) -> None:
-        self.is_readable = True
         self._ring()

@@ -199,7 +199,7 @@ class LaneEnd:
 
     def _take(self, event: Event) -> None:
         match event:
-            case Arrived(notice=notice):
+            case Arrived(_, notice):
                 self._arrived += 1
                 if notice not in (b"landed", b"ping", b"pong", b"here"):
                     self.arrivals.append((time.monotonic(), notice.decode()))

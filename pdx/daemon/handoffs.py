@@ -217,12 +217,12 @@ class Handoffs:
     def lane_events(self, scheme: str, events: Sequence[Event], now: float) -> None:
         for event in events:
             match event:
-                case PutDone(ticket, at):
-                    self._sending.put_ended(scheme, ticket, now, at=at)
+                case PutDone(ticket):
+                    self._sending.put_ended(scheme, ticket, now, ok=True)
                 case PutFailed(ticket, reason):
-                    self._sending.put_ended(scheme, ticket, now, at=now, reason=reason or "no reason given")
-                case Arrived(window, notice, at):
-                    self._receiving.arrived(window, notice, now, at=at)
+                    self._sending.put_ended(scheme, ticket, now, ok=False, reason=reason)
+                case Arrived(window, notice):
+                    self._receiving.arrived(window, notice, now)
                 case WindowClosed(window):
                     self._receiving.window_closed(window, now)
                 case PeerLost(channel, endpoint, reason):
@@ -255,11 +255,6 @@ class Handoffs:
     @property
     def fences_pending(self) -> bool:
         return self._grips.pending
-
-    @property
-    def awaits_lanes(self) -> bool:
-        """They may have events that they woke nobody for."""
-        return self._sending.puts_open or self._receiving.windows_open
 
     def steer(self, what: Steer, now: float) -> Result:
         """A verb of an operator. Raises Refused, changing nothing."""
@@ -344,8 +339,7 @@ class Handoffs:
         twin = self._receiving.records.get(record.key)
         if twin is None or twin.paired is not record:
             return False
-        at = self._desk.ports.trace_clock_ns() / 1e9
-        self._receiving.pages_landed(twin, action.layer, action.blocks, now, at=at)
+        self._receiving.pages_landed(twin, action.layer, action.blocks, now)
         return True
 
     def _look_at_clock(self, now: float) -> None:

@@ -32,14 +32,14 @@ class Links:
     def __init__(self) -> None:
         self._links: OrderedDict[str, _Link] = OrderedDict()
 
-    def ended(self, put: Underway, at: float) -> None:
-        """It went well. What does not says nothing of the link."""
+    def ended(self, put: Underway, now: float, *, ok: bool) -> None:
         link = self._links.setdefault(put.peer, _Link())
         self._links.move_to_end(put.peer)
         if len(self._links) > PEERS_MAX:
             self._links.popitem(last=False)
-        seconds = link.busy.ended(began_at=put.began_at, now=at)
-        link.rate.measured(put.size_bytes, seconds=seconds, now=at)
+        seconds = link.busy.ended(began_at=put.began_at, now=now)
+        if ok:
+            link.rate.measured(put.size_bytes, seconds=seconds, now=now)
 
     def rates(self) -> list[LinkRate]:
         return [

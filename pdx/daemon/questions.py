@@ -82,7 +82,6 @@ class Questions:
             return handle
         if message.early and len(self._early) < EARLY_MAX:
             self._early[question.key] = question
-            self._listen(question)
         self._answer(engine, message, handle.handoff_id, "wait", reason=why)
         return handle
 
@@ -115,9 +114,7 @@ class Questions:
 
     def _answer_decided(self, early: list[Question], now: float) -> None:
         for question in early:
-            if self._undecided(question, now):
-                self._listen(question)
-            else:
+            if not self._undecided(question, now):
                 del self._early[question.key]
                 self._decide(question, now)
 
@@ -131,12 +128,6 @@ class Questions:
             return "the arena is full"
         early = question.message.early and record.receiver.state is Receiving.GRANTED
         return "no page has landed yet" if early and not record.receiver.begun else ""
-
-    def _listen(self, question: Question) -> None:
-        """Its answer waits for the first page of its handoff."""
-        record = self._halves.records.get(question.key)
-        if record is not None:
-            self._halves.listen(record)
 
     def _decide(self, question: Question, now: float) -> None:
         record = self._halves.records.get(question.key)
@@ -161,7 +152,6 @@ class Questions:
         )
         places = record.places[:common]
         self._grips.add(Grip(handoff_id, "load", engine_id, lease, record.key, places))
-        self._halves.listen(record)  # its engine follows the watermarks
         self._desk.trace(record.key, "open_load", places=common)
         self._answer(engine, message, handoff_id, "granted", places=places)
 

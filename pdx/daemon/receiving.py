@@ -15,7 +15,6 @@ from pdx.daemon.sending import Outgoing, checksum_of_checksums
 from pdx.errors import HandleError, Refused, WireError
 from pdx.handoff import actions as do
 from pdx.handoff.receiver import Receiver
-from pdx.handoff.states import Receiving
 from pdx.keys import layout_id, namespace_of
 from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, Place
 from pdx.transport.api import Span
@@ -45,7 +44,6 @@ class Incoming:
     own_claim: Claim | None = None
     wire: Lease | None = None  # holds the slots while puts may write them, and until the engine came or won't
     window: int = 0
-    is_heard: bool = False  # what lands is told at once, because somebody waits for it
     unfound: list[Selection] = field(default_factory=list)  # cleared while it waited for room: no lookup finds them
 
     @property
@@ -151,8 +149,6 @@ class ReceivingHalves:
             case Commit() if message.lease_epoch == record.receiver.lease_epoch:
                 self._desk.trace(record.key, "commit")
                 self.act(record, record.receiver.commit(message), now)
-                if record.receiver.state is Receiving.GRANTED:
-                    self.listen(record)  # for what has not landed yet
             case Alive():
                 self.act(record, record.receiver.alive(now=now), now)
             case Fail():
@@ -162,21 +158,7 @@ class ReceivingHalves:
 
     # --- from the lanes ---
 
-    def listen(self, record: Incoming) -> None:
-        """Somebody waits for what lands. While nobody does, it wakes nobody who shares a core with the engine."""
-        if record.window in self._windows and not record.is_heard:
-            record.is_heard = True
-            region = self._lanes.region(record.reserve.lane)
-            assert region is not None
-            region.listen(record.window)
-
-    @property
-    def windows_open(self) -> bool:
-        """Something may have landed without a word."""
-        return bool(self._windows)
-
-    def arrived(self, window: int, notice: bytes, now: float, *, at: float) -> None:
-        """`at`: when, which may be some time ago while nobody waits for it."""
+    def arrived(self, window: int, notice: bytes, now: float) -> None:
         record = self._windows.get(window)
         try:
             landed = _decode_notice(notice)
@@ -194,13 +176,11 @@ class ReceivingHalves:
             if landed.digests:
                 start = place.digest_offset(pages, landed.layer)
                 memory[start : start + DIGEST_BYTES] = landed.digests[n * DIGEST_BYTES :][:DIGEST_BYTES]
-        self.pages_landed(record, landed.layer, landed.blocks, now, at=at)
+        self.pages_landed(record, landed.layer, landed.blocks, now)
 
-    def pages_landed(self, record: Incoming, layer: int, blocks: Sequence[int], now: float, *, at: float) -> None:
+    def pages_landed(self, record: Incoming, layer: int, blocks: Sequence[int], now: float) -> None:
         """Bytes and checksums of these pages are in the slots: let the engine see them, and count."""
-        self._desk.ports.tracer.note(
-            record.key[0], "landed", int(at * 1e9), layer=layer, pages=len(blocks), block=min(blocks, default=-1)
-        )
+        self._desk.trace(record.key, "landed", layer=layer, pages=len(blocks), block=min(blocks, default=-1))
         shard = layer // record.reserve.pages.shard_layers
         for block, layers in record.receiver.landed(layer, blocks, now=now):
             if record.paired is None:  # in shared slots the prefill workers raise it, and may be further already
@@ -315,7 +295,7 @@ class ReceivingHalves:
     def _open_window(self, record: Incoming, claim: Claim) -> int:
         region = self._lanes.region(record.reserve.lane)
         assert region is not None
-        window = region.open_window(spans_of(claim), quiet=True)
+        window = region.open_window(spans_of(claim))
         self._windows[window] = record
         return window
 

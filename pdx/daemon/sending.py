@@ -256,20 +256,12 @@ class SendingHalves:
                 actions = []
         self.act(record, actions, now)
 
-    def put_ended(self, scheme: str, ticket: int, now: float, *, at: float, reason: str = "") -> None:
-        """`at`: when it ended, which may be some time ago. `reason`: why it failed, if it did."""
+    def put_ended(self, scheme: str, ticket: int, now: float, *, ok: bool, reason: str = "") -> None:
         record, put = self._puts.pop((scheme, ticket), (None, None))
         if record is not None and put is not None:
-            ok = not reason
-            if ok:
-                self.links.ended(put, at)
-            self._desk.ports.tracer.note(record.key[0], "sent" if ok else "put_failed", int(at * 1e9))
+            self.links.ended(put, now, ok=ok)
+            self._desk.trace(record.key, "sent" if ok else "put_failed")
             self.act(record, record.sender.put_ended(ok=ok, reason=reason, now=now), now)
-
-    @property
-    def puts_open(self) -> bool:
-        """Some may have ended without a word."""
-        return bool(self._puts)
 
     def channel_lost(self, scheme: str, channel: int, reason: str, now: float) -> None:
         for record in list(self.records.values()):
@@ -363,7 +355,6 @@ class SendingHalves:
                 queue=record.key[0],
                 # Shards side by side, and what nobody waits for behind all that somebody does.
                 urgency=float(action.layer % record.pages.shard_layers) if record.engine is not None else -1.0,
-                quiet=action.quiet,
             )
         except (PdxError, ValueError) as error:  # the peer's endpoint or places are impossible
             return record.sender.put_ended(ok=False, reason=str(error), now=now)

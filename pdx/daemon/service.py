@@ -180,7 +180,7 @@ class Service:
         for message in looped:
             self._handoffs.peer_message(message, now)  # type: ignore[arg-type]
         for lane in self._lanes:
-            if lane.fileno() in ready or self._handoffs.awaits_lanes:
+            if lane.fileno() in ready:
                 self._handoffs.lane_events(lane.scheme, lane.take_events(), now)
         if self._clients in ready:
             self._take_clients(now)

@@ -24,14 +24,10 @@ class ToEngine(Action, frozen=True):
 
 
 class Put(Action, frozen=True):
-    """Put one layer of these blocks into the granted window; answer with `put_ended`, exactly once.
-
-    `quiet`: nothing waits for that answer. It may come with whatever happens next.
-    """
+    """Put one layer of these blocks into the granted window; answer with `put_ended`, exactly once."""
 
     layer: int
     blocks: tuple[int, ...]
-    quiet: bool = False
 
 
 class StopPuts(Action, frozen=True):

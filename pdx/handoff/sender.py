@@ -62,7 +62,7 @@ class Sender:
         self._published = False
         self._has_engine = self._engine_holds = True
         self._put_blocks = min(PUT_BLOCKS_MAX, max(1, OPEN_BYTES // PUTS_OPEN // page_bytes))
-        self._ready: deque[tuple[int, tuple[int, ...]]] = deque()  # layer and blocks: filled, wanted, not put yet
+        self._ready: deque[Put] = deque()  # filled and wanted, and no room for them among those under way
         self._open: deque[int] = deque()  # pages of each put under way; lanes end those of a handoff in their order
         self._pages_open = 0
         self.pages_put = 0
@@ -216,22 +216,18 @@ class Sender:
 
     def _queue(self, layer: int, blocks: list[int]) -> None:
         size = self._put_blocks
-        self._ready += [(layer, tuple(blocks[start : start + size])) for start in range(0, len(blocks), size)]
+        self._ready += [Put(layer, tuple(blocks[start : start + size])) for start in range(0, len(blocks), size)]
 
     def _go_on(self) -> list[Action]:
-        """As many puts as there is room for, in the order in which they became ready; COMMIT behind the last one.
-
-        The end of a put is worth waking nobody for, who may share a core with the engine that computes the next layer:
-        but for the last one's, and when the room runs short.
-        """
+        """As many puts as there is room for, in the order in which they became ready; COMMIT behind the last one."""
         actions: list[Action] = []
-        pages, room = len(self._wanted) * self._layers, self._put_blocks * PUTS_OPEN
-        while self._ready and self._pages_open + len(self._ready[0][1]) <= room:
-            layer, blocks = self._ready.popleft()
-            self._open.append(len(blocks))
-            self._pages_open += len(blocks)
-            self.pages_put += len(blocks)
-            actions.append(Put(layer, blocks, quiet=self.pages_put < pages and self._pages_open <= room // 2))
+        room = self._put_blocks * PUTS_OPEN
+        while self._ready and self._pages_open + len(self._ready[0].blocks) <= room:
+            put = self._ready.popleft()
+            self._open.append(len(put.blocks))
+            self._pages_open += len(put.blocks)
+            self.pages_put += len(put.blocks)
+            actions.append(put)
         return actions or self._commit_if_all_sent()
 
     def _publish_if_whole(self) -> list[Action]:

@@ -26,7 +26,7 @@ def encode_event(event: Event) -> list[object]:
 
 def decode_event(raw: list[str]) -> Event:
     kind = EVENT_KINDS[raw[0]]
-    return Arrived(int(raw[1]), bytes.fromhex(raw[2]), float(raw[3])) if kind is Arrived else kind(*raw[1:])
+    return Arrived(int(raw[1]), bytes.fromhex(raw[2])) if kind is Arrived else kind(*raw[1:])
 
 
 class Far:
@@ -54,10 +54,7 @@ class Far:
     def _call(self, name: str, **arguments: object) -> object:
         match name:
             case "open_window":
-                spans, quiet = arguments["spans"], bool(arguments["quiet"])
-                return self._region.open_window([Span(*span) for span in spans], quiet=quiet)  # type: ignore
-            case "listen":
-                return self._region.listen(arguments["window"])  # type: ignore
+                return self._region.open_window([Span(*span) for span in arguments["spans"]])  # type: ignore
             case "close_window":
                 return self._region.close_window(arguments["window"])  # type: ignore
             case "connect":

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from far_process import decode_event
 from lane_pairs import KEY
 
-from pdx.transport.api import CONTRACT, Copy, Event, Lane, Span
+from pdx.transport.api import Copy, Event, Lane, Span
 from pdx.transport.side import MEMORY_BYTES, WAIT_S
 from pdx.transport.spans import check_inside
 
@@ -40,7 +40,6 @@ class ProcessLane:
         within: Sequence[str] = (),
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        self.contract = CONTRACT
         self.scheme = url.partition("://")[0]
         self.checked_by: Literal["receiver", "sender"] = checked_by
         memory_fd = os.memfd_create("far-memory")
@@ -82,10 +81,10 @@ class ProcessLane:
         return int(self.call("connect", endpoint=endpoint))
 
     def put(self, channel: int, *, region: object, window: int, copies: Sequence[Copy], notice: bytes, queue: bytes,
-            urgency: float, quiet: bool = False) -> int:  # fmt: skip
+            urgency: float) -> int:  # fmt: skip
         rows = [[copy.source_offset, copy.target_offset, copy.length] for copy in copies]
         return int(self.call("put", channel=channel, window=window, copies=rows, notice=notice.hex(),
-                             queue=queue.hex(), urgency=urgency, quiet=quiet))  # fmt: skip
+                             queue=queue.hex(), urgency=urgency))  # fmt: skip
 
     def cancel(self, queue: bytes) -> None:
         self.call("cancel", queue=queue.hex())
@@ -151,13 +150,9 @@ class ProcessRegion:
         self._lane = lane
         self._length = length
 
-    def open_window(self, spans: Sequence[Span], *, quiet: bool = False) -> int:
+    def open_window(self, spans: Sequence[Span]) -> int:
         check_inside(spans, self._length)
-        spans_of = [[span.offset, span.length] for span in spans]
-        return int(self._lane.call("open_window", spans=spans_of, quiet=quiet))
-
-    def listen(self, window: int) -> None:
-        self._lane.call("listen", window=window)
+        return int(self._lane.call("open_window", spans=[[span.offset, span.length] for span in spans]))
 
     def close_window(self, window: int) -> None:
         self._lane.call("close_window", window=window)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 from pdx.transport.api import Copy, Event, PutDone, PutFailed, Span
@@ -13,7 +12,7 @@ from pdx.transport.tcp import TcpLane
 
 
 def loopback_sides(seed: int, faults: Faults) -> tuple[Faulty, Side, Side]:
-    net = LoopbackNet(random.Random(seed), clock=itertools.count().__next__)
+    net = LoopbackNet(random.Random(seed))
     faulty = Faulty(net.open_lane("near"), random.Random(seed), faults)
     return faulty, Side(faulty, seed=1), Side(net.open_lane("far"), seed=2)
 

@@ -17,7 +17,7 @@ from raw_peers import opened, reader, writer
 
 from pdx.errors import ConfigError, TransportError, WireError
 from pdx.transport import link, onesided_door, onesided_ending, reactor
-from pdx.transport.api import Copy, PutDone, PutFailed, Span, WindowClosed
+from pdx.transport.api import Arrived, Copy, PutDone, PutFailed, Span, WindowClosed
 from pdx.transport.link import Link
 from pdx.transport.link_messages import (
     MESSAGE_BYTES_MAX,
@@ -33,7 +33,7 @@ from pdx.transport.link_messages import (
     encode,
 )
 from pdx.transport.onesided import OneSidedLane
-from pdx.transport.side import WAIT_S, arrivals_of, losses_of
+from pdx.transport.side import WAIT_S, losses_of
 from pdx.transport.sockets import parse_endpoint
 
 SAMPLES: list[LinkMessage] = [
@@ -69,8 +69,7 @@ def test_a_window_stays_until_its_writer_has_drained() -> None:
         assert WindowClosed(window) not in side.events
         peer.link.send(Drained(window))
         side.wait_closed(window)
-        assert arrivals_of(side.events) == [b"last"]
-        assert side.events[1:] == [WindowClosed(window)]
+        assert side.events == [Arrived(window, b"last"), WindowClosed(window)]
         peer.link.send(Landed(window, b"too late"))
         assert peer.is_dropped()
 
@@ -185,7 +184,7 @@ def test_the_sender_asks_once_and_says_when_it_has_drained() -> None:
         tickets = [side.put(channel, 1, [Copy(0, 0, 10)], notice=b"%d" % n) for n in range(3)]
         peer.grant(1, at=target, span=Span(0, 10))
         assert [peer.next() for _ in tickets] == [Landed(1, b"%d" % n) for n in range(3)]
-        assert all(isinstance(side.wait_end(ticket), PutDone) for ticket in tickets)
+        assert [side.wait_end(ticket) for ticket in tickets] == [PutDone(ticket) for ticket in tickets]
         assert target.memory[:10] == side.memory[:10]
         peer.link.send(Shut(1))
         assert peer.next() == Drained(1)

@@ -39,7 +39,7 @@ def go_on(near: Side, far: Side) -> None:
         assert peer.next() == Ask(7)
         peer.grant_nothing(7)
         assert peer.next() == Landed(7, b"")
-        assert isinstance(near.wait_end(ticket), PutDone)
+        assert near.wait_end(ticket) == PutDone(ticket)
     back = far.lane.connect(far.lane.endpoint)
     far.put(back, window, [], notice=b"on")
     far.wait_arrived(b"on")
@@ -137,7 +137,7 @@ def test_peers_that_cannot_be_written_to_cost_nobody_else_anything(failure: Exce
                 near.wait_lost(lost)
                 assert isinstance(near.wait_end(ticket), PutFailed)
             healthy.grant_nothing(1)
-            assert isinstance(near.wait_end(asked), PutDone)
+            assert near.wait_end(asked) == PutDone(asked)
 
 
 def test_a_peer_that_cannot_be_served_costs_nobody_else_anything() -> None:
@@ -190,4 +190,4 @@ def test_who_stood_still_does_not_say_that_others_did() -> None:
         near.lane._reactor.call(held.set)  # type: ignore[attr-defined]
         assert held.wait(10.0)
         peer.grant_nothing(1)
-        assert isinstance(near.wait_end(ticket), PutDone)
+        assert near.wait_end(ticket) == PutDone(ticket)

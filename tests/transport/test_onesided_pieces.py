@@ -55,7 +55,7 @@ def test_the_urgent_overtakes_between_pieces(way: Way, fabric: HeldFabric) -> No
     assert heard.wait(WAIT_S)
     fabric.is_holding = False
     assert [peer.next() for _ in range(3)] == [Landed(1, b"urgent"), Landed(1, b"big"), Landed(1, b"behind")]
-    assert isinstance(side.wait_end(big), PutDone) and isinstance(side.wait_end(urgent), PutDone)
+    assert side.wait_end(big) == PutDone(big) and side.wait_end(urgent) == PutDone(urgent)
     assert [[copy.length for copy in piece] for piece in fabric.written] == [
         [1000], [10], [500, 500], [1000], [1000], [1000],
     ]  # fmt: skip
@@ -94,4 +94,4 @@ def test_a_shut_window_takes_nothing_more(way: Way, fabric: HeldFabric, monkeypa
     fabric.is_holding = False
     assert peer.next() == Landed(1, b"big")
     assert peer.next() == Drained(1)
-    assert isinstance(side.wait_end(big), PutDone) and not losses_of(side.events, channel)
+    assert side.wait_end(big) == PutDone(big) and not losses_of(side.events, channel)

@@ -21,7 +21,7 @@ def send_all(outbox: Outbox) -> list[int]:
     order = []
     while (frame := outbox.next_frame()) is not None:
         order.append(frame.put.ticket)
-        outbox.frame_sent(frame, 1.5)
+        outbox.frame_sent(frame)
     return order
 
 
@@ -39,7 +39,7 @@ def test_an_urgent_put_overtakes_between_frames() -> None:
     outbox.add(a_put(1, b"a", frames=3), 0.0)
     frame = outbox.next_frame()
     assert frame is not None
-    assert outbox.frame_sent(frame, 1.5) is None
+    assert outbox.frame_sent(frame) is None
     outbox.add(a_put(2, b"b"), 5.0)
     assert send_all(outbox) == [2, 1, 1]
 
@@ -59,7 +59,7 @@ def test_cancel_of_the_put_under_way_waits_for_its_frame() -> None:
     frame = outbox.next_frame()
     assert frame is not None
     assert outbox.cancel(b"a", "why") == [PutFailed(2, "why")]
-    assert outbox.frame_sent(frame, 1.5) == PutFailed(1, "why")
+    assert outbox.frame_sent(frame) == PutFailed(1, "why")
     assert outbox.next_frame() is None
     assert len(outbox) == 0
 
@@ -70,7 +70,7 @@ def test_cancel_during_the_last_frame_is_too_late() -> None:
     frame = outbox.next_frame()
     assert frame is not None
     assert outbox.cancel(b"a", "why") == []
-    assert outbox.frame_sent(frame, 1.5) == PutDone(1, 1.5)
+    assert outbox.frame_sent(frame) == PutDone(1)
 
 
 def test_fail_all_ends_each_put_once() -> None:
@@ -97,7 +97,7 @@ def test_frames_are_bounded_in_spans_and_bytes() -> None:
     frames = []
     while (frame := outbox.next_frame()) is not None:
         frames.append(frame)
-        outbox.frame_sent(frame, 1.5)
+        outbox.frame_sent(frame)
     assert all(len(frame.targets) <= SPANS_MAX and frame.payload_bytes <= FIRST_FRAME_BYTES for frame in frames)
     assert sum(frame.payload_bytes for frame in frames) == sum(copy.length for copy in copies)
     assert [frame.is_last for frame in frames] == [False] * (len(frames) - 1) + [True]
