@@ -28,6 +28,9 @@ from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
+# Grows when what is said here changes. A lane says for which number it was written, and no other is opened.
+CONTRACT = 1
+
 
 class Span(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """`length` bytes from `offset`, relative to a region's start."""
@@ -107,6 +110,7 @@ class Region(Protocol):
 class Lane(Protocol):
     """One transport in one process."""
 
+    contract: int  # for which CONTRACT it was written
     scheme: str
     checked_by: Literal["receiver", "sender"]
     endpoint: str  # published address, e.g. tcp://127.0.0.1:40213

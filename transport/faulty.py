@@ -50,6 +50,7 @@ class Faulty:
         self._bytes_since_break = 0
         self.break_count = 0
         self.corrupt_count = 0
+        self.contract = lane.contract
         self.scheme = lane.scheme
         self.checked_by: Literal["receiver", "sender"] = lane.checked_by
         self.endpoint = lane.endpoint

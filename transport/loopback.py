@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pdx.errors import ClosedTransport, ConfigError, WireError
-from pdx.transport.api import Copy, Event, PeerLost, PutFailed, Region
+from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, PutFailed, Region
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.outbox import Frame, Outbox, Put, checked_copies
 from pdx.transport.windows import CheckedRegion, WindowTable
@@ -99,6 +99,7 @@ class LoopbackChannel:
 class LoopbackLane:
     """See Lane. Thread-safe through the net's lock, which is more than the contract asks."""
 
+    contract = CONTRACT
     scheme = SCHEME
     checked_by: Literal["receiver", "sender"] = "receiver"
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal
 
 from pdx.errors import ClosedTransport
-from pdx.transport.api import Copy, Event, PeerLost, Region, Span
+from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, Region, Span
 from pdx.transport.fabric import Fabric, host_memory
 from pdx.transport.link_messages import SPANS_IN_WINDOW_MAX
 from pdx.transport.mailbox import Mailbox
@@ -53,6 +53,7 @@ class OneSidedRegion:
 class OneSidedLane:
     """See Lane. All methods belong to the control thread, except that abort() may also come from a signal handler."""
 
+    contract = CONTRACT
     checked_by: Literal["receiver", "sender"] = "sender"
 
     def __init__(

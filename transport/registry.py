@@ -2,7 +2,7 @@
 
 Other packages add lanes through the entry point group `pdx.transports`: the entry's name is the scheme, its value a
 callable like TcpLane, called as lane(url, key=..., name=...), that passes pdx.transport.conformance. A daemon opens one
-when its operator names it.
+when its operator names it. One that was written for another contract than ours is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 
 from pdx.errors import ConfigError, UnknownTransport
 from pdx.members import DEVICES_MAX, LaneOffer
-from pdx.transport.api import Lane, OverDevices
+from pdx.transport.api import CONTRACT, Lane, OverDevices
 from pdx.transport.choice import AUTO, TCP
 from pdx.transport.rdma import Rdma
 from pdx.transport.tls import LaneTls
@@ -35,15 +35,21 @@ OpenLane = Callable[[str], Lane]  # of this URL; raises as open_lane() does
 def open_lane(url: str, *, key: bytes | None, name: str, tls: LaneTls | None = None) -> Lane:
     """The lane that `url` asks for, bound and listening. `name` labels its threads; `tls` is for lanes that encrypt.
 
-    Raises UnknownTransport for other schemes and for those whose library is not installed, naming the extra;
-    ConfigError if the address cannot work.
+    Raises UnknownTransport for other schemes, for those whose library is not installed, naming the extra, and for lanes
+    of another contract; ConfigError if the address cannot work.
     """
     scheme = url.partition("://")[0]
-    if tls is None:
-        return _factory(scheme)(url, key=key, name=name)
-    if scheme not in ENCRYPTING:
+    if tls is not None and scheme not in ENCRYPTING:
         raise ConfigError(f"{scheme}:// does not encrypt, and TLS is asked for: only {', '.join(ENCRYPTING)} does")
-    return _factory(scheme)(url, key=key, name=name, tls=tls)
+    lane = _factory(scheme)(url, key=key, name=name, **({} if tls is None else {"tls": tls}))
+    theirs = getattr(lane, "contract", None)
+    if theirs != CONTRACT:
+        lane.abort()
+        raise UnknownTransport(
+            f"lane {scheme!r} was written for transport contract {theirs}, and this pdx has {CONTRACT}: its package "
+            "must be of another version"
+        )
+    return lane
 
 
 def open_lanes(

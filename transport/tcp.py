@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pdx.errors import ClosedTransport
-from pdx.transport.api import Copy, Event, PeerLost, PutFailed, Region
+from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, PutFailed, Region
 from pdx.transport.mailbox import Mailbox
 from pdx.transport.outbox import Put, checked_copies
 from pdx.transport.sockets import STALL_S, listen_at, parse_endpoint
@@ -31,6 +31,7 @@ JOIN_S = 6.0
 class TcpLane:
     """See Lane. All methods belong to the control thread, except that abort() may also come from a signal handler."""
 
+    contract = CONTRACT
     scheme = "tcp"
     checked_by: Literal["receiver", "sender"] = "receiver"
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from benchmarks.simulate.world import Process, World
 from pdx.errors import WireError
-from pdx.transport.api import Copy, Event, PeerLost, PutDone, PutFailed, Region, Span
+from pdx.transport.api import CONTRACT, Copy, Event, PeerLost, PutDone, PutFailed, Region, Span
 from pdx.transport.outbox import checked_copies
 from pdx.transport.windows import CheckedRegion, WindowTable
 
@@ -57,6 +57,7 @@ class _Arrival(NamedTuple):
 class SimulatedLane:
     """See pdx.transport.api.Lane. `ring` wakes the daemon that owns it."""
 
+    contract = CONTRACT
     checked_by: Literal["receiver", "sender"] = "receiver"
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Whatever somebody waits for wakes a daemon that would otherwise sleep for an hour. Who asks it something wakes it too."""
+"""Whatever somebody waits for wakes a daemon that would otherwise sleep for an hour. (So does whoever asks it.)"""
 
 from __future__ import annotations
 

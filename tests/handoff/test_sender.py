@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from halves import HANDLE, LAYERS, PLACES, RESERVE, kinds, make_receiver, make_sender
 
@@ -29,8 +27,8 @@ def test_claim_opens_the_engine_and_reserves() -> None:
 def test_pages_filled_before_grant_go_out_with_it_and_later_ones_at_once() -> None:
     sender = make_sender()
     assert sender.filled(0, [0, 1], now=0.1) == []
-    assert sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.2) == [do.Put(0, (0, 1), quiet=True)]
-    assert sender.filled(1, [0, 1], now=0.3) == [do.Put(1, (0, 1), quiet=True)]
+    assert sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.2) == [do.Put(0, (0, 1))]
+    assert sender.filled(1, [0, 1], now=0.3) == [do.Put(1, (0, 1))]
     assert sender.filled(1, [0, 1], now=0.3) == [], "a page is sent once"
 
 
@@ -48,13 +46,13 @@ def test_blocks_that_the_receiver_has_are_not_sent() -> None:
     sender = make_sender()
     sender.granted(has=[0, 1], wanted=[2], lease_epoch=4, now=0.0)
     puts = [action for action in fill_all(sender) if isinstance(action, do.Put)]
-    assert puts == [do.Put(0, (2,), quiet=True), do.Put(1, (2,))]
+    assert puts == [do.Put(0, (2,)), do.Put(1, (2,))]
 
 
 def test_blocks_that_the_store_held_go_out_without_the_engine() -> None:
     sender = make_sender(fresh={2})
     actions = sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
-    assert actions == [do.Put(0, (0, 1), quiet=True), do.Put(1, (0, 1), quiet=True)]
+    assert actions == [do.Put(0, (0, 1)), do.Put(1, (0, 1))]
 
 
 def test_nothing_wanted_still_waits_for_the_engine_to_finish() -> None:
@@ -112,7 +110,7 @@ def test_layers_that_do_not_exist_are_not_filled(layer: int) -> None:
 def test_a_block_named_twice_is_put_once() -> None:
     sender = make_sender()
     sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
-    assert sender.filled(0, [1, 1, 0], now=0.1) == [do.Put(0, (1, 0), quiet=True)]
+    assert sender.filled(0, [1, 1, 0], now=0.1) == [do.Put(0, (1, 0))]
 
 
 def test_a_put_has_no_more_blocks_than_a_notice_can_name() -> None:
@@ -154,44 +152,9 @@ def test_small_puts_go_out_at_once_however_many_there_are() -> None:
     sender = make_long(8, fresh=frozenset(range(8)))
     sender.granted(has=[], wanted=range(8), lease_epoch=4, now=0.1)
     sent = [sender.filled(0, [block], now=0.2) for block in range(8)]
-    assert sent == [[do.Put(0, (block,), quiet=block < 4)] for block in range(8)]
+    assert sent == [[do.Put(0, (block,))] for block in range(8)]
     assert sender.filled(1, [0], now=0.2) == []
     assert sender.put_ended(ok=True, reason="", now=0.3) == [do.Put(1, (0,))]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_however_quiet_puts_are_the_last_one_is_heard_and_nothing_waits_for_what_nobody_hears(seed: int) -> None:
-    """Ends of quiet puts are told only with those of loud ones, or when the engine says something."""
-    chance = random.Random(seed)
-    blocks = chance.randrange(1, 20)
-    sender = make_long(blocks, fresh=frozenset(range(blocks)))
-    pages = [(layer, block) for layer in range(LAYERS) for block in range(blocks)]
-    wanted = [block for block in range(blocks) if chance.random() < 0.7]
-    has = sorted(set(range(blocks)) - set(wanted))
-    granted_after = chance.randrange(len(pages))
-    under_way: list[do.Put] = []
-    committed = False
-
-    def take(actions: list[do.Action]) -> None:
-        nonlocal committed
-        under_way.extend(action for action in actions if isinstance(action, do.Put))
-        committed = committed or any(isinstance(action, do.SendCommit) for action in actions)
-
-    def hear() -> None:
-        for _ in range(len(under_way)):
-            take(sender.put_ended(ok=True, reason="", now=0.2))
-            del under_way[0]
-
-    for number, (layer, block) in enumerate(pages):
-        if number == granted_after:
-            take(sender.granted(has=has, wanted=wanted, lease_epoch=4, now=0.1))
-        if chance.random() < 0.3:
-            hear()
-        take(sender.filled(layer, [block], now=0.2))
-    while any(not put.quiet for put in under_way):
-        hear()
-    assert committed
-    assert not under_way
 
 
 def test_what_waits_for_others_to_end_never_goes_out_after_a_failure() -> None:

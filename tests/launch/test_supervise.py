@@ -123,6 +123,29 @@ finally:
     assert (tmp_path / "daemon.log").read_text() == "up\nother is gone\n"
 
 
+def test_a_second_signal_cuts_short_only_those_that_are_waited_for(tmp_path: Path) -> None:
+    """An impatient operator gives up an engine that does not end; its daemon still writes what it has."""
+    mule = (
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)\nwhile 1: signal.pause()"
+    )
+    writer = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit((time.sleep(0.3), print("written", flush=True))[1]))
+print("up", flush=True)
+signal.pause()
+"""
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
+        supervisor.start("engine", [sys.executable, "-c", mule])
+        supervisor.start("daemon", [sys.executable, "-c", writer], outlives=True)
+        probes = {name: lambda log=tmp_path / f"{name}.log": logged(log, "up") for name in ("engine", "daemon")}
+        supervisor.wait_ready(probes, deadline_s=WAIT_S)
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        assert supervisor.stop().left == 0
+        timer.join()
+    assert logged(tmp_path / "daemon.log", "written")
+
+
 def test_a_killed_guard_leaves_nothing(tmp_path: Path) -> None:
     with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
         supervisor.start("a", SLEEPER)

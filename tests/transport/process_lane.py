@@ -21,7 +21,7 @@ from typing import Any, Literal
 from far_process import decode_event
 from lane_pairs import KEY
 
-from pdx.transport.api import Copy, Event, Lane, Span
+from pdx.transport.api import CONTRACT, Copy, Event, Lane, Span
 from pdx.transport.side import MEMORY_BYTES, WAIT_S
 from pdx.transport.spans import check_inside
 
@@ -40,6 +40,7 @@ class ProcessLane:
         within: Sequence[str] = (),
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
+        self.contract = CONTRACT
         self.scheme = url.partition("://")[0]
         self.checked_by: Literal["receiver", "sender"] = checked_by
         memory_fd = os.memfd_create("far-memory")

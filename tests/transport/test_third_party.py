@@ -12,6 +12,7 @@ from lane_pairs import EXAMPLE, KEY, OpenPair
 from lanes_here import install_example
 
 from pdx.errors import UnknownTransport
+from pdx.transport.api import CONTRACT
 from pdx.transport.conformance import check_all
 from pdx.transport.registry import known_schemes, open_lane
 
@@ -35,6 +36,14 @@ def example_pair() -> Iterator[OpenPair]:
 def test_the_example_is_a_lane(installed: None) -> None:
     assert "cma" in known_schemes()
     check_all(example_pair)
+
+
+def test_one_of_another_contract_is_refused(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cma_lane  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(cma_lane.CmaLane, "contract", CONTRACT - 1)
+    with pytest.raises(UnknownTransport, match=f"contract {CONTRACT - 1}, and this pdx has {CONTRACT}"):
+        open_lane("cma://127.0.0.1:0", key=KEY, name="test")
 
 
 def test_it_is_small() -> None:
