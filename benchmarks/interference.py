@@ -23,7 +23,7 @@ from benchmarks.harness.measure import completion, median, percentile, pin_clien
 from benchmarks.harness.pictures import OTHER, PAIR, PLAIN, Mark, Panel, frontier, gain_map
 from benchmarks.harness.report import Report, options
 from benchmarks.harness.rig import REPOSITORY, counter
-from benchmarks.harness.steady import Outcome, run_load
+from benchmarks.harness.steady import Outcome, percentile_of_time, run_load
 from benchmarks.model import build
 
 PDX, TWO = "pdx pair", "two plain engines in turn"  # names of arms; see also plain_name
@@ -163,8 +163,17 @@ def judge(outcomes: Mapping[str, Outcome], plan: Plan, report: Report) -> None:
     allowed_s = ITL_SHARE * at(plain_name(DEFAULT_CHUNK))[0]
     target = f"<= {allowed_s * 1e3:.1f}"
     report.bar("p99 ITL of the streams, pdx", round(itl_s * 1e3, 1), target, itl_s <= allowed_s, unit="ms")
-    two_s = at(TWO)[0]
-    report.bar(f"{TWO} miss that", round(two_s * 1e3, 1), f"> {allowed_s * 1e3:.1f}", two_s > allowed_s, unit="ms")
+    # Two engines in turn stand still rarely, for a whole prefill: among so many gaps those few are no percentile.
+    by_time_s = {name: percentile_of_time(outcomes[name].gaps_s, 99) for name in (PDX, TWO, plain_name(DEFAULT_CHUNK))}
+    allowed_s = ITL_SHARE * by_time_s[plain_name(DEFAULT_CHUNK)]
+    target = f"<= {allowed_s * 1e3:.1f}"
+    held = by_time_s[PDX] <= allowed_s
+    report.bar(
+        "the same by time (the gap that a moment falls into)", round(by_time_s[PDX] * 1e3, 1), target, held, unit="ms"
+    )
+    missed = by_time_s[TWO] > allowed_s
+    target = f"> {allowed_s * 1e3:.1f}"
+    report.bar(f"{TWO} miss that", round(by_time_s[TWO] * 1e3, 1), target, missed, unit="ms")
     chunks = [plain_name(chunk) for chunk in plan.chunks]
     better = [name for name in chunks if at(name)[0] <= itl_s and at(name)[1] <= first_s]
     report.bar("plain chunk sizes that are as good in p99 ITL and in first token", len(better), "0", not better)
@@ -213,8 +222,8 @@ def draw(benchmark: Benchmark, plan: Plan, folder: Path, report: Report) -> None
         "Green: seconds of waiting that a pdx pair saves for one prompt, all people together, against one plain engine",
         "with the same two cores; red: what it loses. Its asker waits for the second token, others while they pause.",
         f"Measured: prompts of {lengths} tokens on both, over loopback, and the pause of a load. The rest is computed",
-        "from that (benchmarks/gain.py); benchmarks/links.py measures slow links themselves. Not in it: decode steps",
-        f"of {steps[0]:.0f} ms on the pair's one core against {steps[1]:.0f} ms on both.",
+        "from that (benchmarks/harness/gain.py); benchmarks/links.py measures slow links themselves. Not in it: decode",
+        f"steps of {steps[0]:.0f} ms on the pair's one core against {steps[1]:.0f} ms on both.",
     )
     picture = gain_map("Where a prefill/decode pair pays: link speed × prompt length", panels,
                        prompts=MAP_PROMPTS, links_bits_per_s=MAP_LINKS, caption=caption)  # fmt: skip

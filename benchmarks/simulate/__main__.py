@@ -10,6 +10,7 @@ An episode is a world of its own (see benchmarks.simulate.simulator); its seed i
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import secrets
 import subprocess
@@ -135,6 +136,7 @@ def _batch(seed: int, number: int) -> list[Outcome]:
 
 def _run_batch(seed: int, number: int) -> int:
     """What that process does: one line of JSON per episode."""
+    logging.getLogger("pdxd").setLevel(logging.ERROR)  # what breaks here is told by the million
     for episode in range(number * BATCH, (number + 1) * BATCH):
         outcome = run_episode(seed_of(seed, episode), handoffs=EPISODE_HANDOFFS)
         sys.stdout.buffer.write(msgspec.json.encode(outcome) + b"\n")

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks.harness.steady import STEADY_TOKENS, Steady, gaps_within, run_load
+from benchmarks.harness.steady import STEADY_TOKENS, Steady, gaps_within, percentile_of_time, run_load
 
 TOKEN_S = 0.005
 
@@ -70,3 +70,11 @@ def test_a_stream_ends_when_told(url: str) -> None:
 def test_a_stream_that_is_refused_says_so(url: str) -> None:
     with pytest.raises(SystemExit, match="404"):
         Steady(url, "bad", 1).wait_started()
+
+
+def test_few_long_pauses_are_no_percentile_of_the_gaps_but_of_the_time() -> None:
+    gaps = [0.1] * 300 + [13.0, 14.0]
+    assert percentile_of_time(gaps, 40) == 0.1
+    assert percentile_of_time(gaps, 70) == 13.0
+    assert percentile_of_time(gaps, 99) == 14.0
+    assert percentile_of_time([0.25], 99) == 0.25
