@@ -1,10 +1,10 @@
 """Chaos's naive variant: decode engines that are stopped in mid-load for longer than their lease, and then go on.
 
-Once with pdx as it is, and once with daemons that take slots back when a lease is over and workers that trust what they
-read. Slots are overwritten when they are freed, as the next handoff would. Each request is a paired one, so that decode
-reads while prefill computes; it is stopped as soon as its load has begun, and prefill as soon as a block has landed
-that decode has not read, so that the handoff is not over when the lease is. Another one behind each goes well, or the
-router would soon spare a pair of daemons whose handoffs only fail.
+Once with pdx as it is, and once with daemons that take a failed handoff's slots back at once and workers that trust
+what they read. Slots are overwritten when they are freed, as the next handoff would. Each request is a paired one, so
+that decode reads while prefill computes; it is stopped as soon as its load has begun, and prefill as soon as a block
+has landed that decode has not read, so that the handoff is not over when the lease is. Another one behind each goes
+well, or the router would soon spare a pair of daemons whose handoffs only fail.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from benchmarks.chaos.verdict import judge
 from benchmarks.harness.part import Part
 from benchmarks.harness.report import Report
 from benchmarks.harness.rig import Rig, rig_in, stats, unleased, wait_until
+from benchmarks.harness.ways import BLOCK_TOKENS
 
 CHUNK = ("--max-num-batched-tokens", "128")  # small, so that reading goes on for a while
 LEASE_S, STOPPED_S = 2, 5.0
 DAEMON = {"arena": "256MiB", "poison": "true", "lease_s": str(LEASE_S)}
 STOPS, SHARED_CHARACTERS, PROMPT_TOKENS_MIN = 6, 200, 300
 LOADING_S = 20.0
-BLOCK_TOKENS = 128
 
 
 def measure(model: Path, scratch: Path, report: Report, pool: Sequence[Known]) -> None:

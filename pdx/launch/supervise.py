@@ -196,16 +196,10 @@ class Supervisor:
             return self.stopped
         sessions = self._note_shared()
         before = len(processes.of_sessions(sessions)) - len(self._alive(self._children))
-        for outlives in (False, True):
-            told = [child for child in self._children if child.outlives is outlives]
-            for child in reversed(self._alive(told)):
-                child.process.terminate()
-            # The guards kill their groups after the grace themselves; the second is for them to do it.
-            deadline = time.monotonic() + self._grace_s + 1.0
-            self._signalled = False
-            while self._alive(told) and not self._signalled and (left_s := deadline - time.monotonic()) > 0:
-                self._turn(left_s)
-            self._note_shared()
+        self._end([child for child in self._children if not child.outlives])
+        self._signalled = False  # what cut this short is not meant for the rest
+        self._end([child for child in self._children if child.outlives])
+        self._note_shared()
         self._kill_all(sessions)
         for child in self._children:
             child.process.wait()
@@ -214,6 +208,15 @@ class Supervisor:
         processes.unlink_unused(self._shared)
         self.stopped = Stopped(processes=max(0, before), left=len(processes.of_sessions(sessions)))
         return self.stopped
+
+    def _end(self, children: Sequence[Child]) -> None:
+        """Tells them to, and waits until they have, the grace is over, or a signal comes."""
+        for child in reversed(self._alive(children)):
+            child.process.terminate()
+        # The guards kill their groups after the grace themselves; the second is for them to do it.
+        deadline = time.monotonic() + self._grace_s + 1.0
+        while self._alive(children) and not self._signalled and (left_s := deadline - time.monotonic()) > 0:
+            self._turn(left_s)
 
     def bury(self, name: str) -> None:
         """Forgets a command that has died, with what it has left running, so that waiting for the others can go on."""

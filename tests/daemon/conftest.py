@@ -1,12 +1,14 @@
-"""Daemons that end without a lease, and a tier for one daemon's handoffs on one host."""
+"""Daemons that end without a lease, a lane from outside pdx, a tier for one daemon's handoffs on one host."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from daemon.fleet import Fleet, fleet_in
+from lanes_here import install_example
 
 from pdx.tiers.memory import MemoryTier
 
@@ -25,6 +27,16 @@ def fleet(unchecked_fleet: Fleet) -> Iterator[Fleet]:
     for daemon in unchecked_fleet.daemons:
         if daemon.process.poll() is None:
             daemon.wait_unleased()
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daemons find the package of tests/transport/example_lane, which is not in pdx, by its entry point."""
+    folder = tmp_path / "installed"
+    folder.mkdir()
+    install_example(folder)
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 
 
 @pytest.fixture

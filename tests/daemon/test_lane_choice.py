@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import selectors
 import signal
 import socket
@@ -17,7 +16,7 @@ import msgspec
 import pytest
 from daemon import test_handoff_pairs as pairs
 from daemon.fleet import QUICK, BareEngine, Daemon, Fleet, prompt_of, until
-from lanes_here import install_example, needing
+from lanes_here import needing
 
 from pdx.client import DaemonClient
 from pdx.errors import ConfigError
@@ -29,16 +28,6 @@ ONE_SIDED = [
     pytest.param("nixl", marks=[*needing("nixl"), pytest.mark.prove]),
 ]
 Pair = tuple[Fleet, BareEngine, BareEngine]
-
-
-@pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Daemons find the package of tests/transport/example_lane, which is not in pdx, by its entry point."""
-    folder = tmp_path / "installed"
-    folder.mkdir()
-    install_example(folder)
-    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 
 
 def pair_over(fleet: Fleet, scheme: str) -> Pair:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from daemon.fleet import PAGES, BareEngine, Fleet, prompt_of, until
-from lanes_here import install_example, needing
+from lanes_here import needing
 
 from pdx.wire import LoadOpened, OpenLoad
 
@@ -18,12 +17,7 @@ Pair = tuple[Fleet, BareEngine, BareEngine]
 
 
 @pytest.fixture(params=["tcp", pytest.param("cma", marks=needing("cma"))])
-def pair(request: pytest.FixtureRequest, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
-    installed = tmp_path / "installed"
-    installed.mkdir()
-    install_example(installed)
-    path = [str(installed), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+def pair(request: pytest.FixtureRequest, example: None, fleet: Fleet) -> Pair:
     first, second = (fleet.daemon(program=SLEEPY, transport=request.param) for _ in range(2))
     return fleet, fleet.engine(first, "P"), fleet.engine(second, "D")
 
