@@ -101,6 +101,15 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             title="N",
         ),
     ] = 32
+    max_wait_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="a request is turned away at once, with 429 and Retry-After, while every engine that could "
+            "take it is predicted to begin with it only so many seconds later; 0 is no limit",
+            title="S",
+        ),
+    ] = 0.0
     max_in_flight_prefill: Annotated[
         Count, Meta(description="a prefill engine is also full with N calls of this router; 0 is no limit", title="N")
     ] = 0

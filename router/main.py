@@ -56,6 +56,7 @@ def options_of(found: Resolved) -> Options:
         policy=config.policy,
         journey=config.journey,
         max_waiting=config.max_waiting,
+        max_wait_s=config.max_wait_s,
         max_in_flight_prefill=config.max_in_flight_prefill,
         max_in_flight_decode=config.max_in_flight_decode,
         retries=config.retries,

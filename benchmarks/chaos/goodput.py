@@ -2,10 +2,10 @@
 
 The peak is looked for with a growing number of clients that ask one request after the other (closed loop). Then
 requests arrive by chance at twice that rate, whether earlier ones are answered or not (open loop), once at a router
-that takes everything in, which is the naive variant, and once at one that turns away what would wait too long. An
-answer counts if it is whole and comes within LIMIT_FACTOR times what a lone request takes. Clients that are turned away
-do not come again here; those that wait do so much longer than the limit. Two kinds of load: one fills the prefill
-engine, the other the decode engine.
+that takes everything in, which is the naive variant, and once at one that turns away who would wait for half of the
+limit, as it predicts. An answer counts if it is whole and comes within LIMIT_FACTOR times what a lone request takes.
+Clients that are turned away do not come again here; those that wait do so much longer than the limit. Two kinds of
+load: one fills the prefill engine, the other the decode engine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLOSED_S, OPEN_S, QUICK_CLOSED_S, QUICK_OPEN_S = 15.0, 60.0, 8.0, 20.0
 PATIENCE_S = 45.0
 WINDOW_LIMITS = 4  # a slow machine needs longer windows to answer enough, and a line longer to outgrow the limit
 OVERLOAD, BAR = 2.0, 0.8
-WAITING_SHARE = 0.5  # of the limit may be spent waiting for prefill
+WAITING_SHARE = 0.5  # of the limit may be spent waiting for an engine
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,15 @@ def _measure_load(overload: Overload, router: Part, report: Report, *, quick: bo
     closed_s, open_s = max(closed_s, WINDOW_LIMITS * limit_s), max(open_s, WINDOW_LIMITS * limit_s)
     by_clients = {clients: overload.closed(clients, seconds=closed_s).rate(limit_s) for clients in CLIENTS}
     peak = max(by_clients.values())
-    waiting = max(1, round(WAITING_SHARE * limit_s * peak))  # so many requests take prefill this part of the limit
+    wait_s = f"{WAITING_SHARE * limit_s:.1f}"
     naive = overload.open(OVERLOAD * peak, seconds=open_s)
-    # Who finds no room may wait in the router too, as a rule: 100 of them, for which this load is far too slow.
-    router = _restart(rig, router, "--max-waiting", str(waiting), "--queue-size", "0")
+    router = _restart(rig, router, "--max-wait-s", wait_s)
     guarded = overload.open(OVERLOAD * peak, seconds=open_s)
     router = _restart(rig, router, "--max-waiting", "0")
     share, naive_share = guarded.rate(limit_s) / peak, naive.rate(limit_s) / peak
     print(f"  {name}: limit {limit_s:.2f} s; answers in time per second by clients: "
           f"{', '.join(f'{clients}: {rate:.2f}' for clients, rate in by_clients.items())}")  # fmt: skip
-    report.bar(f"goodput, {name}: at {OVERLOAD:g} x peak, --max-waiting {waiting}, of the peak", round(share, 3),
+    report.bar(f"goodput, {name}: at {OVERLOAD:g} x peak, --max-wait-s {wait_s}, of the peak", round(share, 3),
                f">= {BAR}", share >= BAR)  # fmt: skip
     report.bar(f"goodput, {name}: the naive variant (--max-waiting 0) misses it", round(naive_share, 3),
                f"< {BAR}", naive_share < BAR)  # fmt: skip
@@ -118,7 +117,7 @@ def _measure_load(overload: Overload, router: Part, report: Report, *, quick: bo
     report.bar(f"goodput, {name}: turned away with 429", refused, "> 0", refused > 0)
     report.figures["goodput"][name] = {
         "limit_s": round(limit_s, 3), "peak_per_s": round(peak, 3), "by_clients": by_clients,
-        "max_waiting": waiting, "guarded": guarded.outcomes(limit_s), "naive": naive.outcomes(limit_s),
+        "max_wait_s": wait_s, "guarded": guarded.outcomes(limit_s), "naive": naive.outcomes(limit_s),
     }  # fmt: skip
     return router
 

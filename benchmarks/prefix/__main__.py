@@ -7,9 +7,10 @@ LMCache's multi-process mode at whichever of its transports is best here. The fu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.harness.arms import Scratch, pdx_pair
@@ -54,12 +55,30 @@ def _hits(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
 
 
 def _documents(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:
-    small, gib = documents.SMALL_FLAGS, documents.BELOW_GIB
-    peers = _peers(scratch, report, chosen, memory_gib=gib, flags=small)
-    arms = [pdx(scratch, OURS, arena=f"{round(gib * 1024)}MiB", flags=small), *peers]
-    arms += [plain(scratch, documents.SMALL, small), plain(scratch, documents.UNLIMITED, documents.UNLIMITED_FLAGS)]
-    cases = documents.QUICK if chosen.quick else documents.FULL
-    documents.measure(arms, cases, report, peers=[arm.name for arm in peers])
+    library = documents.QUICK_LIBRARY if chosen.quick else documents.LIBRARY
+    small, gib = library.small_flags, library.below_gib
+    ours = pdx(scratch, OURS, arena=f"{round(gib * 1024)}MiB", flags=small)
+    questions = documents.Questions(library, documents.QUICK if chosen.quick else documents.FULL, report)
+    questions.read(ours)
+    with _ended_early(scratch, report) as early:
+        ceiling = plain(early, documents.UNLIMITED, library.unlimited_flags)
+        questions.read(ceiling)
+        questions.beside_ceiling(ours, ceiling)
+    with _ended_early(scratch, report) as early:
+        for peer in _peers(early, report, chosen, memory_gib=gib, flags=small):
+            questions.read(peer)
+            questions.beside_peer(ours, peer)
+    questions.beside_small(ours, plain(scratch, documents.SMALL, small))
+    questions.write()
+
+
+@contextlib.contextmanager
+def _ended_early(scratch: Scratch, report: Report) -> Iterator[Scratch]:
+    """For arms that end when they have been measured, for the room that they take."""
+    with Scratch(scratch.model) as early:
+        yield early
+        for arm in early.arms:
+            report.arm(arm)
 
 
 def _shared(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:

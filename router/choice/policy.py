@@ -48,6 +48,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     def load(self) -> int:
         return self.waiting + self.in_flight
 
+    @property
+    def wait_s(self) -> float:
+        """How long something that comes now is predicted to lie there until its turn."""
+        return self.ahead_s + self.load * self.step_s
+
 
 class Pair(msgspec.Struct, frozen=True):
     prefill: Candidate

@@ -25,6 +25,7 @@ _TYPES = {
 REFUSALS: dict[TurnedAwayWhy, tuple[int, str]] = {
     "queue_full": (429, "every engine is full and so is the queue before them; ask again later"),
     "queue_timeout": (504, "no engine had room in the time that this request was given to wait"),
+    "long_wait": (429, "every engine has more to do than this router lets a request wait for; ask again later"),
     "draining": (503, "this router is about to stop; ask another, or again later"),
 }
 

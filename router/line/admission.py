@@ -24,7 +24,7 @@ QUEUE_BYTES_MAX = 512 << 20  # of waiting bodies: a hundred long chats with imag
 RATE_HALF_LIFE_S = 10.0
 RETRY_AFTER_MAX_S = 60
 
-TurnedAwayWhy = Literal["queue_full", "queue_timeout", "draining"]
+TurnedAwayWhy = Literal["queue_full", "queue_timeout", "long_wait", "draining"]
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,6 +60,7 @@ from pdx.router.request.actions import (
 )
 from pdx.router.request.prefill_reply import PrefillReply
 from pdx.router.request.request import Request
+from pdx.router.request.room import roomy, soon, soon_in_s
 from pdx.router.request.seed import Seed, own_answer
 from pdx.router.request.seedable import unseedable_reason
 from pdx.router.request.servable import (
@@ -166,34 +167,33 @@ class Journey:
         need = f"{'alone' if reason else 'pair'} {self._request.model}"
         if need in begin.behind:
             return self._line_up(need)
-        roomy = msgspec.structs.replace(begin, snapshot=tuple(filter(self._has_room, begin.snapshot)))
+        in_time = msgspec.structs.replace(begin, snapshot=soon(begin.snapshot, self._settings))
+        with_room = msgspec.structs.replace(begin, snapshot=roomy(in_time.snapshot, self._settings))
         line_max = self._settings.max_waiting or policy.NO_LIMIT
-        pair = None if reason else self._choose_pair(roomy, line_max)
-        instead = self._choose_instead(pair, roomy, line_max) if pair is not None else None
+        pair = None if reason else self._choose_pair(with_room, line_max)
+        instead = self._choose_instead(pair, with_room, line_max) if pair is not None else None
         if instead is not None:
             return self._go_alone(*instead, begin)
         if pair is not None:
             return self._set_out(pair, begin)
-        if not reason and self._choose_pair(begin, policy.NO_LIMIT) is not None:
+        alone = bool(reason) or self._choose_pair(begin, policy.NO_LIMIT) is None
+        decode = self._choose_alone(with_room, line_max) if alone else None
+        if decode is not None:
+            return self._go_alone(decode, reason or "no_pair", begin)
+        choose = self._choose_alone if alone else self._choose_pair
+        if choose(in_time, policy.NO_LIMIT) is not None:
             return self._line_up(need)
-        decode = self._choose_alone(roomy, line_max)
-        if decode is None and self._choose_alone(begin, policy.NO_LIMIT) is not None:
-            return self._line_up(need)
-        if decode is None:
-            self.reason = "no_decode"
-            message = f"no decode engine is ready for model {self._request.model!r}"
-            return self._turn_away(503, message, begin.retry_after_s)
-        return self._go_alone(decode, reason or "no_pair", begin)
+        if choose(begin, policy.NO_LIMIT) is not None:
+            asks_again_in_s = soon_in_s(begin.snapshot, self._settings)
+            return self._turned_away(TurnedAway(why="long_wait", retry_after_s=asks_again_in_s))
+        self.reason = "no_decode"
+        message = f"no decode engine is ready for model {self._request.model!r}"
+        return self._turn_away(503, message, begin.retry_after_s)
 
     def _go_alone(self, engine: Candidate, reason: str, begin: Begin) -> list[Action]:
         self._move("alone")
         self._begin, self.reason = begin, reason
         return [self._call_alone(engine)]
-
-    def _has_room(self, engine: Candidate) -> bool:
-        settings = self._settings
-        limit = settings.max_in_flight_prefill if engine.info.role == "prefill" else settings.max_in_flight_decode
-        return not limit or engine.in_flight < limit
 
     def _choose_pair(self, begin: Begin, line_max: int) -> Pair | None:
         name, model = self._settings.policy, self._request.model

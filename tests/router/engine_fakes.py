@@ -334,8 +334,8 @@ class Fleet:
 @asynccontextmanager
 async def fleet(*engines: FakeEngine, hosts: int = 1, **changed: Any) -> AsyncIterator[Fleet]:
     """Engines spread over `hosts` daemons, announced to a router and ready; `changed` are Options and Settings."""
-    names = ("policy", "journey", "prefill_timeout_s", "max_waiting", "max_in_flight_prefill", "max_in_flight_decode",
-             "retries")  # fmt: skip
+    names = ("policy", "journey", "prefill_timeout_s", "max_waiting", "max_wait_s", "max_in_flight_prefill",
+             "max_in_flight_decode", "retries")  # fmt: skip
     settings = {"journey": "after"} | {name: changed.pop(name) for name in names if name in changed}
     door = Door(**{name: changed.pop(name) for name in Door.__struct_fields__ if name in changed})
     where = {"port": 0, "control": "tcp://127.0.0.1:0"}

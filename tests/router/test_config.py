@@ -152,7 +152,7 @@ def test_every_setting_reaches_the_server() -> None:
     flags = {
         "host": "localhost", "port": 1, "control": "tcp://127.0.0.1:9", "admin_host": "localhost", "admin_port": 3,
         "publish": "x", "prefill": ["http://p:1"], "decode": ["http://d:1"], "policy": "least_loaded",
-        "journey": "paired", "max_waiting": 1, "request_timeout_s": 2, "prefill_timeout_s": 3,
+        "journey": "paired", "max_waiting": 1, "max_wait_s": 1, "request_timeout_s": 2, "prefill_timeout_s": 3,
         "handoff_grant_s": 4, "api_key": ["k" * 20], "pass_api_key": True, "cors_origin": ["https://a"],
         "max_body": "1MiB", "keep_alive_s": 5, "workers": 2, "max_in_flight_prefill": 1, "max_in_flight_decode": 1,
         "retries": 1, "queue_size": 1, "queue_timeout_s": 1, "cb_failure_threshold": 1, "drain_s": 1,
@@ -174,7 +174,7 @@ def test_every_setting_reaches_the_server() -> None:
         (["--kv-connector", "nixl"], "--kv-connector is not a flag of this router: engines bring pdx's own connector"),
         (["--prefill", "http://p:1", "9000"], "'9000' belongs to no flag"),
         (["--port", "70000"], "--port: '70000': expected `int` <= 65535"),
-        (["--max-wait", "1"], "unknown flag --max-wait, did you mean '--max-waiting'?"),
+        (["--max-waitin", "1"], "unknown flag --max-waitin, did you mean '--max-waiting'?"),
     ],
 )
 def test_bad_flags_say_what_would_be_good(flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,15 @@ from pdx.router.request.actions import (
 from pdx.router.request.journey import Journey
 from pdx.router.request.settings import Settings
 
+P1 = candidate("p1", "prefill")
+LATE_P = msgspec.structs.replace(P0, ahead_s=7.5)
+LATE_D = msgspec.structs.replace(D0, in_flight=15, step_s=0.5)
+
+
+def waiting_5_s(body: dict[str, Any]) -> Journey:
+    request = msgspec.structs.replace(REQUEST, body=body)
+    return Journey(request, Settings(cluster_key=KEY, max_wait_s=5.0))
+
 
 @pytest.mark.parametrize(
     ("body", "engines", "need"),
@@ -80,6 +89,21 @@ def test_calls_under_way_are_limited_by_role() -> None:
         roomy = msgspec.structs.replace(settings, max_in_flight_prefill=4, max_in_flight_decode=4)
         assert kinds(Journey(REQUEST, roomy).on(begin(*busy))) != [LineUp]
         assert kinds(Journey(REQUEST, Settings(cluster_key=KEY)).on(begin(*busy))) != [LineUp]
+
+
+@pytest.mark.parametrize(
+    ("body", "engines"),
+    [(BODY, (LATE_P, D0)), (BODY, (P0, LATE_D)), (BODY, (LATE_D,)), (SINGLE, (P0, LATE_D)), (BODY, (LATE_P, BUSY_D))],
+)
+def test_nobody_waits_for_longer_than_the_router_lets_him(body: dict[str, Any], engines: Snapshot) -> None:
+    (answer,) = waiting_5_s(body).on(begin(*engines))
+    assert (answer.status, answer.retry_after_s) == (429, 3), "7.5 s are 2.5 too many"
+    assert waiting_5_s(body).on(begin(*engines, P1, D1)) != [answer]
+    assert kinds(journey(body).on(begin(*engines))) != [Answer], "as a rule there is no limit"
+    machine = waiting_5_s(body)
+    assert kinds(machine.on(begin(BUSY_P, BUSY_D))) == [LineUp], "full by number, not by time"
+    assert machine.on(begin(*engines)) == [answer]
+    assert (machine.state, machine.reason) == ("ended", "long_wait")
 
 
 @pytest.mark.parametrize(("why", "status"), [("queue_full", 429), ("queue_timeout", 504), ("draining", 503)])

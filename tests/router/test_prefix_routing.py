@@ -234,6 +234,26 @@ async def test_a_prompt_that_is_computed_sooner_than_handed_over_stays_with_one_
         assert len(p.requests) == 2
 
 
+@within(20)
+async def test_who_would_wait_too_long_is_told_at_once_when_to_come_again() -> None:
+    p, d = FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
+    p.fault = "hang"
+    async with fleet(p, d, max_wait_s=5.0) as router:
+        (daemon,) = router.daemons
+        daemon.loads = [EngineLoad(engine_id="p0", tokens_per_s=100.0)]
+        await until(lambda: any(c.told_tokens_per_s for c in router.outside.snapshot()), "how fast it is")
+        ten_seconds = {**SHORT, "prompt": list(range(1000))}
+        asked = asyncio.create_task(router.ask(ten_seconds))
+        await until(lambda: len(p.requests) == 1, "it has enough to do")
+        status, answer, headers = await router.ask(SHORT)
+        assert (status, answer["error"]["code"], headers["x-pdx-reason"]) == (429, 429, "long_wait")
+        assert 1 <= int(headers["Retry-After"]) <= 5
+        asked.cancel()
+        await until(lambda: p.dropped == 1, "the engine is free")
+        p.fault = ""
+        assert (await router.ask(SHORT))[0] == 200
+
+
 async def told(here: Hosts) -> None:
     """Until all engines' pace has come to the router, and with it the links'."""
 
