@@ -32,6 +32,7 @@ LOOKUP_S = 0.02  # pdxd answers in some 0.2 ms
 SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
 INFO_NAME = "pdxd.json"  # where the daemon is, for people and tests
+KEY_NAME = "cluster.key"  # of a daemon that is given none
 LOG_NAME = "pdxd.log"  # of a daemon that a client has started
 FLAGS_NAME = "pdxd.flags"  # of the daemon that runs, or was killed: whoever misses it starts it anew as it was
 PREFIX, ROUTER_PREFIX = "PDX_", "PDX_ROUTER_"  # the second: of variables that only a router reads
@@ -335,11 +336,11 @@ def is_loopback(host: str) -> bool:
 
 
 def _local_key_file(run_dir: Path) -> Path:
-    path = run_dir / "cluster.key"
+    path = run_dir / KEY_NAME
     if path.exists():
         return path
     # Several processes may come here at once: each writes its own file, one link wins, nobody reads half a key.
-    temporary = run_dir / f"cluster.key.{os.getpid()}"
+    temporary = run_dir / f"{KEY_NAME}.{os.getpid()}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(secrets.token_bytes(32))
