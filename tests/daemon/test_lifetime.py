@@ -80,6 +80,9 @@ def test_it_lingers_for_a_client_that_comes_back_then_exits_and_cleans_up(settin
     with DaemonClient.attach(settings, TOOL, start=False) as again:
         assert again.alive
     until(lambda: not daemons_in(settings), "it exits")
+    log = (settings.run_path / LOG_NAME).read_text()
+    assert "waits 0.2 s for its first engine" in log
+    assert log.endswith("gone: no engine for 0.2 s\n")
     assert not {"pdxd.sock", "pdxd.ipc", "pdxd.json"} & set(os.listdir(settings.run_path))
 
 
@@ -380,4 +383,5 @@ def test_stop_by_signal_is_clean(fleet: Fleet) -> None:
     daemon: Daemon = fleet.daemon()
     daemon.process.send_signal(signal.SIGINT)
     assert daemon.process.wait(5) == 0
+    assert (daemon.run_dir / "log").read_text().endswith("gone: told to stop\n")
     assert not {"pdxd.sock", "pdxd.ipc", "pdxd.json"} & set(os.listdir(daemon.run_dir))
