@@ -15,10 +15,11 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pdx import __version__, config
+from pdx import config
 from pdx.errors import ConfigError, PdxError
 from pdx.limits import raise_descriptor_limit
 from pdx.whole import write_whole
+from pdx.wire import version
 
 if TYPE_CHECKING:
     from pdx.tiers.disk import DiskTier
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pdxd", description="pdx's per-host daemon.", epilog="\n".join([EXAMPLES, "", OTHERS, *others]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"pdxd {__version__}")
+    parser.add_argument("--version", action="version", version=version())
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings (default: PDX_CONFIG)")
     for name in config.FLAGS:
         config.add_flag(parser, name)
