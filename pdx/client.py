@@ -353,7 +353,7 @@ def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool, aga
                     _start_daemon(run_dir, configuration.flags_of(config) if left is None else left, lock)
                     started = True
         if time.monotonic() > deadline:
-            raise DaemonGone(f"no pdxd answers in {run_dir}")
+            raise DaemonGone(f"no pdxd answers in {run_dir} ({configuration.chooser_of(run_dir)})")
         pause.poll(CONNECT_RETRY_S * 1000)
 
 

@@ -26,6 +26,7 @@ from pdx.layered import Source, read_yaml, resolve
 from pdx.wire import Budgets
 
 KEY_BYTES_MIN = 16
+BARE_BYTES_MIN = 1 << 20  # a smaller size is told with its unit
 ADMIN_URL = "http://127.0.0.1:8001"  # where operators look for a router unless told
 LOOKUP_S = 0.02  # pdxd answers in some 0.2 ms
 # Names in the run directory on which a daemon and its clients must agree.
@@ -85,14 +86,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     budgets: Budgets = Budgets()
 
     def __post_init__(self) -> None:
-        parse_size(self.arena, key="arena")
+        for key in ("arena", "extent", "disk_cap"):
+            _check_unit(getattr(self, key), key=key)
         if not 0 < 2 * self.extent_bytes <= self.arena_bytes:
             extent = self.extent or "its default, an eighth"
             raise ConfigError(
                 f"an arena of {self.arena!r} has no room for extents of {extent}: write sizes with their units, as in "
                 "512MiB, and an extent of at most half of the arena"
             )
-        parse_size(self.disk_cap, key="disk_cap")
         if not (self.linger_s >= 0 and self.lease_s > 0):
             raise ConfigError(
                 f"linger_s must be at least 0 and lease_s above it, not {self.linger_s} and {self.lease_s}"
@@ -290,10 +291,27 @@ def parse_size(text: str, *, key: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def _check_unit(text: str, *, key: str) -> None:
+    """Whoever writes 16 does not mean bytes. Raises ConfigError, as for what is no size."""
+    if text and parse_size(text, key=key) < BARE_BYTES_MIN and not text.strip()[-1].isalpha():
+        raise ConfigError(f"{key}: {text} would be bytes: write sizes with their units, as in {text.strip()}MiB")
+
+
 def default_run_dir(environ: Mapping[str, str]) -> str:
     """One per user: all engines of a user's host share a daemon without being told."""
     base = environ.get("XDG_RUNTIME_DIR")
     return f"{base}/pdx" if base else f"/tmp/pdx-{os.getuid()}"  # noqa: S108 - made 0700 and owner-checked
+
+
+def chooser_of(run_dir: Path, environ: Mapping[str, str] | None = None) -> str:
+    """Which setting has chosen this run directory, for who finds nobody there."""
+    environ = os.environ if environ is None else environ
+    if environ.get("PDX_RUN_DIR") and os.path.abspath(environ["PDX_RUN_DIR"]) == str(run_dir):
+        return "PDX_RUN_DIR chose it"
+    if str(run_dir) == os.path.abspath(default_run_dir(environ)):
+        base = "by XDG_RUNTIME_DIR" if environ.get("XDG_RUNTIME_DIR") else "XDG_RUNTIME_DIR is unset here"
+        return f"the default, {base}; --run-dir or PDX_RUN_DIR name another"
+    return "--run-dir or a file of settings chose it"
 
 
 def ensure_run_dir(path: Path) -> Path:

@@ -32,7 +32,7 @@ from pdx.admin import (
     UnpinRequest,
 )
 from pdx.client import DaemonClient
-from pdx.config import Config
+from pdx.config import Config, chooser_of
 from pdx.errors import DaemonGone, Refused
 from pdx.verbs import Result, SpaceInfo, Spaces, Steer
 from pdx.wire import Ask, Attach
@@ -66,7 +66,7 @@ class LocalKv:
     def open(cls, config: Config) -> LocalKv:
         """Raises DaemonGone if no daemon runs there."""
         if not config.run_path.is_dir():
-            raise DaemonGone(f"no daemon runs in {config.run_path}")
+            raise DaemonGone(f"no daemon runs in {config.run_path} ({chooser_of(config.run_path)})")
         return cls(DaemonClient.attach(config, Attach(kind="tool"), deadline_s=ATTACH_S, start=False))
 
     def lookup(self, request: LookupRequest) -> Report:

@@ -187,7 +187,7 @@ def test_of_a_large_log_only_the_end_is_read(settings: Config) -> None:
 
 
 def test_no_daemon_and_none_to_be_started(settings: Config) -> None:
-    with pytest.raises(DaemonGone, match="no pdxd answers"):
+    with pytest.raises(DaemonGone, match=r"no pdxd answers in .* \(--run-dir or a file of settings chose it\)"):
         DaemonClient.attach(settings, TOOL, deadline_s=0.1, start=False)
 
 
@@ -195,6 +195,7 @@ def test_no_daemon_and_none_to_be_started(settings: Config) -> None:
     ("arguments", "message"),
     [
         (["--arena", "900TiB"], "does not fit"),
+        (["--arena", "16"], "arena: 16 would be bytes: write sizes with their units, as in 16MiB"),
         (["--arena", "lots"], "arena: 'lots' is not a size; write e.g. 512MiB"),
         (["--host", "10.1.2.3"], "PDX_KEY_FILE"),
         (["--disk-write", "sideways"], "command line: disk_write is one of through, back, not 'sideways'"),
