@@ -181,7 +181,11 @@ def post(url: str, body: bytes | None, headers: dict[str, str] | None = None) ->
         with error:
             reason = admin.reason_in(error.read(ERROR_BYTES_MAX)) or f"{url}: HTTP {error.code}"
             if error.code == http.client.UNAUTHORIZED and "/admin/" in url:
-                reason += ": name it by --key-file or PDX_KEY_FILE"
+                if headers:
+                    reason = "that is not the token of the cluster key that this router has: look at"
+                else:
+                    reason += ": name it by"
+                reason += " --key-file or PDX_KEY_FILE"
             raise Refused(reason) from error
     except (http.client.InvalidURL, ValueError) as error:
         raise Refused(f"{url} is not an http url: {error}") from error

@@ -48,10 +48,17 @@ def test_off_loopback_needs_a_key() -> None:
         open_lane("tcp://192.0.2.1:0", key=None, name="test")
 
 
+def test_an_address_of_another_host_names_the_flag() -> None:
+    with pytest.raises(
+        ConfigError, match=r"can't listen at tcp://192\.0\.2\.1:0: .*; --host must be an address of this"
+    ):
+        open_lane("tcp://192.0.2.1:0", key=bytes(32), name="test")
+
+
 def test_a_taken_port_is_a_configuration_error() -> None:
     lane = open_lane("tcp://127.0.0.1:0", key=None, name="test")
     try:
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match="--lane-port"):
             open_lane(lane.endpoint, key=None, name="test")
     finally:
         lane.abort()
