@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pdx.config import also_named
 from pdx.layered import bare, converted, is_list, nearest, types_of
 from pdx.router.config import RouterConfig
-from pdx.wire import Budgets
+from pdx.wire import Budgets, version
 
 EXAMPLES = """\
 examples:
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=version())
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings")
     parser.add_argument("--dump-config", action="store_true", help="print the settings as YAML, with origins, and exit")
     for key, wanted in types_of(RouterConfig).items():
