@@ -43,7 +43,9 @@ _JOIN = "engines join through their daemons: start them with pdx serve --router"
 _KNOWN = "daemons say exactly what they hold, so there is nothing to set"
 _AT_ONCE = "a request is repeated at once, on another engine, within a budget of all requests"
 _HEALTH = "/health of each engine is asked every 5 s, and whatever fails counts as well"
+_TLS = "this router speaks HTTP without TLS: put what ends TLS before it"
 ELSEWHERE = {
+    **dict.fromkeys(("--ssl-certfile", "--ssl-keyfile", "--tls-cert-path", "--tls-key-path"), _TLS),
     "--vllm-pd-disaggregation": "engines that fit are paired without being told",
     "--worker-urls": "name engines that know nothing of pdx with --decode",
     "--kv-connector": "engines bring pdx's own connector",
