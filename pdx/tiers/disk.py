@@ -8,6 +8,7 @@ with all that it kept, when every call has come back and a small file of ours wa
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -97,7 +98,7 @@ class DiskTier:
         self._found_before = self.health.finds
         self._adopt(files.scan())
         self._inbox: Inbox[Job] = Inbox()
-        self._work = Work(files, sealer, done=self._inbox.add)
+        self._work = Work(files, sealer, done=self._inbox.add, write_failed=lambda: self._writes.hold())
         self._reads = Crew("pdx-disk-read", threads=readers, work=self._work.run, clock=clock)
         self._writes = Crew("pdx-disk-write", threads=writers, work=self._work.run, clock=clock)
 
@@ -126,7 +127,8 @@ class DiskTier:
         match request:
             case Write():
                 sealed.check_sizes(request.key, request.meta, bytes_of(request.pages))
-                is_full = len(self._open) - self._open_reads >= OPEN_WRITES_MAX
+                most = 1 if self.health.state is State.TRYING else OPEN_WRITES_MAX
+                is_full = len(self._open) - self._open_reads >= most
             case Read():
                 is_full = self._open_reads >= OPEN_READS_MAX
             case _:
@@ -210,8 +212,9 @@ class DiskTier:
     # -- control thread: beginnings
 
     def _begin_write(self, job: Job, request: Write) -> End | None:
-        if self.health.state is not State.WELL:
-            return Failed(job.ticket, f"the disk tier is {self.health.state}")
+        if self.health.state not in (State.WELL, State.TRYING):
+            again = self.health.state is not State.OFF
+            return Failed(job.ticket, f"the disk tier is {self.health.state}", again=again)
         state = self.ledger.state(job.name)
         if state is EntryState.KEPT and self.ledger.finds(job.name):
             return Written(job.ticket, 0.0)
@@ -296,7 +299,8 @@ class DiskTier:
         self._judge_write(job)
         if job.error is None:
             return Written(job.ticket, job.seconds)
-        return Failed(job.ticket, _sentence(job.error), _errno(job.error))
+        again = isinstance(job.error, OSError) and job.error.errno != errno.EFBIG  # which it will be the next time, too
+        return Failed(job.ticket, _sentence(job.error), _errno(job.error), again)
 
     def _settle_read(self, job: Job) -> End:
         self._open_reads -= 1
@@ -323,7 +327,7 @@ class DiskTier:
         self._counts["io_errors"] += 1
         log.warning("a file of the disk tier can't be deleted now: %s: %s", job.name, _sentence(job.error))
 
-    def _settle_unbegun(self, job: Job, reason: str) -> None:
+    def _settle_unbegun(self, job: Job, reason: str, *, again: bool = False) -> None:
         self._open.pop(job.ticket, None)
         match job.request:
             case Write():
@@ -341,28 +345,39 @@ class DiskTier:
                 return
             case _:
                 assert_never(job.request)
-        self._say(Failed(job.ticket, reason))
+        self._say(Failed(job.ticket, reason, again=again))
 
-    def _withdraw_all(self, reason: str) -> None:
-        for job in self._reads.withdraw_all() + self._writes.withdraw_all():
-            self._settle_unbegun(job, reason)
+    def _withdraw_all(self, reason: str, *, again: bool = False) -> None:
+        for job in self._reads.withdraw_all():
+            self._settle_unbegun(job, reason, again=again)
+        self._withdraw_writes(reason, again=again)
+
+    def _withdraw_writes(self, reason: str, *, again: bool) -> None:
+        """The last one first: who puts each before those that wait has them in their order again."""
+        for job in reversed(self._writes.withdraw_all()):
+            self._settle_unbegun(job, reason, again=again)
+        self._writes.go_on()
 
     def _judge_write(self, job: Job) -> None:
-        if job.error is not None:
-            self._counts["io_errors"] += 1
-        if self.health.wrote(ok=job.error is None, now=self._clock()):
+        has_changed = self.health.wrote(ok=job.error is None, now=self._clock())
+        if job.error is None:
+            if has_changed:
+                self._changed("it takes writes again", 0)
+            return
+        self._counts["io_errors"] += 1
+        if has_changed:
             self._changed(f"a write failed: {_sentence(job.error)}", _errno(job.error))
+        self._withdraw_writes("the disk takes no writes now", again=True)
 
     def _look_after_health(self) -> None:
         now = self._clock()
         if self.health.tick(now):
-            self._changed("asked again after a pause", 0)
             self._delete_again()
         elif self._undeleted and self.health.finds and not self._is_closed and now >= self._delete_again_at:
             self._delete_again()
         if self._is_stuck(now) and self.health.hangs(now=now):
             self._changed(f"a call has not come back for {self._stall_s:g} s", 0)
-            self._withdraw_all("the disk hangs")
+            self._withdraw_all("the disk hangs", again=True)
         if self._probe is None and not self._is_closed and self.health.wants_probe(now=now):
             self._probe, self._probe_began_at = Job(PROBE_NAME, 0, Probe()), now
             self._writes.add(self._probe)

@@ -70,15 +70,22 @@ class Missed(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """Refused, cancelled or not possible now. `errno` is 0 where no system call failed."""
+    """Refused, cancelled or not possible now. `errno` is 0 where no system call failed.
+
+    `again`: not for what was asked for, but since the medium takes no writes now; ask again when it does.
+    """
 
     ticket: int
     reason: str
     errno: int = 0
+    again: bool = False
 
 
 class StateChanged(msgspec.Struct, frozen=True):
-    """The tier's health: "well", "paused" (reads only), "hung" (finds nothing now) or "off" (nothing any more)."""
+    """The tier's health: "well", "paused" (reads only), "hung" (finds nothing now) or "off" (nothing any more).
+
+    Behind a pause it is "trying", which is told in stats() only: it takes one write at a time, until one has gone well.
+    """
 
     state: str
     reason: str
