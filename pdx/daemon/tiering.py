@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from pdx.tiers.cost import CostModel
 from pdx.tiers.pages import meta_of, pages_of, restore
 from pdx.tiers.spill import Spill, WriteMode
 from pdx.tiers.sweep import Sweeper, Swept
-from pdx.tiers.tier import End, Failed, Key, Loaded, Read, StateChanged, Tier, Write
+from pdx.tiers.tier import End, Failed, Key, Loaded, Ordered, Read, StateChanged, Tier, Write
 from pdx.verbs import TierCleared
 from pdx.wire import LoadEnded
 
@@ -232,6 +232,16 @@ class Tiering:
         self._submit_reads(now)
         self._submit_writes()
         self._count_lost()
+
+    def used(self, slots: Iterable[Slot]) -> None:
+        """Their blocks are one chain, which was used here, or has grown. Below that is to count as well."""
+        if isinstance(self._tier, Ordered):
+            self._tier.used([key for slot in slots for key in slot.keys if key is not None])
+
+    def is_coming(self, slots: Iterable[Slot]) -> bool:
+        """Whether these blocks of a chain have yet to be written. Looks at the first, which goes down last."""
+        key = next((key for slot in slots for key in slot.keys if key is not None), None)
+        return key is not None and self._spill.is_coming(key)
 
     # --- up ---
 

@@ -153,6 +153,9 @@ class DiskTier:
             return [False] * len(keys)
         return [self.ledger.finds(sealed.name_of(key)) for key in keys]
 
+    def used(self, chain: Sequence[Key]) -> None:
+        self.ledger.used(sealed.names_of(chain))
+
     def remove(self, key: Key) -> None:
         self._condemn(sealed.name_of(key))
 

@@ -127,6 +127,15 @@ class Watched(Protocol):
         tier, of each name that it finds (True) or no longer finds. One watcher."""
 
 
+@runtime_checkable
+class Ordered(Protocol):
+    """What a tier can do that evicts in the order of use."""
+
+    def used(self, chain: Sequence[Key]) -> None:
+        """These, in chain order, were used now, if only above: a Read by itself is no use, for it says nothing of the
+        chain. Of those that contains() finds the last are evicted first, and all after what was used before."""
+
+
 class Tier(Protocol):
     """One place where blocks are kept."""
 

@@ -50,8 +50,10 @@ def bytes_at(host: Host, place: Place, layer: int) -> bytes:
     return bytes(host.store.arena.memory[start : start + PAGES.page_bytes])
 
 
-def keep_filled(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE, seed: int = 0) -> None:
-    opened = keep(host, hashes, called)
+def keep_filled(
+    host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE, seed: int = 0, request: str = ""
+) -> None:
+    opened = keep(host, hashes, called, request)
     assert isinstance(opened, SendOpened), opened
     fill(host, opened.places, seed)
     let_go(host, called)
@@ -254,7 +256,7 @@ def test_any_course_ends_with_everything_free(seed: int) -> None:
         hashes = chance.choice(prompts)[: chance.randrange(1, 7)]
         called, roll = chance.choice(names), chance.random()
         if roll < 0.3 and called not in loads:
-            opened = keep(host, hashes, called)
+            opened = keep(host, hashes, called, chance.choice(["", "one", "another"]))
             if isinstance(opened, SendOpened):
                 fill(host, opened.places)
                 let_go(host, called, ok=chance.random() < 0.9)
