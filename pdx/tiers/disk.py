@@ -18,11 +18,13 @@ from typing import Self, assert_never
 
 from pdx.buffer.evict import Lru, Policy
 from pdx.buffer.selection import Selection
-from pdx.errors import BadBlock, ClosedTier, TierUnusable
-from pdx.layout import ALIGN_BYTES
+from pdx.errors import BadBlock, ClosedTier, TierBroken, TierUnusable
+from pdx.layout import round_up
 from pdx.tiers import sealed
+from pdx.tiers.adopt import adopt
+from pdx.tiers.broken import BrokenFiles
 from pdx.tiers.crew import Crew, Inbox
-from pdx.tiers.folder import FOLDER_BYTES, Files, Folder, Found, LeftBehind, errno_name
+from pdx.tiers.folder import FOLDER_UNITS, Files, Folder, LeftBehind, errno_name, unusable
 from pdx.tiers.health import Health, State
 from pdx.tiers.ledger import EntryState, Ledger
 from pdx.tiers.sweep import Swept, survey, sweep
@@ -53,8 +55,6 @@ STALL_S = 30.0  # a call to the kernel that takes this long will not come back i
 _CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
 # Of a disk that hung. Within the blocks that are charged for the folders; if it stays behind, the next life deletes it.
 PROBE_NAME = "0" * sealed.NAME_LENGTH
-# A file's name, inode and block map: 300 bytes when all is well, one block of the file system when it is scattered.
-NAME_BYTES = ALIGN_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -75,28 +75,33 @@ class DiskTier:
         stall_s: float = STALL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if cap_bytes < 2 * FOLDER_BYTES:
-            raise TierUnusable(f"a disk tier takes at least {2 * FOLDER_BYTES} bytes, its folders among them")
+        # A unit for a file's name, inode and block map: 300 bytes when all is well, a block when it is scattered.
+        self._unit_bytes = files.unit_bytes
+        self._beside_bytes = FOLDER_UNITS * self._unit_bytes + files.stranded_bytes
+        least_bytes = 2 * FOLDER_UNITS * self._unit_bytes + files.stranded_bytes
+        if cap_bytes < least_bytes:
+            raise TierUnusable(f"a disk tier takes at least {least_bytes} bytes, its folders among them")
         sealer = sealed.Sealer(secret)
         self.files = files
-        self.ledger = Ledger(cap_bytes=cap_bytes - FOLDER_BYTES, policy=Lru() if policy is None else policy)
+        self.ledger = Ledger(cap_bytes=cap_bytes - self._beside_bytes, policy=Lru() if policy is None else policy)
         self.health = Health() if health is None else health
         self._stall_s = stall_s
         self._clock = clock
         self._open: dict[int, Job] = {}
         self._open_reads = 0
-        self._undeleted: list[str] = []  # doomed names for which there is no thread now, or that can't be deleted now
-        self._delete_again_at = 0.0
+        # Doomed names for which there is no thread now, or that can't be deleted now.
+        self._undeleted = adopt(files, self.ledger, now=clock())
+        self._delete_again_at = clock() + DELETE_AGAIN_S
         self._events: list[Event] = []
         self._tickets = count(1)
         self._counts = dict.fromkeys(("loaded", "missed", "written", "failed", "refused", "bad_blocks", "io_errors"), 0)
         self._state_changes = 0
+        self._errno = 0  # of the last one
         self._probe: Job | None = None  # under way, since:
         self._probe_began_at = 0.0
         self._is_closed = False
         self._told: Callable[[str, bool], None] = lambda name, found: None
         self._found_before = self.health.finds
-        self._adopt(files.scan())
         self._inbox: Inbox[Job] = Inbox()
         self._work = Work(files, sealer, done=self._inbox.add, write_failed=lambda: self._writes.hold())
         self._reads = Crew("pdx-disk-read", threads=readers, work=self._work.run, clock=clock)
@@ -106,16 +111,23 @@ class DiskTier:
     def open(
         cls, path: Path, *, cap_bytes: int, secret: bytes | None = None, policy: Policy[str] | None = None
     ) -> Self:
-        """The tier in this folder, with what it kept from earlier lives. Raises TierUnusable."""
+        """The tier in this folder, with what it kept from earlier lives. Raises TierUnusable, or TierBroken."""
         files = Folder.open(path)
         try:
             return cls(files, cap_bytes=cap_bytes, secret=secret, policy=policy)
         except OSError as error:
             files.close()
-            raise TierUnusable(f"{path}: {error.strerror} ({errno_name(error.errno)})") from error
+            raise unusable(path, error) from error
         except BaseException:
             files.close()
             raise
+
+    @classmethod
+    def off(cls, error: TierBroken, *, cap_bytes: int) -> Self:
+        """In the place of one that can't be opened: who looks at the daemon sees that it has none now, and why."""
+        tier = cls(BrokenFiles(error.errno), cap_bytes=cap_bytes, health=Health(state=State.OFF))
+        tier._changed(str(error), error.errno)
+        return tier
 
     def fileno(self) -> int:
         return self._inbox.fileno()
@@ -180,7 +192,8 @@ class DiskTier:
     def stats(self) -> TierStats:
         return TierStats(
             state=self.health.state, blocks=len(self.ledger),
-            used_bytes=self.ledger.used_bytes + FOLDER_BYTES, cap_bytes=self.ledger.cap_bytes + FOLDER_BYTES,
+            used_bytes=self.ledger.used_bytes + self._beside_bytes,
+            cap_bytes=self.ledger.cap_bytes + self._beside_bytes, errno=self._errno,
             open_reads=self._open_reads, open_writes=len(self._open) - self._open_reads,
             evicted=self.ledger.evicted, changes=self.ledger.changes + self._state_changes,
             unaligned=self.files.unaligned, **self._counts,
@@ -223,7 +236,8 @@ class DiskTier:
             return Written(job.ticket, 0.0)
         if state is not EntryState.GONE:
             return Failed(job.ticket, "this block is just being written or deleted")
-        size_bytes = sealed.file_bytes(request.key, request.meta, bytes_of(request.pages)) + NAME_BYTES
+        file_bytes = sealed.file_bytes(request.key, request.meta, bytes_of(request.pages))
+        size_bytes = round_up(file_bytes, self._unit_bytes) + self._unit_bytes
         if size_bytes > self.ledger.cap_bytes:
             return Failed(job.ticket, f"{size_bytes} bytes are more than the whole tier may take")
         victims = self.ledger.reserve(job.name, size_bytes, now=self._clock())
@@ -253,21 +267,6 @@ class DiskTier:
         else:
             self._writes.add(Job(name, 0, None))
 
-    def _adopt(self, found: Sequence[Found]) -> None:
-        """Takes over what the folder has, oldest first, so that the youngest are evicted last."""
-        now, now_ns = self._clock(), time.time_ns()
-        for file in sorted(found, key=lambda file: (file.written_at_ns, file.name)):
-            if len(file.name) != sealed.NAME_LENGTH:
-                continue  # none of ours
-            if file.size_bytes < 2 * ALIGN_BYTES or file.size_bytes % ALIGN_BYTES:
-                self.files.remove(file.name)  # torn by a crash of the machine
-            else:
-                since = now - max(0.0, (now_ns - file.written_at_ns) * 1e-9)
-                self.ledger.adopt(file.name, file.allocated_bytes + NAME_BYTES, since=since)
-        for name in self.ledger.surplus():
-            self.files.remove(name)
-            self.ledger.delete(name)
-
     # -- control thread: ends
 
     def _settle_all(self) -> None:
@@ -292,7 +291,7 @@ class DiskTier:
         self._say(end)
 
     def _settle_write(self, job: Job) -> End:
-        published_bytes = None if job.allocated_bytes is None else job.allocated_bytes + NAME_BYTES
+        published_bytes = None if job.allocated_bytes is None else job.allocated_bytes + self._unit_bytes
         is_stranded = isinstance(job.error, LeftBehind)
         condemned = self.ledger.settle(
             job.name, deleted=job.deleted, published_bytes=published_bytes, is_stranded=is_stranded
@@ -405,6 +404,7 @@ class DiskTier:
 
     def _changed(self, reason: str, error_number: int) -> None:
         self._state_changes += 1
+        self._errno = error_number
         if self.health.finds != self._found_before:
             self._found_before = self.health.finds
             for entry in self.ledger.found():

@@ -48,8 +48,10 @@ MOVES: dict[tuple[State, HealthEvent], State] = {
 class Health:
     """Every method that may change the state says whether it did."""
 
-    def __init__(self, *, pause_s: float = PAUSE_S, probe_s: float = PROBE_S) -> None:
-        self.state = State.WELL
+    def __init__(
+        self, *, pause_s: float = PAUSE_S, probe_s: float = PROBE_S, state: Literal[State.WELL, State.OFF] = State.WELL
+    ) -> None:
+        self.state: State = state
         self._pause_s = pause_s
         self._probe_s = probe_s
         self._paused_until = 0.0

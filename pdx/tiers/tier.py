@@ -115,6 +115,7 @@ class TierStats:
     bad_blocks: int = 0  # found rotten, and deleted
     io_errors: int = 0
     changes: int = 0  # grows with all that may make contains() say something else
+    errno: int = 0  # of the call behind the last change of its state, if one failed
     unaligned: int = 0  # requests that the medium could not take straight from or into the buffers
 
 

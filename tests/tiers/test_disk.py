@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tier_folder import CAP_BYTES, OpenTier, block_files, taken_bytes
+from tier_folder import CAP_BYTES, FOLDER_BYTES, OpenTier, block_files, taken_bytes
 
 from pdx.errors import TierUnusable
 from pdx.tiers.conformance import BLOCK_BYTES, User, block, buffers, key_of, payload_of
 from pdx.tiers.disk import OPEN_READS_MAX, DiskTier
-from pdx.tiers.folder import FOLDER_BYTES, Folder
+from pdx.tiers.folder import Folder
 from pdx.tiers.health import READ_ERRORS_MAX, Health
 from pdx.tiers.tier import Failed, Loaded, Missed, Read, StateChanged, Write, Written
 
