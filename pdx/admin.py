@@ -222,7 +222,8 @@ def check_clear(request: ClearRequest) -> None:
         check_prompt(request)
     is_limited = bool(request.given or request.model or request.cache_salt is not None or request.older_s)
     if is_limited == request.everything:
-        raise Refused("say which blocks (a prompt, model, cache_salt or older_s), or that everything is meant")
+        both = ", not both" if request.everything else ""
+        raise Refused(f"say which blocks (a prompt, model, cache_salt or older_s), or that everything is meant{both}")
 
 
 def clear(request: ClearRequest) -> Clear:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 
-from pdx import __version__
-
 VERBS = {
     "serve": ("pdx.launch.serve", "start vLLM servers of one role on this host"),
     "up": ("pdx.launch.up", "start router, daemons and engines on this machine"),
@@ -16,7 +14,7 @@ VERBS = {
     "top": ("pdx.commands.top", "watch a router: engines, daemons and requests as they are"),
     "bench": ("pdx.commands.bench", "list the benchmarks and run one"),
     "check": ("pdx.commands.check", "say what this machine can run, and what is missing"),
-    "version": ("", "print the version"),
+    "version": ("", "print the version, and that of the wire"),
 }
 EXAMPLES = """examples:
   pdx up ./model --prefill 1 --decode 1          everything on this machine, one command
@@ -33,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         print(_help())
         return 0
     if verb in ("version", "--version"):
-        print(f"pdx {__version__}")
+        from pdx.wire import version
+
+        print(version())
         return 0
     if verb not in VERBS:
         print(f"pdx: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)

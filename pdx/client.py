@@ -26,6 +26,7 @@ import msgspec
 import zmq
 
 from pdx import config as configuration
+from pdx import joining
 from pdx.buffer.arena import Arena
 from pdx.config import Config
 from pdx.errors import ConfigError, DaemonGone, PdxError, Refused, WireError
@@ -38,7 +39,6 @@ from pdx.wire import (
     Attach,
     Attached,
     AttachRefused,
-    DaemonRef,
     Message,
     decoder_of,
     encode,
@@ -95,7 +95,7 @@ class DaemonClient:
         or, `again`, as the one was that was killed there (a disk that an operator gave it must be found again).
 
         Raises DaemonGone if none answers in time, ConfigError if one can't be started as configured, or runs already
-        with other lanes than are asked for, Refused if it turned this client away (the message says why).
+        without what is insisted on (see `joining`), Refused if it turned this client away (the message says why).
         """
         run_dir = configuration.ensure_run_dir(config.run_path)
         deadline = time.monotonic() + deadline_s
@@ -118,12 +118,12 @@ class DaemonClient:
             raise Refused(answer.reason)
         if hello.kind != "tool":
             try:
-                _check_lanes(config, answer.daemon)
+                joining.check(config, answer.daemon)
             except ConfigError:
                 _close(connection, descriptors)
                 raise
             if not again:
-                _warn_of_settings(config)
+                joining.warn(config)
         connection.setblocking(False)
         try:
             return cls(connection, answer, descriptors[0] if descriptors else None, worker=hello.kind == "worker")
@@ -330,31 +330,6 @@ def _close(connection: socket.socket, descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
-def _check_lanes(config: Config, daemon: DaemonRef) -> None:
-    """A daemon that somebody else has started may not be what this engine's operator insists on."""
-    schemes = [offer.scheme for offer in daemon.lanes]
-    if config.require_rdma and not all(offer.devices for offer in daemon.lanes):
-        problem = f"without require_rdma: it has {', '.join(schemes)}"
-    elif config.transport not in ("auto", schemes[0] if schemes else ""):
-        problem = f"without transport {config.transport}: it has {', '.join(schemes)}"
-    else:
-        return
-    raise ConfigError(f"the pdxd of {config.run_path} was started {problem}; end it, or start it so")
-
-
-def _warn_of_settings(config: Config) -> None:
-    """They are the daemon's from its start on: what this engine's operator asks for besides is not had."""
-    theirs = configuration.left_flags(config.run_path)
-    if theirs is None:
-        return
-    usual = configuration.flags_of(Config())
-    missed = [flag for flag in configuration.flags_of(config) if flag not in usual and flag not in theirs]
-    if missed:
-        told = [flag for flag in theirs if flag not in usual]
-        log.warning("the pdxd of %s was started without %s, which has no effect now (it runs with: %s)",
-                    config.run_path, " ".join(missed), " ".join(told) or "defaults")  # fmt: skip
-
-
 def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool, again: bool) -> socket.socket:
     """Connects to the daemon's socket, starting the daemon at most once."""
     started = False
@@ -378,7 +353,7 @@ def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool, aga
                     _start_daemon(run_dir, configuration.flags_of(config) if left is None else left, lock)
                     started = True
         if time.monotonic() > deadline:
-            raise DaemonGone(f"no pdxd answers in {run_dir}")
+            raise DaemonGone(f"no pdxd answers in {run_dir} ({configuration.chooser_of(run_dir)})")
         pause.poll(CONNECT_RETRY_S * 1000)
 
 

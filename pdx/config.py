@@ -26,12 +26,14 @@ from pdx.layered import Source, read_yaml, resolve
 from pdx.wire import Budgets
 
 KEY_BYTES_MIN = 16
+BARE_BYTES_MIN = 1 << 20  # a smaller size is told with its unit
 ADMIN_URL = "http://127.0.0.1:8001"  # where operators look for a router unless told
 LOOKUP_S = 0.02  # pdxd answers in some 0.2 ms
 # Names in the run directory on which a daemon and its clients must agree.
 SOCKET_NAME = "pdxd.sock"
 LOCK_NAME = "pdxd.lock"
 INFO_NAME = "pdxd.json"  # where the daemon is, for people and tests
+KEY_NAME = "cluster.key"  # of a daemon that is given none
 LOG_NAME = "pdxd.log"  # of a daemon that a client has started
 FLAGS_NAME = "pdxd.flags"  # of the daemon that runs, or was killed: whoever misses it starts it anew as it was
 PREFIX, ROUTER_PREFIX = "PDX_", "PDX_ROUTER_"  # the second: of variables that only a router reads
@@ -84,14 +86,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     budgets: Budgets = Budgets()
 
     def __post_init__(self) -> None:
-        parse_size(self.arena, key="arena")
+        for key in ("arena", "extent", "disk_cap"):
+            _check_unit(getattr(self, key), key=key)
         if not 0 < 2 * self.extent_bytes <= self.arena_bytes:
             extent = self.extent or "its default, an eighth"
             raise ConfigError(
                 f"an arena of {self.arena!r} has no room for extents of {extent}: write sizes with their units, as in "
                 "512MiB, and an extent of at most half of the arena"
             )
-        parse_size(self.disk_cap, key="disk_cap")
         if not (self.linger_s >= 0 and self.lease_s > 0):
             raise ConfigError(
                 f"linger_s must be at least 0 and lease_s above it, not {self.linger_s} and {self.lease_s}"
@@ -289,10 +291,27 @@ def parse_size(text: str, *, key: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def _check_unit(text: str, *, key: str) -> None:
+    """Whoever writes 16 does not mean bytes. Raises ConfigError, as for what is no size."""
+    if text and parse_size(text, key=key) < BARE_BYTES_MIN and not text.strip()[-1].isalpha():
+        raise ConfigError(f"{key}: {text} would be bytes: write sizes with their units, as in {text.strip()}MiB")
+
+
 def default_run_dir(environ: Mapping[str, str]) -> str:
     """One per user: all engines of a user's host share a daemon without being told."""
     base = environ.get("XDG_RUNTIME_DIR")
     return f"{base}/pdx" if base else f"/tmp/pdx-{os.getuid()}"  # noqa: S108 - made 0700 and owner-checked
+
+
+def chooser_of(run_dir: Path, environ: Mapping[str, str] | None = None) -> str:
+    """Which setting has chosen this run directory, for who finds nobody there."""
+    environ = os.environ if environ is None else environ
+    if environ.get("PDX_RUN_DIR") and os.path.abspath(environ["PDX_RUN_DIR"]) == str(run_dir):
+        return "PDX_RUN_DIR chose it"
+    if str(run_dir) == os.path.abspath(default_run_dir(environ)):
+        base = "by XDG_RUNTIME_DIR" if environ.get("XDG_RUNTIME_DIR") else "XDG_RUNTIME_DIR is unset here"
+        return f"the default, {base}; --run-dir or PDX_RUN_DIR name another"
+    return "--run-dir or a file of settings chose it"
 
 
 def ensure_run_dir(path: Path) -> Path:
@@ -335,11 +354,11 @@ def is_loopback(host: str) -> bool:
 
 
 def _local_key_file(run_dir: Path) -> Path:
-    path = run_dir / "cluster.key"
+    path = run_dir / KEY_NAME
     if path.exists():
         return path
     # Several processes may come here at once: each writes its own file, one link wins, nobody reads half a key.
-    temporary = run_dir / f"cluster.key.{os.getpid()}"
+    temporary = run_dir / f"{KEY_NAME}.{os.getpid()}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(secrets.token_bytes(32))

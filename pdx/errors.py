@@ -65,7 +65,7 @@ class ClosedTransport(TransportError):
 
 
 class UnknownTransport(TransportError):
-    """No lane of that URL scheme. The message lists the known schemes and why others are absent."""
+    """No lane of that URL scheme. The message lists those that there are."""
 
 
 class TierError(PdxError):

@@ -32,7 +32,7 @@ from pdx.admin import (
     UnpinRequest,
 )
 from pdx.client import DaemonClient
-from pdx.config import Config
+from pdx.config import Config, chooser_of
 from pdx.errors import DaemonGone, Refused
 from pdx.verbs import Result, SpaceInfo, Spaces, Steer
 from pdx.wire import Ask, Attach
@@ -66,7 +66,7 @@ class LocalKv:
     def open(cls, config: Config) -> LocalKv:
         """Raises DaemonGone if no daemon runs there."""
         if not config.run_path.is_dir():
-            raise DaemonGone(f"no daemon runs in {config.run_path}")
+            raise DaemonGone(f"no daemon runs in {config.run_path} ({chooser_of(config.run_path)})")
         return cls(DaemonClient.attach(config, Attach(kind="tool"), deadline_s=ATTACH_S, start=False))
 
     def lookup(self, request: LookupRequest) -> Report:
@@ -181,7 +181,11 @@ def post(url: str, body: bytes | None, headers: dict[str, str] | None = None) ->
         with error:
             reason = admin.reason_in(error.read(ERROR_BYTES_MAX)) or f"{url}: HTTP {error.code}"
             if error.code == http.client.UNAUTHORIZED and "/admin/" in url:
-                reason += ": name it by --key-file or PDX_KEY_FILE"
+                if headers:
+                    reason = "that is not the token of the cluster key that this router has: look at"
+                else:
+                    reason += ": name it by"
+                reason += " --key-file or PDX_KEY_FILE"
             raise Refused(reason) from error
     except (http.client.InvalidURL, ValueError) as error:
         raise Refused(f"{url} is not an http url: {error}") from error

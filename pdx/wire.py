@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from pdx import __version__
 from pdx.errors import VersionMismatch, WireError
 from pdx.layout import PageLayout, Place
 from pdx.members import Budgets as Budgets
@@ -413,6 +414,11 @@ _encoder = msgspec.msgpack.Encoder()
 
 def encode(message: Message) -> bytes:
     return MAGIC + bytes((WIRE_VERSION,)) + _encoder.encode(message)
+
+
+def version() -> str:
+    """As every program of pdx tells it. Those of one wire version understand each other."""
+    return f"pdx {__version__}, wire {WIRE_VERSION}"
 
 
 def decoder_of(union: Any) -> Callable[[bytes | memoryview], Any]:

@@ -106,7 +106,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(
             ge=0,
             description="a request is turned away at once, with 429 and Retry-After, while every engine that could "
-            "take it is predicted to begin with it only so many seconds later; 0 is no limit",
+            "take it is predicted to begin with it only so many seconds later, by what this worker has sent to it; "
+            "0 is no limit",
             title="S",
         ),
     ] = 0.0

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pdx.config import also_named
 from pdx.layered import bare, converted, is_list, nearest, types_of
 from pdx.router.config import RouterConfig
-from pdx.wire import Budgets
+from pdx.wire import Budgets, version
 
 EXAMPLES = """\
 examples:
@@ -43,7 +43,9 @@ _JOIN = "engines join through their daemons: start them with pdx serve --router"
 _KNOWN = "daemons say exactly what they hold, so there is nothing to set"
 _AT_ONCE = "a request is repeated at once, on another engine, within a budget of all requests"
 _HEALTH = "/health of each engine is asked every 5 s, and whatever fails counts as well"
+_TLS = "this router speaks HTTP without TLS: put what ends TLS before it"
 ELSEWHERE = {
+    **dict.fromkeys(("--ssl-certfile", "--ssl-keyfile", "--tls-cert-path", "--tls-key-path"), _TLS),
     "--vllm-pd-disaggregation": "engines that fit are paired without being told",
     "--worker-urls": "name engines that know nothing of pdx with --decode",
     "--kv-connector": "engines bring pdx's own connector",
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=version())
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings")
     parser.add_argument("--dump-config", action="store_true", help="print the settings as YAML, with origins, and exit")
     for key, wanted in types_of(RouterConfig).items():

@@ -7,15 +7,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pdx.config import is_loopback
 from pdx.errors import ConfigError
 from pdx.limits import raise_descriptor_limit
-from pdx.router.config import Resolved, dumped, resolved
+from pdx.router.config import Resolved, RouterConfig, dumped, resolved
 from pdx.router.flags import parsed
 
 if TYPE_CHECKING:
     from pdx.router.service import Options
 
 EXIT_CONFIG = 2
+
+_log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,11 +33,18 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(
             level=found.config.log_level.upper(), format="%(asctime)s pdx-router %(levelname)s %(message)s"
         )
+        warn_of_no_keys(found.config)
         raise_descriptor_limit()
         return _run(options_of(found))
     except ConfigError as error:
         print(f"pdx-router: {error}", file=sys.stderr)
         return EXIT_CONFIG
+
+
+def warn_of_no_keys(config: RouterConfig) -> None:
+    """The cluster key is for daemons and routers; clients have theirs, if the operator thinks of it."""
+    if not (is_loopback(config.host) or config.api_key or config.api_key_file):
+        _log.warning("no API keys: whoever reaches %s is answered (see --api-key-file)", config.host)
 
 
 def options_of(found: Resolved) -> Options:

@@ -123,18 +123,24 @@ class Outside:
         engines = [c.engine_id for c in self.directory.snapshot() if model in c.info.models]
         return max(1, math.ceil(self.standing.opens_in_s(engines, time.monotonic())))
 
-    def sent(self, engine: Candidate, prompt: Prompt | None, *, waits: bool) -> Callable[[bool], None]:
+    def sent(
+        self, engine: Candidate, prompt: Prompt | None, *, waits: bool, whole: bool = False
+    ) -> Callable[[bool], None]:
         """A call goes there, with a prompt if it is one that the engine has to compute.
 
-        Call the result when the call is over, and say whether it was answered. `waits`: for another engine's work, so
-        that its time says nothing.
+        Call the result when the call is over, and say whether it took the time that a first token takes. `waits`: for
+        another engine's work, so that its time says nothing. `whole`: its answer comes in one piece, at its end.
         """
         now, tokens = time.monotonic(), 0.0
         if prompt is not None:
             tokens = prompt.work_tokens(engine)
             self.knowledge.expect(prompt.names_at(engine), engine.daemon, now)
         load = 0 if waits else self.in_flight[engine.engine_id]
-        piece = self.work.sent(engine.engine_id, tokens, now, load=load, kind=engine.space)
+        pace = engine.tokens_per_s or NOMINAL_TOKENS_PER_S
+        computed_by = now + self.work.ahead_s(engine.engine_id, pace, now) + tokens / pace if whole else math.inf
+        piece = self.work.sent(
+            engine.engine_id, tokens, now, load=load, kind=engine.space, computed_by=computed_by
+        )  # fmt: skip
         return lambda answered: self.work.over(piece, time.monotonic(), answered=answered)
 
     def in_flight_at(self, engine: Candidate) -> Callable[[], None]:

@@ -39,6 +39,7 @@ from pdx.router.workers.texts import serve_text
 from pdx.whole import write_whole
 from pdx.wire import Announce
 
+LATE_S = 1.0  # a turn that comes so much later than it should has not heard of anybody meanwhile
 TICK_S = 0.1  # resolution of health polls and of a silent daemon's expiry
 DRAIN_LOOK_S = 0.02  # how often a draining router looks whether the last request has ended
 CLOSE_S = 0.5  # connections get this long when all is over
@@ -238,10 +239,13 @@ async def _keep(outside: Outside, named: Named) -> None:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(outside.registry.run())
         tasks.create_task(named.run(outside.upstream))
+        turn_at = time.monotonic()
         while True:
             now = time.monotonic()
-            for daemon_id in directory.expire(now):
-                outside.knowledge.gone(daemon_id)
+            if now - turn_at < LATE_S:  # else what daemons have said meanwhile has yet to be read
+                for daemon_id in directory.expire(now):
+                    outside.knowledge.gone(daemon_id)
+            turn_at = now + TICK_S
             outside.work.keep(set(directory.engines()))
             standing.forget(directory.engines(), (ref.daemon_id for ref in directory.daemons()))
             for engine_id, url in directory.due_polls(now):

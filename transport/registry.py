@@ -25,7 +25,6 @@ BUILT_IN = {
     "ucx": "pdx.transport.ucx:UcxLane",
 }
 ENCRYPTING = ("tcp",)
-ABSENT = {"loopback": "lives inside one process: use LoopbackNet.open_lane()"}
 # Where there is RDMA, the first of them that works. Two copies of UCX in a process would be two owners of each device.
 OVER_RDMA = ("nixl", "ucx")
 
@@ -89,6 +88,12 @@ def offer_of(lane: Lane) -> LaneOffer:
     return LaneOffer(endpoint=lane.endpoint, devices=devices[:DEVICES_MAX])
 
 
+def check_known(transport: str) -> None:
+    """Raises UnknownTransport, as a daemon would at its start, unless an operator may ask for this. Opens nothing."""
+    if transport != AUTO and transport not in known_schemes():
+        raise _unknown(transport)
+
+
 def known_schemes() -> list[str]:
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))})
 
@@ -124,5 +129,8 @@ def _factory(scheme: str) -> Callable[..., Lane]:
         except ImportError as error:
             raise UnknownTransport(f"lane {scheme!r} of {entry.value!r} cannot be imported: {error}") from error
         return loaded
-    absent = "".join(f"; {name}:// {why}" for name, why in ABSENT.items())
-    raise UnknownTransport(f"no lane for scheme {scheme!r}; known: {', '.join(known_schemes())}{absent}")
+    raise _unknown(scheme)
+
+
+def _unknown(scheme: str) -> UnknownTransport:
+    return UnknownTransport(f"no lane for scheme {scheme!r}; known: {', '.join(known_schemes())}")

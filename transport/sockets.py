@@ -8,6 +8,7 @@ encrypted goes through the same functions (see tls).
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 import time
@@ -85,7 +86,7 @@ def listen_at(url: str, *, scheme: str, key: bytes | None) -> tuple[socket.socke
         family, kind, protocol, address = resolve(url, host, port)
         listening = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"{url}: {error}") from error
+        raise ConfigError(f"can't listen at {url}: {error.strerror or error}; see --host") from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
@@ -93,7 +94,8 @@ def listen_at(url: str, *, scheme: str, key: bytes | None) -> tuple[socket.socke
         listening.setblocking(False)  # poll() may announce a peer that is gone before accept()
     except OSError as error:
         listening.close()
-        raise ConfigError(f"{url}: {error}") from error
+        see = "--host must be an address of this host" if error.errno == errno.EADDRNOTAVAIL else "see --lane-port"
+        raise ConfigError(f"can't listen at {url}: {error.strerror or error}; {see}") from error
     bracketed = f"[{host}]" if ":" in host else host
     return listening, f"{scheme}://{bracketed}:{listening.getsockname()[1]}"
 

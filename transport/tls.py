@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from pdx.config import Config
 from pdx.errors import ConfigError, PeerGone, WireError
 
 TRAVEL_BYTES = 256 << 10
@@ -46,6 +47,13 @@ class LaneTls:
     def pipe(self, connection: socket.socket, *, is_acceptor: bool) -> TlsPipe:
         """Nothing travels until shake_hands(). The connection stays its owner's to tune, shut and close."""
         return TlsPipe(connection, self._as_acceptor if is_acceptor else self._as_connector, is_acceptor=is_acceptor)
+
+
+def lane_tls(settings: Config) -> LaneTls | None:
+    """What a daemon's lanes get; None without TLS. Raises as LaneTls does."""
+    if not settings.tls_cert:
+        return None
+    return LaneTls(TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), Path(settings.tls_ca)))
 
 
 class TlsPipe:

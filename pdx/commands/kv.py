@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   pdx kv stats --admin http://127.0.0.1:8001       of all daemons that a router knows, by its admin port"""
 QUESTIONS = {
     "stats": "slots, index, pins, disk, handoffs and engines",
-    "health": "the daemon's addresses",
+    "health": "the daemon's process id and addresses",
     "check": "do slots, leases and index add up?",
 }
 

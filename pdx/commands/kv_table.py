@@ -17,6 +17,8 @@ def as_json(report: Report) -> str:
 
 def as_table(report: Report) -> str:
     """One line a result; numbers of `stats` as JSON, which is what they are read by."""
+    if not report.daemons:  # of a router: on one's own host nobody answers without one
+        return "no daemon has announced an engine"
     head = [f"{report.model}, a prompt of {report.prompt_tokens} tokens"] if report.prompt_tokens is not None else []
     return "\n".join([*head, *(line for daemon in report.daemons for line in _lines(daemon))])
 

@@ -15,14 +15,14 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pdx import __version__, config
+from pdx import config
 from pdx.errors import ConfigError, PdxError, TierBroken
 from pdx.limits import raise_descriptor_limit
 from pdx.whole import write_whole
+from pdx.wire import version
 
 if TYPE_CHECKING:
     from pdx.tiers.disk import DiskTier
-    from pdx.transport.tls import LaneTls
 
 STDOUT, STDERR = 1, 2
 LOG_BYTES_MAX = 16 << 20  # then it is kept as pdxd.log.1, and a new one begins
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pdxd", description="pdx's per-host daemon.", epilog="\n".join([EXAMPLES, "", OTHERS, *others]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"pdxd {__version__}")
+    parser.add_argument("--version", action="version", version=version())
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings (default: PDX_CONFIG)")
     for name in config.FLAGS:
         config.add_flag(parser, name)
@@ -111,6 +111,7 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
     from pdx.layout import CONTROL_BYTES
     from pdx.transport.rdma import rdma_here
     from pdx.transport.registry import open_lane, open_lanes
+    from pdx.transport.tls import lane_tls
 
     raise_descriptor_limit()
     key = config.cluster_key(settings)
@@ -118,7 +119,7 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
     lanes, why_no_better = open_lanes(
         settings.host, port=settings.lane_port, transport=settings.transport, require_rdma=settings.require_rdma,
         rdma=rdma_here(),
-        open_one=partial(open_lane, key=key, tls=_lane_tls(settings), name=str(run_dir)),
+        open_one=partial(open_lane, key=key, tls=lane_tls(settings), name=str(run_dir)),
     )  # fmt: skip
     arena: Arena | None = None
     tier = None
@@ -145,7 +146,9 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             write_whole(run_dir / config.INFO_NAME, json.dumps(info).encode())
             log.info("serving: arena %d MiB, control %s, lanes %s", settings.arena_bytes >> 20, me.control,
                      ", ".join(endpoints))  # fmt: skip
-            service.run()
+            # For who starts it by hand: an engine that starts it comes at once.
+            log.info("waits %g s for its first engine, and after its last: --linger-s changes that", settings.linger_s)
+            why = service.run()
             service.leave()
             service.flush()
         finally:
@@ -159,15 +162,7 @@ def _run_locked(settings: config.Config, run_dir: Path) -> None:
             tier.close(drain_s=DISK_DRAIN_S)
         if arena is not None:
             arena.close()
-    log.info("gone")
-
-
-def _lane_tls(settings: config.Config) -> LaneTls | None:
-    if not settings.tls_cert:
-        return None
-    from pdx.transport.tls import LaneTls, TlsFiles
-
-    return LaneTls(TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), Path(settings.tls_ca)))
+    log.info("gone: %s", why)
 
 
 def _open_disk(settings: config.Config, key: bytes) -> DiskTier | None:

@@ -134,12 +134,14 @@ class Service:
         """Ends `run` soon, and `flush` if it is called then. Safe from a signal handler."""
         self._stops += 1
 
-    def run(self) -> None:
+    def run(self) -> str:
+        """Returns why it has ended."""
         while not self._stops:
             pending = self._handoffs.fences_pending or self._to_self
             self._step(0.0 if self._to_self else FENCE_TICK_S if pending else TICK_S)
             if self._lingered_out():
-                return
+                return f"no engine for {self._config.linger_s:g} s"
+        return "told to stop"
 
     def leave(self) -> None:
         """Says goodbye to routers and engines, which serve without this daemon from now on. Idempotent."""

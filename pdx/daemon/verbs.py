@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ def _stats(service: Service) -> dict[str, Any]:
 def _health(service: Service) -> dict[str, Any]:
     return {
         "daemon": service.me.daemon_id,
+        "pid": os.getpid(),
         "incarnation": service.me.incarnation,
         "control": service.me.control,
         "lanes": service.handoffs.lanes(time.monotonic()),

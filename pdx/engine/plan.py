@@ -16,6 +16,7 @@ from pdx.errors import Refused
 from pdx.layout import CONTROL_BYTES, PageLayout, Place, blocks_for
 
 LOOK_AHEAD = 32  # blocks; of twenty prompts of 2,000 blocks each, to look at all would take 16 ms of every step
+WINDOW = 256  # blocks looked at together: all 2,000 of a prompt took 2 ms of every step, most of what it may take
 NO_BLOCK = 0  # what stands for no block in a table, as in vLLM; real ones count from 1
 
 
@@ -84,32 +85,29 @@ class LoadPlan:
         self._done = [self._needed_from(position, 0) for position in range(len(places))]
         self._issued = list(self._done) if ahead else self._done  # the same, or on their way
         self._first_open = 0  # before it, all is issued
+        self._window_end = 0  # behind it, nothing is before the window's blocks are
         self._open = sum(done < self._layers for done in self._done)  # positions that are not done
         self.pages_done = 0
 
     def batches(self, watermark: Callable[[Place], int], *, pages_max: int) -> Iterator[tuple[int, list[int]]]:
-        """(layer, positions in `places`) of pages that have landed and are not issued, lowest layer first.
+        """(layer, positions in `places`) of pages that have landed and are not issued: of a window of blocks, which
+        are the first to be whole then, the lowest layer first.
 
         `pages_max` is for each. Report each with `issue` or `done` before taking the next; stop when you like. Blocks
         land in the order of the prompt, more or less: nothing is looked for far behind the last that has.
         """
-        landed: dict[int, int] = {}
-        blank = 0  # positions in a row with nothing new
-        for position in range(self._first_open, len(self.places)):
-            issued = self._issued[position]
-            if issued >= self._layers:
-                self._first_open += position == self._first_open
-                continue
-            layers = min(watermark(self.places[position]), self._layers)
-            blank = 0 if layers > issued else blank + 1
-            if layers > issued:
-                landed[position] = layers
-            elif blank >= LOOK_AHEAD:
-                break
-        for layer in range(min((self._issued[n] for n in landed), default=0), max(landed.values(), default=0)):
-            due = [position for position, layers in landed.items() if self._issued[position] == layer < layers]
-            for start in range(0, len(due), pages_max):
-                yield layer, due[start : start + pages_max]
+        while self._first_open < len(self.places):
+            if self._first_open >= self._window_end:
+                self._window_end = min(self._first_open + max(WINDOW, pages_max), len(self.places))
+            landed = self._landed(watermark)
+            for layer in range(min((self._issued[n] for n in landed), default=0), max(landed.values(), default=0)):
+                due = [position for position, layers in landed.items() if self._issued[position] == layer < layers]
+                for start in range(0, len(due), pages_max):
+                    yield layer, due[start : start + pages_max]
+            while self._first_open < self._window_end and self._issued[self._first_open] >= self._layers:
+                self._first_open += 1
+            if self._first_open < self._window_end:
+                return
 
     def issue(self, layer: int, positions: Sequence[int]) -> None:
         """These pages are on their way into the engine's cache. Only with `ahead`."""
@@ -144,6 +142,22 @@ class LoadPlan:
     def block_ids_of_all(self) -> set[int]:
         """Every engine block that this load fills, or has filled."""
         return {block_id for table in self.tables for block_id in table} - {NO_BLOCK}
+
+    def _landed(self, watermark: Callable[[Place], int]) -> dict[int, int]:
+        """Positions in the window of which layers have landed that are not issued: how many have."""
+        landed: dict[int, int] = {}
+        blank = 0  # positions in a row with nothing new
+        for position in range(self._first_open, self._window_end):
+            issued = self._issued[position]
+            if issued >= self._layers:
+                continue
+            layers = min(watermark(self.places[position]), self._layers)
+            blank = 0 if layers > issued else blank + 1
+            if layers > issued:
+                landed[position] = layers
+            elif blank >= LOOK_AHEAD:
+                break
+        return landed
 
     def _needed_from(self, position: int, layer: int) -> int:
         """The first layer, from `layer` on, that has a block for this position; the number of layers if none has."""

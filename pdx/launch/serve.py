@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pdx import config
 from pdx.errors import ConfigError, PdxError
-from pdx.launch import engine
+from pdx.launch import beforehand, engine
 from pdx.launch.engine import EngineSpec
 from pdx.launch.guard import parse_cpus
 from pdx.launch.outlive import serve_on
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         absent = (parse_cpus(options.cpus) if options.cpus else set()) - os.sched_getaffinity(0)
         if absent:
             raise ConfigError(f"--cpus: there is no core {min(absent)} here, or this process may not use it")
+        beforehand.check_model(options.model)
+        beforehand.check_engines(config.load(options.settings))
         specs = plan(options, ports=_ports(options))
     except PdxError as error:
         print(f"pdx serve: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pdx import config
 from pdx.errors import ConfigError, PdxError
-from pdx.launch import engine
+from pdx.launch import beforehand, engine
 from pdx.launch.engine import EngineSpec
 from pdx.launch.fleet import DaemonSpec, Fleet, Ground, Wish, design
 from pdx.launch.gpus import visible_gpus
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     """Serves until a signal (exit status 0), or the death of what it can't do without (1). 2: a wrong command line."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
+        beforehand.check_model(options.wish.model)
+        beforehand.check_daemon(config.load({**options.wish.settings, "key_file": options.key_file}))
     except PdxError as error:
         print(f"pdx up: {error}", file=sys.stderr)
         return 2

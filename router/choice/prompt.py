@@ -39,6 +39,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
 
     def work_tokens(self, engine: Candidate) -> float:
         """What it would have to compute, what comes from a disk in part."""
+        tokens = min(self.tokens, engine.info.context_tokens or self.tokens)  # of more it refuses all
         found = self.found_at(engine)
         from_disk = (found.blocks - found.arena_blocks) * engine.info.content.block_tokens
-        return self.tokens - self.cached_tokens(engine) + DISK_SHARE * min(from_disk, self.cached_tokens(engine))
+        return max(0, tokens - self.cached_tokens(engine)) + DISK_SHARE * min(from_disk, self.cached_tokens(engine))

@@ -10,6 +10,7 @@ One thread. Time is an argument, in seconds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from pdx.rates import Busy, Rate
@@ -28,6 +29,7 @@ class Piece:
     tokens: float  # of its prompt that the engine has to compute
     load: int  # requests in flight there, this one among them; 0: the time it takes says nothing of that
     began_at: float
+    computed_by: float  # when its prompt should be, if its first byte comes behind its last token only
 
 
 @dataclass(eq=False, slots=True)
@@ -45,12 +47,14 @@ class Work:
         self._lines: dict[str, _Line] = {}
         self._paces: dict[bytes, Rate] = {}
 
-    def sent(self, engine_id: str, tokens: float, now: float, *, load: int, kind: bytes = b"") -> Piece:
+    def sent(
+        self, engine_id: str, tokens: float, now: float, *, load: int, kind: bytes = b"", computed_by: float = math.inf
+    ) -> Piece:
         """`tokens` 0: what it is to compute is unknown, or nothing."""
         line = self._lines.setdefault(engine_id, _Line())
         if not line.pieces:
             line.head_since = now
-        piece = Piece(engine_id, kind, tokens, load, now)
+        piece = Piece(engine_id, kind, tokens, load, now, computed_by)
         line.pieces[piece] = None
         return piece
 
@@ -74,11 +78,11 @@ class Work:
     def ahead_s(self, engine_id: str, tokens_per_s: float, now: float) -> float:
         """How long the engine takes for its line, at this pace."""
         line = self._lines.get(engine_id)
-        if line is None or not line.pieces:
+        ahead = [piece.tokens for piece in line.pieces if now < piece.computed_by] if line is not None else []
+        if line is None or not ahead:
             return 0.0
-        head = next(iter(line.pieces)).tokens
-        done = min(head, (now - line.head_since) * tokens_per_s)
-        return (sum(piece.tokens for piece in line.pieces) - done) / tokens_per_s
+        done = min(ahead[0], (now - line.head_since) * tokens_per_s)
+        return (sum(ahead) - done) / tokens_per_s
 
     def tokens_per_s(self, kind: bytes) -> float:
         """As learned here; 0: not yet."""

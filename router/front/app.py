@@ -24,6 +24,7 @@ from pdx.router.choice.policy import Asked, Snapshot, choose_pair, serving
 from pdx.router.choice.prompts import Reading
 from pdx.router.front.access import ApiKeys, Caller, Origins
 from pdx.router.front.answers import as_json, refusal
+from pdx.router.front.bodies import decoded
 from pdx.router.front.replies import REFUSALS
 from pdx.router.line.admission import Wish
 from pdx.router.line.wishes import wish_of
@@ -268,12 +269,9 @@ class Front:
         if client.path not in (COMPLETIONS, CHAT) and client.content_type.startswith("multipart/"):
             return {}
         try:
-            body = msgspec.json.decode(raw)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise _Refused(400, "not_json", f"the body is not JSON: {error}") from error
-        if not isinstance(body, dict):
-            raise _Refused(400, "not_json", "the body must be a JSON object")
-        return body
+            return decoded(raw)
+        except ValueError as error:
+            raise _Refused(400, "not_json", str(error)) from error
 
     def _model_of(self, body: dict[str, Any]) -> str:
         models = self._outside.directory.models()

@@ -98,13 +98,9 @@ class Conductor:
         self._content_type = "application/json"
         self._response: web.StreamResponse | None = None
         self._record = outside.recorder.begin(
-            journey,
-            request_id=headers["X-Request-Id"],
-            model=model,
-            path=client.path,
-            now=self._started_at,
+            journey, request_id=headers["X-Request-Id"], model=model, path=client.path, now=self._started_at,
             now_unix_s=time.time(),
-        )
+        )  # fmt: skip
 
     async def play(self, *, timeout_s: float) -> web.StreamResponse:
         """The finished response. Cancelled (the client left), it drops upstream calls and ends the handoff."""
@@ -173,7 +169,8 @@ class Conductor:
                 call = self._begun(action.engine, action.body)
                 # Counted before the first await: of requests that come together, each must see those before it.
                 self._decode_call.callback(self._outside.in_flight_at(action.engine))
-                sent = self._outside.sent(action.engine, action.prompt, waits=action.waits)
+                whole = not self._journey.streams
+                sent = self._outside.sent(action.engine, action.prompt, waits=action.waits, whole=whole)
                 self._start("decode", action.engine, call, self._decode(action, call), sent)
             case DropPrefill():
                 await self._drop("prefill")
@@ -190,8 +187,7 @@ class Conductor:
             case PassOn():
                 if self._journey.handed_over:
                     self._blame.handoff_went()
-                    seconds = time.monotonic() - self._prefilled_at
-                    self._outside.metrics.handover_s.of(self._model).observe(seconds)
+                    self._outside.metrics.handover_s.of(self._model).observe(time.monotonic() - self._prefilled_at)
                 await self._write(action.body)
                 self._calls["decode"] = pump = asyncio.create_task(self._pump())
                 pump.add_done_callback(self._blame.stream_ended)
@@ -443,8 +439,9 @@ class Conductor:
 
 
 def _answered(task: asyncio.Task[Event]) -> bool:
-    """Whether it took the time that an answer takes."""
+    """Whether it took the time that a first token takes."""
     if task.cancelled() or task.exception() is not None:
         return False
     event = task.result()
-    return isinstance(event, PrefillAnswered | DecodeAnswered) and event.status == 200
+    whole = isinstance(event, DecodeAnswered) and not event.streaming
+    return isinstance(event, PrefillAnswered | DecodeAnswered) and not whole and event.status == 200

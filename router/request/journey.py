@@ -99,7 +99,7 @@ class Journey:
         self.repeats = 0
         self.held_back = False
         self._request = request
-        self._streams = bool(request.body.get("stream"))
+        self.streams = bool(request.body.get("stream"))
         self._settings = settings
         self._budget = budget or RetryBudget()
         self._tried: list[Candidate] = []  # decode engines that have failed
@@ -124,7 +124,7 @@ class Journey:
     @property
     def _opened(self) -> bool:
         """Whether the client has bytes."""
-        return self.state in ("streaming", "overtaking") or (self._seed is not None and self._streams)
+        return self.state in ("streaming", "overtaking") or (self._seed is not None and self.streams)
 
     def __repr__(self) -> str:
         engines = [candidate.engine_id for candidate in (self.prefill, self.decode) if candidate]
@@ -183,9 +183,13 @@ class Journey:
         choose = self._choose_alone if alone else self._choose_pair
         if choose(in_time, policy.NO_LIMIT) is not None:
             return self._line_up(need)
-        if choose(begin, policy.NO_LIMIT) is not None:
-            asks_again_in_s = soon_in_s(begin.snapshot, self._settings)
-            return self._turned_away(TurnedAway(why="long_wait", retry_after_s=asks_again_in_s))
+        late = choose(begin, policy.NO_LIMIT)
+        instead = self._choose_instead(late, with_room, line_max) if isinstance(late, Pair) else None
+        if instead is not None:  # prefill alone has too much to do
+            return self._go_alone(*instead, begin)
+        if late is not None:
+            in_s = soon_in_s(begin.snapshot, self._request.model, self._settings, alone=alone)
+            return self._turned_away(TurnedAway(why="long_wait", retry_after_s=in_s))
         self.reason = "no_decode"
         message = f"no decode engine is ready for model {self._request.model!r}"
         return self._turn_away(503, message, begin.retry_after_s)
@@ -298,7 +302,7 @@ class Journey:
         if seed is not None and self._is_all(seed):
             self._move("answer")
             ended = self._end_handoff("not_needed")
-            if not self._streams:
+            if not self.streams:
                 return [*ended, Answer(status=200, body=own_answer(body))]
             usage = bool((wanted.get("stream_options") or {}).get("include_usage"))
             return [*ended, Write(seed.stream(usage=usage)), CloseStream()]
@@ -309,7 +313,7 @@ class Journey:
         self._move("seed")
         self.reply, self._seed = reply, seed
         call = self._call(self._seeded_body(self._handle))
-        return [Write(seed.opening()), call] if self._streams else [call]
+        return [Write(seed.opening()), call] if self.streams else [call]
 
     def _is_all(self, seed: Seed) -> bool:
         """Whether the answer ends with its first token."""
@@ -353,7 +357,7 @@ class Journey:
         if event.status >= 400:
             self._move("answer")
             return [*self._end_handoff("client_error"), Answer(status=event.status, body=event.body)]
-        if self._seed is not None and event.streaming != self._streams:
+        if self._seed is not None and event.streaming != self.streams:
             return self._retry("decode_bad_reply", event.snapshot)
         if event.streaming:
             self._move("first_byte")

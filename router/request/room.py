@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from pdx.router.choice.policy import Candidate, Snapshot
+from pdx.router.choice.policy import Candidate, Side, Snapshot, serving
+from pdx.router.line.admission import RETRY_AFTER_MAX_S
 from pdx.router.request.settings import Settings
 
 
@@ -24,7 +25,8 @@ def soon(snapshot: Snapshot, settings: Settings) -> Snapshot:
     return tuple(engine for engine in snapshot if engine.wait_s <= limit_s) if limit_s else snapshot
 
 
-def soon_in_s(snapshot: Snapshot, settings: Settings) -> int:
-    """When the first of those that are not is one of them again. Whole seconds, at least one."""
-    over_s = (engine.wait_s - settings.max_wait_s for engine in snapshot if engine.wait_s > settings.max_wait_s)
-    return max(1, math.ceil(min(over_s, default=0.0)))
+def soon_in_s(snapshot: Snapshot, model: str, settings: Settings, *, alone: bool) -> int:
+    """When a pair of this model, or an engine alone, is one of them again. Whole seconds, from 1 to a minute."""
+    sides: tuple[Side, ...] = ("decode",) if alone else ("prefill", "decode")
+    first_s = (min((c.wait_s for c in serving(snapshot, model, side)), default=0.0) for side in sides)
+    return min(RETRY_AFTER_MAX_S, max(1, math.ceil(max(first_s) - settings.max_wait_s)))

@@ -15,6 +15,7 @@ from tokenizer import tokenizer, tokens_of
 from pdx.admin import ClearRequest, LookupRequest, PinRequest, Report, UnpinRequest
 from pdx.chain import block_hashes
 from pdx.commands import kv
+from pdx.commands.kv_table import as_table
 from pdx.errors import Refused
 from pdx.keys import tenant_of
 from pdx.kv import LocalKv
@@ -127,6 +128,8 @@ def test_commands_say_what_they_did(host: Host, capsys: pytest.CaptureFixture[st
         (["pin", "x", "--text", "x", "--ttl-s", "0"], "> 0"),
         (["clear"], "say which blocks"),
         (["clear", "--everything", "--salt", "a"], "say which blocks"),
+        (["clear", "--everything", "--text", "hi"], "or that everything is meant, not both"),
+        (["clear", "--everything", "--older-s", "10"], "or that everything is meant, not both"),
         (["stats", "--router", "ftp://x"], "not an http url"),
         (["stats", "--router", "http://127.0.0.1:1"], "does not answer"),
     ],
@@ -139,6 +142,15 @@ def test_refusals_are_one_line(
     assert not out
     (line,) = err.splitlines()
     assert line.startswith("pdx kv: ") and complaint in line
+
+
+def test_health_names_the_process(host: Host, client: LocalKv) -> None:
+    (report,) = client.ask("health").daemons
+    assert report.body["pid"] == host.daemon.process.pid
+
+
+def test_a_router_that_knows_no_daemon_is_told_in_words() -> None:
+    assert as_table(Report(daemons=[])) == "no daemon has announced an engine"
 
 
 def test_images_are_refused_by_name(client: LocalKv) -> None:

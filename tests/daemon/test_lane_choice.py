@@ -216,6 +216,7 @@ def test_an_engine_is_not_served_by_a_daemon_of_other_lanes(fleet: Fleet) -> Non
     engine = fleet.engine(daemon, "P")
     hello = Attach(kind="scheduler", engine=msgspec.structs.replace(engine.info, engine_id="Q"))
     for changes, says in (({"transport": "nixl"}, "without transport nixl: it has tcp"),
-                          ({"require_rdma": True}, "without require_rdma: it has tcp")):  # fmt: skip
+                          ({"require_rdma": True}, "without require_rdma: it has tcp"),
+                          ({"host": "10.0.0.9"}, r"without host 10\.0\.0\.9: it has host 127\.0\.0\.1")):  # fmt: skip
         with pytest.raises(ConfigError, match=says):
             DaemonClient.attach(msgspec.structs.replace(daemon.config, **changes), hello, start=False)

@@ -80,6 +80,9 @@ def test_it_lingers_for_a_client_that_comes_back_then_exits_and_cleans_up(settin
     with DaemonClient.attach(settings, TOOL, start=False) as again:
         assert again.alive
     until(lambda: not daemons_in(settings), "it exits")
+    log = (settings.run_path / LOG_NAME).read_text()
+    assert "waits 0.2 s for its first engine" in log
+    assert log.endswith("gone: no engine for 0.2 s\n")
     assert not {"pdxd.sock", "pdxd.ipc", "pdxd.json"} & set(os.listdir(settings.run_path))
 
 
@@ -184,7 +187,7 @@ def test_of_a_large_log_only_the_end_is_read(settings: Config) -> None:
 
 
 def test_no_daemon_and_none_to_be_started(settings: Config) -> None:
-    with pytest.raises(DaemonGone, match="no pdxd answers"):
+    with pytest.raises(DaemonGone, match=r"no pdxd answers in .* \(--run-dir or a file of settings chose it\)"):
         DaemonClient.attach(settings, TOOL, deadline_s=0.1, start=False)
 
 
@@ -192,6 +195,7 @@ def test_no_daemon_and_none_to_be_started(settings: Config) -> None:
     ("arguments", "message"),
     [
         (["--arena", "900TiB"], "does not fit"),
+        (["--arena", "16"], "arena: 16 would be bytes: write sizes with their units, as in 16MiB"),
         (["--arena", "lots"], "arena: 'lots' is not a size; write e.g. 512MiB"),
         (["--host", "10.1.2.3"], "PDX_KEY_FILE"),
         (["--disk-write", "sideways"], "command line: disk_write is one of through, back, not 'sideways'"),
@@ -380,4 +384,5 @@ def test_stop_by_signal_is_clean(fleet: Fleet) -> None:
     daemon: Daemon = fleet.daemon()
     daemon.process.send_signal(signal.SIGINT)
     assert daemon.process.wait(5) == 0
+    assert (daemon.run_dir / "log").read_text().endswith("gone: told to stop\n")
     assert not {"pdxd.sock", "pdxd.ipc", "pdxd.json"} & set(os.listdir(daemon.run_dir))

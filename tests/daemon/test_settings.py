@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdx.config import Config, add_flag, load
+from pdx.config import Config, add_flag, chooser_of, default_run_dir, load
 from pdx.daemon.main import main
 from pdx.errors import ConfigError
 
@@ -42,6 +42,25 @@ def test_the_help_has_every_setting_and_the_defaults_that_hold(capsys: pytest.Ca
         assert f"--{name.replace('_', '-')} " in said or f"PDX_{name.upper()} " in said
     for told in ("last client has left (default: 60)", "one cache_salt may take (default: 1)", "(default: 1GiB)"):
         assert told in said
+
+
+@pytest.mark.parametrize("key", ["arena", "extent", "disk_cap"])
+def test_a_small_number_without_a_unit_is_taken_for_a_slip(key: str) -> None:
+    for text in ("16", "512 "):
+        with pytest.raises(ConfigError, match=f"{key}: {text} would be bytes: .*, as in {text.strip()}MiB"):
+            load({key: text}, environ={})
+    for text in ("1048576", "64KiB", "65536B"):
+        load({"arena": "4MiB", "extent": "8KiB", key: text}, environ={})
+
+
+def test_who_chose_the_run_directory() -> None:
+    for environ, run_dir, said in (
+        ({"PDX_RUN_DIR": "/r"}, "/r", "PDX_RUN_DIR chose it"),
+        ({"PDX_RUN_DIR": "/r"}, "/other", "--run-dir or a file of settings chose it"),
+        ({"XDG_RUNTIME_DIR": "/x"}, "/x/pdx", "the default, by XDG_RUNTIME_DIR; --run-dir or PDX_RUN_DIR"),
+        ({}, default_run_dir({}), "the default, XDG_RUNTIME_DIR is unset here; --run-dir or PDX_RUN_DIR"),
+    ):
+        assert chooser_of(Path(run_dir), environ).startswith(said)
 
 
 @pytest.mark.parametrize(

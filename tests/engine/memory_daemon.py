@@ -77,8 +77,10 @@ class MemoryDaemon:
         self.hold_back = False  # answers stay in the queue
         self.alive = True
 
-    def client(self) -> MemoryClient:
+    def client(self, epoch: str = "") -> MemoryClient:
+        """`epoch`: of its engine's weights, as its hello says."""
         client = MemoryClient(self, fence_offset=8 * len(self.clients))
+        client.epoch = epoch
         self.clients.append(client)
         return client
 
@@ -297,6 +299,7 @@ class MemoryAttachment:
 
     def __init__(self, daemon: MemoryDaemon) -> None:
         self.daemon: MemoryDaemon | None = daemon
+        self._epoch = ""
         self._client: MemoryClient | None = None
 
     def client(self) -> MemoryClient | None:
@@ -304,11 +307,12 @@ class MemoryAttachment:
             self._client.close()
             self._client = None
         if self._client is None and self.daemon is not None and self.daemon.alive:
-            self._client = self.daemon.client()
+            self._client = self.daemon.client(self._epoch)
         return self._client
 
     def at(self, epoch: str) -> None:
-        """The next daemon is told by the messages of its client, like the first."""
+        """The next daemon hears at once that the engine's weights are of this epoch."""
+        self._epoch = epoch
 
     def hold(self) -> None:
         """An arena of this process: nobody else needs its memory."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdx.engine.plan import LOOK_AHEAD, NO_BLOCK, LoadPlan, SendPlan, fits, promised_tokens
+from pdx.engine.plan import LOOK_AHEAD, NO_BLOCK, WINDOW, LoadPlan, SendPlan, fits, promised_tokens
 from pdx.errors import Refused
 from pdx.layout import CONTROL_BYTES, PageLayout, Place, blocks_for
 
@@ -149,6 +149,27 @@ def test_little_is_looked_at_while_nothing_lands() -> None:
     for layer, positions in plan.batches(watermark, pages_max=1000):
         plan.done(layer, positions)
     assert plan.complete
+
+
+def test_of_much_that_has_landed_a_step_looks_at_a_window() -> None:
+    """A step's few batches are to be copies, not a search; and what is cut short keeps its leading blocks."""
+    blocks, layers = 2000, 4
+    plan = LoadPlan([place(n) for n in range(blocks)], [list(range(1, blocks + 1))], group_of=[0] * layers)
+    looked: list[Place] = []
+
+    def watermark(at: Place) -> int:
+        looked.append(at)
+        return layers
+
+    for _ in range(WINDOW * layers // 8):
+        (first,) = itertools.islice(plan.batches(watermark, pages_max=8), 1)
+        plan.done(*first)
+        assert len(looked) <= WINDOW
+        looked.clear()
+    assert plan.unverified_block_ids == set(range(WINDOW + 1, blocks + 1))
+    for layer, positions in plan.batches(watermark, pages_max=8):
+        plan.done(layer, positions)
+    assert plan.complete, "who has time takes all of it"
 
 
 def test_promised_tokens() -> None:

@@ -14,7 +14,7 @@ from torch_engine import BLOCK_TOKENS, LAYOUT, Request, Scheduled
 from pdx.engine.link import Link
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.layout import Place
-from pdx.wire import LoadEnded, LoadOpened, LookUp, Renew
+from pdx.wire import LoadEnded, LoadOpened, LookUp, OpenLoad, Renew
 
 IDLE = Scheduled({}, {})
 
@@ -71,6 +71,27 @@ def test_what_is_found_for_a_request_that_waits_is_not_held_and_looked_up_anew_a
     assert [load.request_id for load in step.loads] == ["own 0"]
     renewed = [name for message in daemon.received if isinstance(message, Renew) for name in message.handoff_ids]
     assert renewed == [second.handoff_id], "what is being loaded is held"
+
+
+def test_a_request_that_is_admitted_before_the_answer_holds_nothing(
+    daemon: MemoryDaemon, keeping: SchedulerSide, clock: Clock
+) -> None:
+    """vLLM does not wait for a request that is to read no cache."""
+    daemon.hold_back = True
+    request = own_request()
+    request.kv_transfer_params = {"pdx_handle": daemon.handle(), "do_remote_prefill": True}
+    request.skip_reading_prefix_cache = True
+    keeping.on_new_request(request)
+    assert not any(isinstance(message, LookUp | OpenLoad) for message in daemon.received)
+    keeping.on_new_request(own_request(1))
+    keeping.allocated("own 1", [[7, 8, 9]], 0)
+    (asked,) = looked_up(daemon)
+    found(daemon, asked)
+    clock.now += 2.0
+    keeping.step(IDLE)  # type: ignore[arg-type]
+    assert {m.handoff_id for m in daemon.let_go if m.side == "load"} == {asked.handoff_id}
+    renewed = [name for message in daemon.received if isinstance(message, Renew) for name in message.handoff_ids]
+    assert renewed == []
 
 
 def test_a_request_whose_finds_were_given_up_may_end_before_its_turn(

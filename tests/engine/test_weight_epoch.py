@@ -19,7 +19,7 @@ from torch_pair import Side, last_let_go, loading, prompt, run, sending, side
 from pdx.engine.vllm.epoch import Epoch
 from pdx.engine.vllm.steps import Report, Seen
 from pdx.engine.vllm.watch import Watch
-from pdx.wire import LookUp, WeightEpoch
+from pdx.wire import LookUp, Reset, WeightEpoch
 
 TEXT = prompt(1, 24)
 NEW = 8  # the seed of other weights
@@ -235,6 +235,44 @@ def test_the_next_daemon_is_told_the_epoch_before_anything_else(daemon: MemoryDa
     computed, request = ask(engine)
     assert computed == ALL and answered(request, NEW)
     assert isinstance(again.received[0], WeightEpoch)
+
+
+def test_a_daemon_that_was_told_the_epoch_of_before_is_told_that_of_the_start(
+    daemon: MemoryDaemon, engine: Side
+) -> None:
+    """It comes between a reset and the weights that follow: what its hello says is true no longer."""
+    engine.engine.update(Model(NEW))
+    engine.engine.step()
+    daemon.die()
+    assert engine.engine.scheduler is not None and engine.engine.scheduler.reset()
+    again = MemoryDaemon(LAYOUT, blocks=400, incarnation=2)
+    engine.move_to(again)
+    engine.engine.update(Model())
+    assert answered(ask(engine)[1])
+    assert epochs(again) == [""]
+    new = side(again, "both", Clock(), offload="all")
+    new.engine.update(Model(NEW))
+    new.engine.step()
+    computed, request = ask(new)
+    assert computed == ALL and answered(request, NEW)
+
+
+def test_a_reset_that_a_daemon_has_not_read_is_for_the_next_one(daemon: MemoryDaemon, engine: Side) -> None:
+    ask(engine)
+    kept = dict(daemon.kept)
+    engine.engine.forget_prefixes()
+    assert engine.engine.scheduler is not None and engine.engine.scheduler.reset()
+    daemon.die()  # with the reset unread, as far as the engine can tell
+    again = MemoryDaemon(LAYOUT, blocks=400, incarnation=2)
+    again.kept = dict(kept)  # as from its disk
+    engine.move_to(again)
+    assert ask(engine)[0] == ALL
+    assert [message.epoch for message in again.received if isinstance(message, Reset)] == [""]
+    again.die()
+    third = MemoryDaemon(LAYOUT, blocks=400, incarnation=3)
+    engine.move_to(third)
+    ask(engine)
+    assert not any(isinstance(message, Reset) for message in third.received), "the second one had read it"
 
 
 @pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=pytest.mark.prove) for n in range(4, 12))])

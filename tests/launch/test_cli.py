@@ -13,7 +13,10 @@ from markdown_tables import ROOT
 
 from pdx import __version__, cli
 from pdx.commands import bench, drain, kv, top
+from pdx.daemon import main as daemon
 from pdx.launch.publish import publish
+from pdx.router import main as router
+from pdx.wire import WIRE_VERSION
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,9 +30,13 @@ def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("pdx: no verb 'sevre'; there are serve, up")
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_programs_tell_the_same_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version"]) == 0
-    assert capsys.readouterr().out == f"pdx {__version__}\n"
+    for program in (daemon.main, router.main):
+        with pytest.raises(SystemExit) as ended:
+            program(["--version"])
+        assert ended.value.code == 0
+    assert capsys.readouterr().out == f"pdx {__version__}, wire {WIRE_VERSION}\n" * 3
 
 
 def test_bench_lists_what_can_be_run_under_its_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,22 @@ def test_refusals(argv: list[str], message: str) -> None:
         up.parse(argv)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["/no/model"], "MODEL /no/model: there is no such file or folder"),
+        (["m", "--key-file", "/no/key"], "cluster key /no/key: No such file"),
+        (["m", "--transport", "pigeon"], "no lane for scheme 'pigeon'"),
+    ],
+)
+def test_what_daemons_would_refuse_is_refused_before_anything_starts(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert up.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pdx up: ") and says in line
+
+
 def test_alias_and_passed_flags() -> None:
     for name in ("--daemons", "--hosts"):
         options = up.parse(["m", name, "2", "--enforce-eager", "--max-model-len", "512"])

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from programs import pdx, read_until
 
+from pdx.config import load
 from pdx.engine.vllm import settings
 from pdx.errors import ConfigError
-from pdx.launch import engine, serve
+from pdx.launch import beforehand, engine, serve
 
 WAIT_S = 20.0
 
@@ -129,6 +130,30 @@ def test_refusals(argv: list[str], message: str) -> None:
 def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.main(["m", "--kv-role", "both", "--arena", "much"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["./no/model"], "MODEL ./no/model: there is no such file or folder"),
+        (["m", "--key-file", "/no/key"], "cluster key /no/key: No such file"),
+        (["m", "--host", "10.0.0.9"], "host 10.0.0.9 is not loopback and no cluster key is set"),
+        (["m", "--transport", "pigeon"], "no lane for scheme 'pigeon'; known: nixl, tcp, ucx"),
+        (["m", "--router", "tcp://a:1", "--router", "http://b:2"], "router: 'http://b:2' is not tcp://host:port"),
+        (["m", "--tls-cert", "/c", "--tls-key", "/k", "--tls-ca", "/a"], "/k: No such file"),
+    ],
+)
+def test_what_its_daemon_would_refuse_is_refused_before_anything_starts(
+    tmp_path: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve.main([*words, "--kv-role", "both", "--run-dir", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pdx serve: ") and says in line
+
+
+def test_who_starts_no_daemon_needs_no_key(tmp_path: Path) -> None:
+    told = {"host": "10.0.0.9", "start_daemon": "false", "run_dir": str(tmp_path)}
+    beforehand.check_engines(load(told, environ={}))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from pdx.config import load
 from pdx.errors import ConfigError
 from pdx.router.config import RouterConfig, dumped, resolved
 from pdx.router.flags import ALIASES, ELSEWHERE, parsed
-from pdx.router.main import main, options_of
+from pdx.router.main import main, options_of, warn_of_no_keys
 
 # The flags of vllm-router 0.1.17 for what this router has not: they get "unknown flag".
 NOT_HERE = {
@@ -174,6 +175,7 @@ def test_every_setting_reaches_the_server() -> None:
         (["--kv-connector", "nixl"], "--kv-connector is not a flag of this router: engines bring pdx's own connector"),
         (["--prefill", "http://p:1", "9000"], "'9000' belongs to no flag"),
         (["--port", "70000"], "--port: '70000': expected `int` <= 65535"),
+        (["--ssl-certfile", "x"], "--ssl-certfile is not a flag of this router: this router speaks HTTP without TLS"),
         (["--max-waitin", "1"], "unknown flag --max-waitin, did you mean '--max-waiting'?"),
     ],
 )
@@ -198,6 +200,17 @@ def test_every_flag_of_vllm_router_is_taken_or_answered() -> None:
     theirs = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
     ours = {f"--{key.replace('_', '-')}" for key in RouterConfig.__struct_fields__} | set(sum(ALIASES.values(), ()))
     assert theirs - ours - set(ELSEWHERE) - NOT_HERE - {"--help"} <= set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"), [({}, True), ({"api_key": ["k" * 20]}, False), ({"host": "127.0.0.1"}, False)]
+)
+def test_a_router_that_answers_anybody_says_so(
+    flags: dict[str, Any], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = resolved({"host": "192.0.2.1", "key_file": "/k", **flags}, environ={}).config
+    warn_of_no_keys(config)
+    assert ("--api-key-file" in caplog.text) == warned
 
 
 def test_a_key_that_is_no_text_is_not_shown(tmp_path: Path) -> None:

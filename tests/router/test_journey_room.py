@@ -30,7 +30,8 @@ from journeys import (
     through,
 )
 
-from pdx.router.choice.policy import Snapshot
+from pdx.router.choice.policy import Asked, Snapshot
+from pdx.router.choice.prompt import Prompt
 from pdx.router.line.retries import RetryBudget
 from pdx.router.request.actions import (
     Answer,
@@ -46,9 +47,10 @@ from pdx.router.request.actions import (
 from pdx.router.request.journey import Journey
 from pdx.router.request.settings import Settings
 
+replaced = msgspec.structs.replace
 P1 = candidate("p1", "prefill")
-LATE_P = msgspec.structs.replace(P0, ahead_s=7.5)
-LATE_D = msgspec.structs.replace(D0, in_flight=15, step_s=0.5)
+LATE_P = replaced(P0, ahead_s=7.5)
+LATE_D = replaced(D0, in_flight=15, step_s=0.5)
 
 
 def waiting_5_s(body: dict[str, Any]) -> Journey:
@@ -104,6 +106,25 @@ def test_nobody_waits_for_longer_than_the_router_lets_him(body: dict[str, Any], 
     assert kinds(machine.on(begin(BUSY_P, BUSY_D))) == [LineUp], "full by number, not by time"
     assert machine.on(begin(*engines)) == [answer]
     assert (machine.state, machine.reason) == ("ended", "long_wait")
+
+
+def test_when_to_come_again_is_of_engines_that_could_serve() -> None:
+    very_late, other = replaced(P0, ahead_s=700.0), candidate("x0", "decode")
+    other = replaced(other, info=replaced(other.info, model="other"), ahead_s=5.1)
+    (answer,) = waiting_5_s(BODY).on(begin(very_late, D0, other))
+    assert (answer.status, answer.retry_after_s) == (429, 60)
+    (answer,) = waiting_5_s(BODY).on(begin(replaced(P0, ahead_s=17.5), D0, other))
+    assert answer.retry_after_s == 13
+
+
+def test_an_idle_decode_engine_computes_what_prefill_has_no_time_for() -> None:
+    prompt = Prompt(tokens=2000)
+    busy = replaced(P0, ahead_s=7.5, told_tokens_per_s=5000.0, tokens_per_s=5000.0)
+    idle = replaced(D0, told_tokens_per_s=5000.0, tokens_per_s=5000.0)
+    asked = replaced(begin(busy, idle), asked=Asked(prompt=prompt))
+    machine = waiting_5_s(BODY)
+    assert kinds(machine.on(asked)) == [CallDecode]
+    assert machine.reason == "prefill_saturated"
 
 
 @pytest.mark.parametrize(("why", "status"), [("queue_full", 429), ("queue_timeout", 504), ("draining", 503)])

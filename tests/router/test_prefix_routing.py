@@ -240,14 +240,15 @@ async def test_who_would_wait_too_long_is_told_at_once_when_to_come_again() -> N
     p.fault = "hang"
     async with fleet(p, d, max_wait_s=5.0) as router:
         (daemon,) = router.daemons
-        daemon.loads = [EngineLoad(engine_id="p0", tokens_per_s=100.0)]
+        daemon.loads = [EngineLoad(engine_id="p0", tokens_per_s=10.0)]
         await until(lambda: any(c.told_tokens_per_s for c in router.outside.snapshot()), "how fast it is")
-        ten_seconds = {**SHORT, "prompt": list(range(1000))}
-        asked = asyncio.create_task(router.ask(ten_seconds))
-        await until(lambda: len(p.requests) == 1, "it has enough to do")
-        status, answer, headers = await router.ask(SHORT)
+        asked = asyncio.create_task(router.ask({**SHORT, "prompt": list(range(100))}))
+        await until(lambda: len(p.requests) == 1, "it has enough to do for ten seconds")
+        status, answer, headers = await router.ask({**SHORT, "prompt": list(range(100, 200))})
         assert (status, answer["error"]["code"], headers["x-pdx-reason"]) == (429, 429, "long_wait")
         assert 1 <= int(headers["Retry-After"]) <= 5
+        status, _, headers = await router.ask(SHORT)
+        assert (status, headers["x-pdx-reason"]) == (200, "prefill_saturated"), "decode has time for a little"
         asked.cancel()
         await until(lambda: p.dropped == 1, "the engine is free")
         p.fault = ""

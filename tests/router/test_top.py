@@ -133,6 +133,11 @@ async def test_it_knows_the_token_by_the_key(tmp_path: Path, capsys: pytest.Capt
         assert await asyncio.to_thread(top.main, address) == 2
         assert "token of the cluster key: name it by --key-file or PDX_KEY_FILE" in capsys.readouterr().err
         assert await asyncio.to_thread(top.main, [*address, "--key-file", str(file)]) == 0
+        other = tmp_path / "other.key"
+        other.write_bytes(b"another key than the router has")
+        other.chmod(0o600)
+        assert await asyncio.to_thread(top.main, [*address, "--key-file", str(other)]) == 2
+        assert "that is not the token of the cluster key that this router has" in capsys.readouterr().err
     assert top.main(["--print-token", "--key-file", str(file)]) == 0
     assert admin_token(KEY) in capsys.readouterr().out
 

@@ -23,6 +23,14 @@ def test_what_was_sent_is_in_the_line_at_once_and_its_head_counts_less_and_less(
     assert work.ahead_s("p1", 100.0, 20.0) == 0.0
 
 
+def test_a_prompt_whose_answer_comes_whole_leaves_the_line_when_it_should_be_computed() -> None:
+    work = Work()
+    work.sent("d0", 1000, 0.0, load=1, computed_by=10.0)
+    work.sent("d0", 500, 0.0, load=2)
+    assert work.ahead_s("d0", 100.0, 9.0) == 6.0
+    assert work.ahead_s("d0", 100.0, 11.0) < 5.0
+
+
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(64, 1e5), st.floats(0, 5), st.booleans()), max_size=20))
 def test_every_line_ends_empty(pieces: list[tuple[float, float, bool]]) -> None:

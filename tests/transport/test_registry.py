@@ -7,7 +7,7 @@ import pytest
 from pdx.errors import ClosedTransport, ConfigError, UnknownTransport
 from pdx.transport.api import Lane
 from pdx.transport.rdma import Rdma
-from pdx.transport.registry import known_schemes, offer_of, open_lane, open_lanes
+from pdx.transport.registry import check_known, known_schemes, offer_of, open_lane, open_lanes
 from pdx.wire import LaneOffer
 
 
@@ -21,10 +21,18 @@ def test_tcp_binds_a_free_port_and_publishes_it() -> None:
         lane.close(drain_s=0.0)
 
 
-def test_unknown_scheme_lists_the_known() -> None:
-    with pytest.raises(UnknownTransport, match=r"known: nixl, tcp, ucx.*LoopbackNet"):
-        open_lane("carrier-pigeon://roof", key=None, name="test")
+@pytest.mark.parametrize("url", ["carrier-pigeon://roof", "loopback://roof"])
+def test_unknown_scheme_lists_the_known(url: str) -> None:
+    with pytest.raises(UnknownTransport, match=r"known: nixl, tcp, ucx"):
+        open_lane(url, key=None, name="test")
     assert "tcp" in known_schemes()
+
+
+def test_what_operators_may_ask_for_is_known_before_anything_is_opened() -> None:
+    for transport in ("auto", "tcp", "nixl", "ucx"):
+        check_known(transport)
+    with pytest.raises(UnknownTransport, match="no lane for scheme 'loopback'; known: nixl, tcp, ucx"):
+        check_known("loopback")
 
 
 @pytest.mark.parametrize(
@@ -40,10 +48,17 @@ def test_off_loopback_needs_a_key() -> None:
         open_lane("tcp://192.0.2.1:0", key=None, name="test")
 
 
+def test_an_address_of_another_host_names_the_flag() -> None:
+    with pytest.raises(
+        ConfigError, match=r"can't listen at tcp://192\.0\.2\.1:0: .*; --host must be an address of this"
+    ):
+        open_lane("tcp://192.0.2.1:0", key=bytes(32), name="test")
+
+
 def test_a_taken_port_is_a_configuration_error() -> None:
     lane = open_lane("tcp://127.0.0.1:0", key=None, name="test")
     try:
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match="--lane-port"):
             open_lane(lane.endpoint, key=None, name="test")
     finally:
         lane.abort()

@@ -85,6 +85,7 @@ class Loads:
         self._lookup_s = lookup_s
         self._hybrid = hybrid
         self._loads: dict[str, _Load] = {}
+        self._asked: dict[bytes, _Load] = {}  # the same, by handoff: thousands of look-ups may end at once
         self._starting: list[Load] = []
         self._finishing: list[str] = []
         self._dropping: list[str] = []
@@ -93,7 +94,7 @@ class Loads:
         """Asks the daemon. Without one the request is computed as if it had no handle."""
         load = _Load(request.request_id, prompt, now + self._patience_s(prompt), request.num_tokens)
         if self._ask(load):
-            self._loads[load.request_id] = load
+            self._loads[load.request_id] = self._asked[load.handoff_id] = load
 
     def undecided(self, request_id: str, now: float) -> bool:
         """True while the daemon has not answered for good. Asks again where it said "wait"."""
@@ -101,12 +102,13 @@ class Loads:
         if load is None or load.places is not None:
             return False
         if load.lapsed:
+            self._remove(load)
             load.lapsed = False
             load.prompt = replace(load.prompt, handoff_id=new_id())
             load.deadline = now + self._patience_s(load.prompt)
             if not self._ask(load):
-                del self._loads[request_id]
                 return False
+            self._loads[request_id] = self._asked[load.handoff_id] = load
         if now >= load.deadline:
             self._end(load, ok=False, reason="no answer from pdxd")
             return False
@@ -143,11 +145,12 @@ class Loads:
         `tables`: the block ids of the whole request, by KV group. `incarnation`: of the daemon that has granted.
         """
         load = self._loads.get(request_id)
-        if load is None or load.places is None or load.loading:
+        if load is None or load.loading:
             return
-        if external_tokens == 0:
+        if external_tokens == 0:  # perhaps before the daemon has answered: vLLM does not always wait for that
             self._end(load, ok=False, reason="the engine wants no external KV for this request")
             return
+        assert load.places is not None
         promised = self._promised(load)
         first, end = (promised - external_tokens) // self._block_tokens, blocks_for(promised, self._block_tokens)
         load.first = first
@@ -167,7 +170,7 @@ class Loads:
         elif message.status == "absent":
             if load.prompt.handle:
                 log.info("no KV for %s: %s", message.request_id, message.reason)
-            del self._loads[message.request_id]
+            self._remove(load)
         elif message.handoff_id != load.handoff_id or not 1 <= len(message.places) <= load.prompt.blocks:
             self._end(load, ok=False, reason="grant does not fit the prompt")
         elif not all(fits(place, self._layout, self._link.arena_bytes) for place in message.places):
@@ -180,7 +183,7 @@ class Loads:
 
         Always answered: our last word may be lost. What is not in `_loads` has been reported: its steps are over.
         """
-        load = next((load for load in self._loads.values() if load.handoff_id == message.handoff_id), None)
+        load = self._asked.get(message.handoff_id)
         if load is None:
             self._let_go(message.handoff_id, fence=0, ok=False, reason="ended before")
             return
@@ -224,7 +227,7 @@ class Loads:
                 if not result.ok:  # nobody needs wait for what is recomputed anyway
                     self._finishing.append(request_id)
                 continue
-            del self._loads[request_id]
+            self._remove(load)
             self._forget_orders(request_id)
             if not result.ok:
                 log.warning("KV of %s was not loaded, its prompt is recomputed: %s", request_id, result.reason)
@@ -254,6 +257,7 @@ class Loads:
     def lost(self) -> None:
         """The daemon is gone. The worker notices by itself and reports; what it does not have yet ends here."""
         self._loads = {request_id: load for request_id, load in self._loads.items() if load.loading}
+        self._asked = {load.handoff_id: load for load in self._loads.values()}
 
     @property
     def live(self) -> Iterable[bytes]:
@@ -300,8 +304,12 @@ class Loads:
         # that token looks at. It would read the null block.
         return min(tokens, load.tokens - 1) if self._hybrid else tokens
 
-    def _end(self, load: _Load, *, ok: bool, reason: str) -> None:
+    def _remove(self, load: _Load) -> None:
         del self._loads[load.request_id]
+        del self._asked[load.handoff_id]
+
+    def _end(self, load: _Load, *, ok: bool, reason: str) -> None:
+        self._remove(load)
         if not load.lapsed:
             self._let_go(load.handoff_id, fence=0, ok=ok, reason=reason)
 

@@ -82,8 +82,12 @@ class SchedulerSide:
         self._unasked: set[str] = set()  # requests whose first answer is still worth a wait
         self._running_told = 0
         self._epoch = Epoch(ranks)
-        self._told = ""  # the epoch as this incarnation of the daemon knows it
+        # The epoch as this incarnation of the daemon knows it. None: what it was told when we attached, which may have
+        # been true then.
+        self._told: str | None = ""
         self._resets: dict[str, None] = {}  # epochs whose blocks it has yet to clear
+        self._unread_resets: dict[str, None] = {}  # those that it may not have read so far
+        self._asked_since: set[str] = set()  # requests whose first answer says that it has
         # Requests that wait for the epoch, and until when, once their turn has come: a pause may last for minutes.
         self._held: dict[str, tuple[Request, float | None]] = {}
         self._unfinished: dict[str, Request] = {}
@@ -227,8 +231,10 @@ class SchedulerSide:
 
     def _tell(self) -> None:
         """Before any other message: what the daemon is asked for is of the epoch that it knows."""
-        while self._resets and self._link.send(Reset(epoch=next(iter(self._resets)))):
-            del self._resets[next(iter(self._resets))]
+        while self._resets and self._link.send(Reset(epoch=(epoch := next(iter(self._resets))))):
+            del self._resets[epoch]
+            self._unread_resets[epoch] = None
+            self._asked_since.clear()
         name = self._epoch.name
         if name is not None and name != self._told and not self._resets and self._link.send(WeightEpoch(epoch=name)):
             self._told = name
@@ -246,10 +252,9 @@ class SchedulerSide:
         keeps = self._offload != "off"
         own = prompts.blocks_of(request, salt=salt, block_tokens=self._block_tokens) if keeps else None
         now = self._clock()
-        if handed and loads:
-            self._loads.open(request, handed, now)
-        elif own and not request.skip_reading_prefix_cache:
-            self._loads.open(request, own, now)
+        found = handed if loads and handed else own
+        if found and not request.skip_reading_prefix_cache:
+            self._loads.open(request, found, now)
         if handed and sends:
             self._sends.open(request, handed, now)
         elif keeps:
@@ -257,6 +262,8 @@ class SchedulerSide:
             self._sends.follow(request, salt=salt, first=first, answer=self._offload == "all", origin=origin)
         if handed or own:
             self._unasked.add(request.request_id)
+            if self._unread_resets:
+                self._asked_since.add(request.request_id)
 
     def _look_at_adapters(self) -> None:
         """Whether their files are those of the start: once a step for each, however many requests use it."""
@@ -305,7 +312,9 @@ class SchedulerSide:
     def _hear(self, timeout_s: float = 0.0) -> None:
         incarnation = self._link.incarnation
         if incarnation != self._incarnation:
-            self._incarnation, self._told = incarnation, ""
+            self._incarnation, self._told = incarnation, None
+            self._resets = self._unread_resets | self._resets
+            self._unread_resets = {}
             self._sends.lost()
             self._loads.lost()
         self._tell()
@@ -313,6 +322,9 @@ class SchedulerSide:
             self._heard(message)
 
     def _heard(self, message: Message) -> None:
+        if isinstance(message, SendOpened | LoadOpened) and message.request_id in self._asked_since:
+            self._unread_resets.clear()
+            self._asked_since.clear()
         match message:
             case SendOpened():
                 self._sends.opened(message)

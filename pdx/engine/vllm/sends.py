@@ -70,6 +70,7 @@ class Sends:
         self._layout = layout
         self._block_tokens = block_tokens
         self._sends: dict[str, _Send] = {}
+        self._asked: dict[bytes, _Send] = {}  # the same, by handoff
         self._step = 0  # the newest one planned: no later one touches slots of a handoff that is not in `_sends`
         self._results: dict[str, dict[str, Any]] = {}  # saved, for the reply of a request that still runs
         self._followed: dict[str, _Followed] = {}
@@ -98,7 +99,8 @@ class Sends:
         if not self._link.send(message):
             return False
         grant_s = min(prompt.budgets.grant_s, GRANT_S_MAX)
-        self._sends[request.request_id] = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
+        send = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
+        self._sends[request.request_id] = self._asked[send.handoff_id] = send
         return True
 
     def follow(self, request: Request, *, salt: bytes, first: int, answer: bool, origin: bytes = b"") -> None:
@@ -161,7 +163,7 @@ class Sends:
     def ended(self, message: SendEnded) -> None:
         """The daemon wants no more pages, or never wanted any. It is always answered: our last word may be lost."""
         if message.handoff_id:
-            send = next((s for s in self._sends.values() if s.handoff_id == message.handoff_id), None)
+            send = self._asked.get(message.handoff_id)
         else:
             send = self._sends.get(message.request_id)
         if send is None:
@@ -175,7 +177,7 @@ class Sends:
         if message.handoff_id:
             self._end(send, message.reason)
         else:
-            del self._sends[message.request_id]
+            self._remove(send)
 
     def saves(self, step: int, scheduled: SchedulerOutput) -> list[Save]:
         """What the worker saves in this step. Each page comes once, whatever the engine preempts in between."""
@@ -243,6 +245,7 @@ class Sends:
         What is followed is offered to the next daemon from its first block on; of handoffs that one knows nothing.
         """
         self._sends.clear()
+        self._asked.clear()
         self._step = 0
         for followed in self._followed.values():
             followed.next, followed.origin = 0, b""
@@ -254,7 +257,7 @@ class Sends:
     def _succeed(self, send: _Send) -> None:
         assert send.plan is not None
         request_id = send.request.request_id
-        del self._sends[request_id]
+        self._remove(send)
         if not send.prompt.handle:
             return
         pages = send.plan.blocks_to_save * self._layout.layers
@@ -268,8 +271,12 @@ class Sends:
             log.warning("KV of %s is not handed over: %s", send.request.request_id, reason)
         self._end(send, reason)
 
-    def _end(self, send: _Send, reason: str) -> None:
+    def _remove(self, send: _Send) -> None:
         del self._sends[send.request.request_id]
+        del self._asked[send.handoff_id]
+
+    def _end(self, send: _Send, reason: str) -> None:
+        self._remove(send)
         self._let_go(send.handoff_id, fence=send.last_step, ok=False, reason=reason)
 
     def _let_go(self, handoff_id: bytes, *, fence: int, ok: bool, reason: str) -> None:
