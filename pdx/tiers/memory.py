@@ -63,6 +63,9 @@ class MemoryTier:
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         return [self.ledger.finds(sealed.name_of(key)) for key in keys]
 
+    def used(self, chain: Sequence[Key]) -> None:
+        self.ledger.used(sealed.names_of(chain))
+
     def remove(self, key: Key) -> None:
         self._condemn(sealed.name_of(key))
 
