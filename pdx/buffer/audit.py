@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from pdx.buffer.evict import Policy
-from pdx.buffer.extents import Extent, Extents
+from pdx.buffer.by_tenant import ByTenant
+from pdx.buffer.extents import Extent, Extents, is_clearable
 from pdx.buffer.index import Index
 from pdx.buffer.lease import Lease, LeaseState
 from pdx.buffer.quota import Quotas
@@ -19,13 +19,13 @@ def check_accounts(
     slots: Mapping[int, Slot],
     leases: Mapping[int, Lease],
     index: Index,
-    policy: Policy,
+    policy: ByTenant,
     quotas: Quotas,
 ) -> None:
     """Raises IntegrityError with the first thing that is wrong."""
     _check_units(extents, slots)
     _check_holds(slots, leases)
-    _check_states(slots, policy)
+    _check_states(slots, policy, quotas)
     _check_index(slots, index)
     _check_quotas(slots, quotas)
 
@@ -53,6 +53,8 @@ def _check_units(extents: Extents, slots: Mapping[int, Slot]) -> None:
         for extent in pool.extents:
             _require(extent.used_units == used[extent] > 0, f"{extent} has {used[extent]} units in slots")
             _require(extent.idle_units == idle[extent], f"{extent} has {idle[extent]} units in idle slots")
+        _require(pool.idle_units == idle.total(), f"{pool.idle_units} units said idle, {idle.total()} in slots")
+        _require(pool.clearable == sum(map(is_clearable, pool.extents)), "clearable extents are counted wrong")
     for extent in extents.untaken:
         _require(extent.used_units == extent.idle_units == 0, f"{extent} is untaken")
 
@@ -70,7 +72,7 @@ def _check_holds(slots: Mapping[int, Slot], leases: Mapping[int, Lease]) -> None
         _require(slot.copies == copies[slot], f"{slot} is in {copies[slot]} leases to copy it")
 
 
-def _check_states(slots: Mapping[int, Slot], policy: Policy) -> None:
+def _check_states(slots: Mapping[int, Slot], policy: ByTenant, quotas: Quotas) -> None:
     for offset, slot in slots.items():
         _require(slot.run.offset == offset, f"{slot} is listed at {offset:#x}")
         _require(slot.state is not SlotState.FREE, f"{slot} is still listed")
@@ -78,6 +80,13 @@ def _check_states(slots: Mapping[int, Slot], policy: Policy) -> None:
         _require(slot.indexed > 0 or slot.holds > 0, f"{slot} is of no use to anybody")
     unused = {slot for slot in slots.values() if slot.unused and slot.indexed}
     _require(set(policy.victims()) == unused and len(policy) == len(unused), "the policy has not what nobody uses")
+    of_tenants: dict[bytes, set[Slot]] = {tenant: set() for tenant, _ in policy.orders()}
+    for slot in unused:
+        if quotas.limit_bytes(slot.tenant) is not None:
+            of_tenants.setdefault(slot.tenant, set()).add(slot)
+    orders = {tenant: set(own.victims()) for tenant, own in policy.orders()}
+    _require(orders == of_tenants, "tenants' orders have not what nobody uses of theirs")
+    _require(orders.keys() <= quotas.tenants().keys(), "orders of tenants that have nothing are kept")
 
 
 def _check_index(slots: Mapping[int, Slot], index: Index) -> None:
@@ -96,6 +105,7 @@ def _check_quotas(slots: Mapping[int, Slot], quotas: Quotas) -> None:
     for slot in slots.values():
         used[slot.tenant] += slot.size_bytes
     _require(quotas.tenants() == dict(used), "tenants are charged wrong")
+    _require(not any(map(quotas.excess_bytes, used)), "a tenant is over its limit")
 
 
 def _require(truth: bool, complaint: str) -> None:
