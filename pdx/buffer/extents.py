@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from pdx.layout import CONTROL_BYTES, ExtentPlan, PageLayout, slot_sizes
 
 
@@ -20,8 +22,7 @@ class Extent:
     idle_units: int = 0  # of the used ones: could be freed at any time
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """Consecutive units of one extent, taken together and given back together."""
 
     extent: Extent

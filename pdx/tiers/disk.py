@@ -149,7 +149,7 @@ class DiskTier:
         self._look_after_health()
         if not self.health.finds:
             return [False] * len(keys)
-        return [self.ledger.finds(sealed.name_of(key)) for key in keys]
+        return list(map(self.ledger.finds, sealed.names_of(keys)))
 
     def remove(self, key: Key) -> None:
         self._condemn(sealed.name_of(key))

@@ -61,7 +61,7 @@ class MemoryTier:
                 return
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        return [self.ledger.finds(sealed.name_of(key)) for key in keys]
+        return list(map(self.ledger.finds, sealed.names_of(keys)))
 
     def remove(self, key: Key) -> None:
         self._condemn(sealed.name_of(key))
