@@ -78,7 +78,9 @@ class DiskTier:
             raise TierUnusable(f"a disk tier takes at least {2 * FOLDER_BYTES} bytes, its folders among them")
         sealer = sealed.Sealer(secret)
         self.files = files
-        self.ledger = Ledger(cap_bytes=cap_bytes - FOLDER_BYTES, policy=Lru() if policy is None else policy)
+        self.ledger = Ledger(
+            cap_bytes=cap_bytes - FOLDER_BYTES, policy=Lru() if policy is None else policy, group_of=sealed.labels_of
+        )
         self.health = Health() if health is None else health
         self._stall_s = stall_s
         self._clock = clock
