@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -47,6 +48,7 @@ WRITERS = 2
 # At 2 MiB each an eighth of a second of a 1 GB/s disk. More would only hold slots that others could use.
 OPEN_READS_MAX = 64
 OPEN_WRITES_MAX = 64
+DELETIONS_MAX = 64  # before a write; after a large clear a million wait
 DELETE_AGAIN_S = 30.0  # after a file could not be deleted
 STALL_S = 30.0  # a call to the kernel that takes this long will not come back in time for anybody
 _CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
@@ -86,7 +88,8 @@ class DiskTier:
         self._clock = clock
         self._open: dict[int, Job] = {}
         self._open_reads = 0
-        self._undeleted: list[str] = []  # doomed names for which there is no thread now, or that can't be deleted now
+        self._undeleted: deque[str] = deque()  # doomed names for which there is no thread now, or that can't go now
+        self._deleting: set[str] = set()
         self._delete_again_at = 0.0
         self._events: list[Event] = []
         self._tickets = count(1)
@@ -195,7 +198,7 @@ class DiskTier:
         have_ended = [crew.close(_CLOSE_S) for crew in crews]
         self._settle_all()
         if all(have_ended):  # else the folder stays locked: a call that hangs may still write
-            undeleted, self._undeleted = self._undeleted, []
+            undeleted, self._undeleted = self._undeleted, deque()
             for name in undeleted:
                 self._work.run(Job(name, 0, None))
             self._settle_all()
@@ -244,9 +247,10 @@ class DiskTier:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        if self._is_closed or not self.health.finds:
+        if self._is_closed or not self.health.finds or len(self._deleting) >= DELETIONS_MAX:
             self._undeleted.append(name)
         else:
+            self._deleting.add(name)
             self._writes.add(Job(name, 0, None))
 
     def _adopt(self, found: Sequence[Found]) -> None:
@@ -316,6 +320,7 @@ class DiskTier:
         return Missed(job.ticket, _sentence(job.error))
 
     def _settle_deletion(self, job: Job) -> None:
+        self._deleting.discard(job.name)
         if job.deleted:
             self.ledger.delete(job.name)
             return
@@ -339,6 +344,7 @@ class DiskTier:
                 self._probe = None
                 return
             case None:
+                self._deleting.remove(job.name)
                 self._delete(job.name)
                 return
             case _:
@@ -383,9 +389,8 @@ class DiskTier:
             self._delete_again()
 
     def _delete_again(self) -> None:
-        undeleted, self._undeleted = self._undeleted, []
-        for name in undeleted:
-            self._delete(name)
+        for _ in range(min(len(self._undeleted), DELETIONS_MAX - len(self._deleting))):
+            self._delete(self._undeleted.popleft())
 
     def _changed(self, reason: str, error_number: int) -> None:
         self._state_changes += 1

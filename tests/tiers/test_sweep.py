@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from tier_folder import OpenTier
 
 from pdx.buffer.evict import Lru
 from pdx.buffer.selection import Selection
 from pdx.keys import SPACE_BYTES, TENANT_BYTES
+from pdx.tiers.conformance import User, buffers, key_of
 from pdx.tiers.ledger import Ledger
 from pdx.tiers.sealed import labels_of, name_of
 from pdx.tiers.sweep import survey, sweep
+from pdx.tiers.tier import Write, Written
 
 SPACES = b"a" * SPACE_BYTES, b"b" * SPACE_BYTES
 TENANTS = b"", b"t" * TENANT_BYTES
@@ -77,3 +80,23 @@ def test_what_leaves_is_counted_until_it_has_left(ledger: Watched) -> None:
         ledger.delete(name)
     assert survey(ledger, of_prompt, now=0.0).leaving == 0
     assert sum(map(len, ledger.groups.values())) == 197
+
+
+def test_a_write_waits_for_few_deletions(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a large clear a million files wait to be deleted: they are counted, and the write comes first."""
+    monkeypatch.setattr("pdx.tiers.disk.DELETIONS_MAX", 2)
+    tier, files = open_tier(writers=1)
+    user = User(tier)
+    for number in range(10):
+        assert isinstance(user.write(key_of(number)), Written)
+    files.gate.clear()
+    assert tier.sweep(Selection()).leaving == 10
+    ticket = user.ask(Write(key_of(10), buffers()))
+    files.gate.set()
+    assert isinstance(user.end_of(ticket), Written)
+    assert tier.survey(Selection()).leaving >= 6, "two before it, and two behind it at the most"
+    while tier.survey(Selection()).leaving:
+        assert tier._writes.wait_idle(5.0)
+        tier.take_events()
+    assert files.calls["remove"] == 10
+    tier.check_integrity()
