@@ -76,6 +76,14 @@ class TierUnusable(TierError):
     """This folder can't be a tier: not writable, too small, or in use. The message says why."""
 
 
+class TierBroken(TierUnusable):
+    """The medium fails, is full or read-only, which no setting is to blame for. Serve without it."""
+
+    def __init__(self, message: str, errno: int) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
 class ClosedTier(TierError):
     """This side closed the tier before the call. Fix the caller."""
 

@@ -29,6 +29,12 @@ class ByTenant:
             if slot.tenant in self._own:
                 self._own[slot.tenant].touched([slot])
 
+    def grown(self, chain: Sequence[Slot]) -> None:
+        self._everybody.grown(chain)
+        for slot in reversed(chain) if self._own else ():
+            if slot.tenant in self._own:
+                self._own[slot.tenant].grown([slot])
+
     def removed(self, slot: Slot) -> None:
         self._everybody.removed(slot)
         if slot.tenant in self._own:

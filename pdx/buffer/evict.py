@@ -20,6 +20,9 @@ class Policy(Protocol[Item]):
     def touched(self, chain: Sequence[Item]) -> None:
         """These have just become idle, in chain order. A head must outlive its tail: without it, the tail is no hit."""
 
+    def grown(self, chain: Sequence[Item]) -> None:
+        """These idle items are a chain that has become longer: as if all of it had come now, which is no use."""
+
     def removed(self, item: Item) -> None:
         """It is idle no longer. Items never touched are ignored."""
 
@@ -48,6 +51,9 @@ class Lru(Generic[Item]):
         for item in reversed(chain):
             self._items[item] = None
             self._items.move_to_end(item)
+
+    def grown(self, chain: Sequence[Item]) -> None:
+        self.touched(chain)
 
     def removed(self, item: Item) -> None:
         self._items.pop(item, None)

@@ -51,6 +51,12 @@ class S3Fifo(Generic[Item]):
             self._idle += not record.is_idle
             record.is_idle = True
 
+    def grown(self, chain: Sequence[Item]) -> None:
+        for item in reversed(chain):
+            queue = self._small if item in self._small else self._main
+            if item in queue:
+                queue.move_to_end(item)
+
     def removed(self, item: Item) -> None:
         record = self._find(item)
         if record is not None:

@@ -24,6 +24,7 @@ class Grip:
     key: HandoffKey | None = None
     places: Sequence[Place] = ()  # of a load: as the engine was told
     claim: Claim | None = None  # of blocks to keep
+    request_id: str = ""  # of the engine, if what it keeps behind these blocks is to be known as their chain
     ranks: int = 1  # of the engine: so many workers touch the slots
     yields: bool = False  # a look-up's: its engine asks again
     from_arena: bool = False  # a load of what was there when it was asked for: its time is the engine's own

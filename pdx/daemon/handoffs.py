@@ -15,6 +15,7 @@ from msgspec import to_builtins
 from pdx.buffer.lease import Lease
 from pdx.buffer.selection import Selection
 from pdx.buffer.store import Store
+from pdx.daemon.chains import Chains
 from pdx.daemon.costs import Costs
 from pdx.daemon.grips import Grip, Grips
 from pdx.daemon.lowwater import LowWater
@@ -70,6 +71,7 @@ class Handoffs:
         self._receiving = ReceivingHalves(self._desk, self._grips, ports.lanes)
         self._questions = Questions(self._desk, self._grips, self._receiving)
         self._tiering = Tiering(self._desk, ports.tier, mode=ports.write_mode) if ports.tier else None
+        self._chains = Chains(store, self._tiering)
         self._low_water = LowWater(store, ports.waterline, self._tiering)
         self._costs = Costs(ports.counters, self._tiering)
         self._prefixes = Prefixes(self._desk, self._grips, self._tiering, self._costs)
@@ -166,6 +168,7 @@ class Handoffs:
             gone = LetGo(handoff_id=grip.handoff_id, side=grip.side, fence=0, ok=False, reason="engine died")
             self._end_grip(grip, gone, now)
         self._costs.forget(engine_id)
+        self._chains.engine_gone(engine_id)
 
     # --- from other daemons and the router ---
 
@@ -347,6 +350,7 @@ class Handoffs:
         for record in list(self._sending.records.values()):
             self._sending.act(record, record.sender.tick(now=now), now)
         self._receiving.tick(now)
+        self._chains.tick(now)
         self._questions.look(now)
         for lease in self._desk.store.expire(now):
             self._lease_expired(lease, now)
@@ -407,6 +411,7 @@ class Handoffs:
         kept = self._prefixes.ended(grip, message, now)
         self._returns.lot_ended(grip.handoff_id, kept=kept)
         self._desk.end_lease(grip.lease)
+        self._chains.ended(grip, now)
         if grip.key is None:
             return
         outgoing, incoming = self._sending.records.get(grip.key), self._receiving.records.get(grip.key)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdx import config
-from pdx.errors import ConfigError, PdxError
+from pdx.errors import ConfigError, PdxError, TierBroken
 from pdx.limits import raise_descriptor_limit
 from pdx.whole import write_whole
 from pdx.wire import version
@@ -172,7 +172,10 @@ def _open_disk(settings: config.Config, key: bytes) -> DiskTier | None:
     from pdx.tiers.disk import DiskTier
 
     secret = hashlib.blake2b(key, digest_size=32, person=b"pdx-disk").digest()
-    tier = DiskTier.open(Path(settings.disk), cap_bytes=settings.disk_cap_bytes, secret=secret)
+    try:
+        tier = DiskTier.open(Path(settings.disk), cap_bytes=settings.disk_cap_bytes, secret=secret)
+    except TierBroken as error:  # a disk that dies must not take the daemon with it; a wrong setting must be told
+        return DiskTier.off(error, cap_bytes=settings.disk_cap_bytes)
     log.info("disk tier %s: %d blocks from earlier lives", settings.disk, tier.stats().blocks)
     return tier
 

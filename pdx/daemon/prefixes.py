@@ -135,7 +135,10 @@ class Prefixes:
             ports.to_engine(engine_id, SendEnded(request_id=message.request_id, handoff_id=b"", reason=reason))
             return False
         ranks = engine.info.layout.ranks
-        self._grips.add(Grip(message.handoff_id, "send", engine_id, claim.lease, claim=claim, ranks=ranks))
+        grip = Grip(
+            message.handoff_id, "send", engine_id, claim.lease, claim=claim, request_id=message.request_id, ranks=ranks
+        )
+        self._grips.add(grip)
         places = [place if block in claim.fresh else None for block, place in enumerate(claim.places)]
         opened = SendOpened(request_id=message.request_id, handoff_id=message.handoff_id, places=places)
         ports.to_engine(engine_id, opened)

@@ -151,7 +151,7 @@ class Questions:
             record.claim, Owner("session", engine_id), now=now, ttl_s=self._desk.ports.lease_s
         )
         places = record.places[:common]
-        self._grips.add(Grip(handoff_id, "load", engine_id, lease, record.key, places))
+        self._grips.add(Grip(handoff_id, "load", engine_id, lease, record.key, places, request_id=message.request_id))
         self._desk.trace(record.key, "open_load", places=common)
         self._answer(engine, message, handoff_id, "granted", places=places)
 
@@ -171,7 +171,10 @@ class Questions:
         if read is None:
             self._answer(engine, message, handoff_id, "absent", reason=reason)
             return
-        self._grips.add(Grip(handoff_id, "load", engine.info.engine_id, read.lease, places=read.places))
+        grip = Grip(
+            handoff_id, "load", engine.info.engine_id, read.lease, places=read.places, request_id=message.request_id
+        )
+        self._grips.add(grip)
         self._answer(engine, message, handoff_id, "granted", places=read.places)
 
     def _answer(

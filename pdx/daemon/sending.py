@@ -140,7 +140,10 @@ class SendingHalves:
         record.claim = claim
         record.wire = store.lease(claim, Owner("wire", handoff_id.hex()), now=now, ttl_s=float("inf"))
         ranks = engine.info.layout.ranks
-        self._grips.add(Grip(handoff_id, "send", engine_id, claim.lease, record.key, ranks=ranks))
+        request_id = message.request_id
+        self._grips.add(
+            Grip(handoff_id, "send", engine_id, claim.lease, record.key, request_id=request_id, ranks=ranks)
+        )
         self._desk.trace(record.key, "claimed", fresh=len(claim.fresh))
         reserve = self._reserve(
             record, kind_of(engine), message.handle, message.block_hashes, tail_hash=message.tail_hash,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -26,7 +26,7 @@ from pdx.tiers.cost import CostModel
 from pdx.tiers.pages import meta_of, pages_of, restore
 from pdx.tiers.spill import Spill, WriteMode
 from pdx.tiers.sweep import Sweeper, Swept
-from pdx.tiers.tier import End, Key, Loaded, Read, StateChanged, Tier, Write
+from pdx.tiers.tier import End, Failed, Key, Loaded, Ordered, Read, StateChanged, Tier, Write
 from pdx.verbs import TierCleared
 from pdx.wire import LoadEnded
 
@@ -35,6 +35,7 @@ OWNER = Owner("wire", "tier")
 COUNTED_PER_TICK = 256
 UNCOUNTED_MAX = 1 << 16
 RESTING = ("paused", "hung")  # states of a tier that takes no writes now, and may again
+WRITABLE = ("well", "trying")
 FIRST_LOT = 8  # blocks that a tier is asked for at once, and twice as many each time it has them all
 # Of one look-up, which has to be answered in 20 ms: a block on its way up is 15 to 45 us of the control thread, and
 # nobody is answered meanwhile. What a prompt has below these is computed.
@@ -184,7 +185,7 @@ class Tiering:
 
         What is only in the others is written before all else. A sick tier holds up nobody.
         """
-        if self._state != "well":
+        if self._state not in WRITABLE:
             return list(slots)
         index, spill = self._desk.store.index, self._spill
         may_go, pressed = [], []
@@ -205,7 +206,7 @@ class Tiering:
 
         With write-back that is all that is ready, what would be evicted last first.
         """
-        if not len(self._spill) and self._spill.mode is WriteMode.BACK and self._state == "well":
+        if not len(self._spill) and self._spill.mode is WriteMode.BACK and self._state in WRITABLE:
             self._spill.pressed(self._only_here())
         self.tick(now)
         return len(self._spill.writing) if self._state in RESTING else len(self._spill)
@@ -236,6 +237,16 @@ class Tiering:
         self._submit_reads(now)
         self._submit_writes()
         self._count_lost()
+
+    def used(self, slots: Iterable[Slot]) -> None:
+        """Their blocks are one chain, which was used here, or has grown. Below that is to count as well."""
+        if isinstance(self._tier, Ordered):
+            self._tier.used([key for slot in slots for key in slot.keys if key is not None])
+
+    def is_coming(self, slots: Iterable[Slot]) -> bool:
+        """Whether these blocks of a chain have yet to be written. Looks at the first, which goes down last."""
+        key = next((key for slot in slots for key in slot.keys if key is not None), None)
+        return key is not None and self._spill.is_coming(key)
 
     # --- up ---
 
@@ -340,9 +351,11 @@ class Tiering:
         self._writes_refused = False
         if key in self._spoilt:
             self._spoilt.remove(key)
+            self._spill.gone(key)
             self._tier.remove(key)
         self._desk.store.release(self._writes.pop(end.ticket))
-        self._desk.ports.counters["blocks_written" if ok else "writes_failed"] += 1
+        if ok or not (isinstance(end, Failed) and end.again and not end.errno):  # what has not begun has not failed
+            self._desk.ports.counters["blocks_written" if ok else "writes_failed"] += 1
 
     def _only_here(self) -> list[Key]:
         """What the tier has not and would take, the most valuable first; no more than it can hold."""

@@ -63,6 +63,7 @@ class Crew(Generic[J]):
         self._queue: deque[J] = deque()
         self._busy: dict[int, tuple[J, float]] = {}  # by thread: what it does, since when
         self._wake = threading.Condition()
+        self._is_held = False
         self._is_closing = False
         self._threads = [
             threading.Thread(target=self._run, args=(number,), name=f"{name}-{number}", daemon=True)
@@ -91,14 +92,25 @@ class Crew(Generic[J]):
             self._queue.clear()
             return withdrawn
 
+    def hold(self) -> None:
+        """No job begins until `go_on`. Called by a job, before its owner hears of it: what waits may be in vain."""
+        with self._wake:
+            self._is_held = True
+
+    def go_on(self) -> None:
+        with self._wake:
+            self._is_held = False
+            self._wake.notify_all()
+
     def oldest_started_at(self) -> float | None:
         """On the crew's clock, of the jobs under way."""
         with self._wake:
             return min((started_at for _, started_at in self._busy.values()), default=None)
 
     def wait_idle(self, timeout_s: float) -> bool:
+        """Whether nothing is done, nor will be without a word of the owner."""
         with self._wake:
-            return self._wake.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+            return self._wake.wait_for(lambda: not self._may_begin and not self._busy, timeout_s)
 
     def close(self, timeout_s: float) -> bool:
         """Ends the threads after their present jobs; whether all have. Queued jobs must have been withdrawn."""
@@ -111,13 +123,17 @@ class Crew(Generic[J]):
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
+    @property
+    def _may_begin(self) -> bool:
+        return bool(self._queue) and not self._is_held
+
     def _run(self, number: int) -> None:
         while True:
             with self._wake:
                 self._busy.pop(number, None)
-                if not self._queue and not self._busy:
+                if not self._may_begin and not self._busy:
                     self._wake.notify_all()  # wait_idle
-                self._wake.wait_for(lambda: self._queue or self._is_closing)
+                self._wake.wait_for(lambda: self._may_begin or self._is_closing)
                 if not self._queue:
                     return
                 job = self._queue.popleft()

@@ -8,6 +8,7 @@ with all that it kept, when every call has come back and a small file of ours wa
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections import deque
@@ -18,11 +19,13 @@ from typing import Self, assert_never
 
 from pdx.buffer.evict import Lru, Policy
 from pdx.buffer.selection import Selection
-from pdx.errors import BadBlock, ClosedTier, TierUnusable
-from pdx.layout import ALIGN_BYTES
+from pdx.errors import BadBlock, ClosedTier, TierBroken, TierUnusable
+from pdx.layout import round_up
 from pdx.tiers import sealed
+from pdx.tiers.adopt import adopt
+from pdx.tiers.broken import BrokenFiles
 from pdx.tiers.crew import Crew, Inbox
-from pdx.tiers.folder import FOLDER_BYTES, Files, Folder, Found, LeftBehind, errno_name
+from pdx.tiers.folder import FOLDER_UNITS, Files, Folder, LeftBehind, errno_name, unusable
 from pdx.tiers.health import Health, State
 from pdx.tiers.ledger import EntryState, Ledger
 from pdx.tiers.sweep import Swept, survey, sweep
@@ -54,8 +57,6 @@ STALL_S = 30.0  # a call to the kernel that takes this long will not come back i
 _CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
 # Of a disk that hung. Within the blocks that are charged for the folders; if it stays behind, the next life deletes it.
 PROBE_NAME = "0" * sealed.NAME_LENGTH
-# A file's name, inode and block map: 300 bytes when all is well, one block of the file system when it is scattered.
-NAME_BYTES = ALIGN_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -76,33 +77,39 @@ class DiskTier:
         stall_s: float = STALL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if cap_bytes < 2 * FOLDER_BYTES:
-            raise TierUnusable(f"a disk tier takes at least {2 * FOLDER_BYTES} bytes, its folders among them")
+        # A unit for a file's name, inode and block map: 300 bytes when all is well, a block when it is scattered.
+        self._unit_bytes = files.unit_bytes
+        self._beside_bytes = FOLDER_UNITS * self._unit_bytes + files.stranded_bytes
+        least_bytes = 2 * FOLDER_UNITS * self._unit_bytes + files.stranded_bytes
+        if cap_bytes < least_bytes:
+            raise TierUnusable(f"a disk tier takes at least {least_bytes} bytes, its folders among them")
         sealer = sealed.Sealer(secret)
         self.files = files
         self.ledger = Ledger(
-            cap_bytes=cap_bytes - FOLDER_BYTES, policy=Lru() if policy is None else policy, group_of=sealed.labels_of
-        )
+            cap_bytes=cap_bytes - self._beside_bytes, policy=Lru() if policy is None else policy,
+            group_of=sealed.labels_of,
+        )  # fmt: skip
         self.health = Health() if health is None else health
         self._stall_s = stall_s
         self._clock = clock
         self._open: dict[int, Job] = {}
         self._open_reads = 0
-        self._undeleted: deque[str] = deque()  # doomed names for which there is no thread now, or that can't go now
+        # Doomed names for which there is no thread now, or that can't be deleted now.
+        self._undeleted = deque(adopt(files, self.ledger, now=clock()))
         self._deleting: set[str] = set()
-        self._delete_again_at = 0.0
+        self._delete_again_at = clock() + DELETE_AGAIN_S
         self._events: list[Event] = []
         self._tickets = count(1)
         self._counts = dict.fromkeys(("loaded", "missed", "written", "failed", "refused", "bad_blocks", "io_errors"), 0)
         self._state_changes = 0
+        self._errno = 0  # of the last one
         self._probe: Job | None = None  # under way, since:
         self._probe_began_at = 0.0
         self._is_closed = False
         self._told: Callable[[str, bool], None] = lambda name, found: None
         self._found_before = self.health.finds
-        self._adopt(files.scan())
         self._inbox: Inbox[Job] = Inbox()
-        self._work = Work(files, sealer, done=self._inbox.add)
+        self._work = Work(files, sealer, done=self._inbox.add, write_failed=lambda: self._writes.hold())
         self._reads = Crew("pdx-disk-read", threads=readers, work=self._work.run, clock=clock)
         self._writes = Crew("pdx-disk-write", threads=writers, work=self._work.run, clock=clock)
 
@@ -110,16 +117,23 @@ class DiskTier:
     def open(
         cls, path: Path, *, cap_bytes: int, secret: bytes | None = None, policy: Policy[str] | None = None
     ) -> Self:
-        """The tier in this folder, with what it kept from earlier lives. Raises TierUnusable."""
+        """The tier in this folder, with what it kept from earlier lives. Raises TierUnusable, or TierBroken."""
         files = Folder.open(path)
         try:
             return cls(files, cap_bytes=cap_bytes, secret=secret, policy=policy)
         except OSError as error:
             files.close()
-            raise TierUnusable(f"{path}: {error.strerror} ({errno_name(error.errno)})") from error
+            raise unusable(path, error) from error
         except BaseException:
             files.close()
             raise
+
+    @classmethod
+    def off(cls, error: TierBroken, *, cap_bytes: int) -> Self:
+        """In the place of one that can't be opened: who looks at the daemon sees that it has none now, and why."""
+        tier = cls(BrokenFiles(error.errno), cap_bytes=cap_bytes, health=Health(state=State.OFF))
+        tier._changed(str(error), error.errno)
+        return tier
 
     def fileno(self) -> int:
         return self._inbox.fileno()
@@ -131,7 +145,8 @@ class DiskTier:
         match request:
             case Write():
                 sealed.check_sizes(request.key, request.meta, bytes_of(request.pages))
-                is_full = len(self._open) - self._open_reads >= OPEN_WRITES_MAX
+                most = 1 if self.health.state is State.TRYING else OPEN_WRITES_MAX
+                is_full = len(self._open) - self._open_reads >= most
             case Read():
                 is_full = self._open_reads >= OPEN_READS_MAX
             case _:
@@ -155,6 +170,9 @@ class DiskTier:
         if not self.health.finds:
             return [False] * len(keys)
         return list(map(self.ledger.finds, sealed.names_of(keys)))
+
+    def used(self, chain: Sequence[Key]) -> None:
+        self.ledger.used(sealed.names_of(chain))
 
     def remove(self, key: Key) -> None:
         self._condemn(sealed.name_of(key))
@@ -180,7 +198,8 @@ class DiskTier:
     def stats(self) -> TierStats:
         return TierStats(
             state=self.health.state, blocks=len(self.ledger),
-            used_bytes=self.ledger.used_bytes + FOLDER_BYTES, cap_bytes=self.ledger.cap_bytes + FOLDER_BYTES,
+            used_bytes=self.ledger.used_bytes + self._beside_bytes,
+            cap_bytes=self.ledger.cap_bytes + self._beside_bytes, errno=self._errno,
             open_reads=self._open_reads, open_writes=len(self._open) - self._open_reads,
             evicted=self.ledger.evicted, changes=self.ledger.changes + self._state_changes,
             unaligned=self.files.unaligned, **self._counts,
@@ -215,14 +234,16 @@ class DiskTier:
     # -- control thread: beginnings
 
     def _begin_write(self, job: Job, request: Write) -> End | None:
-        if self.health.state is not State.WELL:
-            return Failed(job.ticket, f"the disk tier is {self.health.state}")
+        if self.health.state not in (State.WELL, State.TRYING):
+            again = self.health.state is not State.OFF
+            return Failed(job.ticket, f"the disk tier is {self.health.state}", again=again)
         state = self.ledger.state(job.name)
         if state is EntryState.KEPT and self.ledger.finds(job.name):
             return Written(job.ticket, 0.0)
         if state is not EntryState.GONE:
             return Failed(job.ticket, "this block is just being written or deleted")
-        size_bytes = sealed.file_bytes(request.key, request.meta, bytes_of(request.pages)) + NAME_BYTES
+        file_bytes = sealed.file_bytes(request.key, request.meta, bytes_of(request.pages))
+        size_bytes = round_up(file_bytes, self._unit_bytes) + self._unit_bytes
         if size_bytes > self.ledger.cap_bytes:
             return Failed(job.ticket, f"{size_bytes} bytes are more than the whole tier may take")
         victims = self.ledger.reserve(job.name, size_bytes, now=self._clock())
@@ -253,21 +274,6 @@ class DiskTier:
             self._deleting.add(name)
             self._writes.add(Job(name, 0, None))
 
-    def _adopt(self, found: Sequence[Found]) -> None:
-        """Takes over what the folder has, oldest first, so that the youngest are evicted last."""
-        now, now_ns = self._clock(), time.time_ns()
-        for file in sorted(found, key=lambda file: (file.written_at_ns, file.name)):
-            if len(file.name) != sealed.NAME_LENGTH:
-                continue  # none of ours
-            if file.size_bytes < 2 * ALIGN_BYTES or file.size_bytes % ALIGN_BYTES:
-                self.files.remove(file.name)  # torn by a crash of the machine
-            else:
-                since = now - max(0.0, (now_ns - file.written_at_ns) * 1e-9)
-                self.ledger.adopt(file.name, file.allocated_bytes + NAME_BYTES, since=since)
-        for name in self.ledger.surplus():
-            self.files.remove(name)
-            self.ledger.delete(name)
-
     # -- control thread: ends
 
     def _settle_all(self) -> None:
@@ -292,7 +298,7 @@ class DiskTier:
         self._say(end)
 
     def _settle_write(self, job: Job) -> End:
-        published_bytes = None if job.allocated_bytes is None else job.allocated_bytes + NAME_BYTES
+        published_bytes = None if job.allocated_bytes is None else job.allocated_bytes + self._unit_bytes
         is_stranded = isinstance(job.error, LeftBehind)
         condemned = self.ledger.settle(
             job.name, deleted=job.deleted, published_bytes=published_bytes, is_stranded=is_stranded
@@ -302,7 +308,8 @@ class DiskTier:
         self._judge_write(job)
         if job.error is None:
             return Written(job.ticket, job.seconds)
-        return Failed(job.ticket, _sentence(job.error), _errno(job.error))
+        again = isinstance(job.error, OSError) and job.error.errno != errno.EFBIG  # which it will be the next time, too
+        return Failed(job.ticket, _sentence(job.error), _errno(job.error), again)
 
     def _settle_read(self, job: Job) -> End:
         self._open_reads -= 1
@@ -330,7 +337,7 @@ class DiskTier:
         self._counts["io_errors"] += 1
         log.warning("a file of the disk tier can't be deleted now: %s: %s", job.name, _sentence(job.error))
 
-    def _settle_unbegun(self, job: Job, reason: str) -> None:
+    def _settle_unbegun(self, job: Job, reason: str, *, again: bool = False) -> None:
         self._open.pop(job.ticket, None)
         match job.request:
             case Write():
@@ -349,28 +356,39 @@ class DiskTier:
                 return
             case _:
                 assert_never(job.request)
-        self._say(Failed(job.ticket, reason))
+        self._say(Failed(job.ticket, reason, again=again))
 
-    def _withdraw_all(self, reason: str) -> None:
-        for job in self._reads.withdraw_all() + self._writes.withdraw_all():
-            self._settle_unbegun(job, reason)
+    def _withdraw_all(self, reason: str, *, again: bool = False) -> None:
+        for job in self._reads.withdraw_all():
+            self._settle_unbegun(job, reason, again=again)
+        self._withdraw_writes(reason, again=again)
+
+    def _withdraw_writes(self, reason: str, *, again: bool) -> None:
+        """The last one first: who puts each before those that wait has them in their order again."""
+        for job in reversed(self._writes.withdraw_all()):
+            self._settle_unbegun(job, reason, again=again)
+        self._writes.go_on()
 
     def _judge_write(self, job: Job) -> None:
-        if job.error is not None:
-            self._counts["io_errors"] += 1
-        if self.health.wrote(ok=job.error is None, now=self._clock()):
+        has_changed = self.health.wrote(ok=job.error is None, now=self._clock())
+        if job.error is None:
+            if has_changed:
+                self._changed("it takes writes again", 0)
+            return
+        self._counts["io_errors"] += 1
+        if has_changed:
             self._changed(f"a write failed: {_sentence(job.error)}", _errno(job.error))
+        self._withdraw_writes("the disk takes no writes now", again=True)
 
     def _look_after_health(self) -> None:
         now = self._clock()
         if self.health.tick(now):
-            self._changed("asked again after a pause", 0)
             self._delete_again()
         elif self._undeleted and self.health.finds and not self._is_closed and now >= self._delete_again_at:
             self._delete_again()
         if self._is_stuck(now) and self.health.hangs(now=now):
             self._changed(f"a call has not come back for {self._stall_s:g} s", 0)
-            self._withdraw_all("the disk hangs")
+            self._withdraw_all("the disk hangs", again=True)
         if self._probe is None and not self._is_closed and self.health.wants_probe(now=now):
             self._probe, self._probe_began_at = Job(PROBE_NAME, 0, Probe()), now
             self._writes.add(self._probe)
@@ -394,6 +412,7 @@ class DiskTier:
 
     def _changed(self, reason: str, error_number: int) -> None:
         self._state_changes += 1
+        self._errno = error_number
         if self.health.finds != self._found_before:
             self._found_before = self.health.finds
             for entry in self.ledger.found():

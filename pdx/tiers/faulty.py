@@ -30,6 +30,14 @@ class FaultyFiles:
     def unaligned(self) -> int:
         return self._files.unaligned
 
+    @property
+    def unit_bytes(self) -> int:
+        return self._files.unit_bytes
+
+    @property
+    def stranded_bytes(self) -> int:
+        return self._files.stranded_bytes
+
     def scan(self) -> list[Found]:
         return self._files.scan()
 

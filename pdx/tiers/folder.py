@@ -15,18 +15,28 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import logging
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from pdx.errors import BadBlock, TierUnusable
+from pdx.errors import BadBlock, TierBroken, TierUnusable
 from pdx.layout import ALIGN_BYTES
 
+log = logging.getLogger(__name__)
+
 _FOLDERS = [f"{number:02x}" for number in range(256)]
-# Each folder takes a block of the file system when it is made; beyond that, names are charged to their files.
-FOLDER_BYTES = (len(_FOLDERS) + 8) * ALIGN_BYTES
+# Each folder takes a unit of the file system when it is made; beyond that, names are charged to their files.
+FOLDER_UNITS = len(_FOLDERS) + 8
+_UNIT_NAME = f"{_FOLDERS[0]}-unit"  # none of a tier's: what a crash leaves of it is overwritten
+# What no setting is to blame for: the medium fails, has gone, is full or, as file systems become by errors, read-only.
+_BROKEN = {
+    errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.EUCLEAN,
+    errno.EBADMSG, errno.ENOMEDIUM, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO,
+}  # fmt: skip
 _IOV_MAX = 1024  # buffers per call: Linux's limit
 
 
@@ -49,8 +59,16 @@ class Files(Protocol):
     def unaligned(self) -> int:
         """Requests so far that went through the page cache although it was to be avoided."""
 
+    @property
+    def unit_bytes(self) -> int:
+        """A file takes a multiple of this, and so do its name, inode and block map, or a folder."""
+
+    @property
+    def stranded_bytes(self) -> int:
+        """What lies in the folder beside published files and can't be deleted now."""
+
     def scan(self) -> list[Found]:
-        """All published files."""
+        """All published files that can be read. Raises if no folder can."""
 
     def write(self, name: str, buffers: Sequence[memoryview]) -> int:
         """Publishes a file of these bytes and returns the bytes it takes on the medium. Raises LeftBehind."""
@@ -74,6 +92,8 @@ class Folder:
         self.path = path
         self.is_direct = is_direct
         self.unaligned = 0
+        self.unit_bytes = ALIGN_BYTES
+        self.stranded_bytes = 0
         self._lock = lock
         self._numbers = itertools.count()
 
@@ -81,7 +101,8 @@ class Folder:
     def open(cls, path: Path, *, direct: bool = True) -> Self:
         """Takes the folder over, making it if need be, and clears what was being written.
 
-        Raises TierUnusable, naming the errno, if it can't be used or another process has it.
+        Raises TierUnusable, naming the errno, if it can't be used or another process has it; TierBroken if the medium
+        fails. One bad folder or file is left out, and told in the log.
         """
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -90,29 +111,30 @@ class Folder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for name in {*_FOLDERS, "tmp"} - set(os.listdir(path)):
                     (path / name).mkdir(mode=0o700)
-                for leftover in (path / "tmp").iterdir():
-                    leftover.unlink()
-                return cls(path, lock, is_direct=direct and _takes_direct(path / "lock"))
+                folder = cls(path, lock, is_direct=direct and _takes_direct(path / "lock"))
+                folder._measure_unit()
+                folder._clear_leftovers()
+                return folder
             except BaseException:
                 os.close(lock)
                 raise
         except BlockingIOError as error:
             raise TierUnusable(f"{path} is in use by another pdxd: one folder serves one daemon") from error
         except OSError as error:
-            raise TierUnusable(
-                f"{path} can't hold a disk tier: {error.strerror} ({errno_name(error.errno)})"
-            ) from error
+            raise unusable(path, error) from error
 
     def scan(self) -> list[Found]:
-        found = []
+        found: list[Found] = []
+        unread = 0
         for folder in _FOLDERS:
-            with os.scandir(self.path / folder) as entries:
-                for entry in entries:
-                    if not entry.name.startswith(folder) or not entry.is_file(follow_symlinks=False):
-                        continue  # none of ours
-                    status = entry.stat(follow_symlinks=False)
-                    allocated_bytes = status.st_blocks * 512
-                    found.append(Found(entry.name, status.st_size, allocated_bytes, status.st_mtime_ns))
+            try:
+                with os.scandir(self.path / folder) as entries:
+                    found += self._found_in(folder, entries)
+            except OSError as error:
+                unread += 1
+                if unread == len(_FOLDERS):
+                    raise
+                log.warning("%s/%s is left out of the disk tier: %s", self.path, folder, errno_name(error.errno))
         return found
 
     def write(self, name: str, buffers: Sequence[memoryview]) -> int:
@@ -157,6 +179,46 @@ class Folder:
     def __repr__(self) -> str:
         return f"<Folder {self.path}, {'direct' if self.is_direct else 'through the page cache'}>"
 
+    def _found_in(self, folder: str, entries: Iterator[os.DirEntry[str]]) -> list[Found]:
+        found = []
+        for entry in entries:
+            try:
+                if not entry.name.startswith(folder) or not entry.is_file(follow_symlinks=False):
+                    continue  # none of ours
+                status = entry.stat(follow_symlinks=False)
+            except OSError as error:
+                log.warning("%s is left out of the disk tier: %s", entry.path, errno_name(error.errno))
+                continue
+            found.append(Found(entry.name, status.st_size, status.st_blocks * 512, status.st_mtime_ns))
+        return found
+
+    def _measure_unit(self) -> None:
+        """What a file takes at least. statvfs does not say it where blocks are given in clusters (ext4's bigalloc).
+
+        If nothing can be written now, its word must do: what a file has really taken is charged in any case.
+        """
+        self.unit_bytes = max(self.unit_bytes, os.statvfs(self.path).f_frsize)
+        with contextlib.suppress(OSError, BadBlock):
+            block = memoryview(mmap.mmap(-1, ALIGN_BYTES))
+            self.unit_bytes = max(self.unit_bytes, self.write(_UNIT_NAME, [block]))
+            self.remove(_UNIT_NAME)
+
+    def _clear_leftovers(self) -> None:
+        """Of writes that a killed process had begun."""
+        try:
+            leftovers = list((self.path / "tmp").iterdir())
+        except OSError as error:
+            log.warning("%s/tmp can't be read: %s", self.path, errno_name(error.errno))
+            return
+        for leftover in leftovers:
+            size_bytes = self.unit_bytes
+            try:
+                size_bytes = leftover.lstat().st_blocks * 512
+                leftover.unlink()
+            except OSError as error:
+                self.stranded_bytes += size_bytes
+                log.warning("%s can't be deleted: %s", leftover, errno_name(error.errno))
+
     @property
     def _direct_flag(self) -> int:
         return os.O_DIRECT if self.is_direct else 0
@@ -182,6 +244,12 @@ class Folder:
 
 class _Vectored(Protocol):
     def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, /) -> int: ...
+
+
+def unusable(path: Path, error: OSError) -> TierUnusable:
+    """Whose fault it is that this folder can't be a tier."""
+    complaint = f"{path} can't hold a disk tier: {error.strerror} ({errno_name(error.errno)})"
+    return TierBroken(complaint, error.errno) if error.errno in _BROKEN else TierUnusable(complaint)
 
 
 def errno_name(number: int | None) -> str:

@@ -1,8 +1,9 @@
 """Whether a medium can be trusted with work. Events in, states out; knows no files, and `now` is an argument.
 
-A medium that can't take writes (full, read-only) still serves reads, and is asked again after a pause. One that hangs
-serves nobody, for an engine that waits for it is slower than one without a disk; but now and then it is asked whether
-it answers. One that can't be read is switched off for good: what is rotten does not heal.
+A medium that can't take writes (full, read-only) still serves reads, and after a pause is *tried*: with one write, and
+it is well when that has gone well. All that wait would fail, each behind the victims that it has deleted. One that
+hangs serves nobody, for an engine that waits for it is slower than one without a disk; but now and then it is asked
+whether it answers. One that can't be read is switched off for good: what is rotten does not heal.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ PAUSE_S = 30.0  # others may free room meanwhile; a write per pause is all that 
 PROBE_S = 60.0  # one small file a minute: nothing to a server that reboots, soon enough for who waits for its cache
 READ_ERRORS_MAX = 8  # in a row: one bad sector costs one block, a dying disk must not cost a read each
 
-HealthEvent = Literal["write_error", "pause_over", "read_errors", "hang", "answer"]
+HealthEvent = Literal["write_error", "pause_over", "write_done", "read_errors", "hang", "answer"]
 
 
 class State(StrEnum):
     WELL = "well"
     PAUSED = "paused"
+    TRYING = "trying"
     HUNG = "hung"
     OFF = "off"
 
@@ -29,11 +31,15 @@ class State(StrEnum):
 MOVES: dict[tuple[State, HealthEvent], State] = {
     (State.WELL, "write_error"): State.PAUSED,
     (State.PAUSED, "write_error"): State.PAUSED,
-    (State.PAUSED, "pause_over"): State.WELL,
+    (State.PAUSED, "pause_over"): State.TRYING,
+    (State.TRYING, "write_done"): State.WELL,
+    (State.TRYING, "write_error"): State.PAUSED,
     (State.WELL, "read_errors"): State.OFF,
     (State.PAUSED, "read_errors"): State.OFF,
+    (State.TRYING, "read_errors"): State.OFF,
     (State.WELL, "hang"): State.HUNG,
     (State.PAUSED, "hang"): State.HUNG,
+    (State.TRYING, "hang"): State.HUNG,
     (State.HUNG, "answer"): State.WELL,
     (State.HUNG, "read_errors"): State.OFF,
 }
@@ -42,8 +48,10 @@ MOVES: dict[tuple[State, HealthEvent], State] = {
 class Health:
     """Every method that may change the state says whether it did."""
 
-    def __init__(self, *, pause_s: float = PAUSE_S, probe_s: float = PROBE_S) -> None:
-        self.state = State.WELL
+    def __init__(
+        self, *, pause_s: float = PAUSE_S, probe_s: float = PROBE_S, state: Literal[State.WELL, State.OFF] = State.WELL
+    ) -> None:
+        self.state: State = state
         self._pause_s = pause_s
         self._probe_s = probe_s
         self._paused_until = 0.0
@@ -53,9 +61,13 @@ class Health:
     @property
     def finds(self) -> bool:
         """Whether what it keeps can be asked for."""
-        return self.state in (State.WELL, State.PAUSED)
+        return self.state in (State.WELL, State.PAUSED, State.TRYING)
 
     def wrote(self, *, ok: bool, now: float) -> bool:
+        """Not said of a medium that was tried and takes no writes yet: it may be full for a week."""
+        if ok and self.state is State.TRYING:
+            self.on("write_done")
+            return True
         if ok or not self.finds:
             return False
         was_well = self.state is State.WELL
@@ -93,6 +105,7 @@ class Health:
         return True
 
     def tick(self, now: float) -> bool:
+        """Whether a pause is over now."""
         if self.state is not State.PAUSED or now < self._paused_until:
             return False
         self.on("pause_over")

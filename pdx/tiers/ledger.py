@@ -6,7 +6,7 @@ while it is open it can take no more than the larger of the two, and that is wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -40,7 +40,7 @@ class Entry:
     charged_bytes: int
     state: EntryState
     since: float = 0.0  # on its owner's clock
-    readers: int = 0
+    readers: int = 0  # while there are some it is no victim
     is_condemned: bool = False  # no longer found, and doomed when its last reader is gone
     victims: tuple[str, ...] = ()  # of an open write
     overlap_bytes: int = 0  # what this write and its victims never take at once
@@ -156,11 +156,15 @@ class Ledger:
         self.policy.touched([name])
         return condemned
 
+    def used(self, chain: Sequence[str]) -> None:
+        """Those of them that are found, in chain order, were used."""
+        self.policy.touched([name for name in chain if self.finds(name)])
+
     def begin_read(self, name: str) -> None:
+        """No use by itself: blocks of a chain are read one by one, and the head, read first, would go first."""
         entry = self._entries[name]
         assert entry.state is EntryState.KEPT, f"{name} is {entry.state}"
         entry.readers += 1
-        self.policy.removed(name)
 
     def end_read(self, name: str) -> bool:
         """Whether the name is now to be deleted."""
@@ -171,7 +175,6 @@ class Ledger:
         if entry.is_condemned:
             self._move(entry, "doom")
             return True
-        self.policy.touched([name])
         return False
 
     def condemn(self, name: str) -> bool:
@@ -185,9 +188,9 @@ class Ledger:
         self._leaving += 1
         self.changes += 1
         self.told(name, False)
+        self.policy.removed(name)
         if entry.readers:
             return False
-        self.policy.removed(name)
         self._move(entry, "doom")
         return True
 
@@ -227,10 +230,10 @@ class Ledger:
         for name in self._entries:
             groups.setdefault(self._group_of(name), set()).add(name)
         _require({group: set(names) for group, names in self._groups.items()} == groups, "groups are not of the names")
-        idle = {name for name, entry in self._entries.items() if entry.state is EntryState.KEPT and not entry.readers}
+        found = {entry.name for entry in self.found()}
         _require(sum(entry.state is EntryState.KEPT for entry in entries) == self._kept, "kept names are counted wrong")
-        _require(set(self.policy.victims()) == idle, "the policy's names are not the idle ones")
-        _require(len(self.policy) == len(idle), "the policy counts wrong")
+        _require(set(self.policy.victims()) == found, "the policy's names are not those that are found")
+        _require(len(self.policy) == len(found), "the policy counts wrong")
         victims = [victim for entry in entries for victim in entry.victims]
         _require(len(victims) == len(set(victims)), "a victim makes room for two")
         for victim in victims:
@@ -242,6 +245,8 @@ class Ledger:
         short_bytes = self.used_bytes + wanted_bytes - self.cap_bytes
         victims: list[str] = []
         for victim in self.policy.victims() if short_bytes > 0 else ():
+            if self._entries[victim].readers:
+                continue
             victims.append(victim)
             short_bytes -= self._entries[victim].charged_bytes
             if short_bytes <= 0:

@@ -63,6 +63,9 @@ class MemoryTier:
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         return list(map(self.ledger.finds, sealed.names_of(keys)))
 
+    def used(self, chain: Sequence[Key]) -> None:
+        self.ledger.used(sealed.names_of(chain))
+
     def remove(self, key: Key) -> None:
         self._condemn(sealed.name_of(key))
 

@@ -2,7 +2,8 @@
 
 Write-through writes a block when it is committed: it survives the daemon, and eviction never waits. Write-back writes
 it when its slot is about to be evicted: what nobody asks for twice may never touch the disk, but a claim that is in a
-hurry evicts blocks that are nowhere else. Either way writing is a favour: past its bound a wish is dropped.
+hurry evicts blocks that are nowhere else. Either way writing is a favour: past its bound a wish is dropped. But one
+that the medium could not grant now waits until it can: a disk that is full for a minute must not cost a chain's middle.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from enum import StrEnum
 
-from pdx.tiers.tier import End, Key, Written
+from pdx.tiers.tier import End, Failed, Key, Written
 
 BACKLOG_MAX = 4096  # blocks: some seconds of a disk's writing; who waits longer is evicted before
 
@@ -85,6 +86,9 @@ class Spill:
         """The block whose slot is free of this write now, and whether the tier has it."""
         key = self._open.pop(end.ticket)
         self._writing.remove(key)
+        if isinstance(end, Failed) and end.again:
+            self._put_back(key, last=end.errno != 0)
+            return key, False
         is_written = isinstance(end, Written)
         self.written_back += is_written and key in self._pressed
         self._pressed.discard(key)
@@ -111,6 +115,13 @@ class Spill:
         if self.is_coming(key):
             return
         self._waiting[key] = None
+        if len(self._waiting) > self._backlog_max:
+            self._drop()
+
+    def _put_back(self, key: Key, *, last: bool) -> None:
+        """Where it was; but behind all others if it has failed itself: what is wrong may be one folder of the disk."""
+        self._waiting[key] = None
+        self._waiting.move_to_end(key, last=last)
         if len(self._waiting) > self._backlog_max:
             self._drop()
 

@@ -70,15 +70,22 @@ class Missed(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """Refused, cancelled or not possible now. `errno` is 0 where no system call failed."""
+    """Refused, cancelled or not possible now. `errno` is 0 where no system call failed.
+
+    `again`: not for what was asked for, but since the medium takes no writes now; ask again when it does.
+    """
 
     ticket: int
     reason: str
     errno: int = 0
+    again: bool = False
 
 
 class StateChanged(msgspec.Struct, frozen=True):
-    """The tier's health: "well", "paused" (reads only), "hung" (finds nothing now) or "off" (nothing any more)."""
+    """The tier's health: "well", "paused" (reads only), "hung" (finds nothing now) or "off" (nothing any more).
+
+    Behind a pause it is "trying", which is told in stats() only: it takes one write at a time, until one has gone well.
+    """
 
     state: str
     reason: str
@@ -108,6 +115,7 @@ class TierStats:
     bad_blocks: int = 0  # found rotten, and deleted
     io_errors: int = 0
     changes: int = 0  # grows with all that may make contains() say something else
+    errno: int = 0  # of the call behind the last change of its state, if one failed
     unaligned: int = 0  # requests that the medium could not take straight from or into the buffers
 
 
@@ -118,6 +126,15 @@ class Watched(Protocol):
     def watch(self, told: Callable[[str, bool], None]) -> list[str]:
         """The names of all blocks that contains() finds now. From now on `told` hears, on the thread that calls the
         tier, of each name that it finds (True) or no longer finds. One watcher."""
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """What a tier can do that evicts in the order of use."""
+
+    def used(self, chain: Sequence[Key]) -> None:
+        """These, in chain order, were used now, if only above: a Read by itself is no use, for it says nothing of the
+        chain. Of those that contains() finds the last are evicted first, and all after what was used before."""
 
 
 class Tier(Protocol):

@@ -41,12 +41,18 @@ class Job:
 
 
 class Work:
-    """Called by many threads at once. `done` gets every job back, whatever became of it."""
+    """Called by many threads at once. `done` gets every job back, whatever became of it.
 
-    def __init__(self, files: Files, sealer: sealed.Sealer, *, done: Callable[[Job], None]) -> None:
+    `write_failed` is called before, on the same thread: the next write would delete its victims, and fail as well.
+    """
+
+    def __init__(
+        self, files: Files, sealer: sealed.Sealer, *, done: Callable[[Job], None], write_failed: Callable[[], None]
+    ) -> None:
         self._files = files
         self._sealer = sealer
         self._done = done
+        self._write_failed = write_failed
         self._own = threading.local()
 
     def run(self, job: Job) -> None:
@@ -69,6 +75,8 @@ class Work:
             log.exception("a request to the disk tier failed in an unforeseen way")
             job.error = error
         job.seconds = time.monotonic() - started_at
+        if job.error is not None and isinstance(job.request, Write):
+            self._write_failed()
         self._done(job)
 
     def _write(self, job: Job, request: Write) -> None:

@@ -27,6 +27,16 @@ def test_unused_items_go_in_the_order_they_came_and_chains_from_their_tail() -> 
     assert list(policy.victims()) == ["tail", "head", "next"]
 
 
+def test_a_chain_that_grows_comes_anew_but_was_not_used() -> None:
+    policy = fifo()
+    for name in ("head", "middle", "else", "tail"):
+        policy.touched([name])
+    policy.grown(["head", "middle", "never seen"])
+    assert list(policy.victims()) == ["else", "tail", "middle", "head"]
+    use(policy, "else")
+    assert list(policy.victims()) == ["tail", "middle", "head", "else"]
+
+
 def test_what_was_used_again_outlives_what_came_later() -> None:
     policy = fifo()
     for name in ("shared", "once", "twice"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from one_host import HASHES, PAGES, Host, engine, name
 from pdx.layout import Place
 from pdx.wire import Keep, LetGo, LoadEnded, LoadOpened, LookUp, SendEnded, SendOpened
 
+REQUESTS = itertools.count()
 MINE, OTHER = b"m" * 16, b"o" * 16
 
 
@@ -32,8 +34,10 @@ def look_up(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE) -> l
     return answer.places
 
 
-def keep(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE) -> SendOpened | SendEnded:
-    host.handoffs.keep(engine("P"), Keep(request_id="r", handoff_id=called, block_hashes=hashes), host.now)
+def keep(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE, request: str = "") -> SendOpened | SendEnded:
+    """`request`: of which these are the next blocks; else of one that nothing else is kept of."""
+    message = Keep(request_id=request or f"r{next(REQUESTS)}", handoff_id=called, block_hashes=hashes)
+    host.handoffs.keep(engine("P"), message, host.now)
     answer: SendOpened | SendEnded = heard(host)
     if isinstance(answer, SendOpened):  # and the engine fills them
         for place in filter(None, answer.places):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import random
-from collections.abc import Sequence
+import select
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,10 @@ from test_prefixes import MINE, OTHER, heard, keep, leases, let_go, look_up
 
 from pdx.daemon.tiering import FIRST_LOT
 from pdx.layout import Place
+from pdx.tiers.disk import DiskTier
+from pdx.tiers.faulty import FaultyFiles
+from pdx.tiers.folder import Folder
+from pdx.tiers.health import PAUSE_S
 from pdx.tiers.memory import MemoryTier
 from pdx.tiers.tier import Event, StateChanged
 from pdx.wire import LoadEnded, SendOpened
@@ -43,8 +50,10 @@ def bytes_at(host: Host, place: Place, layer: int) -> bytes:
     return bytes(host.store.arena.memory[start : start + PAGES.page_bytes])
 
 
-def keep_filled(host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE, seed: int = 0) -> None:
-    opened = keep(host, hashes, called)
+def keep_filled(
+    host: Host, hashes: list[bytes] = HASHES, called: bytes = MINE, seed: int = 0, request: str = ""
+) -> None:
+    opened = keep(host, hashes, called, request)
     assert isinstance(opened, SendOpened), opened
     fill(host, opened.places, seed)
     let_go(host, called)
@@ -247,7 +256,7 @@ def test_any_course_ends_with_everything_free(seed: int) -> None:
         hashes = chance.choice(prompts)[: chance.randrange(1, 7)]
         called, roll = chance.choice(names), chance.random()
         if roll < 0.3 and called not in loads:
-            opened = keep(host, hashes, called)
+            opened = keep(host, hashes, called, chance.choice(["", "one", "another"]))
             if isinstance(opened, SendOpened):
                 fill(host, opened.places)
                 let_go(host, called, ok=chance.random() < 0.9)
@@ -269,6 +278,34 @@ def test_any_course_ends_with_everything_free(seed: int) -> None:
     host.tick()
     assert leases(host) == 0
     tier.close(drain_s=0.0)
+
+
+def test_what_a_full_disk_could_not_take_is_written_when_it_can(tmp_path: Path) -> None:
+    """In order, and with nothing missing in the middle: behind a gap no block is of use."""
+    files, now = FaultyFiles(Folder.open(tmp_path / "tier")), [0.0]
+    tier = DiskTier(files, cap_bytes=1 << 30, clock=lambda: now[0])
+    host = Host(extents=10, tier=tier)
+    chain = [b"c%d" % n for n in range(100)]
+    files.errors["write"] = errno.ENOSPC
+    keep_filled(host, chain)
+    for _ in range(3):
+        until(host, tier, lambda: tier.stats().state == "paused" and not tier.stats().open_writes)
+        disk = host.handoffs.disk()
+        assert disk is not None and (disk["waiting_writes"], disk["blocks"]) == (100, 0)
+        now[0] += PAUSE_S + 1
+    assert host.counters["writes_failed"] <= 4, "two were under way, and then one a pause"
+    del files.errors["write"]
+    now[0] += PAUSE_S + 1
+    until(host, tier, lambda: tier.stats().blocks == 100)
+    tier.close(drain_s=5.0)
+
+
+def until(host: Host, tier: DiskTier, is_so: Callable[[], bool]) -> None:
+    """Ticks whenever the tier has something to say."""
+    host.tick()
+    while not is_so():
+        assert select.select([tier.fileno()], [], [], 10.0)[0], f"{tier} says nothing more"
+        host.tick()
 
 
 def test_a_long_prompt_that_the_tier_has_not_is_asked_for_once_and_a_little(

@@ -46,6 +46,9 @@ def main(folder: Path, how: str) -> None:
         tier.take_events()
         assert isinstance(user.write(key_of(count)), Written), "there is room again, and nobody noticed"
     tier.close(drain_s=5.0)
+    again = DiskTier.open(folder / "tier", cap_bytes=CAP_BYTES)  # a daemon that starts now has at least what there is
+    assert isinstance(User(again).read(key_of(count - 1))[0], Loaded)
+    again.close(drain_s=5.0)
     print(f"{how}: {count} blocks, then {end.reason}")
 
 

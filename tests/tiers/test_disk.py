@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tier_folder import CAP_BYTES, OpenTier, block_files, taken_bytes
+from tier_folder import CAP_BYTES, FOLDER_BYTES, OpenTier, block_files, taken_bytes
 
 from pdx.errors import TierUnusable
 from pdx.tiers.conformance import BLOCK_BYTES, User, block, buffers, key_of, payload_of
 from pdx.tiers.disk import OPEN_READS_MAX, DiskTier
-from pdx.tiers.folder import FOLDER_BYTES, Folder
+from pdx.tiers.folder import Folder
 from pdx.tiers.health import READ_ERRORS_MAX, Health
 from pdx.tiers.tier import Failed, Loaded, Missed, Read, StateChanged, Write, Written
 
@@ -298,3 +298,22 @@ def test_aligned_buffers_go_straight_to_the_disk(open_tier: OpenTier, tmp_path: 
     probe = Folder.open(tmp_path / "probe")
     assert tier.stats().unaligned == int(probe.is_direct)
     probe.close()
+
+
+def test_a_chain_that_is_used_goes_after_others_and_from_its_end(open_tier: OpenTier) -> None:
+    """Reading it, the head first, is no use by itself."""
+    tier, _ = open_tier(cap_bytes=2 * FOLDER_BYTES)
+    user = User(tier)
+    chain = [key_of(number) for number in range(4)]
+    for key in chain:
+        user.write(key)
+        user.read(key)
+    tier.used([*chain, key_of(99)])
+    count, kept = 4, 4
+    while kept:
+        user.write(key_of(count := count + 1))
+        found = tier.contains(chain)
+        assert found == sorted(found, reverse=True)
+        assert sum(found) == 4 or count >= 8
+        kept = sum(found)
+    tier.check_integrity()

@@ -10,11 +10,10 @@ import traceback
 from pathlib import Path
 
 import pytest
-from tier_folder import taken_bytes
+from tier_folder import FOLDER_BYTES, taken_bytes
 
 from pdx.tiers.conformance import User, buffers
 from pdx.tiers.disk import DiskTier
-from pdx.tiers.folder import FOLDER_BYTES
 from pdx.tiers.tier import Key, Loaded, Read, Write
 
 PAGES, PAGE_BYTES = 4, 16 << 10

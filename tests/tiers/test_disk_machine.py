@@ -8,12 +8,11 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from tier_folder import block_files, taken_bytes
+from tier_folder import FOLDER_BYTES, block_files, taken_bytes
 
 from pdx.tiers import sealed
 from pdx.tiers.conformance import User, key_of, payload_of
 from pdx.tiers.disk import DiskTier
-from pdx.tiers.folder import FOLDER_BYTES
 from pdx.tiers.tier import Loaded, Missed, Written
 
 CAP_BYTES = 2 * FOLDER_BYTES  # ten blocks

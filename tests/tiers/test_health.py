@@ -28,7 +28,12 @@ def test_writes_pause_and_are_tried_again() -> None:
     assert not health.wrote(ok=False, now=101.0)
     assert not health.tick(110.9)
     assert health.tick(111.0)
+    assert (health.state, health.finds) == (State.TRYING, True)
+    assert not health.wrote(ok=False, now=111.0), "as before: nobody need hear it twice a minute"
+    assert (health.state, health.tick(120.9), health.tick(121.0)) == (State.PAUSED, False, True)
+    assert health.wrote(ok=True, now=121.0)
     assert health.state is State.WELL
+    assert not health.wrote(ok=True, now=122.0)
 
 
 def test_reads_that_fail_one_after_the_other_switch_it_off_for_good() -> None:
@@ -45,7 +50,7 @@ def test_reads_that_fail_one_after_the_other_switch_it_off_for_good() -> None:
     assert health.state is State.OFF
 
 
-@pytest.mark.parametrize("state", [State.WELL, State.PAUSED])
+@pytest.mark.parametrize("state", [State.WELL, State.PAUSED, State.TRYING])
 def test_what_hung_is_asked_now_and_then_and_is_well_when_it_answers(state: State) -> None:
     health = Health(probe_s=60)
     health.state = state

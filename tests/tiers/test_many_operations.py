@@ -6,11 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
-from tier_folder import block_files, taken_bytes
+from tier_folder import FOLDER_BYTES, block_files, taken_bytes
 
 from pdx.buffer.s3fifo import S3Fifo
 from pdx.tiers.disk import DiskTier
-from pdx.tiers.folder import FOLDER_BYTES, Folder
+from pdx.tiers.folder import Folder
 from pdx.tiers.memory import MemoryTier
 from pdx.tiers.tier import Key, Loaded, Missed, Read, StateChanged, Tier, Write
 

@@ -55,6 +55,20 @@ def test_what_is_pressed_is_not_dropped_for_what_is_not() -> None:
     assert spill.wanted() == keys(b"e", b"f")
 
 
+def test_what_the_medium_could_not_grant_waits_where_it_was_and_what_failed_itself_behind_it() -> None:
+    """The last of those that were withdrawn ends first, as in the disk tier."""
+    spill = Spill(WriteMode.THROUGH)
+    spill.committed(keys(b"a", b"b", b"c", b"d"))
+    for ticket, key in enumerate(keys(b"a", b"b", b"c")):
+        spill.submitted(key, ticket)
+    for ticket in (2, 1):
+        assert spill.on(Failed(ticket, "paused", again=True)) == (keys(b"a", b"b", b"c")[ticket], False)
+    spill.on(Failed(0, "full", 28, again=True))
+    assert spill.wanted() == keys(b"b", b"c", b"d", b"a")
+    assert not any(map(spill.is_refused, spill.wanted()))
+    assert len(spill) == 4
+
+
 def test_only_what_was_pressed_counts_as_written_back() -> None:
     spill = Spill(WriteMode.THROUGH)
     spill.committed(keys(b"a", b"b", b"c", b"d"))

@@ -6,10 +6,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from pdx.layout import ALIGN_BYTES
 from pdx.tiers.disk import DiskTier
 from pdx.tiers.faulty import FaultyFiles
+from pdx.tiers.folder import FOLDER_UNITS
 
 CAP_BYTES = 8 << 20
+FOLDER_BYTES = FOLDER_UNITS * ALIGN_BYTES  # where files take whole blocks of 4 KiB
 
 OpenTier = Callable[..., tuple[DiskTier, FaultyFiles]]
 
