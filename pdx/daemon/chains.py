@@ -48,6 +48,8 @@ class Chains:
     def ended(self, grip: Grip, now: float) -> None:
         """A lease of an engine has ended, and what it held has just become idle in the arena, in chain order."""
         slots, name = grip.lease.slots, (grip.engine_id, grip.request_id)
+        if not slots:
+            return  # somebody has asked for nothing
         chain = self._chains.get(name)
         is_whole = grip.side == "load" or chain is None or slots[0] is next(iter(chain.slots))
         if is_whole:

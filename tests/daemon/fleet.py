@@ -310,7 +310,9 @@ class BareEngine:
     def open_keep(self, hashes: list[bytes], tenant: bytes = b"", origin: bytes = b"") -> SendOpened:
         """The same up to its end."""
         lot = os.urandom(16)
-        self.scheduler.send(Keep(request_id="k", handoff_id=lot, block_hashes=hashes, tenant=tenant, origin=origin))
+        request_id = lot.hex()  # of another request each
+        keep = Keep(request_id=request_id, handoff_id=lot, block_hashes=hashes, tenant=tenant, origin=origin)
+        self.scheduler.send(keep)
         opened = self.expect(SendOpened)
         self.step += 1
         for place, name in zip(opened.places, hashes, strict=True):

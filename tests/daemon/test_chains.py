@@ -199,6 +199,14 @@ def test_a_chain_waits_for_its_last_lot_to_be_below(host: Host, narrow: Counting
     assert narrow.names == names + 11, "once"
 
 
+def test_who_keeps_nothing_has_no_chain(host: Host) -> None:
+    for _ in range(2):
+        keep_filled(host, [], MINE, request="nothing")
+    assert not host.handoffs._chains._chains
+    in_lots(host, CHAIN, blocks=4, request="nothing")
+    assert len(look_up(host, CHAIN)) == 12
+
+
 def test_chains_are_forgotten(host: Host) -> None:
     chains = host.handoffs._chains
     for n in range(20):
