@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 Item = TypeVar("Item")
 
@@ -34,6 +34,9 @@ class Policy(Protocol[Item]):
 
     def victims(self) -> Iterator[Item]:
         """All idle items, the first to go first. The owner removes items only after it has finished iterating."""
+
+    def another(self) -> Policy[Item]:
+        """An empty one of the same kind."""
 
     def __len__(self) -> int: ...
 
@@ -63,6 +66,9 @@ class Lru(Generic[Item]):
 
     def victims(self) -> Iterator[Item]:
         return iter(self._items)
+
+    def another(self) -> Self:
+        return type(self)()
 
     def __len__(self) -> int:
         return len(self._items)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from pdx.layout import CONTROL_BYTES, ExtentPlan, PageLayout, slot_sizes
 
 
@@ -20,8 +22,7 @@ class Extent:
     idle_units: int = 0  # of the used ones: could be freed at any time
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """Consecutive units of one extent, taken together and given back together."""
 
     extent: Extent
@@ -30,6 +31,14 @@ class Run:
     blocks: int
     offset: int  # of the first unit, in bytes from the arena's start
     header_offset: int  # of the first unit's header
+
+    def singles(self) -> list[Run]:
+        """Its units as runs of their own, each to be given back by itself."""
+        extent, layout, first = self.extent, self.layout, self.first_unit
+        offsets = range(self.offset, self.offset + self.blocks * layout.unit_bytes, layout.unit_bytes)
+        headers = range(self.header_offset, self.header_offset + self.blocks * layout.header_bytes, layout.header_bytes)
+        units = zip(range(first, first + self.blocks), offsets, headers, strict=True)
+        return [Run(extent, layout, unit, 1, offset, header) for unit, offset, header in units]
 
 
 class Extents:
@@ -44,12 +53,12 @@ class Extents:
 
     def capacity(self, layout: PageLayout) -> int:
         """Blocks of this layout that the whole arena could hold."""
-        return self.total * self._units(layout)
+        return self.total * self.units(layout)
 
     def free(self, layout: PageLayout) -> int:
         """Blocks of this layout that `take` can find room for now."""
         pool = self.pools.get(layout)
-        return (pool.free_units if pool else 0) + len(self.untaken) * self._units(layout)
+        return (pool.free_units if pool else 0) + len(self.untaken) * self.units(layout)
 
     @property
     def free_share(self) -> float:
@@ -66,8 +75,7 @@ class Extents:
     @property
     def idle_bytes(self) -> int:
         """Of these, what could be freed at any time."""
-        pools = self.pools.items()
-        return sum(extent.idle_units * layout.unit_bytes for layout, pool in pools for extent in pool.extents)
+        return sum(pool.idle_units * layout.unit_bytes for layout, pool in self.pools.items())
 
     def share(self, run: Run) -> float:
         """What giving this run back adds to `free_share`."""
@@ -77,11 +85,21 @@ class Extents:
         """What `free` would say if all idle units were given back: those of other layouts count by whole extents."""
         units = self.free(layout)
         for other, pool in self.pools.items():
-            if other == layout:
-                units += sum(extent.idle_units for extent in pool.extents)
-            else:
-                units += self._units(layout) * sum(map(is_clearable, pool.extents))
+            units += pool.idle_units if other == layout else self.units(layout) * pool.clearable
         return units
+
+    def rest(self, run: Run) -> None:
+        """Its units are idle from now on: they could be freed at any time."""
+        self.pools[run.layout].count_idle(run.extent, run.blocks)
+
+    def wake(self, run: Run) -> None:
+        """They are idle no longer."""
+        self.pools[run.layout].count_idle(run.extent, -run.blocks)
+
+    def offsets(self, run: Run) -> range:
+        """Where runs may begin in the extent of this one."""
+        first = run.offset - run.first_unit * run.layout.unit_bytes
+        return range(first, first + self.units(run.layout) * run.layout.unit_bytes, run.layout.unit_bytes)
 
     def take(self, layout: PageLayout, blocks: int) -> list[Run]:
         """Runs that together hold `blocks` blocks, the largest pieces first. `blocks` is at most free(layout)."""
@@ -113,7 +131,8 @@ class Extents:
             if not pool.extents:
                 del self.pools[run.layout]
 
-    def _units(self, layout: PageLayout) -> int:
+    def units(self, layout: PageLayout) -> int:
+        """Of an extent that is cut for this layout."""
         pool = self.pools.get(layout)
         return pool.units if pool else self._plan(layout).units
 
@@ -133,6 +152,8 @@ class Pool:
         self.plan = plan
         self.units = plan.units
         self.free_units = 0
+        self.idle_units = 0
+        self.clearable = 0  # extents of which that is true
         self.extents: dict[Extent, None] = {}
         self._whole = slot_sizes(self.units, plan.layout.chunk_blocks)  # how a wholly free extent is cut
         self.largest_piece = max(self._whole, default=0)
@@ -146,6 +167,7 @@ class Pool:
             self._free[size][extent, first_unit] = None
         self.extents[extent] = None
         self.free_units += self.units
+        self.clearable += is_clearable(extent)
 
     def dismiss(self, extent: Extent) -> None:
         """Forgets a wholly free extent."""
@@ -153,6 +175,7 @@ class Pool:
             del self._free[size][extent, first_unit]
         del self.extents[extent]
         self.free_units -= self.units
+        self.clearable -= is_clearable(extent)
 
     def take(self, size: int) -> Run | None:
         """A piece of exactly `size` units, split off the smallest that will do; None if there is none."""
@@ -163,27 +186,37 @@ class Pool:
         while found > size:
             found //= 2
             self._free[found][extent, first_unit + found] = None
-        self.free_units -= size
-        extent.used_units += size
+        self._count_used(extent, size)
         layout, start = self.plan.layout, extent.start
         offset, header_offset = self.plan.unit_offset(start, first_unit), self.plan.header_offset(start, first_unit)
         return Run(extent, layout, first_unit, size, offset, header_offset)
 
     def give(self, run: Run) -> None:
         extent, first_unit, size = run.extent, run.first_unit, run.blocks
-        extent.used_units -= size
-        self.free_units += size
+        self._count_used(extent, -size)
         while size < self.plan.layout.chunk_blocks and (extent, first_unit ^ size) in self._free[size]:
             del self._free[size][extent, first_unit ^ size]
             first_unit &= ~size
             size *= 2
         self._free[size][extent, first_unit] = None
 
+    def count_idle(self, extent: Extent, units: int) -> None:
+        self.clearable -= is_clearable(extent)
+        extent.idle_units += units
+        self.idle_units += units
+        self.clearable += is_clearable(extent)
+
     def pieces(self) -> Iterator[tuple[Extent, int, int]]:
         """Every free piece: extent, first unit, units."""
         for size, pieces in self._free.items():
             for extent, first_unit in pieces:
                 yield extent, first_unit, size
+
+    def _count_used(self, extent: Extent, units: int) -> None:
+        self.clearable -= is_clearable(extent)
+        extent.used_units += units
+        self.free_units -= units
+        self.clearable += is_clearable(extent)
 
     def _whole_pieces(self) -> list[tuple[int, int]]:
         pieces, first_unit = [], 0

@@ -1,16 +1,13 @@
 """How much each tenant may keep. Counts bytes by tenant; knows nothing of slots, prompts or who a tenant is.
 
 A tenant is an opaque name (an engine passes `cache_salt`); everybody without one shares the empty name. The owner of
-the memory asks before a claim how much of the tenant's own cache must go first, and orders its victims with `order`.
+the memory asks before a claim how much of the tenant's own cache must go first, so that nobody is ever over a limit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from heapq import nlargest
-from typing import TypeVar
-
-Item = TypeVar("Item")
 
 
 class Quotas:
@@ -20,6 +17,10 @@ class Quotas:
         self._default_bytes = default_bytes
         self._limits = dict(limits or {})
         self._used: dict[bytes, int] = {}
+
+    @property
+    def limits_anybody(self) -> bool:
+        return self._default_bytes is not None or bool(self._limits)
 
     def limit_bytes(self, tenant: bytes) -> int | None:
         return self._limits.get(tenant, self._default_bytes)
@@ -48,24 +49,6 @@ class Quotas:
             self._used[tenant] = left
         else:
             self._used.pop(tenant, None)
-
-    def order(
-        self, victims: Iterable[Item], *, tenant_of: Callable[[Item], bytes], claimer: bytes, wanted_bytes: int
-    ) -> Iterator[Item]:
-        """Whose turn it is when `claimer` needs room: at its limit, only its own; else those over theirs go first."""
-        if self._default_bytes is None and not self._limits:
-            yield from victims
-            return
-        if self.excess_bytes(claimer, wanted_bytes):
-            yield from (item for item in victims if tenant_of(item) == claimer)
-            return
-        others: list[Item] = []
-        for item in victims:
-            if self.excess_bytes(tenant_of(item)):
-                yield item
-            else:
-                others.append(item)
-        yield from others
 
     def largest(self, count: int) -> list[tuple[bytes, int]]:
         """Those that use most, with their bytes."""

@@ -98,6 +98,9 @@ class S3Fifo(Generic[Item]):
             if record.is_idle:
                 yield item
 
+    def another(self) -> S3Fifo[Item]:
+        return S3Fifo(self._name_of)
+
     def __len__(self) -> int:
         return self._idle
 

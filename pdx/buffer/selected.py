@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from pdx.buffer.index import Index
+from pdx.buffer.index import Index, Spot
+from pdx.buffer.lease import Lease
 from pdx.buffer.selection import Selection
-from pdx.buffer.slots import Slot, SlotState
-
-Spot = tuple[Slot, int]  # one block: its slot and its position there
+from pdx.buffer.slots import SlotState
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +26,12 @@ class Selected:
         return sum(slot.layout.unit_bytes for slot, _ in self.blocks)
 
 
-def selected(which: Selection, index: Index, slots: Iterable[Slot], *, now: float) -> Selected:
-    blocks = tuple(spot for key, spot in index.items() if which.takes(key, age_s=now - spot[0].claimed_at))
+def selected(which: Selection, index: Index, leases: Iterable[Lease], *, now: float) -> Selected:
+    """`leases`: all that there are. What is being filled is filled for somebody."""
+    blocks = tuple(spot for spot in _meant(which, index) if now - spot[0].claimed_at >= which.older_s)
     filling = tuple(
         (slot, position)
-        for slot in slots
+        for slot in dict.fromkeys(slot for lease in leases for slot in lease.slots)
         if slot.state is SlotState.FILLING
         for position, key in enumerate(slot.keys)
         if key is not None and which.takes(key, age_s=now - slot.claimed_at)
@@ -39,3 +39,14 @@ def selected(which: Selection, index: Index, slots: Iterable[Slot], *, now: floa
     leaving = Counter(slot for slot, _ in blocks)
     held = sum(count for slot, count in leaving.items() if slot.holds or count < slot.indexed)
     return Selected(blocks, filling, held)
+
+
+def _meant(which: Selection, index: Index) -> Iterator[Spot]:
+    """Whatever its age. Looks up what is named, and else at the namespaces that are meant: others may be large."""
+    named = which.named()
+    if named is not None:
+        for namespace, hashes in named.items():
+            yield from filter(None, index.find(namespace, hashes))
+        return
+    for namespace in filter(which.takes_from, index.namespaces()):
+        yield from index.within(namespace).values()

@@ -22,10 +22,20 @@ class Selection:
         assert self.block_hashes is None or (self.spaces is not None and self.tenant is not None)
 
     def takes(self, key: BlockKey, *, age_s: float) -> bool:
-        space, tenant = split_namespace(key[0])
         return (
             age_s >= self.older_s
-            and (self.spaces is None or space in self.spaces)
-            and (self.tenant is None or tenant == self.tenant)
+            and self.takes_from(key[0])
             and (self.block_hashes is None or key[1] in self.block_hashes)
         )
+
+    def takes_from(self, namespace: bytes) -> bool:
+        """Whether blocks of this namespace can be meant."""
+        space, tenant = split_namespace(namespace)
+        return (self.spaces is None or space in self.spaces) and (self.tenant is None or tenant == self.tenant)
+
+    def named(self) -> dict[bytes, list[bytes]] | None:
+        """Namespaces and hashes, if it names its blocks: few, as a rule, among many that are kept. Else None."""
+        if self.block_hashes is None or self.spaces is None or self.tenant is None:
+            return None
+        hashes = sorted(self.block_hashes)
+        return {space + self.tenant: hashes for space in sorted(self.spaces)}

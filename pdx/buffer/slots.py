@@ -6,7 +6,6 @@ the store says so; who holds it is counted here and known to the leases. It read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -96,20 +95,3 @@ class Slot:
             f"<Slot {self.state} at {self.run.offset:#x}: {self.blocks} blocks, {self.indexed} indexed, "
             f"{self.holds} holds, generation {self.generation}>"
         )
-
-
-def first_to_go(ordered: Iterator[Slot], layout: PageLayout, blocks: int) -> tuple[list[Slot], bool]:
-    """The first of these slots, up to those that have so many blocks of this layout and can go now. False: one of
-    another layout came before, and only all of them say what its extent is good for.
-
-    An arena has hundreds of thousands of slots, and a claim is often of one block.
-    """
-    seen: list[Slot] = []
-    for slot in ordered if blocks > 0 else ():
-        seen.append(slot)
-        if slot.layout != layout:
-            return seen, False
-        blocks -= slot.blocks if slot.idle else 0
-        if blocks <= 0:
-            break
-    return seen, True

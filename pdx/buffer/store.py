@@ -10,7 +10,6 @@ too. One thread owns a Store; others touch only the bytes of places it has hande
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
@@ -18,24 +17,23 @@ from typing import Any
 
 from pdx.buffer.arena import Arena
 from pdx.buffer.audit import check_accounts
+from pdx.buffer.by_tenant import ByTenant
 from pdx.buffer.claim import Claim, ReadClaim
 from pdx.buffer.evict import Lru, Policy
-from pdx.buffer.extents import Extents, is_clearable
-from pdx.buffer.index import Index
+from pdx.buffer.extents import Extents, Run
+from pdx.buffer.figures import figures, slot_counts
+from pdx.buffer.index import Index, Spot, distinct, places_of
 from pdx.buffer.lease import Lease, LeaseState, Owner
 from pdx.buffer.quota import Quotas
-from pdx.buffer.selected import Selected, Spot, selected
+from pdx.buffer.room import first_to_go, own_to_go
+from pdx.buffer.selected import Selected, selected
 from pdx.buffer.selection import Selection
-from pdx.buffer.slots import BlockKey, Slot, SlotEvent, SlotState, first_to_go
+from pdx.buffer.slots import BlockKey, Slot, SlotEvent, SlotState
 from pdx.errors import IllegalTransition, Refused
 from pdx.layout import PageLayout, Place
 
 POISON = 0xDB
-TENANTS_SHOWN = 100  # in stats: names come from clients
 _GENERATION_MAX = (1 << 32) - 1  # a header has 32 bits for it; 0 means never claimed
-
-_TAKEN = (SlotState.FILLING, SlotState.READY, SlotState.QUARANTINE)
-_UNENDED = (LeaseState.LIVE, LeaseState.QUARANTINED)
 
 NewSlot = Callable[..., Slot]  # of a run and its keys
 
@@ -64,8 +62,8 @@ class Store:
         self.index = Index()
         self.slots: dict[int, Slot] = {}  # all that are not free, by offset
         self.leases: dict[int, Lease] = {}  # all that have not ended, by id
-        self.policy: Policy = Lru() if policy is None else policy
         self.quotas = Quotas() if quotas is None else quotas
+        self.policy = ByTenant(Lru() if policy is None else policy, self.quotas)
         self._tenant_of = tenant_of
         self.freed = 0  # grows with each slot that may go from now on, or has gone
         self.evicted_blocks = 0
@@ -97,7 +95,7 @@ class Store:
         self._check_possible(pages, len(block_hashes) + tail, tenant)
         found = self._find_ready(namespace, pages, block_hashes) + [None] * tail
         fresh = frozenset(index for index, spot in enumerate(found) if spot is None)
-        shared = _distinct(spot for spot in found if spot)
+        shared = distinct(spot for spot in found if spot)
         # Held before room is made, or what was just found would be what gets evicted.
         self._hold(shared)
         try:
@@ -109,13 +107,41 @@ class Store:
             self._unhold(shared)
             return None
         keys: list[BlockKey | None] = [(namespace, block_hash) for block_hash in block_hashes] + [None] * tail
-        self._generation = self._generation % _GENERATION_MAX + 1
-        new = partial(Slot, generation=self._generation, claimed_at=now, tenant=tenant)
+        new = self._next_generation(now, tenant)
         spots = self._fill_gaps(pages, found, keys, new)
-        fresh_slots = _distinct(spots[index] for index in sorted(fresh))
+        fresh_slots = distinct(spots[index] for index in sorted(fresh))
         self._hold(fresh_slots)
-        lease = self._grant(owner, _distinct(spots), now + ttl_s)
-        return Claim(lease, _places(spots), fresh, tail, fresh_slots)
+        lease = self._grant(owner, distinct(spots), now + ttl_s)
+        return Claim(lease, places_of(spots), fresh, tail, fresh_slots)
+
+    def claim_each(
+        self,
+        owner: Owner,
+        namespace: bytes,
+        pages: PageLayout,
+        block_hashes: Sequence[bytes],
+        *,
+        now: float,
+        ttl_s: float,
+    ) -> list[Claim]:
+        """Claims of one fresh block each, for the first of these, none of which is ready: as many as fit now.
+
+        Room is made once for all of them, which is what makes many cheap. Whoever fills them commits each by itself.
+        """
+        tenant = self._tenant_of(namespace)
+        blocks = self._fitting(pages, len(block_hashes), tenant)
+        if not blocks:
+            return []
+        has_room = self._make_room(pages, blocks, tenant)
+        assert has_room, f"no room for {blocks} blocks that fit"
+        runs = [single for run in self.extents.take(pages, blocks) for single in run.singles()]
+        keys = [(namespace, block_hash) for block_hash in block_hashes[:blocks]]
+        claims = []
+        for slot, _ in self._enter(pages, runs, keys, self._next_generation(now, tenant)):
+            slots = (slot,)
+            self._hold(slots)
+            claims.append(Claim(self._grant(owner, slots, now + ttl_s), slot.places, frozenset((0,)), False, slots))
+        return claims
 
     def read(
         self, owner: Owner, namespace: bytes, block_hashes: Sequence[bytes], *, now: float, ttl_s: float
@@ -124,9 +150,9 @@ class Store:
         spots = self.index.leading(namespace, block_hashes)
         if not spots:
             return None
-        slots = _distinct(spots)
+        slots = distinct(spots)
         self._hold(slots)
-        return ReadClaim(self._grant(owner, slots, now + ttl_s), _places(spots))
+        return ReadClaim(self._grant(owner, slots, now + ttl_s), places_of(spots))
 
     def lease(self, source: Claim | ReadClaim | Sequence[Place], owner: Owner, *, now: float, ttl_s: float) -> Lease:
         """One more lease, over the slots of a claim or of these places, independent of those that stand.
@@ -173,8 +199,8 @@ class Store:
         return [key for slot, position in spots if (key := self.index.forget(slot, position)) is not None]
 
     def survey(self, which: Selection, *, now: float) -> Selected:
-        """What `clear` would take now. Takes time linear in the index and the slots."""
-        return selected(which, self.index, self.slots.values(), now=now)
+        """What `clear` would take now. Looks at what is named, else at all of the namespaces meant, and at leases."""
+        return selected(which, self.index, self.leases.values(), now=now)
 
     def clear(self, which: Selection, *, now: float) -> Selected:
         """No lookup finds these blocks from now on, nor when they are being filled and are whole some day.
@@ -186,11 +212,11 @@ class Store:
             slot.keys = (*slot.keys[:position], None, *slot.keys[position + 1 :])
         for slot, position in found.blocks:
             self.index.forget(slot, position)
-        for slot in _distinct(found.blocks):
+        for slot in distinct(found.blocks):
             if slot.unused and not slot.indexed:
                 self.policy.removed(slot)
                 if slot.idle:
-                    slot.run.extent.idle_units -= slot.blocks
+                    self.extents.wake(slot.run)
                     self._drop(slot)
         return found
 
@@ -248,24 +274,10 @@ class Store:
 
     def stats(self) -> dict[str, Any]:
         """Numbers for people and metrics; values are plain data."""
-        extents = self.extents
         return {
             "arena_bytes": len(self.arena.memory),
-            "used_bytes": extents.used_bytes,
-            "tenants": {tenant.hex(): used for tenant, used in self.quotas.largest(TENANTS_SHOWN)},
-            "extents": {"total": extents.total, "untaken": len(extents.untaken)},
-            "slots": _counts(self.slots.values(), _TAKEN),
-            "leases": _counts(self.leases.values(), _UNENDED),
-            "units": {
-                f"{pages.layers} x {pages.page_bytes} B / {pages.chunk_blocks}": {
-                    "total": len(pool.extents) * pool.units,
-                    "free": pool.free_units,
-                    "idle": sum(extent.idle_units for extent in pool.extents),
-                }
-                for pages, pool in extents.pools.items()
-            },
+            **figures(self.extents, self.slots, self.leases, self.quotas),
             "indexed_blocks": len(self.index),
-            "free_share": round(extents.free_share, 4),
             "evicted_blocks": self.evicted_blocks,
             "evicted_ahead_blocks": self.evicted_ahead_blocks,
         }
@@ -275,7 +287,7 @@ class Store:
         check_accounts(self.extents, self.slots, self.leases, self.index, self.policy, self.quotas)
 
     def __repr__(self) -> str:
-        states = ", ".join(f"{count} {state}" for state, count in _counts(self.slots.values(), _TAKEN).items())
+        states = ", ".join(f"{count} {state}" for state, count in slot_counts(self.slots).items())
         return f"<Store {states} slots, {len(self.leases)} leases, {len(self.index)} blocks indexed>"
 
     def _check_possible(self, pages: PageLayout, blocks: int, tenant: bytes) -> None:
@@ -295,44 +307,35 @@ class Store:
         found = self.index.find(namespace, block_hashes)
         return [spot if spot and spot[0].layout == pages else None for spot in found]
 
+    def _fitting(self, pages: PageLayout, blocks: int, tenant: bytes) -> int:
+        """For how many of so many blocks `_make_room` would make room."""
+        blocks = min(blocks, self.extents.reachable(pages))
+        short_bytes = self.quotas.excess_bytes(tenant, blocks * pages.unit_bytes)
+        _, idle_bytes, _ = own_to_go(self.policy.victims_of(tenant), short_bytes)
+        return max(0, blocks - max(0, -((idle_bytes - short_bytes) // pages.unit_bytes)))
+
     def _make_room(self, pages: PageLayout, blocks: int, tenant: bytes) -> bool:
         """Evicts in the policy's order until `blocks` fit, of other layouts whole extents. All or nothing.
 
-        A tenant that would be over its quota gives up its own first; then those go first who are over theirs.
+        A tenant that would be over its quota gives up its own first.
         """
-        extents, wanted_bytes = self.extents, blocks * pages.unit_bytes
-        short_bytes = self.quotas.excess_bytes(tenant, wanted_bytes)
-        if not short_bytes and extents.free(pages) >= blocks:
-            return True
-        own = [slot for slot in self.policy.victims() if slot.tenant == tenant] if short_bytes else []
-        if sum(slot.size_bytes for slot in own) < short_bytes:
+        extents = self.extents
+        short_bytes = self.quotas.excess_bytes(tenant, blocks * pages.unit_bytes)
+        own, idle_bytes, unused_bytes = own_to_go(self.policy.victims_of(tenant), short_bytes)
+        if unused_bytes < short_bytes:
             raise Refused(f"this tenant's leases take its quota of {self.quotas.limit_bytes(tenant)} bytes")
-        own = [slot for slot in own if slot.idle]  # who copies the others is done with them soon
-        if sum(slot.size_bytes for slot in own) < short_bytes or extents.reachable(pages) < blocks:
+        if idle_bytes < short_bytes or extents.reachable(pages) < blocks:
             return False
         for slot in own:
-            if self.quotas.excess_bytes(tenant, wanted_bytes):
-                self._evict(slot)
-        ordered = self.quotas.order(
-            self.policy.victims(), tenant_of=lambda slot: slot.tenant, claimer=tenant, wanted_bytes=wanted_bytes
-        )
-        seen, makes_room = first_to_go(ordered, pages, blocks - extents.free(pages))
-        victims = seen if makes_room else [*seen, *ordered]
-        for victim in victims:
-            if extents.free(pages) >= blocks:
-                break
-            if not victim.idle:
-                continue  # being copied, or gone already, with its extent
-            if victim.layout == pages:
-                self._evict(victim)
-            elif is_clearable(victim.run.extent):
-                for neighbour in [slot for slot in victims if slot.run.extent is victim.run.extent and slot.idle]:
-                    self._evict(neighbour)
+            self._evict(slot)
+        missing = blocks - extents.free(pages)
+        for slot in first_to_go(self.policy.victims(), extents, self.slots, pages, missing):
+            self._evict(slot)
         return True
 
     def _evict(self, slot: Slot) -> None:
         self.on_evict(slot)
-        slot.run.extent.idle_units -= slot.blocks
+        self.extents.wake(slot.run)
         self.policy.evicted(slot)
         self.evicted_blocks += slot.indexed
         self._drop(slot)
@@ -349,14 +352,22 @@ class Store:
         for (missing, _), group in groupby(range(len(found)), key=kind):
             indexes = list(group)
             if missing:
-                spots += self._new_slots(pages, keys[indexes[0] : indexes[-1] + 1], new)
+                wanted = keys[indexes[0] : indexes[-1] + 1]
+                spots += self._enter(pages, self.extents.take(pages, len(wanted)), wanted, new)
             else:
                 spots += [spot for index in indexes if (spot := found[index])]
         return spots
 
-    def _new_slots(self, pages: PageLayout, keys: Sequence[BlockKey | None], new: NewSlot) -> list[Spot]:
+    def _next_generation(self, now: float, tenant: bytes) -> NewSlot:
+        self._generation = self._generation % _GENERATION_MAX + 1
+        return partial(Slot, generation=self._generation, claimed_at=now, tenant=tenant)
+
+    def _enter(
+        self, pages: PageLayout, runs: Iterable[Run], keys: Sequence[BlockKey | None], new: NewSlot
+    ) -> list[Spot]:
+        """New slots in these runs, which have been taken, in state filling."""
         spots: list[Spot] = []
-        for run in self.extents.take(pages, len(keys)):
+        for run in runs:
             start = len(spots)
             slot = new(run, keys=tuple(keys[start : start + run.blocks]))
             slot.on("claim")
@@ -395,7 +406,7 @@ class Store:
     def _hold(self, slots: Sequence[Slot], *, is_use: bool = True) -> None:
         for slot in slots:
             if slot.idle:
-                slot.run.extent.idle_units -= slot.blocks
+                self.extents.wake(slot.run)
             if is_use and slot.unused:
                 self.policy.removed(slot)
             slot.holds += 1
@@ -410,7 +421,7 @@ class Store:
                 if is_use and slot.unused:
                     now_unused.append(slot)
                 if slot.idle:
-                    slot.run.extent.idle_units += slot.blocks
+                    self.extents.rest(slot.run)
                     self.freed += 1
             elif not slot.holds:
                 self._drop(slot)
@@ -428,21 +439,7 @@ class Store:
             size_bytes = slot.size_bytes
             self.arena.memory[slot.run.offset : slot.run.offset + size_bytes] = bytes([POISON]) * size_bytes
         del self.slots[slot.run.offset]
-        self.policy.forgotten(slot)
         self.quotas.credit(slot.tenant, slot.size_bytes)
+        self.policy.forgotten(slot)
         self.extents.give(slot.run)
         self.freed += 1
-
-
-def _distinct(spots: Iterable[Spot]) -> tuple[Slot, ...]:
-    return tuple(dict.fromkeys(slot for slot, _ in spots))
-
-
-def _places(spots: Iterable[Spot]) -> tuple[Place, ...]:
-    return tuple(slot.places[position] for slot, position in spots)
-
-
-def _counts(things: Iterable[Slot] | Iterable[Lease], states: Sequence[SlotState | LeaseState]) -> dict[str, int]:
-    """How many are in each state, zeros included: a metric must not vanish."""
-    present = Counter(thing.state for thing in things)
-    return {state.value: present[state] for state in states}

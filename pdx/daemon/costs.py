@@ -13,7 +13,7 @@ from typing import Any
 from pdx.daemon.grips import Grip
 from pdx.daemon.ports import namespace_for
 from pdx.daemon.sessions import Engine
-from pdx.daemon.tiering import Tiering
+from pdx.daemon.tiering import PROMISED_MAX, Tiering
 from pdx.layout import PageLayout
 from pdx.tiers.cost import CostModel
 from pdx.wire import LetGo, LookUp
@@ -29,7 +29,7 @@ class Costs:
         self._tokens_per_s: dict[str, float] = {}  # as the engine told last
 
     def worthwhile(self, engine: Engine, message: LookUp, *, arena_blocks: int, room: bool) -> Sequence[bytes]:
-        """Of the blocks that are looked for, the leading ones that come sooner than they are computed.
+        """Of the blocks that are looked for, the leading ones that are kept and come sooner than they are computed.
 
         `arena_blocks`: how many of the first are in the arena. `room`: whether others may come up from below.
         """
@@ -45,9 +45,9 @@ class Costs:
             size_bytes=arena_blocks * pages.block_bytes,
         ):
             return []
-        if self._tiering is None or not room or self._tiering.reads.bytes_per_s is None:
-            return hashes
-        namespace, below = namespace_for(engine, message.tenant), hashes[arena_blocks:]
+        if self._tiering is None or not room:
+            return hashes[:arena_blocks]
+        namespace, below = namespace_for(engine, message.tenant), hashes[arena_blocks : arena_blocks + PROMISED_MAX]
         below = below[: self._tiering.leading(namespace, below)]
         if below and not self._judge(
             "disk",

@@ -56,11 +56,11 @@ class Pins:
         if former is None and len(self._pins) >= PINS_MAX:
             raise Refused(f"a daemon keeps at most {PINS_MAX} pins")
         others = [pin for pin in self._pins.values() if pin is not former]
-        self._check_budget(what, kind.pages.unit_bytes, others=others, room=room)
+        kept = self._check_budget(what, kind.pages.unit_bytes, others=others, room=room)
         self._numbers += 1
         load, owner = b"pin %d" % self._numbers, Owner("verb", what.name)
         leased = self._prefixes.lease_leading(
-            owner, namespace, kind.pages, what.block_hashes, load=load, engine_id="", now=now,
+            owner, namespace, kind.pages, kept, load=load, engine_id="", now=now,
             ttl_s=what.ttl_s, room=room,
         )  # fmt: skip
         if former is not None:
@@ -117,7 +117,8 @@ class Pins:
         used_bytes = self.used_bytes
         return [self._described(pin, now, used_bytes) for pin in self._pins.values()]
 
-    def _check_budget(self, what: Pin, unit_bytes: int, *, others: Iterable[_Pin], room: bool) -> None:
+    def _check_budget(self, what: Pin, unit_bytes: int, *, others: Iterable[_Pin], room: bool) -> list[bytes]:
+        """The leading blocks that are kept somewhere."""
         store, namespace = self._desk.store, what.space + what.tenant
         found = self._prefixes.leading(namespace, what.block_hashes, block_tokens=0)
         hashes = what.block_hashes[: found.blocks if room else found.arena_blocks]
@@ -129,6 +130,7 @@ class Pins:
                 f"pins would take {wanted_bytes} bytes of the arena, and may take {self.budget_bytes}: unpin others, "
                 "or raise pin_share"
             )
+        return what.block_hashes[: found.blocks]
 
     def _described(self, pin: _Pin, now: float, used_bytes: int) -> Pinned:
         states = [slot.state for slot in self._found_of(pin)]

@@ -88,7 +88,10 @@ class Prefixes:
         ttl_s: float,
         room: bool,
     ) -> tuple[Lease, tuple[Place, ...]] | None:
-        """The leading blocks that are here or come from below, under one lease; None if not even the first is."""
+        """These blocks, which are here or below, under one lease, as many as there is room for; None if there are none.
+
+        `room`: whether those come up that are below.
+        """
         store = self._desk.store
         read = store.read(owner, namespace, hashes, now=now, ttl_s=ttl_s)
         places, leases = ([], []) if read is None else (list(read.places), [read.lease])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -50,6 +51,7 @@ WRITERS = 2
 # At 2 MiB each an eighth of a second of a 1 GB/s disk. More would only hold slots that others could use.
 OPEN_READS_MAX = 64
 OPEN_WRITES_MAX = 64
+DELETIONS_MAX = 64  # before a write; after a large clear a million wait
 DELETE_AGAIN_S = 30.0  # after a file could not be deleted
 STALL_S = 30.0  # a call to the kernel that takes this long will not come back in time for anybody
 _CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
@@ -83,14 +85,18 @@ class DiskTier:
             raise TierUnusable(f"a disk tier takes at least {least_bytes} bytes, its folders among them")
         sealer = sealed.Sealer(secret)
         self.files = files
-        self.ledger = Ledger(cap_bytes=cap_bytes - self._beside_bytes, policy=Lru() if policy is None else policy)
+        self.ledger = Ledger(
+            cap_bytes=cap_bytes - self._beside_bytes, policy=Lru() if policy is None else policy,
+            group_of=sealed.labels_of,
+        )  # fmt: skip
         self.health = Health() if health is None else health
         self._stall_s = stall_s
         self._clock = clock
         self._open: dict[int, Job] = {}
         self._open_reads = 0
         # Doomed names for which there is no thread now, or that can't be deleted now.
-        self._undeleted = adopt(files, self.ledger, now=clock())
+        self._undeleted = deque(adopt(files, self.ledger, now=clock()))
+        self._deleting: set[str] = set()
         self._delete_again_at = clock() + DELETE_AGAIN_S
         self._events: list[Event] = []
         self._tickets = count(1)
@@ -163,7 +169,7 @@ class DiskTier:
         self._look_after_health()
         if not self.health.finds:
             return [False] * len(keys)
-        return [self.ledger.finds(sealed.name_of(key)) for key in keys]
+        return list(map(self.ledger.finds, sealed.names_of(keys)))
 
     def used(self, chain: Sequence[Key]) -> None:
         self.ledger.used(sealed.names_of(chain))
@@ -211,7 +217,7 @@ class DiskTier:
         have_ended = [crew.close(_CLOSE_S) for crew in crews]
         self._settle_all()
         if all(have_ended):  # else the folder stays locked: a call that hangs may still write
-            undeleted, self._undeleted = self._undeleted, []
+            undeleted, self._undeleted = self._undeleted, deque()
             for name in undeleted:
                 self._work.run(Job(name, 0, None))
             self._settle_all()
@@ -262,9 +268,10 @@ class DiskTier:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        if self._is_closed or not self.health.finds:
+        if self._is_closed or not self.health.finds or len(self._deleting) >= DELETIONS_MAX:
             self._undeleted.append(name)
         else:
+            self._deleting.add(name)
             self._writes.add(Job(name, 0, None))
 
     # -- control thread: ends
@@ -320,6 +327,7 @@ class DiskTier:
         return Missed(job.ticket, _sentence(job.error))
 
     def _settle_deletion(self, job: Job) -> None:
+        self._deleting.discard(job.name)
         if job.deleted:
             self.ledger.delete(job.name)
             return
@@ -343,6 +351,7 @@ class DiskTier:
                 self._probe = None
                 return
             case None:
+                self._deleting.remove(job.name)
                 self._delete(job.name)
                 return
             case _:
@@ -398,9 +407,8 @@ class DiskTier:
             self._delete_again()
 
     def _delete_again(self) -> None:
-        undeleted, self._undeleted = self._undeleted, []
-        for name in undeleted:
-            self._delete(name)
+        for _ in range(min(len(self._undeleted), DELETIONS_MAX - len(self._deleting))):
+            self._delete(self._undeleted.popleft())
 
     def _changed(self, reason: str, error_number: int) -> None:
         self._state_changes += 1

@@ -6,7 +6,7 @@ while it is open it can take no more than the larger of the two, and that is wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -14,6 +14,7 @@ from typing import Literal
 from pdx.buffer.evict import Policy
 from pdx.errors import IllegalTransition, IntegrityError
 
+Group = tuple[str, str]  # what two names have in common if they are of one group
 EntryEvent = Literal["publish", "give_up", "doom", "spare", "delete"]
 
 
@@ -44,21 +45,31 @@ class Entry:
     victims: tuple[str, ...] = ()  # of an open write
     overlap_bytes: int = 0  # what this write and its victims never take at once
 
+    @property
+    def is_leaving(self) -> bool:
+        """Found no more; but a victim is spared if the write that it makes room for fails."""
+        return self.is_condemned or self.state is EntryState.DOOMED
+
 
 class Ledger:
-    """One thread. Names are opaque."""
+    """One thread. Names are opaque; those of one `group_of` can be asked for together."""
 
-    def __init__(self, *, cap_bytes: int, policy: Policy[str]) -> None:
+    def __init__(
+        self, *, cap_bytes: int, policy: Policy[str], group_of: Callable[[str], Group] = lambda name: ("", "")
+    ) -> None:
         self.cap_bytes = cap_bytes
         self.policy = policy
         self.evicted = 0
         self.changes = 0  # grows with all that may make `finds` say something else
         # Hears of each name that `finds` finds from now on (True), or no longer; not of those that are adopted.
         self.told: Callable[[str, bool], None] = lambda name, found: None
+        self._group_of = group_of
         self._entries: dict[str, Entry] = {}
+        self._groups: dict[Group, dict[str, None]] = {}  # the names of all entries; none is empty
         self._charged_bytes = 0
         self._overlap_bytes = 0
         self._kept = 0
+        self._leaving = 0
 
     @property
     def used_bytes(self) -> int:
@@ -76,14 +87,19 @@ class Ledger:
         """All that `finds` finds."""
         return [entry for entry in self._entries.values() if self.finds(entry.name)]
 
-    def doomed(self) -> list[Entry]:
-        """Not found now; but a victim is spared if the write that it makes room for fails."""
-        return [entry for entry in self._entries.values() if entry.state is EntryState.DOOMED]
+    def entries(self, names: Iterable[str]) -> list[Entry]:
+        """Those of these names, in whatever state."""
+        return [entry for name in names if (entry := self._entries.get(name)) is not None]
+
+    @property
+    def groups(self) -> Mapping[Group, Collection[str]]:
+        """The names of all entries."""
+        return self._groups
 
     @property
     def leaving(self) -> int:
-        """How many are found no more and have not left the medium yet, whoever deletes them. Counts all entries."""
-        return sum(entry.is_condemned or entry.state is EntryState.DOOMED for entry in self._entries.values())
+        """How many are found no more and have not left the medium yet, whoever deletes them."""
+        return self._leaving
 
     def adopt(self, name: str, charged_bytes: int, *, since: float = 0.0) -> None:
         """One that the medium has from an earlier life; the youngest come last. May go beyond the cap."""
@@ -169,6 +185,7 @@ class Ledger:
         if entry is None or not self.finds(name):
             return False
         entry.is_condemned = True
+        self._leaving += 1
         self.changes += 1
         self.told(name, False)
         self.policy.removed(name)
@@ -208,6 +225,11 @@ class Ledger:
         entries = self._entries.values()
         _require(sum(entry.charged_bytes for entry in entries) == self._charged_bytes, "charges are lost")
         _require(sum(entry.overlap_bytes for entry in entries) == self._overlap_bytes, "overlaps are lost")
+        _require(sum(entry.is_leaving for entry in entries) == self._leaving, "leaving names are counted wrong")
+        groups: dict[Group, set[str]] = {}
+        for name in self._entries:
+            groups.setdefault(self._group_of(name), set()).add(name)
+        _require({group: set(names) for group, names in self._groups.items()} == groups, "groups are not of the names")
         found = {entry.name for entry in self.found()}
         _require(sum(entry.state is EntryState.KEPT for entry in entries) == self._kept, "kept names are counted wrong")
         _require(set(self.policy.victims()) == found, "the policy's names are not those that are found")
@@ -235,9 +257,15 @@ class Ledger:
         self._entries[entry.name] = entry
         self._charged_bytes += entry.charged_bytes
         self._kept += entry.state is EntryState.KEPT
+        self._groups.setdefault(self._group_of(entry.name), {})[entry.name] = None
 
     def _forget(self, entry: Entry) -> None:
         del self._entries[entry.name]
+        self._leaving -= entry.is_leaving
+        group = self._group_of(entry.name)
+        del self._groups[group][entry.name]
+        if not self._groups[group]:
+            del self._groups[group]
         self.policy.forgotten(entry.name)
         self._charged_bytes -= entry.charged_bytes
 
@@ -246,9 +274,11 @@ class Ledger:
             raise IllegalTransition(f"{event} of {entry}")
         before = self.finds(entry.name)
         self._kept -= entry.state is EntryState.KEPT
+        self._leaving -= entry.is_leaving
         entry.state = MOVES[entry.state, event]
         self.changes += 1
         self._kept += entry.state is EntryState.KEPT
+        self._leaving += entry.is_leaving
         if before != self.finds(entry.name):
             self.told(entry.name, not before)
 

@@ -29,7 +29,7 @@ class MemoryTier:
         self, *, cap_bytes: int, policy: Policy[str] | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
-        self.ledger = Ledger(cap_bytes=cap_bytes, policy=Lru() if policy is None else policy)
+        self.ledger = Ledger(cap_bytes=cap_bytes, policy=Lru() if policy is None else policy, group_of=sealed.labels_of)
         self._blocks: dict[str, tuple[bytes, bytes]] = {}  # payload, meta
         self._queue: deque[tuple[int, Request]] = deque()
         self._inbox: Inbox[Event] = Inbox()
@@ -61,7 +61,7 @@ class MemoryTier:
                 return
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        return [self.ledger.finds(sealed.name_of(key)) for key in keys]
+        return list(map(self.ledger.finds, sealed.names_of(keys)))
 
     def used(self, chain: Sequence[Key]) -> None:
         self.ledger.used(sealed.names_of(chain))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from pdx.buffer.selection import Selection
-from pdx.tiers.ledger import Entry, Ledger
-from pdx.tiers.sealed import label_of, labels_of, name_of
+from pdx.tiers.ledger import Entry, Group, Ledger
+from pdx.tiers.sealed import label_of, names_of
 
 
 class Swept(msgspec.Struct, frozen=True):
@@ -35,42 +36,43 @@ class Sweeper(Protocol):
 
 
 def survey(ledger: Ledger, which: Selection, *, now: float) -> Swept:
-    return _swept(_names_in(ledger.found(), which, now=now), ledger)
+    found = [entry for entry in _meant(ledger, which, now=now) if ledger.finds(entry.name)]
+    return _swept(found, ledger)
 
 
 def sweep(ledger: Ledger, which: Selection, *, now: float, condemn: Callable[[str], None]) -> Swept:
     """`condemn`s what is found, and once more what was condemned before and is still there."""
-    names, doomed = (_names_in(entries, which, now=now) for entries in (ledger.found(), ledger.doomed()))
-    for name in names | doomed:
-        condemn(name)
-    return _swept(names, ledger)
+    meant = _meant(ledger, which, now=now)
+    found = [entry for entry in meant if ledger.finds(entry.name)]
+    for entry in meant:
+        condemn(entry.name)
+    return _swept(found, ledger)
 
 
-def _names_in(entries: Iterable[Entry], which: Selection, *, now: float) -> dict[str, int]:
-    """What of these is selected, with what it takes."""
-    is_meant = _by_labels(which) if which.block_hashes is None else _by_names(which).__contains__
-    return {
-        entry.name: entry.charged_bytes
-        for entry in entries
-        if now - entry.since >= which.older_s and is_meant(entry.name)
-    }
+def _swept(found: Sequence[Entry], ledger: Ledger) -> Swept:
+    size_bytes = sum(entry.charged_bytes for entry in found)
+    return Swept(blocks=len(found), size_bytes=size_bytes, leaving=ledger.leaving)
 
 
-def _swept(names: dict[str, int], ledger: Ledger) -> Swept:
-    return Swept(blocks=len(names), size_bytes=sum(names.values()), leaving=ledger.leaving)
+def _meant(ledger: Ledger, which: Selection, *, now: float) -> list[Entry]:
+    """In whatever state. Looks up what is named, else at the spaces and tenants that are meant: others may be large."""
+    named = which.named()
+    if named is not None:
+        keys = ((namespace, block_hash) for namespace, hashes in named.items() for block_hash in hashes)
+        entries = ledger.entries(names_of(keys))
+    else:
+        is_meant = _by_labels(which)
+        names = [names for labels, names in ledger.groups.items() if is_meant(labels)]
+        entries = ledger.entries(chain.from_iterable(names))
+    return [entry for entry in entries if now - entry.since >= which.older_s]
 
 
-def _by_labels(which: Selection) -> Callable[[str], bool]:
+def _by_labels(which: Selection) -> Callable[[Group], bool]:
     spaces = None if which.spaces is None else {label_of(space) for space in which.spaces}
     tenant = None if which.tenant is None else label_of(which.tenant)
 
-    def is_meant(name: str) -> bool:
-        space_label, tenant_label = labels_of(name)
+    def is_meant(labels: Group) -> bool:
+        space_label, tenant_label = labels
         return (spaces is None or space_label in spaces) and tenant in (None, tenant_label)
 
     return is_meant
-
-
-def _by_names(which: Selection) -> set[str]:
-    assert which.spaces is not None and which.tenant is not None and which.block_hashes is not None
-    return {name_of((space + which.tenant, name)) for space in which.spaces for name in which.block_hashes}

@@ -9,6 +9,7 @@ import pytest
 from pdx.buffer.arena import Arena
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import LeaseState, Owner
+from pdx.buffer.quota import Quotas
 from pdx.buffer.slots import SlotState
 from pdx.buffer.store import Store
 from pdx.errors import IntegrityError
@@ -21,7 +22,7 @@ ENGINE = Owner(kind="session", name="engine-1")
 @pytest.fixture
 def damaged(arena: Arena) -> Iterator[Store]:
     """Not the shared `store`: this one is expected to be wrong in the end."""
-    yield Store(arena, extent_bytes=64 << 10, handoff_share=0.9)
+    yield Store(arena, extent_bytes=64 << 10, handoff_share=0.9, quotas=Quotas(limits={b"": 1 << 20}))
 
 
 def claim(store: Store, first: int) -> Claim:
@@ -47,6 +48,10 @@ DAMAGE: dict[str, Callable[[Store, Claim, Claim], object]] = {
     "units given twice": lambda store, filling, ready: store.extents.give(ready.lease.slots[0].run),
     "units taken by nobody": lambda store, filling, ready: store.extents.take(PAGES, 1),
     "idle units": lambda store, filling, ready: setattr(ready.lease.slots[0].run.extent, "idle_units", 0),
+    "idle units of all extents": lambda store, filling, ready: setattr(store.extents.pools[PAGES], "idle_units", 0),
+    "clearable extents": lambda store, filling, ready: setattr(store.extents.pools[PAGES], "clearable", 1),
+    "tenant over its limit": lambda store, filling, ready: store.quotas._limits.update({b"": 1}),
+    "tenant's order lost a slot": lambda store, filling, ready: store.policy._own.clear(),
     "lost extent": lambda store, filling, ready: store.extents.untaken.pop(),
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from test_store import PAGES, TTL_S, WIRE, cache, cached, claim, hashes
 
 from pdx.buffer.arena import Arena
+from pdx.buffer.index import Index, Spot
 from pdx.buffer.lease import Owner
 from pdx.buffer.selection import Selection
 from pdx.buffer.slots import SlotState
@@ -77,3 +80,34 @@ def test_by_space_tenant_and_age(store: Store) -> None:
     assert counted(spaces=frozenset(SPACES[1:]), tenant=TENANTS[1]) == 3
     assert [counted(older_s=age) for age in (0.0, 10.0, 25.0, 31.0)] == [12, 9, 3, 0]
     assert counted(spaces=frozenset()) == 0
+
+
+def test_what_is_not_meant_is_not_looked_at(store: Store) -> None:
+    """An index has a million blocks, a prompt some hundred, and a model that has just started none."""
+    for space in SPACES:
+        kept = store.claim(ENGINE, space, PAGES, hashes(0, 9), tail=False, now=0.0, ttl_s=TTL_S)
+        assert kept
+        store.commit(kept)
+        store.release(kept.lease)
+    looks: list[tuple[bytes, int]] = []
+
+    class Watched(Index):
+        def within(self, namespace: bytes) -> Mapping[bytes, Spot]:
+            looks.append((namespace, len(super().within(namespace))))
+            return super().within(namespace)
+
+        def find(self, namespace: bytes, block_hashes: Sequence[bytes]) -> list[Spot | None]:
+            found = super().find(namespace, block_hashes)
+            looks[-1:] = [(namespace, len(found))]
+            return found
+
+    store.index.__class__ = Watched
+    of_prompt = Selection(spaces=frozenset(SPACES[:1]), tenant=b"", block_hashes=frozenset(hashes(0, 2)))
+    store.survey(of_prompt, now=0.0)
+    assert looks == [(SPACES[0], 2)]
+    looks.clear()
+    store.survey(Selection(spaces=frozenset(SPACES[1:])), now=0.0)
+    assert looks == [(SPACES[1], 9)]
+    looks.clear()
+    store.survey(Selection(spaces=frozenset({b"c" * SPACE_BYTES})), now=0.0)
+    assert looks == []

@@ -68,12 +68,28 @@ def test_reachable_counts_own_idle_units_and_clearable_extents_of_others() -> No
     small, large = extents.take(SMALL, 15), extents.take(LARGE, 7)
     assert extents.reachable(SMALL) == 0
     for run in small[:2] + large[:-1]:
-        run.extent.idle_units += run.blocks
+        extents.rest(run)
     assert extents.reachable(SMALL) == 8
     assert not is_clearable(large[0].extent)
-    large[-1].extent.idle_units += large[-1].blocks
+    extents.rest(large[-1])
     assert is_clearable(large[0].extent)
     assert extents.reachable(SMALL) == 8 + 15
+    extents.wake(large[0])
+    assert (extents.reachable(SMALL), extents.reachable(LARGE)) == (8, 7 - large[0].blocks)
+
+
+def test_a_run_of_single_units_is_given_back_one_by_one() -> None:
+    extents = extents_of(1)
+    runs = extents.take(SMALL, 11)
+    singles = [single for run in runs for single in run.singles()]
+    assert [single.first_unit for single in singles] == [*range(8), 12, 13, 14]
+    plan = ExtentPlan(SMALL, EXTENT_BYTES)
+    for single in singles:
+        assert single.offset == plan.unit_offset(single.extent.start, single.first_unit)
+        assert single.header_offset == plan.header_offset(single.extent.start, single.first_unit)
+        assert single.offset == extents.offsets(runs[-1])[single.first_unit]
+        extents.give(single)
+    assert not extents.pools
 
 
 @pytest.mark.parametrize("seed", range(8))

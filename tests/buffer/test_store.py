@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
 from pdx.buffer.arena import Arena
 from pdx.buffer.claim import Claim
-from pdx.buffer.evict import Lru
 from pdx.buffer.lease import Lease, LeaseState, Owner
-from pdx.buffer.slots import Slot, SlotState
+from pdx.buffer.slots import SlotState
 from pdx.buffer.store import POISON, Store
 from pdx.errors import IllegalTransition, Refused
 from pdx.layout import CONTROL_BYTES, PageLayout
@@ -323,25 +322,6 @@ class TestEviction:
         beside = [slot for slot in store.slots.values() if slot.run.extent is read.lease.slots[0].run.extent]
         claim(store, hashes(200, 207), pages=OTHER)
         assert all(slot.state is SlotState.READY for slot in beside)
-
-
-def test_room_for_one_block_is_found_without_a_look_at_all(arena: Arena) -> None:
-    """A full arena is the rule, and blocks that come up from a disk are claimed one by one."""
-    seen: list[object] = []
-
-    class Counting(Lru[Slot]):
-        def victims(self) -> Iterator[Slot]:
-            for slot in super().victims():
-                seen.append(slot)
-                yield slot
-
-    store = Store(arena, extent_bytes=64 << 10, handoff_share=0.9, poison=False, policy=Counting())
-    for number in range(60):
-        cache(store, hashes(number, number + 1))
-    seen.clear()
-    claim(store, hashes(100, 101))
-    assert len(seen) == 1
-    store.check_integrity()
 
 
 def test_freed_slots_are_poisoned_and_headers_and_neighbours_are_not(store: Store, arena: Arena) -> None:

@@ -10,6 +10,7 @@ from test_store_quota import cached as cached_of
 from test_store_quota import claim as claim_for
 
 from pdx.buffer.arena import Arena
+from pdx.buffer.by_tenant import ByTenant
 from pdx.buffer.lease import Lease
 from pdx.buffer.policies import POLICIES
 from pdx.buffer.quota import Quotas
@@ -28,7 +29,7 @@ def copying(store: Store, start: int, stop: int, namespace: bytes = NAMESPACE) -
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_was_copied_goes_as_early_as_it_would_have(store: Store, policy: Eviction) -> None:
-    store.policy = POLICIES[policy]()
+    store.policy = ByTenant(POLICIES[policy](), store.quotas)
     for start in range(0, 60, 4):
         cache(store, hashes(start, start + 4))
     for start in (0, 4):

@@ -108,6 +108,21 @@ class StoreMachine(RuleBasedStateMachine):
         self.stamps += 1
         return Prompt(claim, layout, stamp=bytes([self.stamps % 256]))
 
+    @rule(target=prompts, layout=LAYOUT, chain=CHAIN, blocks=BLOCKS)
+    def claim_each(self, layout: PageLayout, chain: int, blocks: int) -> object:
+        """As many as fit, whatever must go for them."""
+        namespace, hashes = chain_of(layout, chain, blocks)
+        missing = [name for name in hashes if self.store.index.find(namespace, [name]) == [None]]
+        room = self.room(layout, ())
+        claims = self.store.claim_each(OWNERS[1], namespace, layout, missing, now=self.now, ttl_s=TTL_S)
+        assert len(claims) == min(room, len(missing))
+        for claim in claims:
+            self.check_fresh_places_are_nobodys(claim)
+            self.remember(claim.lease, claim.places)
+        self.stamps += 1
+        stamp = bytes([self.stamps % 256])
+        return multiple(*(Prompt(claim, layout, stamp) for claim in claims))
+
     def room(self, layout: PageLayout, shared: Iterable[Slot]) -> int:
         """Counted from scratch: what a claim that shares these slots could still get."""
         kept = {slot for lease, _ in self.held.values() for slot in lease.slots} | set(shared)

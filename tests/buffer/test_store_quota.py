@@ -10,9 +10,12 @@ import pytest
 from test_store import ENGINE, PAGES, TTL_S, hashes
 
 from pdx.buffer.arena import Arena
+from pdx.buffer.by_tenant import ByTenant
 from pdx.buffer.claim import Claim
+from pdx.buffer.policies import POLICIES
 from pdx.buffer.quota import Quotas
 from pdx.buffer.store import Store
+from pdx.config import Eviction
 from pdx.errors import Refused
 
 BLOCKS = 60  # in the arena
@@ -83,14 +86,24 @@ def test_nothing_is_evicted_for_what_does_not_fit(store: Store) -> None:
     store.release(held.lease)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("seed", range(10))
-def test_whatever_others_do_a_tenant_loses_no_more_than_their_quotas(store: Store, seed: int) -> None:
+def test_whatever_others_do_a_tenant_loses_no_more_than_their_quotas(store: Store, seed: int, policy: Eviction) -> None:
     chance = random.Random(seed)
+    store.policy = ByTenant(POLICIES[policy](), store.quotas)
     cache(store, NOBODY, 0, 20)
     for _ in range(200):
         tenant, start = chance.choice((ALICE, BOB)), chance.randrange(1000)
+        names = hashes(start, start + chance.randrange(1, 20))
+        if chance.random() < 0.3:
+            missing = [name for name in names if store.index.find(tenant, [name]) == [None]]
+            claims = store.claim_each(ENGINE, tenant, PAGES, missing, now=0.0, ttl_s=TTL_S)
+            assert len(claims) == len(missing), "there is room, or it makes some from its own"
+            for each in claims:
+                store.commit(each)
+                store.release(each.lease)
         with contextlib.suppress(Refused):  # what it shares with itself lies in slots that have more
-            cache(store, tenant, start, start + chance.randrange(1, 20))
+            cache(store, tenant, start, start + len(names))
         assert cached(store, ALICE) <= 20 and cached(store, BOB) <= 20
         store.check_integrity()
     assert cached(store, NOBODY) == 20, "60 blocks hold three times 20"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from hypothesis import settings
 from test_store_machine import StoreMachine
 
+from pdx.buffer.by_tenant import ByTenant
 from pdx.buffer.policies import POLICIES
 
 
 class S3StoreMachine(StoreMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.store.policy = POLICIES["s3fifo"]()
+        self.store.policy = ByTenant(POLICIES["s3fifo"](), self.store.quotas)
 
 
 TestS3Store = S3StoreMachine.TestCase

@@ -37,7 +37,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = Ledger(cap_bytes=CAP_BYTES, policy=self.policy())
+        self.ledger = Ledger(cap_bytes=CAP_BYTES, policy=self.policy(), group_of=lambda name: (name[-1], ""))
         self.medium: dict[str, int] = {}
         self.writing: dict[str, tuple[int, list[str], list[str]]] = {}  # bytes, victims left and deleted
         self.half_written: dict[str, int] = {}
