@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -25,6 +24,7 @@ from pdx.tiers import sealed
 from pdx.tiers.adopt import adopt
 from pdx.tiers.broken import BrokenFiles
 from pdx.tiers.crew import Crew, Inbox
+from pdx.tiers.deletions import Deletions
 from pdx.tiers.folder import FOLDER_UNITS, Files, Folder, LeftBehind, errno_name, unusable
 from pdx.tiers.health import Health, State
 from pdx.tiers.ledger import EntryState, Ledger
@@ -51,8 +51,6 @@ WRITERS = 2
 # At 2 MiB each an eighth of a second of a 1 GB/s disk. More would only hold slots that others could use.
 OPEN_READS_MAX = 64
 OPEN_WRITES_MAX = 64
-DELETIONS_MAX = 64  # before a write; after a large clear a million wait
-DELETE_AGAIN_S = 30.0  # after a file could not be deleted
 STALL_S = 30.0  # a call to the kernel that takes this long will not come back in time for anybody
 _CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
 # Of a disk that hung. Within the blocks that are charged for the folders; if it stays behind, the next life deletes it.
@@ -94,10 +92,11 @@ class DiskTier:
         self._clock = clock
         self._open: dict[int, Job] = {}
         self._open_reads = 0
-        # Doomed names for which there is no thread now, or that can't be deleted now.
-        self._undeleted = deque(adopt(files, self.ledger, now=clock()))
-        self._deleting: set[str] = set()
-        self._delete_again_at = clock() + DELETE_AGAIN_S
+        undeleted = adopt(files, self.ledger, now=clock())
+        self._deletions = Deletions(
+            undeleted, may_begin=lambda: not self._is_closed and self.health.finds,
+            begin=lambda name: self._writes.add(Job(name, 0, None)), now=clock(),
+        )  # fmt: skip
         self._events: list[Event] = []
         self._tickets = count(1)
         self._counts = dict.fromkeys(("loaded", "missed", "written", "failed", "refused", "bad_blocks", "io_errors"), 0)
@@ -217,8 +216,7 @@ class DiskTier:
         have_ended = [crew.close(_CLOSE_S) for crew in crews]
         self._settle_all()
         if all(have_ended):  # else the folder stays locked: a call that hangs may still write
-            undeleted, self._undeleted = self._undeleted, deque()
-            for name in undeleted:
+            for name in self._deletions.take_all():
                 self._work.run(Job(name, 0, None))
             self._settle_all()
             self.files.close()
@@ -265,14 +263,7 @@ class DiskTier:
 
     def _condemn(self, name: str) -> None:
         if self.ledger.condemn(name):
-            self._delete(name)
-
-    def _delete(self, name: str) -> None:
-        if self._is_closed or not self.health.finds or len(self._deleting) >= DELETIONS_MAX:
-            self._undeleted.append(name)
-        else:
-            self._deleting.add(name)
-            self._writes.add(Job(name, 0, None))
+            self._deletions.add(name)
 
     # -- control thread: ends
 
@@ -304,7 +295,7 @@ class DiskTier:
             job.name, deleted=job.deleted, published_bytes=published_bytes, is_stranded=is_stranded
         )
         for name in condemned:
-            self._delete(name)
+            self._deletions.add(name)
         self._judge_write(job)
         if job.error is None:
             return Written(job.ticket, job.seconds)
@@ -319,7 +310,7 @@ class DiskTier:
             log.warning("a block of the disk tier is gone: %s: %s", job.name, _sentence(job.error))
             self._condemn(job.name)
         if self.ledger.end_read(job.name):
-            self._delete(job.name)
+            self._deletions.add(job.name)
         if self.health.read(ok=not is_sick):
             self._changed(f"reads fail one after the other: {_sentence(job.error)}", _errno(job.error))
         if job.error is None:
@@ -327,13 +318,11 @@ class DiskTier:
         return Missed(job.ticket, _sentence(job.error))
 
     def _settle_deletion(self, job: Job) -> None:
-        self._deleting.discard(job.name)
+        self._deletions.ended(job.name, deleted=bool(job.deleted), now=self._clock())
         if job.deleted:
             self.ledger.delete(job.name)
             return
         # It stays doomed, and charged, and is tried again. No judgement on the disk: one bad folder is one bad folder.
-        self._undeleted.append(job.name)
-        self._delete_again_at = self._clock() + DELETE_AGAIN_S
         self._counts["io_errors"] += 1
         log.warning("a file of the disk tier can't be deleted now: %s: %s", job.name, _sentence(job.error))
 
@@ -342,17 +331,16 @@ class DiskTier:
         match job.request:
             case Write():
                 for name in self.ledger.settle(job.name, deleted=(), published_bytes=None):
-                    self._delete(name)
+                    self._deletions.add(name)
             case Read():
                 self._open_reads -= 1
                 if self.ledger.end_read(job.name):
-                    self._delete(job.name)
+                    self._deletions.add(job.name)
             case Probe():
                 self._probe = None
                 return
             case None:
-                self._deleting.remove(job.name)
-                self._delete(job.name)
+                self._deletions.withdrawn(job.name)
                 return
             case _:
                 assert_never(job.request)
@@ -383,9 +371,9 @@ class DiskTier:
     def _look_after_health(self) -> None:
         now = self._clock()
         if self.health.tick(now):
-            self._delete_again()
-        elif self._undeleted and self.health.finds and not self._is_closed and now >= self._delete_again_at:
-            self._delete_again()
+            self._deletions.again()
+        else:
+            self._deletions.tick(now)
         if self._is_stuck(now) and self.health.hangs(now=now):
             self._changed(f"a call has not come back for {self._stall_s:g} s", 0)
             self._withdraw_all("the disk hangs", again=True)
@@ -404,11 +392,7 @@ class DiskTier:
             log.warning("the disk tier (%r) is asked again later: %s", self.files, _sentence(job.error))
         elif now - self._probe_began_at <= self._stall_s and not self._is_stuck(now) and self.health.answered():
             self._changed("it answers again", 0)
-            self._delete_again()
-
-    def _delete_again(self) -> None:
-        for _ in range(min(len(self._undeleted), DELETIONS_MAX - len(self._deleting))):
-            self._delete(self._undeleted.popleft())
+            self._deletions.again()
 
     def _changed(self, reason: str, error_number: int) -> None:
         self._state_changes += 1

@@ -13,7 +13,8 @@ from tier_folder import CAP_BYTES, FOLDER_BYTES, OpenTier, block_files, taken_by
 
 from pdx.errors import TierBroken, TierUnusable
 from pdx.tiers.conformance import User, block, buffers, key_of
-from pdx.tiers.disk import DELETE_AGAIN_S, DiskTier
+from pdx.tiers.deletions import AGAIN_S
+from pdx.tiers.disk import DiskTier
 from pdx.tiers.faulty import FaultyFiles
 from pdx.tiers.folder import Folder
 from pdx.tiers.sealed import name_of
@@ -92,7 +93,7 @@ def test_a_torn_file_that_cannot_be_deleted_is_charged_and_tried_again(
     assert tier.stats().used_bytes >= taken_bytes(tmp_path / "tier")
     tier.check_integrity()
     del files.errors["remove"]
-    now[0] += DELETE_AGAIN_S
+    now[0] += AGAIN_S
     tier.take_events()
     assert tier._writes.wait_idle(5.0)
     tier.take_events()

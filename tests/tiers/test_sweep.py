@@ -84,7 +84,8 @@ def test_what_leaves_is_counted_until_it_has_left(ledger: Watched) -> None:
 
 def test_a_write_waits_for_few_deletions(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a large clear a million files wait to be deleted: they are counted, and the write comes first."""
-    monkeypatch.setattr("pdx.tiers.disk.DELETIONS_MAX", 2)
+    monkeypatch.setattr("pdx.tiers.deletions.AT_ONCE", 2)
+    monkeypatch.setattr("pdx.tiers.deletions.AGAIN_S", 9999.0)  # who waits for his turn waits for nothing else
     tier, files = open_tier(writers=1)
     user = User(tier)
     for number in range(10):
@@ -95,8 +96,9 @@ def test_a_write_waits_for_few_deletions(open_tier: OpenTier, monkeypatch: pytes
     files.gate.set()
     assert isinstance(user.end_of(ticket), Written)
     assert tier.survey(Selection()).leaving >= 6, "two before it, and two behind it at the most"
-    while tier.survey(Selection()).leaving:
+    for _ in range(10):
         assert tier._writes.wait_idle(5.0)
         tier.take_events()
+    assert not tier.survey(Selection()).leaving
     assert files.calls["remove"] == 10
     tier.check_integrity()
