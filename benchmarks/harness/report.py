@@ -51,6 +51,15 @@ class Report:
         """Under benchmarks/history unless told otherwise."""
         path = path or HISTORY / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.keep(path)
+        held = sum(bar["holds"] for bar in self.bars.values())
+        print(f"{self.name}: {held} of {len(self.bars)} bars hold; written to {path}")
+        return path
+
+    def keep(self, path: Path | None) -> None:
+        """What there is so far, if it has a file: of a run of an hour that is cut short something should be left."""
+        if path is None:
+            return
         body = {
             "name": self.name, "commit": _commit(), "seconds": round(time.monotonic() - self._started, 1),
             "machine": _machine(), "versions": _versions(), "bars": self.bars, "figures": self.figures,
@@ -58,9 +67,6 @@ class Report:
             "client": {"taskset": sorted(os.sched_getaffinity(0)), "cpu_s": round(time.process_time(), 2)},
         }  # fmt: skip
         path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-        held = sum(bar["holds"] for bar in self.bars.values())
-        print(f"{self.name}: {held} of {len(self.bars)} bars hold; written to {path}")
-        return path
 
 
 def options(parser: argparse.ArgumentParser) -> None:

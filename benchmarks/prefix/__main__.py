@@ -1,7 +1,7 @@
 """What a kept prefix is worth: hits, documents, a chat, restarts, and what saving costs where nothing is asked again.
 
 One engine with a pdxd and its disk, against the same engine without, one whose own cache holds everything, and
-LMCache's multi-process mode at whichever of its transports is best here. The full run takes about 80 minutes.
+LMCache's multi-process mode at whichever of its transports is best here. The full run takes two hours.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ def _documents(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> 
     library = documents.QUICK_LIBRARY if chosen.quick else documents.LIBRARY
     small, gib = library.small_flags, library.below_gib
     ours = pdx(scratch, OURS, arena=f"{round(gib * 1024)}MiB", flags=small)
-    questions = documents.Questions(library, documents.QUICK if chosen.quick else documents.FULL, report)
-    questions.read(ours)
+    cases = documents.QUICK if chosen.quick else documents.FULL
+    questions = documents.Questions(library, cases, report, file=chosen.json)
     with _ended_early(scratch, report) as early:
         ceiling = plain(early, documents.UNLIMITED, library.unlimited_flags)
-        questions.read(ceiling)
+        questions.read(ours, ceiling)
         questions.beside_ceiling(ours, ceiling)
     with _ended_early(scratch, report) as early:
         for peer in _peers(early, report, chosen, memory_gib=gib, flags=small):
             questions.read(peer)
             questions.beside_peer(ours, peer)
     questions.beside_small(ours, plain(scratch, documents.SMALL, small))
-    questions.write()
+    questions.show()
 
 
 @contextlib.contextmanager

@@ -8,12 +8,15 @@ arm after the other, in turns with each: all of them at once do not fit into 24 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+from benchmarks.harness.arms import DECODE_CPUS, PREFILL_CPUS
 from benchmarks.harness.measure import percentile, prompt_of, table
 from benchmarks.harness.report import Report
 from benchmarks.prefix.engines import CachingArm
@@ -73,20 +76,31 @@ class Outcome:
 class Questions:
     """Asks each of its questions once."""
 
-    def __init__(self, library: Library, cases: Sequence[Case], report: Report) -> None:
+    def __init__(self, library: Library, cases: Sequence[Case], report: Report, *, file: Path | None) -> None:
+        """`file`: to which the report goes, after every case."""
+        self._file = file
         self._documents = library.documents
         self._cases = cases
         self._report = report
         self._numbers = itertools.count()
         self._turn = False
         self._rows: list[list[str]] = []
+        report.figures["documents"] = self._rows
 
-    def read(self, arm: CachingArm) -> None:
-        """Every document, so that the arm may keep them."""
-        self._report.progress(f"documents: {arm.name} reads")
-        with arm.active():
-            for document in range(self._documents):
-                arm.ask(prompt_of(DOCUMENT_TOKENS, document), 1)
+    def read(self, *arms: CachingArm) -> None:
+        """Every document, so that arms may keep them: of two the second on the other core, for the time being."""
+        self._report.progress(f"documents: {' and '.join(arm.name for arm in arms)} read")
+        with contextlib.ExitStack() as stack:
+            for arm, cpus in zip(arms, (PREFILL_CPUS, DECODE_CPUS), strict=False):
+                stack.enter_context(arm.active())
+                stack.enter_context(arm.part("engine").moved(cpus))
+            readers = stack.enter_context(ThreadPoolExecutor(len(arms)))
+            for reader in [readers.submit(self._read, arm) for arm in arms]:
+                reader.result()
+
+    def _read(self, arm: CachingArm) -> None:
+        for document in range(self._documents):
+            arm.ask(prompt_of(DOCUMENT_TOKENS, document), 1)
 
     def beside_ceiling(self, ours: CachingArm, ceiling: CachingArm) -> None:
         for case in self._cases:
@@ -94,12 +108,14 @@ class Questions:
             share = mine.questions_per_s / best.questions_per_s
             self._report.bar(f"documents, {case}: throughput of an engine whose cache holds all", round(share, 3),
                              f">= {CEILING_SHARE}", share >= CEILING_SHARE)  # fmt: skip
+            self._report.keep(self._file)
 
     def beside_peer(self, ours: CachingArm, peer: CachingArm) -> None:
         for case in self._cases:
             mine, its = self._asked(case, ours, peer)
             times = mine.questions_per_s / its.questions_per_s
             self._report.bar(f"documents, {case}: throughput of {peer.name}", round(times, 3), ">= 1", times >= 1)
+            self._report.keep(self._file)
 
     def beside_small(self, ours: CachingArm, small: CachingArm) -> None:
         """The small one keeps no document until it is asked for again, and computes all."""
@@ -111,8 +127,7 @@ class Questions:
                          f">= {PLAIN_FACTOR}", factor >= PLAIN_FACTOR, unit="x")  # fmt: skip
         self._report.bar(f"documents, {case}: p95 of the first token, of plain's", round(later, 3), "<= 1", later <= 1)
 
-    def write(self) -> None:
-        self._report.figures["documents"] = self._rows
+    def show(self) -> None:
         table("Questions about documents", ("arm", "case", "questions/s", "p95 first token s"), self._rows)
 
     def _asked(self, case: Case, *arms: CachingArm) -> list[Outcome]:
@@ -125,6 +140,7 @@ class Questions:
                 outcome = outcomes[arm.name] = self._ask(arm, case)
             rates = f"{outcome.questions_per_s:.3f}", f"{outcome.p95_first_token_s:.2f}"
             self._rows.append([arm.name, str(case), *rates])
+            self._report.arm(arm)
         return [outcomes[arm.name] for arm in arms]
 
     def _ask(self, arm: CachingArm, case: Case) -> Outcome:
