@@ -7,10 +7,9 @@ LMCache's multi-process mode at whichever of its transports is best here. The fu
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.harness.arms import Scratch, pdx_pair
@@ -60,25 +59,16 @@ def _documents(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> 
     ours = pdx(scratch, OURS, arena=f"{round(gib * 1024)}MiB", flags=small)
     cases = documents.QUICK if chosen.quick else documents.FULL
     questions = documents.Questions(library, cases, report, file=chosen.json)
-    with _ended_early(scratch, report) as early:
+    with Scratch(scratch.model) as early:  # arms that end when they have been measured, for the room that they take
         ceiling = plain(early, documents.UNLIMITED, library.unlimited_flags)
         questions.read(ours, ceiling)
         questions.beside_ceiling(ours, ceiling)
-    with _ended_early(scratch, report) as early:
+    with Scratch(scratch.model) as early:
         for peer in _peers(early, report, chosen, memory_gib=gib, flags=small):
             questions.read(peer)
             questions.beside_peer(ours, peer)
     questions.beside_small(ours, plain(scratch, documents.SMALL, small))
     questions.show()
-
-
-@contextlib.contextmanager
-def _ended_early(scratch: Scratch, report: Report) -> Iterator[Scratch]:
-    """For arms that end when they have been measured, for the room that they take."""
-    with Scratch(scratch.model) as early:
-        yield early
-        for arm in early.arms:
-            report.arm(arm)
 
 
 def _shared(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> None:

@@ -38,5 +38,6 @@ def check_engines(settings: Config) -> None:
             raise ConfigError(f"router: {error}") from error
     if settings.start_daemon:
         check_daemon(settings)
-        if not config.is_loopback(settings.host):  # there it would make a key, and nothing is to be written yet
+        # On loopback it would make a key, and nothing is to be written yet. A key file has been read by now.
+        if not (settings.key_file or config.is_loopback(settings.host)):
             config.cluster_key(settings)

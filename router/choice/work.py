@@ -78,8 +78,10 @@ class Work:
     def ahead_s(self, engine_id: str, tokens_per_s: float, now: float) -> float:
         """How long the engine takes for its line, at this pace."""
         line = self._lines.get(engine_id)
-        ahead = [piece.tokens for piece in line.pieces if now < piece.computed_by] if line is not None else []
-        if line is None or not ahead:
+        if line is None:
+            return 0.0
+        ahead = [piece.tokens for piece in line.pieces if now < piece.computed_by]
+        if not ahead:
             return 0.0
         done = min(ahead[0], (now - line.head_since) * tokens_per_s)
         return (sum(ahead) - done) / tokens_per_s

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from daemon.fleet import Fleet, fleet_in
@@ -49,3 +50,17 @@ def tier(kind_of_tier: type[MemoryTier]) -> Iterator[MemoryTier]:
     tier = kind_of_tier(cap_bytes=1 << 20)
     yield tier
     tier.close(drain_s=0.0)
+
+
+@pytest.fixture
+def asked(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks the tier is asked for, each time."""
+    asked: list[int] = []
+    contains = tier.contains
+
+    def counted(keys: Sequence[Any]) -> list[bool]:
+        asked.append(len(keys))
+        return contains(keys)
+
+    monkeypatch.setattr(tier, "contains", counted)
+    return asked

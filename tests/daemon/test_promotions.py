@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,20 +20,6 @@ from pdx.wire import LoadEnded
 @pytest.fixture
 def host(tier: MemoryTier) -> Host:
     return Host(tier=tier)
-
-
-@pytest.fixture
-def asked(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many blocks the tier is asked for, each time."""
-    asked: list[int] = []
-    contains = tier.contains
-
-    def counted(keys: Sequence[Any]) -> list[bool]:
-        asked.append(len(keys))
-        return contains(keys)
-
-    monkeypatch.setattr(tier, "contains", counted)
-    return asked
 
 
 def write_below(host: Host, tier: MemoryTier, hashes: list[bytes]) -> None:

@@ -308,16 +308,6 @@ def until(host: Host, tier: DiskTier, is_so: Callable[[], bool]) -> None:
         host.tick()
 
 
-def test_a_long_prompt_that_the_tier_has_not_is_asked_for_once_and_a_little(
-    host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    contains = tier.contains
-
-    def counted(keys: Sequence[Any]) -> list[bool]:
-        asked.append(len(keys))
-        return contains(keys)
-
-    monkeypatch.setattr(tier, "contains", counted)
+def test_a_long_prompt_that_the_tier_has_not_is_asked_for_once_and_a_little(host: Host, asked: list[int]) -> None:
     assert look_up(host, [b"%d" % n for n in range(5000)]) == []
     assert sum(asked) <= 2 * FIRST_LOT
