@@ -138,7 +138,12 @@ class Handoffs:
         self._sending.renewed(handoff_ids, now)
 
     def weights_changed(self, engine: Engine, epoch: str, now: float) -> None:
-        """From now on the engine's blocks have other names. What it had begun with the weights of before ends."""
+        """From now on the engine's blocks have other names. What it had begun with the weights of before ends.
+
+        An engine that has found a new daemon says what it is at, and what it has begun there since goes on.
+        """
+        if epoch == engine.info.content.weight_epoch:
+            return
         engine_id = engine.info.engine_id
         self._desk.ports.counters["weight_changes"] += 1
         self._end_handoffs(engine_id, "engine's weights have changed", now)

@@ -143,6 +143,16 @@ def test_what_was_claimed_before_is_never_kept() -> None:
     assert not host.store.leases and "blocks_kept" not in host.counters
 
 
+def test_an_epoch_that_is_known_ends_nothing() -> None:
+    """An engine tells a new daemon of its epoch once more, which may be after its first request."""
+    host = Host()
+    keep(host)
+    host.handoffs.weights_changed(engine_of("P"), engine_of("P").info.content.weight_epoch, host.now)
+    let_go(host)
+    assert look_up(host)
+    assert "weight_changes" not in host.counters
+
+
 def test_a_load_of_before_is_no_longer_renewed() -> None:
     host = Host()
     keep(host)

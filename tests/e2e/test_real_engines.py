@@ -56,6 +56,7 @@ parser = FlexibleArgumentParser()
 add_cli_args(parser)
 main(parser.parse_args())
 """
+YIELDING = ("nice", "-n", "5")  # vLLM's processes spin for a second after each step: other tests run beside them
 CHANGING = ("id", "created", "system_fingerprint")  # of a stream's events: different in any two answers
 
 
@@ -93,9 +94,9 @@ def system(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sy
             )
         prefill = rig.start_engine(
             "P0", "prefill", "a", cpu=0, flags=("--max-num-batched-tokens", str(CHUNK_TOKENS), *hosts.FLAGS),
-            environment=hosts.ENVIRONMENT, lookup_s=str(DEADLINE_S),
+            environment=hosts.ENVIRONMENT, lookup_s=str(DEADLINE_S), prefix=YIELDING,
         )  # fmt: skip
-        decode = rig.start_engine("D0", "decode", "b", cpu=1)
+        decode = rig.start_engine("D0", "decode", "b", cpu=1, prefix=YIELDING)
         sessions = {part.process.pid for part in rig.parts}
         rig.wait_routable(2)
         system = System(rig, prefill, decode, rig.tool("a"), rig.tool("b"))

@@ -68,8 +68,8 @@ async def test_engines_daemons_and_requests_are_shown_and_only_what_changes_is_t
         assert status == 200
         await page.until(f"{ROWS} === 2")
         assert await page.evaluate("document.activeElement === first && first.isConnected && engine.isConnected")
-        newest = await page.evaluate("document.querySelector('#requests > li').innerText")
-        assert headers["X-Request-Id"] in newest
+        newest = "document.querySelector('#requests > li').innerText"  # the browser lays it out with its next frame
+        await page.until(f"{newest}.includes({json.dumps(headers['X-Request-Id'])})")
         assert await page.evaluate("document.querySelectorAll('#requests .seg').length") >= 4
 
 
