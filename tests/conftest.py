@@ -15,6 +15,7 @@ from typing import Any
 import browser
 import hypothesis
 import pytest
+from daemon.forkserver import forkserver
 
 SETTLE_S = 15.0  # a thread or process that has been told to end gets this long to be gone
 ARENAS_GONE_S = 30.0
@@ -92,13 +93,20 @@ def _threads() -> set[str]:
 
 
 def _children() -> set[str]:
+    named = {pid: _name_of(pid) for pid in _children_of("self")}
+    lasting = {pid for pid, name in named.items() if any(word in name for word in LASTING)}
+    named |= {forked: _name_of(forked) for pid in lasting for forked in _children_of(pid)}
+    return {f"process {pid} {name}" for pid, name in named.items() if pid not in lasting}
+
+
+def _children_of(pid: str) -> set[str]:
     pids: set[str] = set()
-    for children in Path("/proc/self/task").glob("*/children"):
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             pids.update(children.read_text().split())
         except OSError:  # the thread ended while we looked
             continue
-    return {f"process {pid} {name}" for pid in pids if not any(word in (name := _name_of(pid)) for word in LASTING)}
+    return pids
 
 
 def _name_of(pid: str) -> str:
@@ -135,6 +143,12 @@ def no_arena_outlives_the_tests() -> Iterator[None]:
     while left := _mapping_processes(mark.encode()):
         assert time.monotonic() < deadline, f"processes {left} still map an arena"
         pause.wait(0.1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def daemons_are_forked(no_arena_outlives_the_tests: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with forkserver(tmp_path_factory.mktemp("forks")):
+        yield
 
 
 def _mapping_processes(mark: bytes) -> set[str]:

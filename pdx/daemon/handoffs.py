@@ -138,12 +138,9 @@ class Handoffs:
         self._sending.renewed(handoff_ids, now)
 
     def weights_changed(self, engine: Engine, epoch: str, now: float) -> None:
-        """From now on the engine's blocks have other names. What it had begun with the weights of before ends.
-
-        An engine that has found a new daemon says what it is at, and what it has begun there since goes on.
-        """
+        """From now on the engine's blocks have other names. What it had begun with the weights of before ends."""
         if epoch == engine.info.content.weight_epoch:
-            return
+            return  # it has found a new daemon, and what it has begun here since goes on
         engine_id = engine.info.engine_id
         self._desk.ports.counters["weight_changes"] += 1
         self._end_handoffs(engine_id, "engine's weights have changed", now)

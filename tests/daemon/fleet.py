@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import msgspec
 import xxhash
+from daemon.forkserver import Forked
 
 from pdx.buffer.headers import Headers
 from pdx.client import DaemonClient
@@ -79,9 +80,13 @@ class Daemon:
         )  # fmt: skip
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log = (run_dir / "log").open("wb")
-        what = [program] if program else ["-m", "pdx.daemon.main"]
-        command = [sys.executable, *what, f"--run-dir={run_dir}", *flags_of(self.config)]
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
+        flags = [f"--run-dir={run_dir}", *flags_of(self.config)]
+        self.process: Forked | subprocess.Popen[bytes]
+        if not program and "PYTHONPATH" not in os.environ:  # which says where to import from
+            self.process = Forked(flags, Path(self._log.name))
+        else:
+            command = [sys.executable, *([program] if program else ["-m", "pdx.daemon.main"]), *flags]
+            self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
         until(lambda: (run_dir / "pdxd.json").exists() or self.process.poll() is not None, "pdxd serves")
         assert self.process.poll() is None, (run_dir / "log").read_text()
         self.tool = DaemonClient.attach(self.config, Attach(kind="tool"), deadline_s=5, start=False)
