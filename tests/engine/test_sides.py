@@ -15,7 +15,6 @@ from torch_engine import BLOCK_TOKENS, LAYOUT, Request, Scheduled
 
 from pdx.engine.host_mover import BATCH_BYTES, HostMover
 from pdx.engine.link import Link
-from pdx.engine.vllm.budget import LoadBudget
 from pdx.engine.vllm.caches import Layers
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import Load, LoadResult, Report, Save, Step
@@ -323,18 +322,6 @@ def test_a_load_takes_its_share_of_a_step_and_no_more(forward_s: float | None, s
         report = worker.take_ended()
     assert report is not None
     assert (report.loads["r"].ok, report.loads["r"].pages, taken) == (True, 20, 20)
-
-
-@pytest.mark.parametrize(("loads", "share"), [(1, 0.02), (3, 0.06), (7, 0.14), (8, 0.15), (1000, 0.15)])
-def test_several_loads_have_as_many_shares_of_a_step_up_to_a_bound(loads: int, share: float) -> None:
-    clock = Clock()
-    budget = LoadBudget(forward_s=0.1, loads=loads, clock=clock)
-    clock.now += share * 0.1 - 1e-6
-    budget.batch_done()
-    assert not budget.spent
-    clock.now += 2e-6
-    budget.batch_done()
-    assert budget.spent
 
 
 def test_what_has_landed_is_taken_before_a_load_that_gets_no_more_ends() -> None:

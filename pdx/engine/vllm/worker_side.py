@@ -116,7 +116,7 @@ class WorkerSide:
         if not self._loading:
             return
         forward_s = self._clock() - self._began_at if self._step.tokens else None
-        budget = LoadBudget(forward_s=forward_s, loads=len(self._loading), clock=self._clock)
+        budget = LoadBudget(forward_s=forward_s, clock=self._clock)
         for request_id, loading in list(self._loading.items()):
             self._advance(loading, budget)
             if (loading.reason or loading.plan.complete) and self._mover.settled(loading):
