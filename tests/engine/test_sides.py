@@ -303,7 +303,7 @@ def filled_worker(daemon: MemoryDaemon, clock: Clock) -> tuple[WorkerSide, list[
     return worker, places
 
 
-@pytest.mark.parametrize(("forward_s", "steps"), [(None, 1), (0.0, 20), (0.26, 4), (100.0, 1)])
+@pytest.mark.parametrize(("forward_s", "steps"), [(None, 1), (0.0, 20), (0.052, 4), (100.0, 1)])
 def test_a_load_takes_its_share_of_a_step_and_no_more(forward_s: float | None, steps: int) -> None:
     daemon, clock = MemoryDaemon(LARGE, blocks=4), TickingClock()
     worker, places = filled_worker(daemon, clock)
