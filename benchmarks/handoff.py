@@ -24,7 +24,8 @@ from benchmarks.model import build
 EXTRA_MS = 4.0
 NIXL_FACTOR, NIXL_FROM_TOKENS = 0.5, 2048
 PAIRED, NAIVE, AFTER = "paired", "paired, pushed after prefill", "after prefill"
-NIXL = "NixlConnector"
+NIXL, ROUTER = "NixlConnector", "vllm-router"
+ROUTED = f"{NIXL}, {ROUTER}"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Plan:
     after: bool = True  # also the journey that asks decode after prefill
 
 
-FULL = Plan((257, 513, 1025, 2049, 3585), 5, ("proxy", "vllm-router"))
+FULL = Plan((257, 513, 1025, 2049, 3585), 5, ("proxy", ROUTER))
 QUICK = Plan((257, 513, 1025, 2049), 2, ("proxy",), after=False)
 
 
@@ -76,6 +77,10 @@ def judge(report: Report, plan: Plan, samples: Samples, ways: list[str], bytes_o
         parts = f"<= {allowed_ms:.1f} = floor {1e3 * floor.engine_s:.1f} + step {1e3 * floor.step_s:.1f} + {EXTRA_MS:g}"
         gap_ms, naive_ms = (1e3 * samples.gap_s(way, size) for way in (PAIRED, NAIVE))
         report.bar(f"gap at {size} tokens", round(gap_ms, 1), parts, gap_ms <= allowed_ms, unit="ms")
+        if ROUTED in peers:
+            first_ms, theirs_ms = (1e3 * samples.first_token_s(way, size) for way in (PAIRED, ROUTED))
+            report.bar(f"first token at {size} tokens against {ROUTED}", round(first_ms, 1), f"<= {theirs_ms:.1f}",
+                       first_ms <= theirs_ms, unit="ms")  # fmt: skip
         if size < NIXL_FROM_TOKENS:
             continue
         report.bar(f"gap at {size} tokens, naive variant misses it", round(naive_ms, 1), f"> {allowed_ms:.1f}",

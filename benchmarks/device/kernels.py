@@ -13,6 +13,7 @@ from benchmarks.harness.report import Report
 from pdx.engine.kernels import Mode, reference
 
 BAR, BAR_PAGE_BYTES = 0.90, 16 * KIB
+BARRED = ("gather", "scatter", "gather + digest", "scatter + digest")  # with digests is what engines run
 KERNEL_BYTES = 512 * MIB
 
 
@@ -31,7 +32,7 @@ def measure(report: Report, folder: Path, rounds: int) -> None:
              *(f"{2 * KERNEL_BYTES / seconds[n] / 1e9:.0f} ({floor / seconds[n]:.2f})" for n in list(seconds)[1:-1]),
              f"{KERNEL_BYTES / seconds['digest'] / 1e9:.0f}")
         )  # fmt: skip
-        for name in ("gather", "scatter") if page_bytes >= BAR_PAGE_BYTES else ():
+        for name in BARRED if page_bytes >= BAR_PAGE_BYTES else ():
             share = round(floor / seconds[name], 3)
             report.bar(
                 f"{name}, pages of {page_bytes // KIB} KiB, of a device-to-device copy", share, f">= {BAR}",

@@ -64,7 +64,7 @@ def _documents(scratch: Scratch, report: Report, chosen: argparse.Namespace) -> 
         questions.read(ours, ceiling)
         questions.beside_ceiling(ours, ceiling)
     with Scratch(scratch.model) as early:
-        for peer in _peers(early, report, chosen, memory_gib=gib, flags=small):
+        for peer in _peers(early, report, chosen, memory_gib=library.peer_gib, flags=small):
             questions.read(peer)
             questions.beside_peer(ours, peer)
     questions.beside_small(ours, plain(scratch, documents.SMALL, small))

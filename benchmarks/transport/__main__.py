@@ -164,7 +164,7 @@ def latencies(report: Report, opened: list[Pair], slabs: int) -> None:
         [(arm, f"{percentile(taken, 50):.0f}", f"{percentile(taken, 99):.0f}") for arm, taken in micros.items()],
     )  # fmt: skip
     bare = percentile(micros["bare sockets"], 50)
-    for arm in ("pdx tcp", "pdx nixl"):
+    for arm in ("pdx tcp", "pdx nixl", "pdx ucx"):
         if arm in micros:
             extra = round(percentile(micros[arm], 50) - bare, 1)
             report.bar(

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from pdx.buffer.arena import Arena
 from pdx.buffer.claim import Claim
@@ -304,3 +313,9 @@ StoreMachine.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestStore = StoreMachine.TestCase
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(7200)
+def test_a_million_operations() -> None:
+    run_state_machine_as_test(StoreMachine, settings=settings(StoreMachine.TestCase.settings, max_examples=20_000))

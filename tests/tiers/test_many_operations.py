@@ -14,7 +14,8 @@ from pdx.tiers.folder import Folder
 from pdx.tiers.memory import MemoryTier
 from pdx.tiers.tier import Key, Loaded, Missed, Read, StateChanged, Tier, Write
 
-many = pytest.mark.parametrize("operations", [15_000, pytest.param(100_000, marks=pytest.mark.prove)])
+AT_LENGTH = pytest.param(1_000_000, marks=[pytest.mark.prove, pytest.mark.timeout(1800)])
+many = pytest.mark.parametrize("operations", [15_000, AT_LENGTH])
 PAYLOADS = [random.Random(number).randbytes(3000) for number in range(300)]
 
 
