@@ -31,9 +31,9 @@ from benchmarks.harness.report import Report, options
 from benchmarks.harness.rig import REPOSITORY
 from pdx.launch.ports import free_ports
 
-sys.path.insert(0, str(REPOSITORY / "tests" / "daemon"))
+sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from fleet import PAGES, BareEngine, Fleet, Prompt, fleet_in, prompt_of, until
+from daemon.fleet import PAGES, BareEngine, Fleet, Prompt, fleet_in, prompt_of, until
 
 ROUNDS = 60
 BLOCK_S = 0.004

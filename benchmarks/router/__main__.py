@@ -2,7 +2,8 @@
 
 Clients and engines on one core, the router on the other; times are those of the router less those without one, all arms
 in turns. Two prefill and two decode engines, which say that they compute 5,000 tokens a second; both routers run as
-they do by default, vllm-router in its PD mode. No two prompts are the same, so that pdx-router has them tokenized
+they do by default, but ours without a limit to what waits in an engine, for vllm-router has none and 64 clients are
+more; vllm-router in its PD mode. No two prompts are the same, so that pdx-router has them tokenized
 first, as long as engines answer that soon enough; "the same prompt" is one whose ids it remembers. Then streams: as
 many tokens a second as one worker passes on, and two, each of them with a share of the core so that two fit on it. The
 full run takes about 6 minutes, the quick one 2.

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import msgspec
 import xxhash
-from daemon.forkserver import Forked
+from daemon.forkserver import ADDRESS, Forked
 
 from pdx.buffer.headers import Headers
 from pdx.client import DaemonClient
@@ -82,7 +82,7 @@ class Daemon:
         self._log = (run_dir / "log").open("wb")
         flags = [f"--run-dir={run_dir}", *flags_of(self.config)]
         self.process: Forked | subprocess.Popen[bytes]
-        if not program and "PYTHONPATH" not in os.environ:  # which says where to import from
+        if ADDRESS in os.environ and not program and "PYTHONPATH" not in os.environ:  # which says what to import
             self.process = Forked(flags, Path(self._log.name))
         else:
             command = [sys.executable, *([program] if program else ["-m", "pdx.daemon.main"]), *flags]

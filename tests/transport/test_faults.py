@@ -1,4 +1,4 @@
-"""Seeded faults of the network between two lanes. `pdx bench lane_faults` runs hundreds, of these and of kills."""
+"""Seeded faults of the network between two lanes. `python -m benchmarks.soak` runs hundreds, of these and of kills."""
 
 from __future__ import annotations
 
