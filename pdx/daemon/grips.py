@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
 from typing import Literal
 
 from pdx.buffer.claim import Claim
@@ -32,6 +34,9 @@ class Grip:
     asked_at: float | None = None  # once its right is gone: when the engine was last asked to let go
 
 
+_Awaited = tuple[int, int, Grip]  # fence, and a number of its own: by these they are sorted
+
+
 class Grips:
     """All of them. Owned by the control thread."""
 
@@ -39,6 +44,8 @@ class Grips:
         self._desk = desk
         self._grips: dict[tuple[bytes, str], Grip] = {}
         self._letting_go: dict[Grip, LetGo] = {}
+        self._awaited: dict[str, list[_Awaited]] = {}  # by engine, of these: the one that passes first comes first
+        self._numbers = count()
 
     def add(self, grip: Grip) -> None:
         """Nobody else has its name: whose lease is not on these books never ends."""
@@ -61,25 +68,45 @@ class Grips:
                 if grip is not None:
                     self._desk.store.renew(grip.lease, now=now, ttl_s=self._desk.ports.lease_s)
 
-    def let_go(self, grip: Grip, message: LetGo, *, rank: int | None) -> None:
+    def let_go(self, grip: Grip, message: LetGo, *, rank: int | None) -> LetGo | None:
         """The engine promises to be done after `message.fence`; `passed` returns the grip once that is so.
 
-        The first promise counts: an engine that is asked again says the same, later. A worker's word, that of `rank`,
-        promises nothing before all ranks have given it; the scheduler's (None) is for all of them.
+        Is it so already, returns the promise, and the grip is off the books: end its lease now. The first promise
+        counts: an engine that is asked again says the same, later. A worker's word, that of `rank`, promises nothing
+        before all ranks have given it; the scheduler's (None) is for all of them.
         """
         if rank is not None:
             grip.words.setdefault(rank, message)
             if len(grip.words) < grip.ranks:
-                return
+                return None
             message = next((word for word in grip.words.values() if not word.ok), message)
-        self._letting_go.setdefault(grip, message)
+        is_new = grip not in self._letting_go
+        promise = self._letting_go.setdefault(grip, message)
+        if self._desk.ports.fence_passed(grip.engine_id, promise.fence):
+            self.remove(grip)
+            return promise
+        if is_new:
+            heappush(self._awaited.setdefault(grip.engine_id, []), (promise.fence, next(self._numbers), grip))
+        return None
 
     def passed(self) -> list[tuple[Grip, LetGo]]:
-        """Grips whose fence has passed, removed from the books: end their leases now."""
-        fence_passed = self._desk.ports.fence_passed
-        done = [(h, m) for h, m in self._letting_go.items() if fence_passed(h.engine_id, m.fence)]
-        for grip, _ in done:
-            self.remove(grip)
+        """Grips whose fence has passed, removed from the books: end their leases now.
+
+        An engine's steps end in their order, so only the first of its fences that has not passed is looked at.
+        """
+        done = []
+        for engine_id, awaited in list(self._awaited.items()):
+            while awaited:
+                fence, _, grip = awaited[0]
+                promise = self._letting_go.get(grip)
+                if promise is not None and not self._desk.ports.fence_passed(engine_id, fence):
+                    break
+                heappop(awaited)
+                if promise is not None:  # else it has been removed since
+                    self.remove(grip)
+                    done.append((grip, promise))
+            if not awaited:
+                del self._awaited[engine_id]
         return done
 
     def unanswered(self, now: float) -> list[Grip]:

@@ -1,0 +1,89 @@
+"""Engines' rights to slots: when they end, and how much of that a look costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from one_host import Host, engine
+
+from pdx.wire import Keep, LetGo, SendOpened
+
+
+class Fences:
+    """Of all engines of a host, and how often somebody has looked at one."""
+
+    def __init__(self, host: Host) -> None:
+        self.at, self.looks = 0, 0
+        desk = host.handoffs._desk
+        desk.ports = replace(desk.ports, fence_passed=self._passed)
+
+    def _passed(self, engine_id: str, step: int) -> bool:
+        self.looks += 1
+        return self.at >= step
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host(extents=8)
+
+
+@pytest.fixture
+def fences(host: Host) -> Fences:
+    return Fences(host)
+
+
+def keep(host: Host, called: int) -> None:
+    """Room for one block, in which the engine has written nothing yet."""
+    message = Keep(request_id=f"k{called}", handoff_id=b"%016d" % called, block_hashes=[b"%032d" % called])
+    host.handoffs.keep(engine("P"), message, host.now)
+    assert isinstance(host.heard["P"].pop(), SendOpened)
+
+
+def let_go(host: Host, called: int, fence: int, *, rank: int | None = None) -> None:
+    message = LetGo(handoff_id=b"%016d" % called, side="send", fence=fence, ok=False)
+    host.handoffs.let_go("P", message, host.now, rank=rank)
+
+
+def test_many_that_wait_for_a_fence_cost_a_look_each_and_one_a_turn(host: Host, fences: Fences) -> None:
+    """A step of seconds ends with thousands of them, and the loop turns every two milliseconds meanwhile."""
+    for called in range(50):
+        keep(host, called)
+    for called in range(50):
+        let_go(host, called, fence=1)
+    assert (fences.looks, len(host.store.leases)) == (50, 50)
+    for _ in range(10):
+        host.tick(0.002)
+    assert (fences.looks, len(host.store.leases)) == (60, 50)
+    fences.at = 1
+    host.tick(0.002)
+    assert not host.store.leases and not host.handoffs.fences_pending
+
+
+def test_each_ends_with_its_own_fence_in_whatever_order_they_were_said(host: Host, fences: Fences) -> None:
+    for called, fence in enumerate((3, 1, 2, 1)):
+        keep(host, called)
+        let_go(host, called, fence=fence)
+        let_go(host, called, fence=0)  # said again: the first word counts
+    for at, left in ((0, 4), (1, 2), (2, 1), (3, 0)):
+        fences.at = at
+        host.tick()
+        assert len(host.store.leases) == left
+
+
+def test_one_whose_fence_has_passed_ends_at_once_whoever_else_waits(host: Host, fences: Fences) -> None:
+    for called, fence in enumerate((9, 0)):
+        keep(host, called)
+        let_go(host, called, fence=fence)
+    assert len(host.store.leases) == 1
+
+
+def test_an_engine_that_is_gone_leaves_nothing_for_its_namesake(host: Host, fences: Fences) -> None:
+    keep(host, 0)
+    let_go(host, 0, fence=9)
+    host.handoffs.engine_gone("P", host.now)
+    assert not host.store.leases and not host.handoffs.fences_pending
+    keep(host, 0)
+    fences.at = 9
+    host.tick()
+    assert len(host.store.leases) == 1
