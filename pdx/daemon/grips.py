@@ -8,6 +8,8 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Literal
 
+import msgspec
+
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, LeaseState
 from pdx.daemon.ports import Desk, HandoffKey
@@ -73,13 +75,15 @@ class Grips:
 
         Is it so already, returns the promise, and the grip is off the books: end its lease now. The first promise
         counts: an engine that is asked again says the same, later. A worker's word, that of `rank`, promises nothing
-        before all ranks have given it; the scheduler's (None) is for all of them.
+        before all ranks have given it, and then the last of their fences; the scheduler's (None) is for all of them.
         """
         if rank is not None:
             grip.words.setdefault(rank, message)
             if len(grip.words) < grip.ranks:
                 return None
-            message = next((word for word in grip.words.values() if not word.ok), message)
+            words = grip.words.values()
+            message = next((word for word in words if not word.ok), message)
+            message = msgspec.structs.replace(message, fence=max(word.fence for word in words))
         is_new = grip not in self._letting_go
         promise = self._letting_go.setdefault(grip, message)
         if self._desk.ports.fence_passed(grip.engine_id, promise.fence):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from one_host import Host, engine
 
@@ -33,15 +34,17 @@ def fences(host: Host) -> Fences:
     return Fences(host)
 
 
-def keep(host: Host, called: int) -> None:
+def keep(host: Host, called: int, *, ranks: int = 1) -> None:
     """Room for one block, in which the engine has written nothing yet."""
     message = Keep(request_id=f"k{called}", handoff_id=b"%016d" % called, block_hashes=[b"%032d" % called])
-    host.handoffs.keep(engine("P"), message, host.now)
+    keeper = engine("P")
+    keeper.info = msgspec.structs.replace(keeper.info, layout=msgspec.structs.replace(keeper.info.layout, ranks=ranks))
+    host.handoffs.keep(keeper, message, host.now)
     assert isinstance(host.heard["P"].pop(), SendOpened)
 
 
-def let_go(host: Host, called: int, fence: int, *, rank: int | None = None) -> None:
-    message = LetGo(handoff_id=b"%016d" % called, side="send", fence=fence, ok=False)
+def let_go(host: Host, called: int, fence: int, *, rank: int | None = None, ok: bool = False) -> None:
+    message = LetGo(handoff_id=b"%016d" % called, side="send", fence=fence, ok=ok)
     host.handoffs.let_go("P", message, host.now, rank=rank)
 
 
@@ -76,6 +79,20 @@ def test_one_whose_fence_has_passed_ends_at_once_whoever_else_waits(host: Host, 
         keep(host, called)
         let_go(host, called, fence=fence)
     assert len(host.store.leases) == 1
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_all_ranks_fences_pass_before_their_slots_are_free(host: Host, fences: Fences, failed: int) -> None:
+    """Whichever of them has failed, and said so with an earlier one."""
+    keep(host, 0, ranks=2)
+    for rank in (1, 0):
+        let_go(host, 0, fence=5 if rank == failed else 7, rank=rank, ok=rank != failed)
+    fences.at = 5
+    host.tick()
+    assert len(host.store.leases) == 1, "the other's worker may touch them still"
+    fences.at = 7
+    host.tick()
+    assert not host.store.leases
 
 
 def test_an_engine_that_is_gone_leaves_nothing_for_its_namesake(host: Host, fences: Fences) -> None:
