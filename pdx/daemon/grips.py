@@ -45,6 +45,7 @@ class Grips:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._grips: dict[tuple[bytes, str], Grip] = {}
+        self._by_lease: dict[Lease, Grip] = {}
         self._letting_go: dict[Grip, LetGo] = {}
         self._awaited: dict[str, list[_Awaited]] = {}  # by engine, of these: the one that passes first comes first
         self._numbers = count()
@@ -52,7 +53,7 @@ class Grips:
     def add(self, grip: Grip) -> None:
         """Nobody else has its name: whose lease is not on these books never ends."""
         assert (grip.handoff_id, grip.side) not in self._grips
-        self._grips[grip.handoff_id, grip.side] = grip
+        self._grips[grip.handoff_id, grip.side] = self._by_lease[grip.lease] = grip
 
     def get(self, handoff_id: bytes, side: str) -> Grip | None:
         return self._grips.get((handoff_id, side))
@@ -61,7 +62,7 @@ class Grips:
         return [grip for grip in self._grips.values() if grip.engine_id == engine_id]
 
     def of_lease(self, lease: Lease) -> Grip | None:
-        return next((grip for grip in self._grips.values() if grip.lease is lease), None)
+        return self._by_lease.get(lease)
 
     def renew(self, handoff_ids: Iterable[bytes], now: float) -> None:
         for handoff_id in handoff_ids:
@@ -140,6 +141,7 @@ class Grips:
     def remove(self, grip: Grip) -> None:
         """Off the books, at once for the grip of an engine that is gone: no fence to wait for."""
         self._grips.pop((grip.handoff_id, grip.side), None)
+        self._by_lease.pop(grip.lease, None)
         self._letting_go.pop(grip, None)
 
     @property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
 import pytest
-from one_host import Host, engine
+from counted import growth
+from one_host import PAGES, Host, engine
 
-from pdx.wire import Keep, LetGo, SendOpened
+from pdx.verbs import Pin
+from pdx.wire import Keep, LetGo, LookUp, SendOpened
 
 
 class Fences:
@@ -104,3 +107,30 @@ def test_an_engine_that_is_gone_leaves_nothing_for_its_namesake(host: Host, fenc
     fences.at = 9
     host.tick()
     assert len(host.store.leases) == 1
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_leases_that_expire_together_cost_the_same_each(pinned: bool) -> None:
+    """Those of an engine that has stopped, or of thousands of pins that were made at once."""
+
+    def expiring(leases: int) -> Callable[[], object]:
+        host = Host()
+        keeper = engine("P")
+        host.handoffs.spaces.met(keeper)
+        keep(host, 0)
+        (slot,) = host.store.slots.values()
+        host.store.arena.set_watermark(slot.places[0].header_offset, PAGES.layers)
+        host.handoffs.let_go("P", LetGo(handoff_id=b"%016d" % 0, side="send", fence=0, ok=True), host.now)
+        (spot,) = dict(host.store.index.items())
+        for number in range(leases):
+            if pinned:  # those that were pinned first last longest
+                ttl_s = 60.0 if number < leases / 2 else 30.0
+                pin = Pin(name=f"p{number}", ttl_s=ttl_s, space=spot[0], block_hashes=[spot[1]])
+                host.handoffs.steer(pin, host.now)
+            else:
+                asks = LookUp(request_id="l", handoff_id=b"%016d" % number, block_hashes=[spot[1]])
+                host.handoffs.look_up(keeper, asks, host.now)
+        assert len(host.store.leases) == leases
+        return lambda: host.handoffs.tick(31.0)
+
+    assert growth(expiring) < 5
