@@ -64,11 +64,12 @@ class Grips:
     def of_lease(self, lease: Lease) -> Grip | None:
         return self._by_lease.get(lease)
 
-    def renew(self, handoff_ids: Iterable[bytes], now: float) -> None:
+    def renew(self, engine_id: str, handoff_ids: Iterable[bytes], now: float) -> None:
+        """This engine's, not what others have of the same handoffs."""
         for handoff_id in handoff_ids:
             for side in ("send", "load"):
                 grip = self._grips.get((handoff_id, side))
-                if grip is not None:
+                if grip is not None and grip.engine_id == engine_id:
                     self._desk.store.renew(grip.lease, now=now, ttl_s=self._desk.ports.lease_s)
 
     def let_go(self, grip: Grip, message: LetGo, *, rank: int | None) -> LetGo | None:

@@ -134,9 +134,9 @@ class Handoffs:
             reason = f"prefill engine: {message.reason}"
             self._sending.act(record, record.sender.fail(reason, tell_peer=False), now)
 
-    def renew(self, handoff_ids: Sequence[bytes], now: float) -> None:
-        self._grips.renew(handoff_ids, now)
-        self._sending.renewed(handoff_ids, now)
+    def renew(self, engine_id: str, handoff_ids: Sequence[bytes], now: float) -> None:
+        self._grips.renew(engine_id, handoff_ids, now)
+        self._sending.renewed(engine_id, handoff_ids, now)
 
     def weights_changed(self, engine: Engine, epoch: str, now: float) -> None:
         """From now on the engine's blocks have other names. What it had begun with the weights of before ends."""

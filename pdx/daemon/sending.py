@@ -214,13 +214,13 @@ class SendingHalves:
                 pages=len(entry.blocks),
                 block=min(entry.blocks, default=-1),
             )
-            self._grips.renew([entry.handoff_id], now)
+            self._grips.renew(engine_id, [entry.handoff_id], now)
             self.act(record, record.sender.filled(message.layer, entry.blocks, now=now), now)
 
-    def renewed(self, handoff_ids: Iterable[bytes], now: float) -> None:
+    def renewed(self, engine_id: str, handoff_ids: Iterable[bytes], now: float) -> None:
         for handoff_id in handoff_ids:
             record = self._by_handoff.get(handoff_id)
-            if record is not None:
+            if record is not None and record.of(engine_id):
                 self.act(record, record.sender.renewed(now=now), now)
 
     def waiting_for_room(self, handoff_id: bytes, engine_id: str) -> Outgoing | None:

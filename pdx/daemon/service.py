@@ -254,11 +254,10 @@ class Service:
                 self._handoffs.filled(session.engine_id, message, now)
             case LetGo():
                 self._handoffs.let_go(session.engine_id, message, now, rank=session.rank)
-            case Renew():
-                if engine is not None:
-                    engine.running, engine.waiting = message.running, message.waiting
-                    engine.tokens_per_s = message.tokens_per_s or engine.tokens_per_s
-                self._handoffs.renew(message.handoff_ids, now)
+            case Renew() if engine is not None and engine.scheduler is session:
+                engine.running, engine.waiting = message.running, message.waiting
+                engine.tokens_per_s = message.tokens_per_s or engine.tokens_per_s
+                self._handoffs.renew(session.engine_id, message.handoff_ids, now)
             case WeightEpoch() if engine is not None and engine.scheduler is session:
                 self._meet_again()  # before a new kind takes the place of one that is here
                 self._handoffs.weights_changed(engine, message.epoch, now)
