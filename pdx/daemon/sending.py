@@ -88,7 +88,10 @@ class SendingHalves:
         assert engine.pages is not None
         ports = self._desk.ports
         try:
-            handle = self._desk.verified(message.handle, daemon="prefill_daemon", use="send")
+            handle = self._desk.verified(message.handle, daemon="prefill_daemon")
+            if handle.prefill_engine != engine.info.engine_id:  # which is to be able to use it yet
+                raise HandleError(f"handle is for engine {handle.prefill_engine!r}")
+            self._desk.use(handle, "send")
             if self._grips.get(handle.handoff_id, "send") or handle.handoff_id in self._by_handoff:
                 raise HandleError("its handoff is under way")
         except HandleError as error:

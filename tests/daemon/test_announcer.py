@@ -13,7 +13,7 @@ from pdx.buffer.index import Index
 from pdx.curve import lock
 from pdx.daemon.announcer import ROUTERS_MAX, SILENT_ROUTER_S, UNNAMED_S, Announcer
 from pdx.daemon.holdings import HoldingsTeller
-from pdx.daemon.sessions import Engine, Session
+from pdx.daemon.sessions import Engine
 from pdx.wire import MAGIC, WIRE_VERSION
 
 WAIT_MS = 10_000
@@ -36,8 +36,6 @@ def announcer(counters: Counter[str]) -> Iterator[Announcer]:
 def naming(routers: list[str]) -> Engine:
     named = engine("P")
     named.routers = frozenset(routers)
-    named.scheduler = Session(1, "scheduler", None, b"")  # type: ignore[arg-type]
-    named.workers = {0: Session(2, "worker", None, b"")}  # type: ignore[arg-type]
     return named
 
 
