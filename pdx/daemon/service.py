@@ -26,7 +26,7 @@ from pdx.daemon.flush import flush
 from pdx.daemon.handoffs import Handoffs
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.lanes import Lanes
-from pdx.daemon.listening import listening, new_context
+from pdx.daemon.listening import BURST, listening, new_context
 from pdx.daemon.name import daemon_name
 from pdx.daemon.peers import Peers
 from pdx.daemon.ports import Ports
@@ -66,7 +66,6 @@ TICK_S = 0.1
 FENCE_TICK_S = 0.002  # while an engine's fence is awaited
 HALF_ATTACHED = "not all workers of the engine are attached here"
 HELLOS_MAX = 64  # connections that have not spoken yet; each holds a descriptor
-BURST = 256  # messages taken from one socket before the others get their turn
 IPC_NAME = "pdxd.ipc"
 
 log = logging.getLogger("pdxd")
