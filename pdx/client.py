@@ -99,20 +99,24 @@ class DaemonClient:
         """
         run_dir = configuration.ensure_run_dir(config.run_path)
         deadline = time.monotonic() + deadline_s
-        connection = _connect(run_dir, config, deadline, start=start and config.start_daemon, again=again)
-        try:
-            connection.settimeout(max(0.1, deadline - time.monotonic()))
-            connection.send(encode(hello))
-            frame, descriptors, _, _ = socket.recv_fds(connection, ANSWER_BYTES_MAX, 1)
-            if not frame:
-                raise DaemonGone(f"pdxd in {run_dir} closed the connection")
-            answer = _decode_attach(frame)
-        except OSError as error:
-            connection.close()
-            raise DaemonGone(f"pdxd in {run_dir} does not answer: {error}") from error
-        except BaseException:
-            connection.close()
-            raise
+        while True:
+            connection = _connect(run_dir, config, deadline, start=start and config.start_daemon, again=again)
+            try:
+                connection.settimeout(max(0.1, deadline - time.monotonic()))
+                connection.send(encode(hello))
+                frame, descriptors, _, _ = socket.recv_fds(connection, ANSWER_BYTES_MAX, 1)
+                if not frame:
+                    raise ConnectionResetError("it has closed the connection")
+                answer = _decode_attach(frame)
+                break
+            except OSError as error:
+                connection.close()
+                if not isinstance(error, ConnectionError) or time.monotonic() > deadline:
+                    raise DaemonGone(f"pdxd in {run_dir} does not answer: {error}") from error
+                time.sleep(CONNECT_RETRY_S)  # it was about to leave: the next one may answer
+            except BaseException:
+                connection.close()
+                raise
         if isinstance(answer, AttachRefused):
             connection.close()
             raise Refused(answer.reason)

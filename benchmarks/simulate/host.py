@@ -205,8 +205,8 @@ class Host(Process):
                 handoffs.filled(session.engine_id, message, now)
             case LetGo():
                 handoffs.let_go(session.engine_id, message, now, rank=session.rank)
-            case Renew():
-                handoffs.renew(message.handoff_ids, now)
+            case Renew() if engine is not None and engine.scheduler is session:
+                handoffs.renew(session.engine_id, message.handoff_ids, now)
             case OpenSend() if engine is not None and engine.complete:
                 handoffs.open_send(engine, message, now)
             case OpenLoad() if engine is not None and engine.complete:

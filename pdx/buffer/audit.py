@@ -108,6 +108,7 @@ def _check_index(slots: Mapping[int, Slot], index: Index) -> None:
         indexed[slot] += 1
     for slot in slots.values():
         _require(slot.indexed == indexed[slot], "{} keys lead to {}", indexed[slot], slot)
+        _require(slot.indexed == len(index.keys_of(slot)), "{} names other keys than lead to it", slot)
 
 
 def _check_quotas(slots: Mapping[int, Slot], quotas: Quotas) -> None:

@@ -50,11 +50,11 @@ class Index:
 
     def keys_of(self, slot: Slot) -> list[BlockKey]:
         """Those that lead to this slot, in its order."""
-        found = []
-        for key in slot.keys:
-            if key is not None and (spot := self.within(key[0]).get(key[1])) is not None and spot[0] is slot:
-                found.append(key)
-        return found
+        return [
+            key
+            for position, key in enumerate(slot.keys)
+            if key is not None and self.within(key[0]).get(key[1]) == (slot, position)
+        ]
 
     def find(self, namespace: bytes, block_hashes: Sequence[bytes]) -> list[Spot | None]:
         """For each hash its slot and position, or None."""

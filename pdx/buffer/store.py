@@ -89,8 +89,11 @@ class Store:
 
         Blocks that are ready are shared, all others get fresh slots, for which idle slots are evicted. None, with
         nothing evicted, if it does not fit now: try again when `freed` or the index has changed. Raises Refused if it
-        never can, and if its tenant's quota is leased already: nobody is to wait in line behind who waits for himself.
+        never can, as one that names a block twice, and if its tenant's quota is leased already: nobody is to wait in
+        line behind who waits for himself.
         """
+        if len(set(block_hashes)) < len(block_hashes):
+            raise Refused("a prompt names each of its blocks once")
         tenant = self._tenant_of(namespace)
         self._check_possible(pages, len(block_hashes) + tail, tenant)
         found = self._find_ready(namespace, pages, block_hashes) + [None] * tail

@@ -10,6 +10,7 @@ import zmq
 
 from pdx.curve import lock
 from pdx.daemon.holdings import HoldingsTeller
+from pdx.daemon.listening import BURST
 from pdx.daemon.sessions import Engine
 from pdx.errors import VersionMismatch, WireError
 from pdx.wire import (
@@ -113,7 +114,7 @@ class Announcer:
         for endpoint, socket in self._sockets.items():
             if socket not in ready:
                 continue
-            while True:
+            for _ in range(BURST):
                 try:
                     message = _decode(socket.recv(zmq.DONTWAIT))
                 except zmq.Again:

@@ -122,8 +122,9 @@ class Handoffs:
         grip = self._grips.get(message.handoff_id, message.side)
         if grip is not None:
             if grip.engine_id == engine_id:
-                self._grips.let_go(grip, message, rank=rank)
-                self._end_passed(now)
+                promise = self._grips.let_go(grip, message, rank=rank)
+                if promise is not None:
+                    self._end_grip(grip, promise, now)
             return
         if message.side == "load":
             self._questions.withdrawn(engine_id, message, now)
@@ -133,9 +134,9 @@ class Handoffs:
             reason = f"prefill engine: {message.reason}"
             self._sending.act(record, record.sender.fail(reason, tell_peer=False), now)
 
-    def renew(self, handoff_ids: Sequence[bytes], now: float) -> None:
-        self._grips.renew(handoff_ids, now)
-        self._sending.renewed(handoff_ids, now)
+    def renew(self, engine_id: str, handoff_ids: Sequence[bytes], now: float) -> None:
+        self._grips.renew(engine_id, handoff_ids, now)
+        self._sending.renewed(engine_id, handoff_ids, now)
 
     def weights_changed(self, engine: Engine, epoch: str, now: float) -> None:
         """From now on the engine's blocks have other names. What it had begun with the weights of before ends."""
@@ -241,7 +242,8 @@ class Handoffs:
         if now >= self._next_look:
             self._next_look = now + LOOK_S
             self._look_at_clock(now)
-        self._end_passed(now)
+        for grip, promise in self._grips.passed():
+            self._end_grip(grip, promise, now)
         if self._tiering is not None:
             self._tiering.tick(now)
         self._pins.tick(now)
@@ -392,10 +394,6 @@ class Handoffs:
         self._receiving.give_way(now)
         for grip in self._grips.give_way():
             self._ask_to_let_go(grip, "others wait for room")
-
-    def _end_passed(self, now: float) -> None:
-        for grip, message in self._grips.passed():
-            self._end_grip(grip, message, now)
 
     def _end_grip(self, grip: Grip, message: LetGo, now: float) -> None:
         """The engine touches these slots no more."""

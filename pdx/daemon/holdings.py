@@ -68,7 +68,11 @@ class HoldingsTeller:
 
     def tick(self, routers: Collection[str], send: Send, now: float) -> None:
         """Tells every router what it does not know yet, if it is time."""
-        if now < self._due_at or not routers:
+        if not routers:  # a conversation that nobody hears would have its changes kept for ever
+            self._conversations.clear()
+            self._changed.clear()
+            return
+        if now < self._due_at:
             return
         self._due_at = now + TURN_S
         self._conversations = {router: self._conversations.get(router, _Conversation()) for router in routers}

@@ -9,6 +9,7 @@ from pdx.daemon.peers import PEERS_MAX, SEND_QUEUE_MAX, SOCKETS_A_PEER
 from pdx.errors import ConfigError
 from pdx.wire import FRAME_BYTES_MAX
 
+BURST = 256  # messages taken from one socket before the others get their turn
 SOCKETS_MAX = PEERS_MAX * SOCKETS_A_PEER + 64  # ZeroMQ's own limit is 1,023; the last are for routers and for these
 
 

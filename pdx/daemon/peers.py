@@ -7,7 +7,7 @@ not reached within UNREACHED_S is lost like one whose connection breaks.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 import zmq
@@ -38,9 +38,10 @@ class Peers:
         self._cluster_key = cluster_key
         self._poller = poller
         self._counters = counters
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._sockets: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()  # the one used last comes last
         self._monitors: dict[zmq.Socket[bytes], str] = {}
         self._unreached: dict[str, float] = {}  # control -> when it was first spoken to
+        self._displaced: list[str] = []  # dropped for others, and nobody has been told yet
 
     def send(self, peer: DaemonRef, message: Message) -> None:
         """Queues a message; never blocks. What can't be queued is counted and lost: budgets cover it.
@@ -65,6 +66,9 @@ class Peers:
                 lost(control)
 
     def tick(self, lost: Callable[[str], None], now: float) -> None:
+        displaced, self._displaced = self._displaced, []
+        for control in displaced:
+            lost(control)
         for control in [control for control, since in self._unreached.items() if now - since > UNREACHED_S]:
             self._counters["peers_not_reached"] += 1
             self._forget(control)
@@ -78,7 +82,7 @@ class Peers:
         socket = self._sockets.get(control)
         if socket is None:
             if len(self._sockets) >= PEERS_MAX:
-                self._forget(next(iter(self._sockets)))
+                self._displace(next(iter(self._sockets)))
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
@@ -94,7 +98,14 @@ class Peers:
             self._poller.register(monitor, zmq.POLLIN)
             self._sockets[control] = socket
             self._monitors[monitor] = control
+        self._sockets.move_to_end(control)
         return socket
+
+    def _displace(self, control: str) -> None:
+        """For another peer. Whoever counts on it hears of that in the next turn: just now somebody is being sent to."""
+        self._forget(control)
+        self._displaced.append(control)
+        self._counters["peers_displaced"] += 1
 
     def _forget(self, control: str) -> None:
         """Drops the connection with all it had queued: a peer that comes back is a new incarnation."""

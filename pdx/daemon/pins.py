@@ -40,6 +40,7 @@ class Pins:
         self._prefixes = prefixes
         self._spaces = spaces
         self._pins: dict[PinKey, _Pin] = {}
+        self._by_lease: dict[Lease, PinKey] = {}
         self._numbers = 0
         self._missed: dict[bytes, set[int]] = {}  # load -> slots whose blocks did not come from below
         prefixes.hear_missed(lambda load, place: self._missed.setdefault(load, set()).add(place.slot_offset))
@@ -67,7 +68,7 @@ class Pins:
             self._end(key)
         if leased is None:
             return Pinned(name=what.name, blocks=0, used_bytes=self.used_bytes, budget_bytes=self.budget_bytes)
-        self._pins[key] = _Pin(what.name, load, *leased)
+        self._enter(key, _Pin(what.name, load, *leased))
         return self._described(self._pins[key], now, self.used_bytes)
 
     def unpin(self, what: Unpin) -> Unpinned:
@@ -81,11 +82,11 @@ class Pins:
 
     def expired(self, lease: Lease) -> bool:
         """Whether this lease, whose time is over, was a pin's."""
-        for key, pin in self._pins.items():
-            if pin.lease is lease:
-                self._end(key)
-                return True
-        return False
+        key = self._by_lease.get(lease)
+        if key is None:
+            return False
+        self._end(key)
+        return True
 
     def tick(self, now: float) -> None:
         """Lets go of the slots into which nothing has come: they would count, and be of use to nobody."""
@@ -99,8 +100,8 @@ class Pins:
                 continue
             ttl_s = max(0.0, pin.lease.expires_at - now)
             lease = self._desk.store.lease(places, pin.lease.owner, now=now, ttl_s=ttl_s)
-            self._pins[key] = replace(pin, lease=lease, places=places)
-            self._desk.end_lease(pin.lease)
+            self._leave(key)
+            self._enter(key, replace(pin, lease=lease, places=places))
 
     def end_cleared(self) -> int:
         """Ends the pins of which lookups find nothing any more. How many there were."""
@@ -156,9 +157,17 @@ class Pins:
         return self._desk.store.index.find(key[0], [key[1]])[0] == (slot, position)
 
     def _end(self, key: PinKey) -> None:
-        pin = self._pins.pop(key)
-        self._prefixes.withdrawn(pin.load)
-        self._desk.end_lease(pin.lease)
+        self._prefixes.withdrawn(self._pins[key].load)
+        self._leave(key)
+
+    def _enter(self, key: PinKey, pin: _Pin) -> None:
+        self._pins[key] = pin
+        self._by_lease[pin.lease] = key
+
+    def _leave(self, key: PinKey) -> None:
+        lease = self._pins.pop(key).lease
+        del self._by_lease[lease]
+        self._desk.end_lease(lease)
 
 
 def _size_bytes(slots: Iterable[Slot]) -> int:

@@ -80,10 +80,14 @@ class Desk:
         if (named.daemon_id, named.incarnation) != (me.daemon_id, me.incarnation):
             raise HandleError("handle names another daemon, or an earlier life of this one")
         if use:
-            if (handle.handoff_id, handle.attempt) in self.tombstones:
-                raise HandleError("this handoff has ended already")
-            self.seen.use(handle, use, now_unix_s=now_unix_s)
+            self.use(handle, use)
         return handle
+
+    def use(self, handle: TransferHandle, side: str) -> None:
+        """Marks a handle that is good used on that side. Raises HandleError."""
+        if (handle.handoff_id, handle.attempt) in self.tombstones:
+            raise HandleError("this handoff has ended already")
+        self.seen.use(handle, side, now_unix_s=self.ports.wall_clock())
 
     def ids(self, handle: TransferHandle, *, lease_epoch: int) -> dict[str, Any]:
         """The four fields of every PeerMessage."""

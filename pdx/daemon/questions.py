@@ -141,6 +141,8 @@ class Questions:
         reserve, handoff_id = record.reserve, record.key[0]
         same = message.block_hashes == reserve.block_hashes and message.tail_hash == reserve.tail_hash
         common = record.receiver.blocks if same else _common(message.block_hashes, reserve.block_hashes)
+        if record.namespace != namespace_for(engine, message.tenant):
+            common = 0  # of another tenant, or of other weights: not these blocks, whatever their hashes
         sender_failed = record.paired is not None and record.paired.sender.reason != ""
         taken = self._grips.get(handoff_id, "load") is not None  # by a look-up under this very name
         if taken or not common or record.claim is None or sender_failed or not record.receiver.engine_opened():

@@ -12,6 +12,7 @@ from pdx.daemon.grips import Grips
 from pdx.daemon.lanes import Lanes
 from pdx.daemon.ports import Desk, HandoffKey, namespace_for
 from pdx.daemon.sending import Outgoing, checksum_of_checksums
+from pdx.daemon.sessions import Engine
 from pdx.errors import HandleError, Refused, WireError
 from pdx.handoff import actions as do
 from pdx.handoff.receiver import Receiver
@@ -41,6 +42,7 @@ class Incoming:
     receiver: Receiver
     reserve: Reserve
     paired: Outgoing | None = None
+    namespace: bytes = b""  # of its blocks, as its engine was when it was reserved; empty if it was not here
     own_claim: Claim | None = None
     wire: Lease | None = None  # holds the slots while puts may write them, and until the engine came or won't
     window: int = 0
@@ -90,11 +92,13 @@ class ReceivingHalves:
             now=now,
             spare=message.spare,
         )
-        record = Incoming((handle.handoff_id, handle.attempt), receiver, message, paired)
+        engine = ports.engine(handle.decode_engine)
+        namespace = namespace_for(engine, message.tenant) if engine is not None else b""
+        record = Incoming((handle.handoff_id, handle.attempt), receiver, message, paired, namespace)
         self.records[record.key] = record
         context = {"traceparent": handle.traceparent} if handle.traceparent else {}
         self._desk.trace(record.key, "reserve", blocks=receiver.blocks, **context)
-        mismatch = self._mismatch(message, handle.decode_engine)
+        mismatch = self._mismatch(message, handle.decode_engine, engine)
         if not mismatch and paired is None and self._lanes.region(message.lane) is None:
             mismatch = f"no lane {message.lane!r} ends here"
         if mismatch:
@@ -108,14 +112,13 @@ class ReceivingHalves:
     def claim(self, record: Incoming, now: float) -> bool:
         """Tries to claim the whole prompt. True if this half need not wait (any more): granted, or over."""
         message, handle = record.reserve, record.receiver.handle
-        engine = self._desk.ports.engine(handle.decode_engine)
-        if engine is None:
+        if self._desk.ports.engine(handle.decode_engine) is None:
             self.act(record, record.receiver.refuse("the decode engine has left"), now)
             return True
         try:
             claim = self._desk.store.claim(
                 Owner("wire", handle.handoff_id.hex()),
-                namespace_for(engine, message.tenant),
+                record.namespace,
                 message.pages,
                 message.block_hashes,
                 tail=bool(message.tail_hash),
@@ -255,11 +258,10 @@ class ReceivingHalves:
 
     # --- steps ---
 
-    def _mismatch(self, message: Reserve, decode_engine: str) -> str:
-        engine = self._desk.ports.engine(decode_engine)
+    def _mismatch(self, message: Reserve, decode_engine: str, engine: Engine | None) -> str:
         if message.spare and not self._desk.ports.return_answers:
             return "no answers are taken back here"
-        if engine is None or engine.pages is None:
+        if engine is None or engine.pages is None or not engine.complete:  # its scheduler tells of its weights' epoch
             return f"engine {decode_engine!r} is not attached here"
         if message.namespace != namespace_of(engine.info.content):
             return "model contents differ"

@@ -2,10 +2,10 @@
 
 So the next turn of a chat finds the whole conversation where it will be computed. A request's *origin* is the handoff
 by which it came; its chain is the blocks that its OPEN_LOAD named, and behind them those of each lot that its engine
-keeps. A chunk's worth that is new, or all that is when the request is over, makes a return due: a handoff of the whole
-chain that this daemon opens by itself, with a handle of its own. The receiver has the prompt's blocks and says so, so
-only the others travel. Nobody waits for a return: it begins when no handoff wants room here, and where it fails nothing
-is said; the next one of its chain brings what is missing.
+keeps. A chunk's worth that is new, if that is an eighth of the chain, makes a return due, and all that is new when the
+request is over: a handoff of the whole chain that this daemon opens by itself, with a handle of its own. The receiver
+has the prompt's blocks and says so, so only the others travel. Nobody waits for a return: it begins when no handoff
+wants room here, and where it fails nothing is said; the next one of its chain brings what is missing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pdx.wire import Keep, OpenLoad
 CHAIN_BLOCKS_MAX = 1 << 18
 ORIGINS_MAX = 4096  # one for each request that decode engines have in flight
 ORIGIN_S = 600.0  # without a lot: longer than a request waits, or takes for one block
+GROWN_BY = 8  # a part of a chain that is new: both daemons go through all of it for each return
 UNDER_WAY_MAX = 2  # to one peer: one has its pages on the lane while the next is being granted
 DUE_MAX = 64  # to one peer
 
@@ -53,8 +54,10 @@ class Origin:
     @property
     def due(self) -> bool:
         assert self.engine.pages is not None
-        new, rest = self.kept - self.returned, self.over and not self.lots_open
-        return new >= (1 if rest else self.engine.pages.chunk_blocks)
+        new = self.kept - self.returned
+        if self.over and not self.lots_open:
+            return new > 0
+        return new >= self.engine.pages.chunk_blocks and new * GROWN_BY >= self.kept
 
 
 class Returns:

@@ -88,7 +88,10 @@ class SendingHalves:
         assert engine.pages is not None
         ports = self._desk.ports
         try:
-            handle = self._desk.verified(message.handle, daemon="prefill_daemon", use="send")
+            handle = self._desk.verified(message.handle, daemon="prefill_daemon")
+            if handle.prefill_engine != engine.info.engine_id:  # which is to be able to use it yet
+                raise HandleError(f"handle is for engine {handle.prefill_engine!r}")
+            self._desk.use(handle, "send")
             if self._grips.get(handle.handoff_id, "send") or handle.handoff_id in self._by_handoff:
                 raise HandleError("its handoff is under way")
         except HandleError as error:
@@ -214,13 +217,13 @@ class SendingHalves:
                 pages=len(entry.blocks),
                 block=min(entry.blocks, default=-1),
             )
-            self._grips.renew([entry.handoff_id], now)
+            self._grips.renew(engine_id, [entry.handoff_id], now)
             self.act(record, record.sender.filled(message.layer, entry.blocks, now=now), now)
 
-    def renewed(self, handoff_ids: Iterable[bytes], now: float) -> None:
+    def renewed(self, engine_id: str, handoff_ids: Iterable[bytes], now: float) -> None:
         for handoff_id in handoff_ids:
             record = self._by_handoff.get(handoff_id)
-            if record is not None:
+            if record is not None and record.of(engine_id):
                 self.act(record, record.sender.renewed(now=now), now)
 
     def waiting_for_room(self, handoff_id: bytes, engine_id: str) -> Outgoing | None:

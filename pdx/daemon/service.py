@@ -26,7 +26,7 @@ from pdx.daemon.flush import flush
 from pdx.daemon.handoffs import Handoffs
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.lanes import Lanes
-from pdx.daemon.listening import listening, new_context
+from pdx.daemon.listening import BURST, listening, new_context
 from pdx.daemon.name import daemon_name
 from pdx.daemon.peers import Peers
 from pdx.daemon.ports import Ports
@@ -66,7 +66,6 @@ TICK_S = 0.1
 FENCE_TICK_S = 0.002  # while an engine's fence is awaited
 HALF_ATTACHED = "not all workers of the engine are attached here"
 HELLOS_MAX = 64  # connections that have not spoken yet; each holds a descriptor
-BURST = 256  # messages taken from one socket before the others get their turn
 IPC_NAME = "pdxd.ipc"
 
 log = logging.getLogger("pdxd")
@@ -254,11 +253,10 @@ class Service:
                 self._handoffs.filled(session.engine_id, message, now)
             case LetGo():
                 self._handoffs.let_go(session.engine_id, message, now, rank=session.rank)
-            case Renew():
-                if engine is not None:
-                    engine.running, engine.waiting = message.running, message.waiting
-                    engine.tokens_per_s = message.tokens_per_s or engine.tokens_per_s
-                self._handoffs.renew(message.handoff_ids, now)
+            case Renew() if engine is not None and engine.scheduler is session:
+                engine.running, engine.waiting = message.running, message.waiting
+                engine.tokens_per_s = message.tokens_per_s or engine.tokens_per_s
+                self._handoffs.renew(session.engine_id, message.handoff_ids, now)
             case WeightEpoch() if engine is not None and engine.scheduler is session:
                 self._meet_again()  # before a new kind takes the place of one that is here
                 self._handoffs.weights_changed(engine, message.epoch, now)

@@ -70,6 +70,8 @@ class Tiering:
         self._writes_refused = False  # since the last end of one
         self._spoilt: set[Key] = set()  # being written, and found wrong meanwhile
         self._promotions: dict[Key, _Promotion] = {}
+        self._by_load: dict[bytes, dict[_Promotion, None]] = {}  # of these, what each waits for
+        self.queued_bytes = 0  # of these: blocks on their way up
         self._queue: OrderedDict[Key, _Promotion] = OrderedDict()  # of these, not submitted yet
         self._reads: dict[int, _Promotion] = {}  # by ticket
         self._left: deque[Key] = deque(maxlen=UNCOUNTED_MAX)  # evicted, and perhaps nowhere else
@@ -103,6 +105,7 @@ class Tiering:
             if promotion is None:
                 break
             promotion.asked_by[load] = engine_id
+            self._by_load.setdefault(load, {})[promotion] = None
             places.append(promotion.place)
         self._submit_reads(now)
         if engine_id:  # of lookups' hits, those that come from below
@@ -127,11 +130,6 @@ class Tiering:
         """How many of these blocks are neither in the arena nor on their way up."""
         spots = zip(hashes, self._desk.store.index.find(namespace, hashes), strict=True)
         return sum(spot is None and (namespace, block_hash) not in self._promotions for block_hash, spot in spots)
-
-    @property
-    def queued_bytes(self) -> int:
-        """Of blocks on their way up."""
-        return sum(promotion.pages.block_bytes for promotion in self._promotions.values())
 
     @property
     def changes(self) -> int:
@@ -174,10 +172,9 @@ class Tiering:
 
     def withdrawn(self, load: bytes) -> None:
         """Nobody waits for this load's blocks any more. What nobody else wants, and has not begun, never does."""
-        for promotion in list(self._promotions.values()):
-            if promotion.asked_by.pop(load, None) is None or promotion.asked_by:
-                continue
-            if self._queue.pop(promotion.key, None) is not None:
+        for promotion in self._by_load.pop(load, ()):
+            del promotion.asked_by[load]
+            if not promotion.asked_by and self._queue.pop(promotion.key, None) is not None:
                 self._end(promotion, ok=False, reason="nobody waits for it")
 
     def send_down(self, slots: Sequence[Slot]) -> list[Slot]:
@@ -262,6 +259,7 @@ class Tiering:
             (key,) = claim.fresh_slots[0].keys
             assert key is not None
             self._promotions[key] = self._queue[key] = _Promotion(key, claim, pages)
+            self.queued_bytes += pages.block_bytes
 
     def _submit_reads(self, now: float) -> None:
         arena = self._desk.store.arena
@@ -298,6 +296,12 @@ class Tiering:
             counters["promotions_failed"] += 1
             self._tell(promotion, reason)
         del self._promotions[promotion.key]
+        self.queued_bytes -= promotion.pages.block_bytes
+        for load in promotion.asked_by:
+            waits_for = self._by_load[load]
+            del waits_for[promotion]
+            if not waits_for:
+                del self._by_load[load]
         store.release(promotion.claim.lease)
 
     def _tell(self, promotion: _Promotion, reason: str) -> None:

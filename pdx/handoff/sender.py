@@ -58,6 +58,7 @@ class Sender:
         self._incarnation = incarnation
         self._filled = [0] * blocks  # bit l: layer l of this block is in its slot
         self._whole = (1 << layers) - 1
+        self._unfilled = blocks  # how many are not whole
         self._wanted: frozenset[int] = frozenset()
         self._published = False
         self._has_engine = self._engine_holds = True
@@ -79,6 +80,7 @@ class Sender:
         for block in range(self.blocks):
             if block not in fresh:
                 self._filled[block] = self._whole
+        self._unfilled = self.blocks - self._filled.count(self._whole)
         self._progress_at = now
         opened = SendOpened(
             request_id=self.request_id,
@@ -90,7 +92,7 @@ class Sender:
     def held(self, reserve: PeerMessage, *, now: float) -> list[Action]:
         """Instead of `claimed`, for blocks that are all in the store already: there is no engine to tell or await."""
         self.state = after(SENDING, self.state, "claimed")
-        self._filled = [self._whole] * self.blocks
+        self._filled, self._unfilled = [self._whole] * self.blocks, 0
         self._published = True
         self._has_engine = self._engine_holds = False
         self._progress_at = now
@@ -104,6 +106,7 @@ class Sender:
         ready = [b for b in dict.fromkeys(blocks) if 0 <= b < self.blocks and not self._filled[b] & bit]
         for block in ready:
             self._filled[block] |= bit
+            self._unfilled -= self._filled[block] == self._whole
         self._progress_at = now
         actions = self._publish_if_whole()
         if self.state is Sending.SENDING:
@@ -231,7 +234,7 @@ class Sender:
         return actions or self._commit_if_all_sent()
 
     def _publish_if_whole(self) -> list[Action]:
-        if self._published or any(bits != self._whole for bits in self._filled):
+        if self._published or self._unfilled:
             return []
         self._published = True
         return [Publish()]

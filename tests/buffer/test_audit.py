@@ -43,6 +43,7 @@ DAMAGE: dict[str, Callable[[Store, Claim, Claim], object]] = {
     ),
     "unindexed idle slot": lambda store, filling, ready: store.index.remove(ready.lease.slots[0]),
     "miscounted index": lambda store, filling, ready: setattr(ready.lease.slots[0], "indexed", 3),
+    "keys that are not its own": lambda store, filling, ready: setattr(store.index, "keys_of", lambda slot: []),
     "policy lost a slot": lambda store, filling, ready: store.policy.removed(ready.lease.slots[0]),
     "policy has a held slot": lambda store, filling, ready: store.policy.touched(filling.lease.slots),
     "units given twice": lambda store, filling, ready: store.extents.give(ready.lease.slots[0].run),

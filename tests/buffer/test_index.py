@@ -45,6 +45,14 @@ def test_removing_a_slot_spares_the_entries_of_others() -> None:
     assert second.indexed == 0
 
 
+def test_a_block_that_a_slot_has_twice_is_entered_and_removed_once() -> None:
+    index, slot = Index(), slot_of(b"a", b"a")
+    index.add(slot)
+    assert (index.find(b"n", [b"a"]), index.keys_of(slot), slot.indexed) == ([(slot, 0)], [(b"n", b"a")], 1)
+    index.remove(slot)
+    assert (len(index), slot.indexed) == (0, 0)
+
+
 def test_a_tail_is_never_indexed() -> None:
     index, tail = Index(), slot_of(None)
     index.add(tail)

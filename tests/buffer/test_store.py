@@ -121,12 +121,14 @@ class TestClaim:
         claimed = store.claim(ENGINE, b"m" * 16, PAGES, hashes(0, 4), tail=False, now=0, ttl_s=TTL_S)
         assert claimed and claimed.fresh == {0, 1, 2, 3}
 
-    def test_the_same_hash_twice_costs_room_but_no_harm(self, store: Store) -> None:
-        cache(store, hashes(0, 1) * 3)
-        store.check_integrity()
-        claimed = claim(store, hashes(0, 1) * 3)
-        assert claimed.fresh == frozenset()
-        assert len(claimed.lease.slots) == 1
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_the_same_hash_twice_is_refused(self, store: Store, cached: bool) -> None:
+        """A hash names all that comes before its block, so no prompt has one twice."""
+        if cached:
+            cache(store, hashes(0, 1))
+        with pytest.raises(Refused, match="once"):
+            claim(store, [*hashes(0, 2), *hashes(0, 1)])
+        assert not store.leases
 
 
 class TestCommit:

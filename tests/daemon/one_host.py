@@ -14,7 +14,7 @@ from pdx.config import Eviction
 from pdx.daemon.handoffs import Handoffs
 from pdx.daemon.lanes import Lanes
 from pdx.daemon.ports import Ports
-from pdx.daemon.sessions import Engine
+from pdx.daemon.sessions import Engine, Session
 from pdx.daemon.trace import Tracer
 from pdx.handoff.handle import TransferHandle, mint
 from pdx.keys import ContentFingerprint, LayoutFingerprint
@@ -126,7 +126,10 @@ def engine(name: str) -> Engine:
         engine="e", attention="a", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=16, packing="L",
         kv_groups=1, ranks=1,
     )  # fmt: skip
-    return Engine(EngineInfo(engine_id=name, role="both", model="m", content=content, layout=layout), pages=PAGES)
+    return Engine(
+        EngineInfo(engine_id=name, role="both", model="m", content=content, layout=layout), pages=PAGES,
+        scheduler=Session(1, "scheduler", None, b""), workers={0: Session(2, "worker", None, b"")},  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def name(number: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -13,8 +14,8 @@ from pdx.buffer.index import Index
 from pdx.curve import lock
 from pdx.daemon.announcer import ROUTERS_MAX, SILENT_ROUTER_S, UNNAMED_S, Announcer
 from pdx.daemon.holdings import HoldingsTeller
-from pdx.daemon.sessions import Engine, Session
-from pdx.wire import MAGIC, WIRE_VERSION
+from pdx.daemon.sessions import Engine
+from pdx.wire import MAGIC, WIRE_VERSION, CancelHandoff, encode
 
 WAIT_MS = 10_000
 
@@ -36,8 +37,6 @@ def announcer(counters: Counter[str]) -> Iterator[Announcer]:
 def naming(routers: list[str]) -> Engine:
     named = engine("P")
     named.routers = frozenset(routers)
-    named.scheduler = Session(1, "scheduler", None, b"")  # type: ignore[arg-type]
-    named.workers = {0: Session(2, "worker", None, b"")}  # type: ignore[arg-type]
     return named
 
 
@@ -60,6 +59,33 @@ def test_routers_that_nobody_names_any_more_make_room(
     assert caplog.text.count("is told nothing") == 1
     assert tick(announcer, late, 4.5) == set(first) - {"no address"}, "an engine may be about to come back"
     assert tick(announcer, late, 3.0 + UNNAMED_S + 1) == set(late)
+
+
+def test_a_router_that_says_much_leaves_the_others_their_turn(
+    announcer: Announcer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdx.daemon.announcer.BURST", 3)
+    heard: list[CancelHandoff] = []
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        lock(router, KEY, server=True)
+        router.bind("tcp://127.0.0.1:0")
+        endpoint = router.getsockopt_string(zmq.LAST_ENDPOINT)
+        tick(announcer, [endpoint], 0.0)
+        assert router.poll(WAIT_MS)
+        name, _ = router.recv_multipart()
+        for number in range(5):
+            cancel = CancelHandoff(handoff_id=bytes([number]) * 16, attempt=1, reason="over")
+            router.send_multipart([name, encode(cancel)])
+        socket = announcer._sockets[endpoint]
+        end = time.monotonic() + WAIT_MS / 1000
+        while len(heard) < 5 and time.monotonic() < end:
+            assert socket.poll(WAIT_MS)
+            before = len(heard)
+            ready = {socket: zmq.POLLIN}
+            announcer.handle_ready(ready, cancel=heard.append, share=pytest.fail, answer=pytest.fail)
+            assert len(heard) - before <= 3
+    assert [cancel.handoff_id[0] for cancel in heard] == list(range(5))
 
 
 def test_a_router_of_another_version_is_named_once_with_both_versions(

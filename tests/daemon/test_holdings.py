@@ -130,6 +130,23 @@ def test_an_unchanged_daemon_says_nothing_and_a_router_that_leaves_is_forgotten(
     assert (teller.number("r"), teller.number("other")) == (0, 1)
 
 
+def test_nothing_is_kept_for_a_router_when_there_is_none_and_one_that_comes_back_hears_of_what_is_there() -> None:
+    index = Index()
+    teller, link = HoldingsTeller(HERE, index, None), Link()
+    index.told(KEYS[0], True)
+    teller.tick(["r"], link.send, 0.0)
+    teller.tick([], link.send, 0.01)
+    for key in KEYS[1:]:
+        index.told(key, True)
+        index.told(key, False)
+    assert not teller._changed
+    index.told(KEYS[1], True)
+    link, sent = Link(), list[Holdings]()
+    teller.tick(["r"], lambda router, message: sent.append(message) or link.send(router, message), 1.0)
+    assert [message.number for message in sent] == [0]
+    assert len(link.knowledge) == 2
+
+
 def test_what_engines_and_disks_do_is_told() -> None:
     """Blocks that were prefilled, written below, and evicted; and what a disk had before this daemon's life."""
     tier = MemoryTier(cap_bytes=1 << 20)

@@ -47,6 +47,7 @@ from pdx.wire import (
     Refuse,
     Renew,
     Reserve,
+    SendEnded,
     Wait,
     encode,
 )
@@ -207,6 +208,20 @@ def peer_messages(out_ids: dict[str, Any], in_ids: dict[str, Any], blocks: int, 
         Alive(**in_ids),
         Fail(**in_ids, reason="f"),
     ]
+
+
+def test_a_prompt_with_a_block_twice_is_refused(scene: tuple[Fleet, Daemon, BareEngine, HostilePeer]) -> None:
+    """From a peer and from an engine of this host."""
+    fleet, daemon, engine, peer = scene
+    prompt, handoff_id = prompt_of(32), os.urandom(16)
+    prompt.hashes[1] = prompt.hashes[0]
+    ids = {"handoff_id": handoff_id, "attempt": 1, "lease_epoch": 0, "incarnation": 7}
+    reserve = reserve_of(handle_between(fleet, peer.ref, daemon.ref, handoff_id), ids, 32, 0)
+    peer.say(encode(msgspec.structs.replace(reserve, block_hashes=prompt.hashes)))
+    assert peer.answer(handoff_id)["type"] == "refuse"
+    engine.ask_send(prompt, handle_between(fleet, daemon.ref, peer.ref, os.urandom(16)))
+    assert "once" in engine.expect(SendEnded).reason
+    daemon.wait_unleased()
 
 
 @pytest.mark.parametrize("seed", [1, 2])

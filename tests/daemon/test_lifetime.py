@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from daemon.fleet import DEADLINE_S, PAGES, Daemon, Fleet, prompt_of, until
 from wire_samples import ENGINE
 
 from pdx.client import Attachment, DaemonClient
-from pdx.config import LOG_NAME, Config, load
+from pdx.config import LOG_NAME, SOCKET_NAME, Config, load
 from pdx.daemon.main import LOG_BYTES_MAX
 from pdx.errors import ConfigError, DaemonGone, Refused
 from pdx.launch.ports import free_ports
@@ -84,6 +86,28 @@ def test_it_lingers_for_a_client_that_comes_back_then_exits_and_cleans_up(settin
     assert "waits 0.2 s for its first engine" in log
     assert log.endswith("gone: no engine for 0.2 s\n")
     assert not {"pdxd.sock", "pdxd.ipc", "pdxd.json"} & set(os.listdir(settings.run_path))
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_client_that_meets_a_daemon_which_is_leaving_gets_the_next_one(settings: Config, accepted: bool) -> None:
+    settings.run_path.mkdir(mode=0o700)
+    path = settings.run_path / SOCKET_NAME
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as leaving:
+        leaving.bind(str(path))
+        leaving.listen()
+
+        def leave() -> None:
+            select.select([leaving], [], [], DEADLINE_S)
+            path.unlink()
+            if accepted:
+                leaving.accept()[0].close()
+            leaving.close()
+
+        thread = threading.Thread(target=leave)
+        thread.start()
+        with DaemonClient.attach(settings, TOOL) as client:
+            assert client.ask(Ask(verb="health"))
+        thread.join()
 
 
 def test_who_asks_for_other_settings_than_the_daemon_has_is_told(

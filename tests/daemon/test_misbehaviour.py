@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from wire_samples import ENGINE
 from pdx.client import DaemonClient
 from pdx.daemon.service import HELLOS_MAX
 from pdx.errors import PdxError, Refused
-from pdx.wire import Attach, LetGo, LoadEnded, LoadOpened, OpenLoad, SendEnded
+from pdx.wire import Attach, LetGo, LoadEnded, LoadOpened, OpenLoad, Renew, SendEnded
 
 
 @pytest.fixture
@@ -75,6 +76,29 @@ def test_only_the_holder_lets_go(fleet: Fleet) -> None:
     decode.open_load(prompt_of(16, seed=9), fleet.handle(prefill, decode))  # answered behind the above
     assert live_leases(daemon) > 0
     prefill.let_go(opened.handoff_id, "send", ok=False)
+    daemon.wait_unleased()
+
+
+def test_only_the_holder_s_scheduler_renews(fleet: Fleet) -> None:
+    """It alone knows which of its requests live. Whoever else did would keep slots that nobody uses."""
+    daemon = fleet.daemon(lease_s="1")
+    prefill, decode = fleet.engine(daemon, "P"), fleet.engine(daemon, "D")
+    opened = prefill.open_send(prompt_of(64), fleet.handle(prefill, decode))
+    renew = Renew(handoff_ids=[opened.handoff_id], running=7)
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        prefill.scheduler.send(renew)
+        time.sleep(0.05)
+    assert daemon.counter("leases_expired") == 0
+
+    def expired() -> bool:
+        for client in (decode.scheduler, prefill.worker, daemon.tool):
+            client.send(renew)
+        return daemon.counter("leases_expired") == 1
+
+    until(expired, "the lease ends whatever others say", 5.0)
+    assert daemon.counter("messages_of_tools") > 0
+    prefill.expect_failed_send()
     daemon.wait_unleased()
 
 

@@ -37,6 +37,24 @@ def test_a_farewell_to_a_dead_peer_does_not_keep_a_connection_to_it() -> None:
         peers.close()
 
 
+def test_of_too_many_peers_the_one_that_was_not_spoken_to_for_longest_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdx.daemon.peers.PEERS_MAX", 2)
+    first, second, third = (
+        DaemonRef(daemon_id=f"d{port}", incarnation=1, control=f"tcp://127.0.0.1:{port}", lanes=[])
+        for port in free_ports(3)
+    )
+    with zmq.Context() as context:
+        poller, counters, lost = zmq.Poller(), Counter[str](), list[str]()
+        peers = Peers(context, poller, counters, cluster_key=KEY)
+        for peer in (first, second, first, third):
+            peers.send(peer, FAREWELL)
+        assert lost == [], "not in the middle of a word to another"
+        for _ in range(2):
+            peers.tick(lost.append, time.monotonic())
+        assert (lost, counters["peers_displaced"], len(poller.sockets)) == ([second.control], 1, 2)
+        peers.close()
+
+
 class SlowToReturn(zmq.Socket[bytes]):
     """By the time `connect` returns the peer has been reached: on a busy machine a thread waits that long."""
 

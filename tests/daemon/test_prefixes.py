@@ -81,6 +81,11 @@ def test_blocks_with_a_page_missing_are_not_kept(host: Host) -> None:
     assert "blocks_kept" not in host.counters
 
 
+def test_blocks_with_one_of_them_twice_are_not_kept(host: Host) -> None:
+    assert isinstance(keep(host, [HASHES[0], HASHES[0]]), SendEnded)
+    assert leases(host) == 0 and not host.store.slots
+
+
 def test_only_what_is_new_is_to_be_saved(host: Host) -> None:
     keep(host, HASHES[:2])
     let_go(host)

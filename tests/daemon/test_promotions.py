@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from counted import growth
 from one_host import HASHES, PAGES, Host
 from test_prefixes import OTHER, heard, leases, let_go, look_up
 from test_tiering import THIRD, crowd_out, host_space, keep_filled, watermark
@@ -14,7 +16,7 @@ from pdx.daemon.tiering import FIRST_LOT
 from pdx.tiers.memory import MemoryTier
 from pdx.tiers.pages import meta_of, pages_of
 from pdx.tiers.tier import Write
-from pdx.wire import LoadEnded
+from pdx.wire import LetGo, LoadEnded
 
 
 @pytest.fixture
@@ -52,6 +54,28 @@ def test_a_long_prompt_comes_up_under_one_claim(host: Host, tier: MemoryTier, as
     assert [watermark(host, place) for place in places] == [PAGES.layers * (n != 7) for n in range(20)]
     let_go(host, side="load", ok=False)
     assert leases(host) == 0
+
+
+def test_an_end_of_a_load_looks_only_at_what_that_one_waited_for() -> None:
+    """Whatever comes up for others."""
+
+    tiers: list[MemoryTier] = []
+
+    def others_wait(blocks: int) -> Callable[[], object]:
+        tiers.append(tier := MemoryTier(cap_bytes=1 << 20))
+        host, hashes = Host(extents=16, tier=tier), [b"%d" % n for n in range(blocks + 1)]
+        write_below(host, tier, hashes)
+        assert len(look_up(host, hashes[1:])) == blocks
+        look_up(host, hashes[:1], OTHER)
+        return lambda: (let_go_of(host, OTHER), look_up(host, [b"nowhere"], THIRD))
+
+    assert growth(others_wait) < 1.5
+    for tier in tiers:
+        tier.close(drain_s=0.0)
+
+
+def let_go_of(host: Host, called: bytes) -> None:
+    host.handoffs.let_go("P", LetGo(handoff_id=called, side="load", fence=1, ok=False), host.now)
 
 
 def crowd_out_with_cache(host: Host) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from one_host import BUDGETS, HASHES, Host, engine, name
+from one_host import BUDGETS, HASHES, Host, engine, handle, name
 
 from pdx.daemon import questions
-from pdx.wire import LetGo, LookUp, SendEnded, SendOpened
+from pdx.keys import tenant_of
+from pdx.wire import LetGo, LookUp, OpenLoad, OpenSend, SendEnded, SendOpened
 
 
 @pytest.fixture
@@ -158,6 +161,43 @@ def test_a_slot_whose_last_block_was_spoilt_is_free(host: Host) -> None:
     host.let_go(ok=False, spoilt=[0, 1, 2])
     assert host.counters["blocks_spoilt"] == 3
     assert host.store.stats()["used_bytes"] == 0
+
+
+def test_pages_of_another_tenant_or_of_other_weights_are_no_answer(host: Host) -> None:
+    """Nor are they lost to the engine whose they are."""
+    host.send()
+    host.fill([0, 1, 2])
+    about = {"request_id": "d", "handle": handle(0), "block_hashes": HASHES, "prompt_tokens": 0, "tail_hash": b""}
+    host.handoffs.open_load(engine("D"), OpenLoad(**about, tenant=tenant_of("bob")), host.now)  # type: ignore[arg-type]
+    later = engine("D")
+    later.info = later.info.at("abcd")
+    host.handoffs.open_load(later, OpenLoad(**about), host.now)  # type: ignore[arg-type]
+    assert host.told() == [("absent", 0)] * 2
+    assert host.ask() == "granted"
+    host.let_go(ok=True)
+
+
+def test_nothing_is_reserved_for_an_engine_that_is_not_complete(host: Host) -> None:
+    """Its workers are here, its scheduler has yet to say of which epoch its weights are."""
+    half = engine("D")
+    half.scheduler = None
+    desk = host.handoffs._desk
+    desk.ports = replace(desk.ports, engine=lambda name: half if name == "D" else engine(name))
+    host.send()
+    host.tick()
+    ended = host.heard["P"][-1]
+    assert isinstance(ended, SendEnded)
+    assert "not attached" in ended.reason
+
+
+def test_only_the_engine_that_a_handle_names_sends_by_it(host: Host) -> None:
+    host.heard["X"] = []
+    message = OpenSend(request_id="p", handle=handle(0), block_hashes=HASHES, prompt_tokens=0, tail_hash=b"")
+    host.handoffs.open_send(engine("X"), message, host.now)
+    assert [type(heard) for heard in host.heard["X"]] == [SendEnded]
+    assert host.counters["handles_refused"] == 1
+    host.send()
+    assert [type(heard) for heard in host.heard["P"]] == [SendOpened], "it has not used it up"
 
 
 def test_a_look_up_may_not_take_a_handoff_s_name_to_keep_its_slots(host: Host) -> None:

@@ -116,6 +116,22 @@ def test_a_long_answer_goes_back_by_the_chunk_and_its_rest_when_it_is_over(chat:
     chat.returned(5)
 
 
+def test_an_answer_behind_a_long_prompt_goes_back_by_the_eighth_of_the_chain(chat: Chat) -> None:
+    """A return is work for all blocks of its chain, on both hosts, and an answer has as many chunks as it likes."""
+    chat.ask(64 * BLOCK_TOKENS)
+    for _ in range(9):
+        chat.answer(BLOCK_TOKENS)
+    chat.decode.daemon.wait_unleased()
+    assert not [name for name in chat.decode.daemon.stats()["counters"] if name.startswith("returns")]
+    chat.answer(BLOCK_TOKENS)
+    ended(chat.decode.daemon, "returns_settled")
+    chat.returned(64 + 10)
+    chat.answer(3 * BLOCK_TOKENS)
+    chat.finish()
+    ended(chat.decode.daemon, "returns_settled", 2)
+    chat.returned(64 + 13)
+
+
 def test_the_word_that_it_is_over_may_overtake_the_last_lot(chat: Chat) -> None:
     """The worker lets go of its blocks on a connection of its own."""
     chat.ask(32)

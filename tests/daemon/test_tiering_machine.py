@@ -159,6 +159,16 @@ class TieringMachine(RuleBasedStateMachine):
         assert self.teller._tiers == kept
 
     @invariant()
+    def what_is_on_its_way_up_is_counted_for_who_waits_for_it(self) -> None:
+        tiering = self.host.handoffs._tiering
+        assert tiering is not None
+        promotions = tiering._promotions.values()
+        assert tiering.queued_bytes == sum(promotion.pages.block_bytes for promotion in promotions)
+        waits = {(load, promotion) for promotion in promotions for load in promotion.asked_by}
+        assert waits == {(load, promotion) for load, theirs in tiering._by_load.items() for promotion in theirs}
+        assert all(tiering._by_load.values())
+
+    @invariant()
     def accounts_add_up(self) -> None:
         self.store.check_integrity()
         self.tier.check_integrity()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from counted import growth
 from halves import HANDLE, LAYERS, PLACES, RESERVE, kinds, make_receiver, make_sender
 
 from pdx.handoff import actions as do
@@ -40,6 +43,17 @@ def test_commit_waits_for_every_page_and_every_put() -> None:
     assert sender.put_ended(ok=True, reason="", now=0.2) == [do.SendCommit(pages=6)]
     assert sender.committed() == []
     assert sender.engine_let_go(ok=True, reason="") == [do.Ended("")]
+
+
+def test_what_is_filled_costs_the_same_in_a_long_prompt() -> None:
+    """Most of its pages are filled while its first block is whole, and its last is not."""
+
+    def filling(blocks: int) -> Callable[[], object]:
+        sender = Sender(HANDLE, request_id="r", blocks=blocks, layers=2, page_bytes=64, incarnation=1, now=0.0)
+        sender.claimed(PLACES[:1] * blocks, frozenset(range(blocks)), RESERVE, now=0.0)
+        return lambda: [sender.filled(layer, [block], now=0.1) for block in range(blocks) for layer in range(2)]
+
+    assert growth(filling) < 5
 
 
 def test_blocks_that_the_receiver_has_are_not_sent() -> None:
