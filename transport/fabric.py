@@ -37,7 +37,11 @@ class Fabric(Protocol):
         """What a peer must add_peer() to write into all that is registered: power, for proven peers only."""
 
     def add_peer(self, metadata: bytes) -> str:
-        """A name for the peer; a peer that has registered more since is added again, under the same name."""
+        """A name for one channel's way to the peer, good until it is dropped. Names may be equal: then each channel's
+        drop_peer() ends that channel's use only, and the others' goes on."""
+
+    def update_peer(self, peer: str, metadata: bytes) -> None:
+        """The peer has registered more since it was added. What is under way goes on."""
 
     def write(self, peer: str, *, source: Memory, target: Memory, copies: Sequence[Copy]) -> Transfer:
         """Starts one transfer; the copies lie inside both memories. If it raises, part of it may be under way."""
@@ -49,7 +53,8 @@ class Fabric(Protocol):
         """
 
     def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> bool:
-        """Breaks with a peer. `transfers`: those of its that have not ended, or not well; they are forgotten.
+        """Ends one channel's use of a peer. `transfers`: those of that channel that have not ended, or not well; they
+        are forgotten.
 
         False, and nothing is forgotten, as long as one of them may touch memory: some libraries can't take back what
         they have posted. Ask again later.

@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class NixlFabric:
         self._registered: list[Any] = []
         self._metadata = b""
         self._lock = threading.Lock()
+        self._users: Counter[str] = Counter()  # channels that have added a peer and not dropped it
         self._idle: OrderedDict[str, None] = OrderedDict()  # the one left last comes last
         self._broken: set[str] = set()  # would be as broken when they are added again
         self._posted: dict[Transfer, str] = {}  # by whom they go to
@@ -95,16 +96,15 @@ class NixlFabric:
         return self._metadata
 
     def add_peer(self, metadata: bytes) -> str:
-        if metadata == self._metadata:
-            return self._name  # NIXL reaches its own memory without being told of it
-        try:
-            peer = str(bytes(self._agent.loadRemoteMD(metadata)), "latin-1")
-        except self._failure as error:
-            raise PeerGone(f"NIXL does not take the peer's metadata: {error}") from error
+        peer = self._load(metadata)
         with self._lock:
             self._idle.pop(peer, None)
-            self._broken.discard(peer)
+            self._users[peer] += 1
         return peer
+
+    def update_peer(self, peer: str, metadata: bytes) -> None:
+        if self._load(metadata) != peer:
+            raise PeerGone("the peer says that it is another one now")
 
     def write(self, peer: str, *, source: Memory, target: Memory, copies: Sequence[Copy]) -> Transfer:
         rows = self._nixl.nixlXferDList
@@ -145,8 +145,14 @@ class NixlFabric:
         for transfer in transfers:
             self._release(transfer)
         with self._lock:
+            if transfers:
+                self._broken.add(peer)
+            self._users[peer] -= 1
+            if self._users[peer] > 0:
+                return True  # other channels write to it
+            del self._users[peer]
             self._idle.pop(peer, None)
-            if not transfers and peer not in self._broken:
+            if peer not in self._broken:
                 self._idle[peer] = None
                 if len(self._idle) <= IDLE_PEERS_MAX:
                     return True
@@ -163,16 +169,25 @@ class NixlFabric:
         self._registered.clear()
         self._agent = None  # ends its threads
 
+    def _load(self, metadata: bytes) -> str:
+        """The peer's name."""
+        if metadata == self._metadata:
+            return self._name  # NIXL reaches its own memory without being told of it
+        try:
+            return str(bytes(self._agent.loadRemoteMD(metadata)), "latin-1")
+        except self._failure as error:
+            raise PeerGone(f"NIXL does not take the peer's metadata: {error}") from error
+
     def _is_under_way(self, transfer: Transfer) -> bool:
         with contextlib.suppress(*self._failure):
             return bool(self._agent.getXferStatus(transfer) == self._nixl.NIXL_IN_PROG)
         return False
 
     def _forget(self, peer: str) -> None:
-        if peer != self._name and peer not in self._posted.values():  # another channel's way to it
+        self._broken.discard(peer)
+        if peer != self._name:
             with contextlib.suppress(*self._failure):  # it may have noticed the peer's end itself
                 self._agent.invalidateRemoteMD(peer)
-            self._broken.discard(peer)
 
     def _release(self, transfer: Transfer) -> None:
         self._posted.pop(transfer, None)

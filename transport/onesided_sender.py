@@ -166,7 +166,9 @@ class OneSidedChannel:
             check_inside(grant.spans, grant.length)
         except ValueError as error:
             raise WireError(f"a grant of more than there is: {error}") from error
-        if grant.metadata:
+        if grant.metadata and self._peer:
+            self._fabric.update_peer(self._peer, grant.metadata)
+        elif grant.metadata:
             self._peer = self._fabric.add_peer(grant.metadata)
         elif grant.length and not self._peer:
             raise WireError("a grant without what is needed to reach it")

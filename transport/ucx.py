@@ -55,7 +55,7 @@ class UcxLane(OneSidedLane):
 
 
 class UcxFabric:
-    """See Fabric. One worker, one endpoint a peer."""
+    """See Fabric. One worker, one endpoint a channel: to break with one, or its failure, is nothing to any other."""
 
     def __init__(self, *, emulated: bool) -> None:
         try:
@@ -79,7 +79,7 @@ class UcxFabric:
         self._lock = threading.Lock()
         self._own = _Metadata(bytes(self._worker.address), [])
         self._memories: list[int] = []  # UCX's handles of them
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, _Peer] = {}  # by names that are never used again
         self._numbers = itertools.count(1)
         self._flushes: dict[Transfer, _Flush] = {}
 
@@ -97,24 +97,36 @@ class UcxFabric:
     def add_peer(self, metadata: bytes) -> str:
         try:
             told = msgspec.msgpack.decode(metadata, type=_Metadata)
-            name = told.worker.hex()
-            if name not in self._peers:
-                address = self._ucxx.UCXAddress.create_from_buffer(bytearray(told.worker))
-                endpoint = self._ucxx.UCXEndpoint.create_from_worker_address(
-                    self._worker, address, endpoint_error_handling=True
-                )
-                self._peers[name] = _Peer(endpoint, endpoint.handle)
-            peer = self._peers[name]
-            for address, length, rkey in told.regions[len(peer.regions) :]:
-                peer.regions.append((address, length, self._ucp.unpack(peer.handle, rkey)))
+            address = self._ucxx.UCXAddress.create_from_buffer(bytearray(told.worker))
+            endpoint = self._ucxx.UCXEndpoint.create_from_worker_address(
+                self._worker, address, endpoint_error_handling=True
+            )
         except (msgspec.MsgspecError, self._ucxx.UCXError, RuntimeError) as error:
             raise PeerGone(f"UCX does not take the peer's metadata: {error}") from error
+        name = f"{told.worker.hex()}/{next(self._numbers)}"
+        self._peers[name] = _Peer(told.worker, endpoint, endpoint.handle)
+        try:
+            self.update_peer(name, metadata)
+        except PeerGone:
+            self.drop_peer(name, [])  # the caller learns no name for it
+            raise
         return name
+
+    def update_peer(self, peer: str, metadata: bytes) -> None:
+        known = self._peers[peer]
+        try:
+            told = msgspec.msgpack.decode(metadata, type=_Metadata)
+        except msgspec.MsgspecError as error:
+            raise PeerGone(f"UCX does not take the peer's metadata: {error}") from error
+        if told.worker != known.worker:
+            raise PeerGone("the peer says that it is another one now")
+        for address, length, rkey in told.regions[len(known.regions) :]:
+            known.regions.append((address, length, self._ucp.unpack(known.handle, rkey)))
 
     def write(self, peer: str, *, source: Memory, target: Memory, copies: Sequence[Copy]) -> Transfer:
         reached = self._peers.get(peer)
-        if reached is None:
-            raise PeerGone("another channel broke with the peer")
+        if reached is None or reached.is_closed:
+            raise PeerGone("the channel broke with the peer")
         rkey = reached.rkey_of(target)
         reached.is_in_doubt = True
         for copy in copies:
@@ -137,20 +149,20 @@ class UcxFabric:
         return True
 
     def drop_peer(self, peer: str, transfers: Sequence[Transfer]) -> bool:
-        gone = self._flushes[transfers[0]].peer if transfers else self._peers.get(peer)
+        gone = self._peers.get(peer)
         if gone is None:
             return True
-        if self._peers.get(peer) is gone:
-            del self._peers[peer]
+        if not gone.is_closed:
+            gone.is_closed = True
             with contextlib.suppress(self._ucxx.UCXError, RuntimeError):  # it may be dead already
                 gone.endpoint.close_blocking(CLOSE_PERIOD_NS, CLOSE_ATTEMPTS)
         if not all(self._ucp.is_over(self._flushes[transfer].request) for transfer in transfers):
             return False  # what is under way uses its rkeys
         for _, _, rkey in gone.regions if not gone.is_in_doubt else ():
             self._ucp.forget(rkey)
-        gone.regions.clear()
         for transfer in transfers:
             self._ucp.free(self._flushes.pop(transfer).request)
+        del self._peers[peer]
         return True
 
     def close(self) -> None:
@@ -170,11 +182,13 @@ class _Metadata(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Peer:
-    __slots__ = ("endpoint", "handle", "is_in_doubt", "regions")
+    __slots__ = ("endpoint", "handle", "is_closed", "is_in_doubt", "regions", "worker")
 
-    def __init__(self, endpoint: Any, handle: int) -> None:
+    def __init__(self, worker: bytes, endpoint: Any, handle: int) -> None:
+        self.worker = worker
         self.endpoint = endpoint
         self.handle = handle
+        self.is_closed = False
         self.is_in_doubt = False  # a write failed: what of it is under way nobody can tell
         self.regions: list[tuple[int, int, int]] = []  # address, length, rkey
 

@@ -17,7 +17,8 @@ class HeldFabric:
 
     def __init__(self) -> None:
         self._inner = example_fabric()
-        self.register, self.metadata, self.add_peer = self._inner.register, self._inner.metadata, self._inner.add_peer
+        self.register, self.metadata = self._inner.register, self._inner.metadata
+        self.add_peer, self.update_peer = self._inner.add_peer, self._inner.update_peer
         self.is_holding = True
         self.can_cut = False
         self.failure: Exception | None = None  # of every write

@@ -13,6 +13,7 @@ import pytest
 from held_fabric import wait_until
 from lane_pairs import needing
 
+from pdx.transport import nixl
 from pdx.transport.api import Copy
 from pdx.transport.fabric import host_memory
 from pdx.transport.nixl import NixlFabric, leave_efa_out
@@ -83,5 +84,40 @@ def test_a_peer_is_kept_while_it_is_written_to(scheme: str) -> None:
         wait_until(lambda: near.is_done(transfer))
         assert near.drop_peer(peer, [])
     finally:
+        near.close()
+        far.close()
+
+
+@pytest.mark.parametrize("scheme", [pytest.param("nixl", marks=needing("nixl"))])
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_channel_that_ends_leaves_the_others_to_its_peer_alone(
+    scheme: str, is_broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it ended well or not: the peer is forgotten, or kept for later, when the last one ends."""
+    monkeypatch.setattr(nixl, "IDLE_PEERS_MAX", 0)
+    memory = memoryview(bytearray(1 << 16))
+    near, far = NixlFabric(), NixlFabric()
+    agent = near._agent
+    try:
+        ours = theirs = host_memory(memory)
+        for fabric in (near, far):
+            fabric.register(ours)
+        peer = near.add_peer(far.metadata())
+        failed = near.write(peer, source=ours, target=theirs, copies=[Copy(0, 1 << 15, 1 << 15)])
+        assert near.add_peer(far.metadata()) == peer
+        wait_until(lambda: near.drop_peer(peer, [failed]) if is_broken else near.is_done(failed))
+        if not is_broken:
+            assert near.drop_peer(peer, [])
+        near.update_peer(peer, far.metadata())
+        near._agent = watched = HeldAgent(agent, None)
+        transfer = near.write(peer, source=ours, target=theirs, copies=[Copy(0, 1 << 15, 1 << 15)])
+        assert "invalidateRemoteMD" not in watched.called
+        near._agent = agent
+        wait_until(lambda: near.is_done(transfer))
+        near._agent = watched
+        assert near.drop_peer(peer, [])
+        assert "invalidateRemoteMD" in watched.called
+    finally:
+        near._agent = agent
         near.close()
         far.close()

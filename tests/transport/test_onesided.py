@@ -195,6 +195,22 @@ def test_the_sender_asks_once_and_says_when_it_has_drained() -> None:
         assert not losses_of(side.events, channel)
 
 
+def test_what_a_peer_has_registered_since_is_told_to_the_fabric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One add_peer() a channel, since its end is one drop_peer()."""
+    fabric, calls = HeldFabric(), []
+    fabric.is_holding = False
+    add_peer = fabric.add_peer
+    monkeypatch.setattr(fabric, "add_peer", lambda metadata: (calls.append("add"), add_peer(metadata))[1])
+    monkeypatch.setattr(fabric, "update_peer", lambda peer, metadata: calls.append("update"))
+    with opened(seed=1, make_fabric=lambda: fabric) as side, opened() as target, reader(side) as (peer, channel):
+        for window in (1, 2):
+            ticket = side.put(channel, window, [Copy(0, 0, 10)], notice=b"n")
+            peer.grant(window, at=target, span=Span(0, 10))
+            assert side.wait_end(ticket) == PutDone(ticket)
+            assert peer.next() == Landed(window, b"n")
+        assert calls == ["add", "update"]
+
+
 @pytest.mark.parametrize("flies", [False, True])
 def test_a_window_that_was_granted_is_not_unknown(flies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A put may be under way through it: this costs the channel, and the channel only."""

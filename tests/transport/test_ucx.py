@@ -44,3 +44,45 @@ def test_a_peer_s_keys_outlive_what_uses_them(scheme: str, monkeypatch: pytest.M
     finally:
         near.close()
         far.close()
+
+
+@pytest.mark.parametrize("scheme", [pytest.param("ucx", marks=needing("ucx"))])
+def test_a_channel_that_ends_leaves_the_others_to_its_peer_alone(scheme: str) -> None:
+    near, far = UcxFabric(emulated=True), UcxFabric(emulated=True)
+    try:
+        view = memoryview(bytearray(2 * HALF))
+        memory = host_memory(view)
+        for fabric in (near, far):
+            fabric.register(memory)
+        old, new = near.add_peer(far.metadata()), near.add_peer(far.metadata())
+        assert old != new, "a reconnect gets an endpoint of its own"
+        before = near.write(new, source=memory, target=memory, copies=[Copy(0, HALF, HALF)])
+        assert near.drop_peer(old, [])
+        after = near.write(new, source=memory, target=memory, copies=[Copy(0, HALF, HALF)])
+        for transfer in (before, after):
+            wait_until(lambda transfer=transfer: near.is_done(transfer))  # type: ignore[misc]
+    finally:
+        near.close()
+        far.close()
+
+
+@pytest.mark.parametrize("scheme", [pytest.param("ucx", marks=needing("ucx"))])
+def test_what_a_peer_registers_later_is_reached_by_the_same_name(scheme: str) -> None:
+    near, far, other = (UcxFabric(emulated=True) for _ in range(3))
+    try:
+        views = [memoryview(bytearray(HALF)) for _ in range(2)]
+        first, later = (host_memory(view) for view in views)
+        near.register(first)
+        far.register(first)
+        peer = near.add_peer(far.metadata())
+        far.register(later)
+        with pytest.raises(PeerGone):
+            near.write(peer, source=first, target=later, copies=[Copy(0, 0, 1)])
+        near.update_peer(peer, far.metadata())
+        transfer = near.write(peer, source=first, target=later, copies=[Copy(0, 0, 1)])
+        wait_until(lambda: near.is_done(transfer))
+        with pytest.raises(PeerGone, match="another one"):
+            near.update_peer(peer, other.metadata())
+    finally:
+        for fabric in (near, far, other):
+            fabric.close()

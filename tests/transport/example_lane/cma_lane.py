@@ -53,6 +53,9 @@ class CmaFabric:
             raise PeerGone("the peer does not tell its process id")
         return metadata.decode()
 
+    def update_peer(self, peer: str, metadata: bytes) -> None:
+        """Nothing to learn: the kernel reaches all of a process."""
+
     def write(self, peer: str, *, source: Memory, target: Memory, copies: Sequence[Copy]) -> Transfer:
         for start in range(0, len(copies), VECTORS_MAX):
             some = copies[start : start + VECTORS_MAX]
