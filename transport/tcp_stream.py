@@ -160,6 +160,8 @@ class TcpStream:
                     return
                 self._is_idle = frame is None
             if frame is None:
+                # A put may have been cancelled since the last frame, which was then the last of all.
+                self._announce_owed()
                 self._wait(poll, pipe)
             else:
                 self._send(connection, pipe, frame)
@@ -185,8 +187,12 @@ class TcpStream:
             self._owes_announcement = True
         # After every frame: the next put of another queue may take seconds.
         if self._owes_announcement and (is_empty or now_s > self._announced_s + ANNOUNCE_EVERY_S):
-            self._owes_announcement = False
             self._announced_s = now_s
+            self._announce_owed()
+
+    def _announce_owed(self) -> None:
+        if self._owes_announcement:
+            self._owes_announcement = False
             self._mailbox.announce()
 
     def _wait(self, poll: select.poll, pipe: Pipe) -> None:
@@ -213,4 +219,5 @@ class TcpStream:
                 self._socket.close()
                 self._socket = None
             failed = self._outbox.fail_all(reason)
+        self._announce_owed()
         self._at_end(reason, failed)

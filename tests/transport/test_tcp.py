@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 
 from pdx.errors import ConfigError, PeerGone
-from pdx.transport import tcp_receiver
-from pdx.transport.api import Arrived, Copy, LaneFailed, PutFailed, Span, WindowClosed
+from pdx.transport import tcp_receiver, tcp_stream
+from pdx.transport.api import Arrived, Copy, Event, LaneFailed, PutDone, PutFailed, Span, WindowClosed
 from pdx.transport.frames import GREETING_BYTES, LANE_VERSION, Head, encode_frame_start
 from pdx.transport.handshake import greet_as_connector
 from pdx.transport.side import WAIT_S, Side, arrivals_of, losses_of
@@ -202,6 +202,31 @@ def test_no_descriptor_for_one_more_peer_costs_that_peer_only(monkeypatch: pytes
         window = far.region.open_window([Span(0, 10)])
         near.put(near.lane.connect(far.lane.endpoint), window, [Copy(0, 0, 10)], notice=b"n")
         far.wait_arrived(b"n")
+
+
+def test_a_put_that_ended_is_announced_though_the_next_one_was_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sending thread has seen that more is to come, and is held up before it tells of the put's end."""
+    monkeypatch.setattr(tcp_stream, "ANNOUNCE_EVERY_S", 1e9)
+    with opened() as far, opened(seed=1) as near:
+        window = far.region.open_window([Span(0, 10)])
+        mailbox = near.lane._mailbox  # type: ignore[attr-defined]
+        add_quietly, is_at_the_end, may_go_on = mailbox.add_quietly, threading.Event(), threading.Event()
+
+        def held_up(event: Event) -> None:
+            if isinstance(event, PutDone):
+                is_at_the_end.set()
+                assert may_go_on.wait(WAIT_S)
+            add_quietly(event)
+
+        monkeypatch.setattr(mailbox, "add_quietly", held_up)
+        channel = near.lane.connect(far.lane.endpoint)
+        first, second = (near.put(channel, window, [Copy(0, 0, 10)], queue=b"q") for _ in range(2))
+        assert is_at_the_end.wait(WAIT_S)
+        near.lane.cancel(b"q")
+        assert near.wait_end(second) == PutFailed(second, "cancelled")
+        may_go_on.set()
+        assert select.select([near.lane.fileno()], [], [], WAIT_S)[0], "nothing says so"
+        assert near.wait_end(first) == PutDone(first)
 
 
 def test_strangers_keep_out_each_other_only(monkeypatch: pytest.MonkeyPatch) -> None:
