@@ -26,6 +26,10 @@ class Mailbox:
         self._room = threading.Condition()
         self._is_closed = False
 
+    @property
+    def has_room(self) -> bool:
+        return len(self._events) < EVENTS_MAX
+
     def fileno(self) -> int:
         return self._descriptor
 
@@ -62,11 +66,11 @@ class Mailbox:
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Holds a peer back while the control thread is behind. False if it still is after `timeout_s`, or closing."""
-        if len(self._events) < EVENTS_MAX:
+        if self.has_room:
             return True
         with self._room:
-            self._room.wait_for(lambda: self._is_closed or len(self._events) < EVENTS_MAX, timeout_s)
-        return not self._is_closed and len(self._events) < EVENTS_MAX
+            self._room.wait_for(lambda: self._is_closed or self.has_room, timeout_s)
+        return not self._is_closed and self.has_room
 
     def stop_waiting(self) -> None:
         """Sends away whoever waits for room."""

@@ -75,6 +75,7 @@ class Reactor:
         self._settling: dict[int, int] = {}  # link number -> slices left
         self._link_count = 0
         self._unheard: set[int] = set()  # descriptors of peers that take no answers, and so are not listened to
+        self._held_back: set[int] = set()  # descriptors of links that are not watched while the mailbox is full
         self._blocked_since: dict[int, float] = {}  # descriptor -> since when its peer takes no messages
         self._looked_s = time.monotonic()  # at the descriptors
         self._patient_until_s = 0.0
@@ -199,7 +200,7 @@ class Reactor:
     def _is_due(self) -> bool:
         """Something has a deadline, or must be sent again and again, until a peer takes it."""
         return (
-            bool(self._endings or self._settling or self._blocked_since or self._door.is_deaf)
+            bool(self._endings or self._settling or self._blocked_since or self._held_back or self._door.is_deaf)
             or any(not channel.is_idle for channel in self.channels.values())
             or any(party.link.unsent_bytes for party in self._inbound.values())
         )
@@ -258,7 +259,9 @@ class Reactor:
         self._poll.register(link.fileno(), select.EPOLLIN)
 
     def _unwatch(self, link: Link) -> None:
-        self._poll.unregister(link.fileno())
+        if link.fileno() not in self._held_back:
+            self._poll.unregister(link.fileno())
+        self._held_back.discard(link.fileno())
         self._unheard.discard(link.fileno())
         self._blocked_since.pop(link.fileno(), None)
 
@@ -271,6 +274,11 @@ class Reactor:
             self._unheard.discard(link.fileno())
             self._poll.modify(link.fileno(), select.EPOLLIN)
 
+    def _hold_back(self, link: Link) -> None:
+        """What this peer has to say waits at its end, and nobody else does: _tick() watches it again."""
+        self._poll.unregister(link.fileno())
+        self._held_back.add(link.fileno())
+
     # --- peers that write into us ---
 
     def _serve_inbound(self, party: InboundPeer) -> None:
@@ -280,11 +288,13 @@ class Reactor:
             elif party.link.is_congested or party.link.fileno() in self._unheard:
                 party.link.flush()
                 self._heed(party.link)
-            elif not self._mailbox.wait_for_room(self._stall_s):
-                raise WireError("we are too far behind to take its notices")
-            else:
+            elif self._mailbox.has_room:
                 for message in party.link.receive():
                     party.handle(message)
+            elif self._is_stopped:
+                raise WireError("we are too far behind to take its notices")
+            else:
+                self._hold_back(party.link)
         except WireError as error:
             self._refuse(party, str(error))
         except (OSError, PeerGone) as error:
@@ -355,6 +365,10 @@ class Reactor:
             return
         self._ticked_s = now
         self._door.listen_again()
+        if self._mailbox.has_room or self._is_stopped:
+            for descriptor in self._held_back:
+                self._watch(self._inbound[descriptor].link)
+            self._held_back.clear()
         for number, slices_left in list(self._settling.items()):
             if slices_left:
                 self._settling[number] = slices_left - 1

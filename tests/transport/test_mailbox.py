@@ -7,10 +7,13 @@ import select
 from collections.abc import Iterator
 
 import pytest
+import raw_peers
+from held_fabric import wait_until
 from lane_pairs import KEY
 
-from pdx.transport import mailbox
-from pdx.transport.api import Copy
+from pdx.transport import mailbox, reactor
+from pdx.transport.api import Copy, Span
+from pdx.transport.link_messages import Ask, Granted, Landed
 from pdx.transport.side import Side, arrivals_of
 from pdx.transport.tcp import TcpLane
 
@@ -55,3 +58,38 @@ def test_a_reader_that_takes_nothing_loses_its_peers() -> None:
     with opened(seed=1) as near, opened(seed=2, stall_s=0.2) as far:
         near.wait_lost(put_many(near, far))
         assert len(far.lane.take_events()) <= ROOM
+
+
+@contextlib.contextmanager
+def held_back(side: Side) -> Iterator[tuple[raw_peers.RawPeer, list[bytes]]]:
+    """A peer that has put so many notices that `side`, which takes none, does not listen to it any more."""
+    with raw_peers.writer(side) as peer:
+        window, notices = side.region.open_window([]), [b"%d" % number for number in range(PUTS)]
+        peer.link.send(Ask(window))
+        assert isinstance(peer.next(), Granted)
+        for part in (notices[:ROOM], notices[ROOM:]):
+            for notice in part:
+                peer.link.send(Landed(window, notice))
+            wait_until(lambda: not side.lane._mailbox.has_room)  # type: ignore[attr-defined]
+        wait_until(lambda: bool(side.lane._reactor._held_back))  # type: ignore[attr-defined]
+        yield peer, notices
+
+
+def test_peers_of_a_one_sided_lane_wait_and_nobody_else_does() -> None:
+    with raw_peers.opened(seed=1, stall_s=0.2) as near, raw_peers.opened() as far, held_back(near) as (_, notices):
+        window, channel = far.region.open_window([Span(0, 10)]), near.lane.connect(far.lane.endpoint)
+        for notice in notices[:3]:  # for longer than a stall time, which is not theirs
+            near.put(channel, window, [Copy(0, 0, 10)], notice=notice)
+            far.wait_arrived(notice)
+            select.select([], [], [], 0.1)
+        near.wait_arrived(*notices)
+        assert arrivals_of(near.events) == notices
+
+
+def test_a_lane_closes_though_nobody_takes_what_its_peers_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reactor, "WIND_DOWN_S", 1e9)
+    with raw_peers.opened() as side:
+        with held_back(side):
+            pass
+        side.lane.abort()
+        assert not side.lane._reactor._thread.is_alive()  # type: ignore[attr-defined]
