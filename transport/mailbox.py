@@ -8,11 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 
-from pdx.transport.api import Event
+from pdx.transport.api import Arrived, Event
 
 # Only peers can fill the mailbox without limit (notices); past this their connections wait. 64 Ki notices of a few
-# hundred bytes are some 20 MiB.
+# hundred bytes are some 20 MiB, but one may have 64 KiB: so their bytes count too.
 EVENTS_MAX = 1 << 16
+NOTICES_BYTES_MAX = 64 << 20
 
 
 class Mailbox:
@@ -20,6 +21,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
+        self._notices_bytes = 0  # under the lock of `_room`
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._announced = False
         # A Condition's lock is reentrant: close() may come from a signal handler while take() holds it.
@@ -28,17 +30,20 @@ class Mailbox:
 
     @property
     def has_room(self) -> bool:
-        return len(self._events) < EVENTS_MAX
+        return len(self._events) < EVENTS_MAX and self._notices_bytes < NOTICES_BYTES_MAX
 
     def fileno(self) -> int:
         return self._descriptor
 
     def add(self, event: Event) -> None:
-        self._events.append(event)
+        self.add_quietly(event)
         self.announce()
 
     def add_quietly(self, event: Event) -> None:
         """For events that can wait for a later announce(), which the caller owes."""
+        if isinstance(event, Arrived):
+            with self._room:
+                self._notices_bytes += len(event.notice)
         self._events.append(event)
 
     def add_all(self, events: Iterable[Event]) -> None:
@@ -59,9 +64,9 @@ class Mailbox:
         # After the read and before the drain: a writer that still sees True has appended what we drain now.
         self._announced = False
         taken = [self._events.popleft() for _ in range(len(self._events))]
-        if len(taken) >= EVENTS_MAX:
-            with self._room:
-                self._room.notify_all()
+        with self._room:
+            self._notices_bytes -= sum(len(event.notice) for event in taken if isinstance(event, Arrived))
+            self._room.notify_all()
         return taken
 
     def wait_for_room(self, timeout_s: float) -> bool:

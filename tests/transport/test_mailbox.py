@@ -13,6 +13,7 @@ from lane_pairs import KEY
 
 from pdx.transport import mailbox, reactor
 from pdx.transport.api import Copy, Span
+from pdx.transport.frames import NOTICE_BYTES_MAX
 from pdx.transport.link_messages import Ask, Granted, Landed
 from pdx.transport.side import Side, arrivals_of
 from pdx.transport.tcp import TcpLane
@@ -52,6 +53,21 @@ def test_peers_wait_until_there_is_room() -> None:
             taken.append(len(events))
         assert max(taken) <= ROOM
         assert arrivals_of(far.events) == [b"%d" % number for number in range(PUTS)]
+
+
+def test_large_notices_wait_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailbox, "NOTICES_BYTES_MAX", 10 * NOTICE_BYTES_MAX)
+    with opened(seed=1) as near, opened(seed=2) as far:
+        channel, window = near.lane.connect(far.lane.endpoint), far.region.open_window([])
+        notices = [b"%d" % number + bytes(NOTICE_BYTES_MAX - 2) for number in range(10, 10 + ROOM)]
+        for notice in notices:
+            near.put(channel, window, [], notice=notice)
+        wait_until(lambda: not far.lane._mailbox.has_room)  # type: ignore[attr-defined]
+        taken = far.lane.take_events()
+        assert 0 < len(taken) <= 11
+        far.events += taken
+        far.wait_arrived(*notices)
+        assert arrivals_of(far.events) == notices
 
 
 def test_a_reader_that_takes_nothing_loses_its_peers() -> None:
