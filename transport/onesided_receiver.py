@@ -18,12 +18,13 @@ from pdx.transport.link_messages import Ask, Bye, Drained, Granted, Landed, Link
 class Grant:
     """One window."""
 
-    __slots__ = ("askers", "is_closing", "memory", "spans")
+    __slots__ = ("askers", "granted", "is_closing", "memory", "spans")
 
     def __init__(self, memory: Memory, spans: Sequence[Span]) -> None:
         self.memory = memory
         self.spans = spans
         self.askers: set[int] = set()  # links that may be writing through it
+        self.granted: set[int] = set()  # links that were told of it, those too that have drained
         self.is_closing = False
 
 
@@ -48,13 +49,14 @@ class Grants:
         return askers
 
     def ask(self, window: int, *, link: int) -> Grant | None:
-        """The grant, from now on given to this link too; None if no such window is open. WireError if it has it."""
+        """The grant, from now on given to this link too; None if no such window is open. WireError if it had it."""
         grant = self._open.get(window)
-        if grant is not None and link in grant.askers:
-            raise WireError("a window is asked for that was granted")  # the answer may be large
-        if grant is None or grant.is_closing:
+        if grant is None or (grant.is_closing and link not in grant.askers):
             return None
+        if link in grant.granted:
+            raise WireError("a window is asked for that was granted")  # the answer may be large
         grant.askers.add(link)
+        grant.granted.add(link)
         return grant
 
     def landed(self, window: int, notice: bytes, *, link: int) -> bool:
@@ -74,6 +76,7 @@ class Grants:
     def link_is_quiet(self, link: int) -> None:
         """It will never write again, through any window."""
         for window, grant in list(self._open.items()):
+            grant.granted.discard(link)
             if link in grant.askers:
                 self.drained(window, link=link)
 

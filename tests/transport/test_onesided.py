@@ -255,14 +255,31 @@ def test_a_fabric_that_cannot_be_had_leaves_nothing_behind() -> None:
         OneSidedLane("raw://127.0.0.1:0", scheme="raw", key=None, name="test", make_fabric=absent)  # type: ignore
 
 
-def test_who_asks_again_for_what_it_has_is_dropped() -> None:
+@pytest.mark.parametrize("has_drained", [False, True])
+def test_who_asks_again_for_what_it_was_granted_is_dropped(has_drained: bool) -> None:
     """The answer may be a thousand times as large as the question."""
     with opened() as side, writer(side) as peer:
         window = side.region.open_window([Span(0, 100)])
         peer.link.send(Ask(window))
         assert isinstance(peer.next(), Granted)
+        if has_drained:
+            peer.link.send(Drained(window))
         peer.link.send(Ask(window))
         assert peer.is_dropped()
+
+
+def test_who_has_drained_may_ask_for_a_window_that_others_keep_from_closing() -> None:
+    """As a sender does that has one more put for it."""
+    with opened() as side, writer(side) as peer, writer(side) as other:
+        window = side.region.open_window([Span(0, 100)])
+        for one in (peer, other):
+            one.link.send(Ask(window))
+            assert isinstance(one.next(), Granted)
+        side.region.close_window(window)
+        assert peer.next() == Shut(window)
+        peer.link.send(Drained(window))
+        peer.link.send(Ask(window))
+        assert peer.next() == Unknown(window)
 
 
 def limit_buffers(end: socket.socket) -> None:
