@@ -100,6 +100,9 @@ class InboundPeer:
 
     def handle(self, message: LinkMessage) -> None:
         """Raises WireError, OSError: then the peer is not served any longer."""
+        if self.said_bye:
+            self.said_bye = False  # its word is worth nothing: it may still write
+            raise WireError("a message after BYE")
         match message:
             case Ask(window):
                 self._answer(window)

@@ -88,6 +88,21 @@ def test_a_window_closes_when_its_writer_is_gone(settle_s: float) -> None:
         assert side.events == [WindowClosed(window)]
 
 
+@pytest.mark.parametrize("message", [Ask(1), Drained(1), Bye()], ids=repr)
+def test_who_says_more_than_bye_may_still_write(message: LinkMessage) -> None:
+    with opened(settle_s=1e9) as side:
+        window = side.region.open_window([Span(0, 100)])
+        with writer(side) as peer:
+            peer.link.send(Ask(window))
+            assert isinstance(peer.next(), Granted)
+            peer.link.send(Bye())
+            peer.link.send(message)
+            assert peer.is_dropped()
+        side.region.close_window(window)
+        wait_until(lambda: bool(side.lane._reactor._settling))  # type: ignore[attr-defined]
+        assert side.lane.take_events() == []
+
+
 def test_a_dropped_writer_keeps_its_window_until_it_has_hung_up_too() -> None:
     with opened() as side:
         window = side.region.open_window([Span(0, 100)])
