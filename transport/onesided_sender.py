@@ -208,7 +208,12 @@ class OneSidedChannel:
         return self._flying_pieces < FLYING_PIECES_MAX and self._flying_bytes < FLYING_BYTES_MAX
 
     def _post_piece(self, put: OneSidedPut, queue: Queue[OneSidedPut], permit: _Permit, now: float) -> int:
-        """The bytes of the piece. Nothing is counted that is not posted."""
+        """The bytes of the piece. Nothing is counted that is not posted, but that its put has begun: of a first piece
+        that fails, some may be under way."""
+        if not put.is_begun:
+            put.is_begun = True
+            permit.begun += 1
+            self._begun.setdefault(queue.name, deque()).append(put)
         piece = cut(put, bytes_max=PIECE_BYTES, copies_max=PIECE_COPIES_MAX)
         piece_bytes = sum(copy.length for copy in piece)
         if piece:
@@ -220,10 +225,6 @@ class OneSidedChannel:
             put.flying[transfer] = piece_bytes
             self._flying_pieces += 1
             self._flying_bytes += piece_bytes
-        if not put.is_begun:
-            put.is_begun = True
-            permit.begun += 1
-            self._begun.setdefault(queue.name, deque()).append(put)
         if put.copy_index == len(put.copies):
             self._waiting.end_first(queue.name)
         return piece_bytes

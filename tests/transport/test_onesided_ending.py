@@ -120,6 +120,23 @@ def test_a_lane_that_closes_ends_what_is_held(monkeypatch: pytest.MonkeyPatch) -
         assert not fabric.under_way, "the puts ended before the fabric was closed"
 
 
+def test_a_put_that_was_posted_in_part_ends_when_the_fabric_has_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can say what of it still reads the source."""
+    monkeypatch.setattr(onesided_ending, "TELL_S", 0.0)
+    monkeypatch.setattr(onesided_ending, "RETRY_S", 0.0)
+    fabric, lets_go = HeldFabric(), threading.Event()
+    fabric.failure = PeerGone("the second copy could not be posted")
+    monkeypatch.setattr(fabric, "drop_peer", lambda *_: lets_go.is_set())
+    with opened(seed=1, make_fabric=lambda: fabric) as near, opened() as far:
+        window = far.region.open_window([Span(0, 10)])
+        channel = near.lane.connect(far.lane.endpoint)
+        ticket = near.put(channel, window, SOME)
+        near.wait_lost(channel)
+        assert not ends_of(near.events, ticket)
+        lets_go.set()
+        assert isinstance(near.wait_end(ticket), PutFailed)
+
+
 @pytest.mark.parametrize("failure", [PeerGone("no way"), KeyError("a bug")], ids=repr)
 def test_peers_that_cannot_be_written_to_cost_nobody_else_anything(failure: Exception) -> None:
     """Each is lost at once, so that the lane is never away from the others for as long as they may be silent."""
