@@ -44,6 +44,9 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 # A measurement. Bounded so that it is a number: no NaN, no infinity.
 Measured = Annotated[float, msgspec.Meta(ge=0, lt=1e18)]
+# Why something ended. Who says it cuts it short (`shortened`): it is kept for long, and forwarded with more before it.
+REASON_CHARS_MAX = 512
+Reason = Annotated[str, msgspec.Meta(max_length=4 * REASON_CHARS_MAX)]
 Epoch = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]  # as in keys.ContentFingerprint
 
 
@@ -263,7 +266,7 @@ class Wait(PeerMessage, tag="wait", frozen=True):
 
 
 class Refuse(PeerMessage, tag="refuse", frozen=True):
-    reason: str
+    reason: Reason
 
 
 class Commit(PeerMessage, tag="commit", frozen=True):
@@ -280,13 +283,13 @@ class Alive(PeerMessage, tag="alive", frozen=True):
 
 
 class Fail(PeerMessage, tag="fail", frozen=True):
-    reason: str
+    reason: Reason
 
 
 class Cancel(PeerMessage, tag="cancel", frozen=True):
     """Stop posting puts. When the last one has ended is the lane's to say, by the window's end."""
 
-    reason: str
+    reason: Reason
 
 
 # --- NOTICE ---------------------------------------------------------------------------------------------------
@@ -350,7 +353,7 @@ class HandoffFailed(Message, tag="handoff_failed", frozen=True):
 
     handoff_id: bytes
     attempt: int
-    reason: str
+    reason: Reason
 
 
 class Welcome(Message, tag="welcome", frozen=True):
@@ -378,7 +381,7 @@ class CancelHandoff(Message, tag="cancel_handoff", frozen=True):
 
     handoff_id: bytes
     attempt: int
-    reason: str
+    reason: Reason
 
 
 # --- ENGINE from tools, TO_DAEMON from routers -------------------------------------------------------------------
@@ -414,6 +417,11 @@ _encoder = msgspec.msgpack.Encoder()
 
 def encode(message: Message) -> bytes:
     return MAGIC + bytes((WIRE_VERSION,)) + _encoder.encode(message)
+
+
+def shortened(reason: str) -> str:
+    """Its beginning, which says where it came from."""
+    return reason[:REASON_CHARS_MAX]
 
 
 def version() -> str:

@@ -75,6 +75,18 @@ def test_oversized_frames_are_refused_unread() -> None:
         decode_any(bytes(wire.FRAME_BYTES_MAX + 1))
 
 
+def test_reasons_of_other_machines_are_bounded() -> None:
+    """They are kept for long, and forwarded with more before them, in a frame that has a limit too."""
+    told = [sample for sample in SAMPLES if isinstance(sample, wire.Refuse | wire.Fail | wire.Cancel)]
+    told += [sample for sample in SAMPLES if isinstance(sample, wire.HandoffFailed | wire.CancelHandoff)]
+    for sample in told:
+        usual = msgspec.structs.replace(sample, reason="é" * 4 * wire.REASON_CHARS_MAX)
+        assert decode_any(wire.encode(usual)) == usual
+        with pytest.raises(WireError):
+            decode_any(wire.encode(msgspec.structs.replace(usual, reason=usual.reason + "x")))
+    assert len(told) == 5
+
+
 @given(st.binary(max_size=300))
 def test_garbage_raises_wire_error_only(garbage: bytes) -> None:
     for frame in (garbage, wire.MAGIC + bytes([wire.WIRE_VERSION]) + garbage):

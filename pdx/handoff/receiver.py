@@ -22,7 +22,7 @@ from pdx.handoff.actions import (
 )
 from pdx.handoff.handle import TransferHandle
 from pdx.handoff.states import RECEIVING, Receiving, after
-from pdx.wire import Cancel, Commit, Committed, Fail, LoadEnded, PeerMessage, Refuse
+from pdx.wire import Cancel, Commit, Committed, Fail, LoadEnded, PeerMessage, Refuse, shortened
 
 
 class Receiver:
@@ -72,7 +72,7 @@ class Receiver:
 
     def refuse(self, reason: str) -> list[Action]:
         """The claim can never be had: the prompt is too large, or the layouts differ."""
-        self.reason = reason
+        self.reason = reason = shortened(reason)
         self.state = after(RECEIVING, self.state, "fail")
         return [ToPeer(Refuse(**self._ids(), reason=reason)), Ended(reason)]
 
@@ -164,7 +164,7 @@ class Receiver:
         """Any failure of either side, the network, a budget or the router. Idempotent."""
         if self.state in (Receiving.FAILING, Receiving.ENDED):
             return []
-        self.reason = reason
+        self.reason = reason = shortened(reason)
         was = self.state
         self.state = after(RECEIVING, self.state, "fail")
         actions: list[Action] = []

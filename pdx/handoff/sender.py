@@ -25,7 +25,7 @@ from pdx.handoff.actions import (
 from pdx.handoff.handle import TransferHandle
 from pdx.handoff.states import SENDING, Sending, after
 from pdx.layout import Place
-from pdx.wire import Alive, Fail, PeerMessage, SendEnded, SendOpened
+from pdx.wire import Alive, Fail, PeerMessage, SendEnded, SendOpened, shortened
 
 # A lane's notice holds 64 KiB, and a page takes up to 45 bytes of it (number, checksum, digest).
 PUT_BLOCKS_MAX = 1024
@@ -174,7 +174,7 @@ class Sender:
         """Any failure of either side, the network, a budget or the router. Idempotent."""
         if self.state in (Sending.SETTLED, Sending.DRAINING, Sending.ENDED):
             return []
-        self.reason = reason
+        self.reason = reason = shortened(reason)
         was_claiming = self.state is Sending.CLAIMING
         self.state = after(SENDING, self.state, "fail")
         ended = SendEnded(request_id=self.request_id, handoff_id=self.handle.handoff_id, reason=reason)

@@ -33,6 +33,7 @@ from pdx.wire import (
     Welcome,
     decoder_of,
     encode,
+    shortened,
 )
 
 DAEMONS_MAX = 4096
@@ -102,7 +103,7 @@ class Registry:
 
     def cancel(self, daemon: DaemonRef, *, handoff_id: bytes, reason: str, attempt: int = 0) -> None:
         """Tells a daemon to end a handoff. Never blocks; a daemon gone meanwhile needs no telling."""
-        self.tell(daemon, CancelHandoff(handoff_id=handoff_id, attempt=attempt, reason=reason))
+        self.tell(daemon, CancelHandoff(handoff_id=handoff_id, attempt=attempt, reason=shortened(reason)))
 
     def tell(self, daemon: DaemonRef, message: Message) -> None:
         """Says something that asks for no answer. Never blocks."""

@@ -8,7 +8,7 @@ from halves import GRANT, HANDLE, IDS, LAYERS, kinds, make_receiver
 from pdx.handoff import actions as do
 from pdx.handoff.receiver import Receiver
 from pdx.handoff.states import Receiving
-from pdx.wire import Commit, Fail, LoadEnded
+from pdx.wire import REASON_CHARS_MAX, Cancel, Commit, Fail, LoadEnded, Refuse
 
 
 def land_all(receiver: Receiver) -> None:
@@ -163,3 +163,15 @@ def test_receiver_budgets(landed_at: float, now: float, reason: str) -> None:
 def test_refusal_ends_at_once() -> None:
     receiver = Receiver(HANDLE, blocks=3, layers=LAYERS, lease_epoch=4, incarnation=2, now=0.0)
     assert kinds(receiver.refuse("KV layouts differ")) == ["Refuse", "Ended"]
+
+
+def test_reasons_are_cut_before_they_are_forwarded_and_kept() -> None:
+    long, kept = "prefill: " + "x" * 10_000, "prefill: " + "x" * (REASON_CHARS_MAX - 9)
+    receiver = make_receiver()
+    assert do.ToPeer(Cancel(**IDS | {"lease_epoch": 4, "incarnation": 2}, reason=kept)) in receiver.fail(
+        long, tell_peer=True
+    )
+    assert receiver.reason == kept
+    refusing = Receiver(HANDLE, blocks=3, layers=LAYERS, lease_epoch=4, incarnation=2, now=0.0)
+    refuse = Refuse(**IDS | {"lease_epoch": 4, "incarnation": 2}, reason=kept)
+    assert refusing.refuse(long) == [do.ToPeer(refuse), do.Ended(kept)]

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 from counted import growth
-from halves import HANDLE, LAYERS, PLACES, RESERVE, kinds, make_receiver, make_sender
+from halves import HANDLE, IDS, LAYERS, PLACES, RESERVE, kinds, make_receiver, make_sender
 
 from pdx.handoff import actions as do
 from pdx.handoff.sender import OPEN_BYTES, PUT_BLOCKS_MAX, PUTS_OPEN, Sender
 from pdx.handoff.states import Sending
-from pdx.wire import SendEnded, SendOpened
+from pdx.wire import REASON_CHARS_MAX, Fail, SendEnded, SendOpened
 
 
 def fill_all(sender: Sender) -> list[do.Action]:
@@ -244,3 +244,15 @@ def test_without_an_engine_a_failure_takes_nothing_back_and_tells_nobody_here() 
     assert kinds(sender.fail("lane lost", tell_peer=True)) == ["Fail", "StopPuts"]
     sender.put_ended(ok=False, reason="", now=0.2)
     assert kinds(sender.put_ended(ok=True, reason="", now=0.2)) == ["Ended"]
+
+
+def test_reasons_are_cut_before_they_are_forwarded_and_kept() -> None:
+    long, kept = "refused by decode: " + "x" * 10_000, "refused by decode: " + "x" * (REASON_CHARS_MAX - 19)
+    sender = make_sender()
+    actions = sender.fail(long, tell_peer=True)
+    assert sender.reason == kept
+    assert actions[:2] == [
+        do.ToEngine(SendEnded(request_id="r", handoff_id=HANDLE.handoff_id, reason=kept)),
+        do.ToPeer(Fail(**IDS, reason=kept)),
+    ]
+    assert actions[-1] == do.Ended(kept)
