@@ -258,7 +258,7 @@ class Grant(PeerMessage, tag="grant", frozen=True):
     has: list[int]  # blocks the receiver holds ready and has leased: not to be sent
     wanted: list[int]
     places: list[Place]  # of `wanted`, in the receiver's arena
-    window: int  # the lane window that admits puts into `places`
+    window: Annotated[int, msgspec.Meta(ge=0)]  # the lane window that admits puts into `places`
 
 
 class Wait(PeerMessage, tag="wait", frozen=True):

@@ -75,6 +75,15 @@ def test_oversized_frames_are_refused_unread() -> None:
         decode_any(bytes(wire.FRAME_BYTES_MAX + 1))
 
 
+def test_a_window_is_a_number_that_a_lane_can_name() -> None:
+    """Any other would cost all puts of its channel."""
+    grant = next(sample for sample in SAMPLES if isinstance(sample, wire.Grant))
+    for window in (0, (1 << 64) - 1):
+        decode_any(wire.encode(msgspec.structs.replace(grant, window=window)))
+    with pytest.raises(WireError):
+        decode_any(wire.encode(msgspec.structs.replace(grant, window=-1)))
+
+
 def test_reasons_of_other_machines_are_bounded() -> None:
     """They are kept for long, and forwarded with more before them, in a frame that has a limit too."""
     told = [sample for sample in SAMPLES if isinstance(sample, wire.Refuse | wire.Fail | wire.Cancel)]
