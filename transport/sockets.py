@@ -25,6 +25,8 @@ Pipe = socket.socket | TlsPipe
 
 # A peer that moves no byte in mid-frame for so long holds a window, or our memory, that others wait for.
 STALL_S = 5.0
+# A frame as a whole has one such time at its receiver, who may have waited as long for room to take its notice.
+SEND_STALLS = 2
 # Unacknowledged bytes, or silence on an idle connection, for about so long mean that the peer's host is gone.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 4
 USER_TIMEOUT_MS = 10_000
@@ -121,15 +123,21 @@ def parse_endpoint(endpoint: str, *, scheme: str = "tcp") -> tuple[str, int]:
     return host, port
 
 
-def send_exactly(connection: Pipe, buffers: Sequence[bytes | memoryview], total_bytes: int) -> None:
+def send_exactly(
+    connection: Pipe, buffers: Sequence[bytes | memoryview], total_bytes: int, stall_s: float = STALL_S
+) -> None:
     """Raises PeerGone if the peer takes not a byte for the socket's stall time (twice that at worst: a call that stalls
-    in its middle still returns what it had sent), OSError if the connection breaks."""
+    in its middle still returns what it had sent), or not all within SEND_STALLS of them (one more at worst). OSError if
+    the connection breaks."""
+    deadline_s = time.monotonic() + SEND_STALLS * stall_s
     try:
         if isinstance(connection, TlsPipe):
-            connection.send(buffers)
+            connection.send(buffers, deadline_s)
             return
         sent_bytes = connection.sendmsg(buffers)
         while sent_bytes < total_bytes:
+            if time.monotonic() >= deadline_s:
+                raise BlockingIOError("not all within its time")
             buffers = _without_first(buffers, sent_bytes)
             total_bytes -= sent_bytes
             sent_bytes = connection.sendmsg(buffers)

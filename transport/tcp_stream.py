@@ -175,7 +175,7 @@ class TcpStream:
         )
         total_bytes = len(start) + frame.payload_bytes + len(notice)
         began_s = time.monotonic()
-        send_exactly(pipe, [start, *frame.sources, notice], total_bytes)
+        send_exactly(pipe, [start, *frame.sources, notice], total_bytes, self._stall_s)
         now_s = time.monotonic()
         if self._pace.sent(total_bytes, began_s=began_s, ended_s=now_s):
             limit_unsent(connection, self._pace.frame_bytes)

@@ -82,15 +82,16 @@ class TlsPipe:
     def sendall(self, data: bytes | memoryview) -> None:
         self.send([data])
 
-    def send(self, buffers: Iterable[bytes | memoryview]) -> None:
-        """Raises BlockingIOError if the peer takes nothing for the connection's stall time, OSError if it breaks."""
+    def send(self, buffers: Iterable[bytes | memoryview], deadline_s: float = math.inf) -> None:
+        """Raises BlockingIOError if the peer takes nothing for the connection's stall time, or has not taken all by the
+        deadline; OSError if the connection breaks."""
         for buffer in buffers:
             rest = memoryview(buffer)
             while rest:
                 rest = rest[self._tls.write(rest) :]  # a record
                 if self._outgoing.pending >= TRAVEL_BYTES:
-                    self._flush()
-        self._flush()
+                    self._flush(deadline_s)
+        self._flush(deadline_s)
 
     def recv_into(self, buffer: memoryview) -> int:
         """Up to a record; 0 at the end of the stream.
@@ -123,9 +124,12 @@ class TlsPipe:
         self._incoming.write(self._raw[:received_bytes])
         return received_bytes > 0
 
-    def _flush(self) -> None:
-        if self._outgoing.pending:
-            self._connection.sendall(self._outgoing.read())
+    def _flush(self, deadline_s: float = math.inf) -> None:
+        rest = memoryview(self._outgoing.read())
+        while rest:
+            if time.monotonic() >= deadline_s:
+                raise BlockingIOError("not all within its time")
+            rest = rest[self._connection.send(rest) :]
 
 
 def _check_private(key: Path) -> None:

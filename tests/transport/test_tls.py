@@ -7,6 +7,7 @@ import select
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,14 @@ pytest.importorskip("cryptography", reason="cryptography is not installed: it ma
 
 from benchmarks.harness.certificates import Authority
 from pdx import config
-from pdx.errors import ConfigError, WireError
+from pdx.errors import ConfigError, PeerGone, WireError
 from pdx.transport.api import Copy, PutFailed, Span
 from pdx.transport.conformance import CHECKS, Check
-from pdx.transport.frames import Head, encode_frame_start
+from pdx.transport.frames import FRAME_BYTES_MAX, Head, encode_frame_start
 from pdx.transport.handshake import greet_as_connector
 from pdx.transport.registry import open_lane
 from pdx.transport.side import MEMORY_BYTES, WAIT_S, Side, losses_of
-from pdx.transport.sockets import parse_endpoint
+from pdx.transport.sockets import Pipe, parse_endpoint, send_exactly, tune
 from pdx.transport.tcp import TcpLane
 from pdx.transport.tls import LaneTls, TlsFiles
 
@@ -229,3 +230,38 @@ class Tap:
                     if source is near:
                         self.seen += data
                     (far if source is near else near).sendall(data)
+
+
+@pytest.mark.parametrize("is_encrypted", [False, True])
+def test_a_reader_that_takes_a_frame_in_drips_is_not_waited_for(files: TlsFiles, is_encrypted: bool) -> None:
+    """Every call moves some bytes; but a window, or a cancel, waits for the end of the frame."""
+    has_ended = threading.Event()
+
+    def pipe_of(connection: socket.socket, *, is_acceptor: bool) -> Pipe:
+        tune(connection, 0.3)
+        if not is_encrypted:
+            return connection
+        pipe = LaneTls(files).pipe(connection, is_acceptor=is_acceptor)
+        pipe.shake_hands(WAIT_S)
+        return pipe
+
+    def drip() -> None:
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            pipe_of(connection, is_acceptor=True)
+            deadline_s = time.monotonic() + 6.0
+            while time.monotonic() < deadline_s and not has_ended.wait(0.01):
+                connection.recv(8 << 10)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
+        reader = threading.Thread(target=drip)
+        reader.start()
+        try:
+            with socket.create_connection(listening.getsockname()) as connection:
+                pipe = pipe_of(connection, is_acceptor=False)
+                with pytest.raises(PeerGone, match="takes no bytes"):
+                    send_exactly(pipe, [bytes(FRAME_BYTES_MAX)] * 8, 8 * FRAME_BYTES_MAX, 0.3)
+        finally:
+            has_ended.set()
+            reader.join()
