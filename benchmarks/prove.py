@@ -69,11 +69,13 @@ def _run(name: str, model: Path, *, quick: bool) -> bool:
 
 
 def _run_tests() -> bool:
+    report = Report(TESTS)
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        subprocess.run([sys.executable, "-m", "pytest", "-m", "prove", f"--junitxml={results}"], cwd=REPOSITORY)
-        report = Report(TESTS)
-        judge_tests(ElementTree.parse(results).getroot(), report)  # our own file
+        command = [sys.executable, "-m", "pytest", "-m", "prove", f"--junitxml={results}"]
+        report.equal("exit status of pytest", subprocess.run(command, cwd=REPOSITORY).returncode, 0)
+        if results.exists():  # else it has ended before all else, which its status says
+            judge_tests(ElementTree.parse(results).getroot(), report)
     report.write()
     return report.all_hold
 

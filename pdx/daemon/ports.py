@@ -71,16 +71,13 @@ class Desk:
     log_second: int = 0
     logged: int = 0  # failures in this second
 
-    def verified(self, text: str, *, daemon: str, use: str = "") -> TransferHandle:
-        """The handle, if it is good for this daemon. `use` marks it used on that side. Raises HandleError."""
-        now_unix_s = self.ports.wall_clock()
-        handle = verify(text, self.ports.cluster_key, now_unix_s=now_unix_s)
+    def verified(self, text: str, *, daemon: str) -> TransferHandle:
+        """The handle, if it is good for this daemon. Raises HandleError."""
+        handle = verify(text, self.ports.cluster_key, now_unix_s=self.ports.wall_clock())
         named: DaemonRef = getattr(handle, daemon)
         me = self.ports.me
         if (named.daemon_id, named.incarnation) != (me.daemon_id, me.incarnation):
             raise HandleError("handle names another daemon, or an earlier life of this one")
-        if use:
-            self.use(handle, use)
         return handle
 
     def use(self, handle: TransferHandle, side: str) -> None:

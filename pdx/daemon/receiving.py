@@ -74,7 +74,8 @@ class ReceivingHalves:
         """A new half that waits for room; None if it needs none: refused, or sharing the slots of `paired`."""
         ports = self._desk.ports
         try:
-            handle = self._desk.verified(message.handle, daemon="decode_daemon", use="receive")
+            handle = self._desk.verified(message.handle, daemon="decode_daemon")
+            self._desk.use(handle, "receive")
             named = (handle.handoff_id, handle.attempt, handle.prefill_daemon.incarnation)
             if named != (message.handoff_id, message.attempt, message.incarnation):
                 raise HandleError("RESERVE does not match its handle")

@@ -93,7 +93,7 @@ class HoldingsMachine(RuleBasedStateMachine):
 
 
 def test_routers_know_in_the_end_whatever_was_lost() -> None:
-    run_state_machine_as_test(HoldingsMachine, settings=settings(max_examples=25, stateful_step_count=30))
+    run_state_machine_as_test(HoldingsMachine, settings=settings(max_examples=40, stateful_step_count=30))
 
 
 def test_a_beginning_comes_in_parts_and_changes_between_them() -> None:

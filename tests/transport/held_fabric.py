@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from lane_pairs import example_fabric
 
 from pdx.transport.api import Copy
-from pdx.transport.fabric import Memory, Transfer
+from pdx.transport.fabric import Fabric, Memory, Transfer, host_memory
 from pdx.transport.side import WAIT_S
+
+F = TypeVar("F", bound=Fabric)
 
 
 class HeldFabric:
@@ -47,6 +51,21 @@ class HeldFabric:
 
     def close(self) -> None:
         self.under_way.clear()
+
+
+@contextlib.contextmanager
+def two_of(make: Callable[[], F], nbytes: int) -> Iterator[tuple[F, F, Memory]]:
+    """Two fabrics, and memory of this process that both have registered."""
+    near, far = make(), make()
+    view = memoryview(bytearray(nbytes))  # lives as long as they do: a Memory is but its address
+    try:
+        memory = host_memory(view)
+        for fabric in (near, far):
+            fabric.register(memory)
+        yield near, far, memory
+    finally:
+        near.close()
+        far.close()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

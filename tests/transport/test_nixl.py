@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from held_fabric import wait_until
+from held_fabric import two_of, wait_until
 from lane_pairs import needing
 
 from pdx.transport import nixl
 from pdx.transport.api import Copy
-from pdx.transport.fabric import host_memory
 from pdx.transport.nixl import NixlFabric, leave_efa_out
 
 USER = "from pdx.transport.nixl import NixlFabric; NixlFabric().close(); print('closed')"
@@ -68,14 +67,9 @@ class HeldAgent:
 @pytest.mark.parametrize("scheme", [pytest.param("nixl", marks=needing("nixl"))])
 def test_a_peer_is_kept_while_it_is_written_to(scheme: str) -> None:
     """NIXL forgets what is under way to a peer that it drops, and does not end it."""
-    memory = memoryview(bytearray(1 << 16))
-    near, far = NixlFabric(), NixlFabric()
-    try:
-        ours = theirs = host_memory(memory)
-        for fabric in (near, far):
-            fabric.register(ours)
+    with two_of(NixlFabric, 1 << 16) as (near, far, memory):
         peer = near.add_peer(far.metadata())
-        transfer = near.write(peer, source=ours, target=theirs, copies=[Copy(0, 1 << 15, 1 << 15)])
+        transfer = near.write(peer, source=memory, target=memory, copies=[Copy(0, 1 << 15, 1 << 15)])
         agent = near._agent
         near._agent = held = HeldAgent(agent, near._nixl.NIXL_IN_PROG)
         assert not near.drop_peer(peer, [transfer])
@@ -83,9 +77,6 @@ def test_a_peer_is_kept_while_it_is_written_to(scheme: str) -> None:
         near._agent = agent
         wait_until(lambda: near.is_done(transfer))
         assert near.drop_peer(peer, [])
-    finally:
-        near.close()
-        far.close()
 
 
 @pytest.mark.parametrize("scheme", [pytest.param("nixl", marks=needing("nixl"))])
@@ -95,29 +86,20 @@ def test_a_channel_that_ends_leaves_the_others_to_its_peer_alone(
 ) -> None:
     """Whether it ended well or not: the peer is forgotten, or kept for later, when the last one ends."""
     monkeypatch.setattr(nixl, "IDLE_PEERS_MAX", 0)
-    memory = memoryview(bytearray(1 << 16))
-    near, far = NixlFabric(), NixlFabric()
-    agent = near._agent
-    try:
-        ours = theirs = host_memory(memory)
-        for fabric in (near, far):
-            fabric.register(ours)
+    with two_of(NixlFabric, 1 << 16) as (near, far, memory):
+        agent = near._agent
         peer = near.add_peer(far.metadata())
-        failed = near.write(peer, source=ours, target=theirs, copies=[Copy(0, 1 << 15, 1 << 15)])
+        failed = near.write(peer, source=memory, target=memory, copies=[Copy(0, 1 << 15, 1 << 15)])
         assert near.add_peer(far.metadata()) == peer
         wait_until(lambda: near.drop_peer(peer, [failed]) if is_broken else near.is_done(failed))
         if not is_broken:
             assert near.drop_peer(peer, [])
         near.update_peer(peer, far.metadata())
         near._agent = watched = HeldAgent(agent, None)
-        transfer = near.write(peer, source=ours, target=theirs, copies=[Copy(0, 1 << 15, 1 << 15)])
+        transfer = near.write(peer, source=memory, target=memory, copies=[Copy(0, 1 << 15, 1 << 15)])
         assert "invalidateRemoteMD" not in watched.called
         near._agent = agent
         wait_until(lambda: near.is_done(transfer))
         near._agent = watched
         assert near.drop_peer(peer, [])
         assert "invalidateRemoteMD" in watched.called
-    finally:
-        near._agent = agent
-        near.close()
-        far.close()

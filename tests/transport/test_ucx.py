@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
-from held_fabric import wait_until
+from held_fabric import two_of, wait_until
 from lane_pairs import needing
 
 from pdx.errors import PeerGone
@@ -16,12 +18,7 @@ HALF = 1 << 15
 
 @pytest.mark.parametrize("scheme", [pytest.param("ucx", marks=needing("ucx"))])
 def test_a_peer_s_keys_outlive_what_uses_them(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    near, far = UcxFabric(emulated=True), UcxFabric(emulated=True)
-    try:
-        view = memoryview(bytearray(2 * HALF))
-        memory = host_memory(view)
-        for fabric in (near, far):
-            fabric.register(memory)
+    with two_of(partial(UcxFabric, emulated=True), 2 * HALF) as (near, far, memory):
         peer = near.add_peer(far.metadata())
         transfer = near.write(peer, source=memory, target=memory, copies=[Copy(0, HALF, HALF)])
         endpoint, ucp = near._peers[peer].endpoint, near._ucp
@@ -41,19 +38,11 @@ def test_a_peer_s_keys_outlive_what_uses_them(scheme: str, monkeypatch: pytest.M
         wait_until(lambda: near.is_done(done))
         assert near.drop_peer(again, [])
         assert alive == [False, False]
-    finally:
-        near.close()
-        far.close()
 
 
 @pytest.mark.parametrize("scheme", [pytest.param("ucx", marks=needing("ucx"))])
 def test_a_channel_that_ends_leaves_the_others_to_its_peer_alone(scheme: str) -> None:
-    near, far = UcxFabric(emulated=True), UcxFabric(emulated=True)
-    try:
-        view = memoryview(bytearray(2 * HALF))
-        memory = host_memory(view)
-        for fabric in (near, far):
-            fabric.register(memory)
+    with two_of(partial(UcxFabric, emulated=True), 2 * HALF) as (near, far, memory):
         old, new = near.add_peer(far.metadata()), near.add_peer(far.metadata())
         assert old != new, "a reconnect gets an endpoint of its own"
         before = near.write(new, source=memory, target=memory, copies=[Copy(0, HALF, HALF)])
@@ -61,9 +50,6 @@ def test_a_channel_that_ends_leaves_the_others_to_its_peer_alone(scheme: str) ->
         after = near.write(new, source=memory, target=memory, copies=[Copy(0, HALF, HALF)])
         for transfer in (before, after):
             wait_until(lambda transfer=transfer: near.is_done(transfer))  # type: ignore[misc]
-    finally:
-        near.close()
-        far.close()
 
 
 @pytest.mark.parametrize("scheme", [pytest.param("ucx", marks=needing("ucx"))])
