@@ -114,12 +114,12 @@ def _run(options: Options) -> int:
     from pdx.router.service import serve
     from pdx.router.workers.supervisor import lead
 
-    if options.workers > 1:
-        return lead(options, options.workers)
     try:
+        if options.workers > 1:
+            return lead(options, options.workers)
         uvloop.run(serve(options))
     except KeyboardInterrupt:
-        pass  # it came before the signal handlers stood
+        pass  # it came before anybody waited for signals
     return 0
 
 

@@ -15,10 +15,10 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import msgspec
 import uvloop
@@ -31,14 +31,13 @@ from pdx.router.service import Options, serve
 from pdx.router.workers.hub import AddedUp, Hub, Places
 from pdx.router.workers.texts import serve_text
 
-if TYPE_CHECKING:
-    from types import FrameType
-
 RESTARTS_MAX = 10  # within RESTARTS_S, of all together: then something is wrong that starting anew does not mend
 RESTARTS_S = 60.0
 REFRESH_S = 1.0  # how much of its counters a killed worker takes with it
 HUB = -1
 STOPS = (signal.SIGINT, signal.SIGTERM)
+WATCHED = {*STOPS, signal.SIGCHLD}
+EXIT_CONFIG = 2  # as of the program: to start it anew would not mend it
 
 _log = logging.getLogger(__name__)
 
@@ -59,30 +58,48 @@ class Workers:
         self._stopping = False
 
     def run(self) -> int:
-        """Starts them and waits until all have ended. Exit status: theirs, if it was not asked for."""
-        for number in STOPS:
-            signal.signal(number, self._stop)
+        """Starts them and waits until all have ended. Exit status: theirs, if it was not asked for.
+
+        Signals are waited for and never handled: one that comes between two calls is there at the next wait, and all
+        whom it concerns have been started by then.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
         self._start_hub()
         status = 0
         while self._pids:
-            pid, ended = os.wait()
-            who = self._pids.pop(pid, None)
-            if who is None or self._stopping:
-                if self._stopping and list(self._pids.values()) == [HUB]:
-                    self._pass_on(signal.SIGTERM)  # nobody has anything to say to daemons any more
-                continue
-            if os.waitstatus_to_exitcode(ended) == 2 or not self._may_restart():
-                status = status or os.waitstatus_to_exitcode(ended) or 1
-                self._stop(signal.SIGTERM, None)
-                continue
-            _log.warning("%s has ended (%d): starting it anew", "the hub" if who == HUB else f"worker {who}", ended)
-            if who == HUB:
-                self._start_hub()
-            else:
-                self._start_worker(who)
+            received = signal.sigwait(WATCHED)
+            if received != signal.SIGCHLD:
+                self._stop(received)
+            for who, ended in self._ended():
+                status = self._on_end(who, ended) or status
         return max(status, 0) or (1 if status else 0)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _ended(self) -> Iterator[tuple[int, int]]:
+        """Who has ended since the last look, and how."""
+        while self._pids:
+            pid, ended = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            if pid in self._pids:
+                yield self._pids.pop(pid), os.waitstatus_to_exitcode(ended)
+
+    def _on_end(self, who: int, ended: int) -> int:
+        """The exit status if this end is the end of all; else 0."""
+        if self._stopping:
+            if list(self._pids.values()) == [HUB]:
+                self._pass_on(signal.SIGTERM)  # nobody has anything to say to daemons any more
+            return 0
+        if ended == EXIT_CONFIG or not self._may_restart():
+            self._stop(signal.SIGTERM)
+            return ended or 1
+        _log.warning("%s has ended (%d): starting it anew", "the hub" if who == HUB else f"worker {who}", ended)
+        if who == HUB:
+            self._start_hub()
+        else:
+            self._start_worker(who)
+        return 0
+
+    def _stop(self, number: int) -> None:
         """A second signal is passed on like the first. The hub goes on for the workers, as long as they drain."""
         again, self._stopping = self._stopping, True
         self._pass_on(number, to_hub=again or len(self._pids) == 1)
@@ -136,15 +153,11 @@ class Workers:
         self._fork(worker, lambda: uvloop.run(serve(options)))
 
     def _fork(self, who: int, child: Callable[[], None]) -> None:
-        # Between fork and its own handlers a child has ours: a signal must wait until it has them no more.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        if not self._stopping:  # or nobody would tell this one
-            pid = os.fork()
-            if not pid:
-                os.close(self._alive)
-                _be(child)
-            self._pids[pid] = who
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        pid = os.fork()
+        if not pid:
+            os.close(self._alive)
+            _be(child)
+        self._pids[pid] = who
 
 
 def lead(options: Options, count: int) -> int:
@@ -207,14 +220,13 @@ def _be(child: Callable[[], None]) -> NoReturn:
     status = 1
     try:
         os.setpgid(0, 0)  # a terminal's Ctrl-C goes to the process that passes signals on
-        for number in STOPS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it has its own: Python's would tell of an exception
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
         child()
         status = 0
     except ConfigError as error:
         os.write(2, f"pdx-router: {error}\n".encode())
-        status = 2
+        status = EXIT_CONFIG
     except Exception:  # noqa: BLE001 - the top of a process
         _log.exception("a process of this router failed")
     finally:

@@ -146,7 +146,7 @@ def test_none_outlives_the_first(tmp_path: Path) -> None:
 
 
 def test_a_stop_at_any_moment_of_the_start_ends_all(tmp_path: Path) -> None:
-    """No process is started after the signal, whom nobody would tell."""
+    """Nobody is started whom nobody tells, and a signal between two waits is not lost."""
     flags = ["--workers", "3", "--port", "0", "--control", "tcp://127.0.0.1:0"]
     for number in range(6):
         process = started([sys.executable, "-m", "pdx.router.main", *flags], PDX_RUN_DIR=str(tmp_path / "run"))
