@@ -4,25 +4,28 @@ Prefill: time to the first token of a pair whose prefill engine pushes every pag
 included) over that of a plain engine, and CPU seconds of the prefill engine with its pdxd over the plain engine's.
 Decode: inter-token latency of an engine with the connector over a plain engine's, alone and while another request's
 pages arrive and are loaded; a plain engine has a plain one on the other core, idle or at work. Every figure is a
-ratio within one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. The
-control is a second plain engine, and its ratio to the first what this machine can tell apart at all. The naive variant
-is the same pair whose daemons poll instead of sleeping, each on its engine's core; it must miss every bar.
-The full run takes about 50 minutes.
+ratio within one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. Of
+two equal engines one may be some percent faster for as long as it lives: all of them are started anew several times,
+and the intervals are of lives, drawn with their rounds. The control is a second plain engine, and its ratio to the
+first what this machine can tell apart at all. The naive variant is the same pair whose daemons poll instead of
+sleeping, each on its engine's core; it must miss every bar. The full run takes about an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from benchmarks.harness.arms import DECODE_CPUS, PREFILL_CPUS, Arm, PdxPair, Scratch, pdx_pair, plain_engines
 from benchmarks.harness.measure import (
+    RESAMPLES,
     Background,
     Timing,
-    bootstrap_interval,
     completion,
     median,
     memcpy_rate,
@@ -52,24 +55,28 @@ Samples = dict[str, list[float]]  # arm name -> one figure a round
 
 @dataclass(frozen=True)
 class Plan:
+    """Rounds are those of one life; the naive variant's, of each kind, are in the first."""
+
     prompt_tokens: int
+    lives: int
     prefill_rounds: int
     decode_rounds: int
     load_rounds: int
-    naive_rounds: int  # of each
+    naive_rounds: int
 
 
-FULL = Plan(prompt_tokens=512, prefill_rounds=48, decode_rounds=60, load_rounds=12, naive_rounds=2)
-QUICK = Plan(prompt_tokens=512, prefill_rounds=3, decode_rounds=3, load_rounds=1, naive_rounds=1)
+FULL = Plan(prompt_tokens=512, lives=6, prefill_rounds=8, decode_rounds=8, load_rounds=2, naive_rounds=2)
+QUICK = Plan(prompt_tokens=512, lives=1, prefill_rounds=3, decode_rounds=3, load_rounds=1, naive_rounds=1)
 
 
 @dataclass
 class Tax:
-    """The arms, each of two engines: one for prefill on core 0 and one for decode on core 1."""
+    """One life of the arms, each of two engines: one for prefill on core 0 and one for decode on core 1."""
 
     pair: PdxPair
     plains: Mapping[str, tuple[Arm, Arm]]  # name -> (for prefill, for decode)
     plan: Plan
+    naive_rounds: int
     parts_s: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # CPU of the prefills, by part
     gaps_s: dict[str, list[float]] = field(default_factory=dict)  # while loading, all rounds together
     _seed: int = 0
@@ -180,7 +187,7 @@ class Tax:
     def _turns(self, rounds: int) -> Iterator[tuple[int, str]]:
         """A new prompt's seed each round, the same for all arms of it; there and back."""
         for number in range(rounds):
-            names = [*self.plains, PDX, *([NAIVE] if number < self.plan.naive_rounds else [])]
+            names = [*self.plains, PDX, *([NAIVE] if number < self.naive_rounds else [])]
             self._seed += 1
             for name in names if number % 2 == 0 else reversed(names):
                 # The pair must not find in its caches what it has just computed while its daemons slept.
@@ -209,18 +216,34 @@ def ratios_of(samples: Samples) -> Samples:
     return {name: [own / plain for own, plain in zip(each, base, strict=False)] for name, each in samples.items()}
 
 
-def judge(name: str, samples: Samples, report: Report) -> list[object]:
+def of_lives(lives: Sequence[Samples]) -> Samples:
+    """The rounds of all lives in a row."""
+    return {name: [value for life in lives for value in life.get(name, ())] for name in lives[0]}
+
+
+def interval_of(lives: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:
+    """95 %, of the median: lives are drawn, and rounds of each. What differs from life to life is thus in it."""
+    draw = random.Random(seed)
+    medians = sorted(
+        median([value for life in draw.choices(lives, k=len(lives)) for value in draw.choices(life, k=len(life))])
+        for _ in range(RESAMPLES)
+    )
+    return medians[int(RESAMPLES * 0.025)], medians[int(RESAMPLES * 0.975) - 1]
+
+
+def judge(name: str, lives: Sequence[Samples], report: Report) -> list[object]:
     """Bars of one figure; its row of the table."""
-    ratios = ratios_of(samples)
-    ratio, (low, high) = median(ratios[PDX]), bootstrap_interval(ratios[PDX], seed=1)
+    each = [ratios_of(life) for life in lives]
+    ratios, samples = of_lives(each), of_lives(lives)
+    ratio, (low, high) = median(ratios[PDX]), interval_of([life[PDX] for life in each], seed=1)
     control = median(ratios["control"])
-    control_low, control_high = bootstrap_interval(ratios["control"], seed=2)
+    control_low, control_high = interval_of([life["control"] for life in each], seed=2)
     report.bar(f"{name}: pdx / plain", round(ratio, 4), f"<= {TAX_MAX}", ratio <= TAX_MAX)
     report.bar(
         f"{name}: 95 % interval excludes {EXCLUDED}", f"{low:.4f} to {high:.4f}", f"< {EXCLUDED}", high < EXCLUDED
     )
     naive = judge_naive(name, ratios, report)
-    report.figures[name] = {"samples_s": samples, "control": [control, control_low, control_high]}
+    report.figures[name] = {"samples_s_by_life": list(lives), "control": [control, control_low, control_high]}
     milliseconds = [f"{median(samples[arm]) * 1e3:.1f}" for arm in (BASE, "control", PDX)]
     return [
         name, *milliseconds, f"{control:.4f} ({control_low:.4f} to {control_high:.4f})",
@@ -234,29 +257,53 @@ def judge_naive(name: str, ratios: Samples, report: Report) -> float:
     return naive
 
 
-def judge_cpu(tax: Tax, report: Report) -> None:
+def judge_cpu(lives: Sequence[Tax], report: Report) -> None:
     name = "CPU seconds per 1,000 prompt tokens"
-    cpu_s = tax.cpu_s
-    ratios = ratios_of(cpu_s)
+    cpu_s = of_lives([life.cpu_s for life in lives])
+    ratios = of_lives([ratios_of(life.cpu_s) for life in lives])
     ratio = median(ratios[PDX])
     report.bar(f"{name}: pdx / plain", round(ratio, 4), f"<= {TAX_MAX}", ratio <= TAX_MAX)
     judge_naive(name, ratios, report)
-    each = {arm: median(seconds) * 1000 / tax.plan.prompt_tokens for arm, seconds in cpu_s.items()}
+    each = {arm: median(seconds) * 1000 / lives[0].plan.prompt_tokens for arm, seconds in cpu_s.items()}
     report.figures["cpu_s_per_1000_tokens"] = {
-        "medians": each, "samples_s_per_prompt": cpu_s, "samples_by_part": tax.parts_s,
+        "medians": each, "samples_s_per_prompt": cpu_s, "samples_by_part": [life.parts_s for life in lives],
     }  # fmt: skip
     rows = [[arm, f"{seconds:.3f}", f"{median(ratios[arm]):.4f}"] for arm, seconds in each.items()]
     table(f"{name} (pdx: prefill engine and its pdxd); medians", ("", "s", "to plain, within a round"), rows)
 
 
-def show_pauses(tax: Tax, report: Report) -> None:
+def show_pauses(lives: Sequence[Tax], report: Report) -> None:
     """Medians hide the one step into which a load falls."""
     rows = []
-    for name, gaps in tax.gaps_s.items():
+    for name, gaps in of_lives([life.gaps_s for life in lives]).items():
         figures = [percentile(gaps, 50), percentile(gaps, 99), max(gaps)]
         report.figures.setdefault("gaps_while_loading_ms", {})[name] = [round(gap * 1e3, 2) for gap in figures]
         rows.append([name, len(gaps), *(f"{gap * 1e3:.1f}" for gap in figures)])
     table("Gaps of a stream beside a prefill (pdx: and its load), ms", ("", "gaps", "p50", "p99", "longest"), rows)
+
+
+def live(number: int, model: Path, plan: Plan, lives: dict[str, list[Samples]], report: Report) -> Tax:
+    """Starts all arms, puts what they show under the name of each step, and ends them."""
+    with Scratch(model) as scratch:
+        pair = pdx_pair(scratch, PDX, daemon_module="benchmarks.naive.polling")
+        cpus = {f"{name}-{core}": core for name in (BASE, "control") for core in (PREFILL_CPUS, DECODE_CPUS)}
+        engines = plain_engines(scratch, "plain", cpus)
+        plains = {BASE: (engines[0], engines[1]), "control": (engines[2], engines[3])}
+        tax = Tax(pair, plains, plan, naive_rounds=plan.naive_rounds if number == 0 else 0)
+        report.progress(f"life {number + 1} of {plan.lives} has begun")
+        tax.warm()
+        steps: dict[str, Callable[[], Samples]] = {
+            f"prefill of {plan.prompt_tokens:,} tokens, first token": tax.prefill,
+            "decode ITL, alone": tax.decode,
+            "decode ITL, beside a load": tax.decode_loading,
+        }
+        for name, step in steps.items():
+            lives.setdefault(name, []).append(step())
+            ratios = {arm: round(median(each), 3) for arm, each in ratios_of(lives[name][-1]).items()}
+            report.progress(f"{name}: {ratios}")
+        for arm in scratch.arms:
+            report.arm(arm, life=number if plan.lives > 1 else None)
+    return tax
 
 
 def main() -> int:
@@ -266,25 +313,13 @@ def main() -> int:
     pin_client()
     report, plan = Report("tax"), QUICK if chosen.quick else FULL
     report.figures["ceiling_memcpy_gb_per_s"] = round(memcpy_rate() / 1e9, 2)
-    with Scratch(chosen.model or build()) as scratch:
-        pair = pdx_pair(scratch, PDX, daemon_module="benchmarks.naive.polling")
-        cpus = {f"{name}-{core}": core for name in (BASE, "control") for core in (PREFILL_CPUS, DECODE_CPUS)}
-        engines = plain_engines(scratch, "plain", cpus)
-        plains = {BASE: (engines[0], engines[1]), "control": (engines[2], engines[3])}
-        tax = Tax(pair, plains, plan)
-        tax.warm()
-        steps: dict[str, Callable[[], Samples]] = {
-            f"prefill of {plan.prompt_tokens:,} tokens, first token": tax.prefill,
-            "decode ITL, alone": tax.decode,
-            "decode ITL, beside a load": tax.decode_loading,
-        }
-        rows = [judge(name, step(), report) for name, step in steps.items()]
-        for arm in scratch.arms:
-            report.arm(arm)
+    model, lives = chosen.model or build(), dict[str, list[Samples]]()
+    taxes = [live(number, model, plan, lives, report) for number in range(plan.lives)]
+    rows = [judge(name, each, report) for name, each in lives.items()]
     columns = ("", "plain ms", "control ms", "pdx ms", "A/A: control / plain", "pdx / plain", "naive / plain")
     table("Medians; ratios within a round with their 95 % intervals; the ceiling is the control", columns, rows)
-    judge_cpu(tax, report)
-    show_pauses(tax, report)
+    judge_cpu(taxes, report)
+    show_pauses(taxes, report)
     report.write(chosen.json)
     return 0 if report.all_hold else 1
 

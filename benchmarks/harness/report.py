@@ -36,9 +36,13 @@ class Report:
     def equal(self, name: str, value: Any, target: Any) -> None:
         self.bar(name, value, str(target), value == target)
 
-    def arm(self, arm: Arm) -> None:
-        """Keeps where the arm's parts ran and the CPU seconds that they took so far. Call before it stops."""
-        self.arms[arm.name] = {"taskset": arm.taskset(), "cpu_s": arm.cpu_seconds()}
+    def arm(self, arm: Arm, *, life: int | None = None) -> None:
+        """Keeps where the arm's parts ran and the CPU seconds that they took so far. Call before it stops.
+
+        `life`: of an arm that is started several times.
+        """
+        name = arm.name if life is None else f"{arm.name}, life {life + 1}"
+        self.arms[name] = {"taskset": arm.taskset(), "cpu_s": arm.cpu_seconds()}
 
     def progress(self, what: str) -> None:
         print(f"  {time.monotonic() - self._started:4.0f} s  {what}", flush=True)
