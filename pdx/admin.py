@@ -226,12 +226,14 @@ def check_clear(request: ClearRequest) -> None:
         raise Refused(f"say which blocks (a prompt, model, cache_salt or older_s), or that everything is meant{both}")
 
 
-def clear(request: ClearRequest) -> Clear:
-    """One that names no prompt."""
+def clear(request: ClearRequest, infos: Iterable[SpaceInfo] = ()) -> Clear:
+    """Without a prompt. `infos`: all that is known of its model; a disk may have what its daemon has not met."""
     tenant = None if request.cache_salt is None else tenant_of(request.cache_salt)
+    spaces = sorted({space_of(info.content, info.layout) for info in infos}) if request.model else None
     return Clear(
-        model=request.model or None, tenant=tenant, tier=request.tier, older_s=request.older_s, dry_run=request.dry_run
-    )
+        model=request.model or None, spaces=spaces, tenant=tenant, tier=request.tier, older_s=request.older_s,
+        dry_run=request.dry_run,
+    )  # fmt: skip
 
 
 def prompt_clears(request: ClearRequest, infos: Iterable[SpaceInfo], names: BlockNames) -> list[Clear]:

@@ -35,6 +35,7 @@ LOCK_NAME = "pdxd.lock"
 INFO_NAME = "pdxd.json"  # where the daemon is, for people and tests
 KEY_NAME = "cluster.key"  # of a daemon that is given none
 LOG_NAME = "pdxd.log"  # of a daemon that a client has started
+KINDS_NAME = "pdxd.kinds"  # kinds of blocks that a daemon with a disk has met, for its next lives
 FLAGS_NAME = "pdxd.flags"  # of the daemon that runs, or was killed: whoever misses it starts it anew as it was
 PREFIX, ROUTER_PREFIX = "PDX_", "PDX_ROUTER_"  # the second: of variables that only a router reads
 NO_SETTINGS = ("config", "admin")  # PDX_CONFIG, PDX_ADMIN

@@ -83,7 +83,7 @@ class LocalKv:
         if request.given:
             return self._of_prompt(request, partial(admin.prompt_clears, request), attached=False)
         infos = admin.chosen(request.model, self._spaces()) if request.model else []
-        return self._steered([admin.clear(request)], infos)
+        return self._steered([admin.clear(request, infos)], infos)
 
     def ask(self, question: Question) -> Report:
         answer = self._client.ask(Ask(verb=question))

@@ -95,8 +95,8 @@ class Clear(Shape, tag="clear", frozen=True, kw_only=True):
     `block_hashes` are one prompt's: exactly one tenant must be named then, and its spaces.
     """
 
-    model: str | None = None  # all spaces of this model that the daemon has met
-    spaces: list[Space] | None = None
+    model: str | None = None  # all of this model; refused where blocks are kept of which nobody knows the model
+    spaces: list[Space] | None = None  # with a model: which are its, as others know; the daemon adds what it knows
     tenant: Tenant | None = None
     block_hashes: list[BlockHash] | None = None
     tier: TierName = "all"
@@ -122,7 +122,7 @@ class Cleared(Shape, tag="cleared", frozen=True, kw_only=True):
 
 
 class SpaceInfo(Shape, frozen=True, kw_only=True):
-    """A space that an engine of this daemon has, or had while it ran."""
+    """A space that an engine of this daemon has, or had: with a disk, in earlier lives too."""
 
     content: ContentFingerprint
     layout: LayoutFingerprint

@@ -75,7 +75,7 @@ class Handoffs:
         self._low_water = LowWater(store, ports.waterline, self._tiering)
         self._costs = Costs(ports.counters, self._tiering)
         self._prefixes = Prefixes(self._desk, self._grips, self._tiering, self._costs)
-        self.spaces = KnownSpaces()
+        self.spaces = KnownSpaces(ports.kinds_file)
         self._pins = Pins(self._desk, self._prefixes, self.spaces)
         self._steering = Steering(
             self._desk, self._prefixes, self._tiering, self._pins, self.spaces, clear_under_way=self._clear_under_way

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pdx.buffer.lease import Lease, LeaseState
@@ -50,6 +51,7 @@ class Ports:
     lease_s: float
     digest_mode: bool
     tier: Tier | None = None  # below the arena
+    kinds_file: Path | None = None  # where the kinds of blocks that a tier keeps outlive the daemon
     write_mode: WriteMode = WriteMode.THROUGH
     waterline: Waterline = NEVER
     pin_share: float = 0.25  # of the arena

@@ -18,7 +18,7 @@ import zmq
 
 from pdx.buffer.store import Store
 from pdx.buffer.water import Waterline
-from pdx.config import Config
+from pdx.config import KINDS_NAME, Config
 from pdx.curve import AllowList
 from pdx.daemon.announcer import Announcer
 from pdx.daemon.door import Door
@@ -398,6 +398,7 @@ class Service:
             lease_s=self._config.lease_s,
             digest_mode=self._config.digest_mode,
             tier=self._tier,
+            kinds_file=None if self._tier is None else self._config.run_path / KINDS_NAME,
             write_mode=WriteMode(self._config.disk_write),
             waterline=Waterline(low=self._config.low_water_share, high=self._config.high_water),
             pin_share=self._config.pin_share,

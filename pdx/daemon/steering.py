@@ -63,8 +63,8 @@ class Steering:
             raise Refused("a prompt's blocks have a tenant and a space: name them")
         spaces = None if what.spaces is None else frozenset(what.spaces)
         if what.model is not None:
-            of_model = frozenset(self._spaces.of_model(what.model))
-            spaces = of_model if spaces is None else spaces & of_model
+            spaces = self._spaces.of_model(what.model).union(what.spaces or ())
+            self._check_known(what, spaces, now)
         which = Selection(
             spaces=spaces,
             tenant=what.tenant,
@@ -85,6 +85,20 @@ class Steering:
         if not what.dry_run:
             self._desk.ports.counters["blocks_cleared"] += arena.blocks + disk.blocks
         return Cleared(arena=arena, disk=disk, pins_ended=pins_ended, dry_run=what.dry_run)
+
+    def _check_known(self, what: Clear, spaces: frozenset[bytes], now: float) -> None:
+        """Raises Refused if what is kept may be this model's as well. Names of blocks tell a space, and no model."""
+        unknown = Selection(other_than=spaces | self._spaces.all(), tenant=what.tenant, older_s=what.older_s)
+        blocks = 0
+        if what.tier != "disk":
+            blocks += len(self._desk.store.survey(unknown, now=now).blocks)
+        if what.tier != "arena" and self._tiering is not None:
+            blocks += self._tiering.survey(unknown).blocks
+        if blocks:
+            raise Refused(
+                f"{blocks} blocks are of kinds that this daemon has never met, and may be {what.model}'s: let their "
+                "engines attach once, or clear without naming a model"
+            )
 
 
 def _counted(selected: Selected) -> TierCleared:

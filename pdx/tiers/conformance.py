@@ -300,6 +300,8 @@ def check_swept_is_missed(make_tier: MakeTier) -> None:
             Selection(spaces=frozenset(spaces[:1]), tenant=b"", block_hashes=frozenset({keys[0][1], b"unknown"})),
             Selection(older_s=1e6),
             Selection(spaces=frozenset(spaces[:1])),
+            Selection(other_than=frozenset(spaces)),
+            Selection(other_than=frozenset(spaces[:1]), tenant=tenants[0]),
             Selection(tenant=tenants[1]),
             Selection(),
         ]

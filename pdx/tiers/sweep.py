@@ -69,10 +69,12 @@ def _meant(ledger: Ledger, which: Selection, *, now: float) -> list[Entry]:
 
 def _by_labels(which: Selection) -> Callable[[Group], bool]:
     spaces = None if which.spaces is None else {label_of(space) for space in which.spaces}
+    others = {label_of(space) for space in which.other_than}
     tenant = None if which.tenant is None else label_of(which.tenant)
 
     def is_meant(labels: Group) -> bool:
         space_label, tenant_label = labels
-        return (spaces is None or space_label in spaces) and tenant in (None, tenant_label)
+        is_of_space = (spaces is None or space_label in spaces) and space_label not in others
+        return is_of_space and tenant in (None, tenant_label)
 
     return is_meant

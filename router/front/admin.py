@@ -117,10 +117,12 @@ class Admin:
         admin.check_clear(request)
         if request.given:
             return await self._of_prompt(request, partial(admin.prompt_clears, request), attached=False)
+        meant: list[SpaceInfo] = []
         if request.model:
             infos, silent = await self._daemons.spaces()
-            _chosen(request.model, infos, silent, attached=False)
-        return _reported(Report(daemons=await self._daemons.steered_alike(admin.clear(request)), model=request.model))
+            meant = _chosen(request.model, infos, silent, attached=False)
+        reports = await self._daemons.steered_alike(admin.clear(request, meant))
+        return _reported(Report(daemons=reports, model=request.model))
 
     async def _question(self, client: web.Request) -> web.StreamResponse:
         question = QUESTIONS[client.match_info["question"]]

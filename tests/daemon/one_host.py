@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from pdx.buffer.headers import Headers
@@ -47,7 +48,7 @@ class Host:
 
     def __init__(
         self, extents: int = 2, tier: Tier | None = None, *, policy: Eviction = "lru",
-        write_mode: WriteMode = WriteMode.THROUGH, waterline: Waterline = NEVER,
+        write_mode: WriteMode = WriteMode.THROUGH, waterline: Waterline = NEVER, kinds_file: Path | None = None,
     ) -> None:  # fmt: skip
         memory = memoryview(bytearray(4096 + extents * (64 << 10)))
         self.store = Store(
@@ -65,7 +66,7 @@ class Host:
                 to_routers=lambda message: None, engine=engine, fence_passed=lambda name, step: True,
                 lanes=Lanes([], me=HERE.daemon_id, counters=self.counters),
                 tracer=Tracer(), counters=self.counters, lease_s=30.0, digest_mode=False, tier=tier,
-                write_mode=write_mode, waterline=waterline,
+                write_mode=write_mode, waterline=waterline, kinds_file=kinds_file,
             ),
         )  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from one_host import HASHES, PAGES, Host, engine
@@ -299,6 +301,37 @@ class TestClear:
         assert clear(host, model="m", dry_run=True).arena.blocks == 3
         assert counts(host) == (3, 3, 0)
         assert clear(host, tenant=b"", spaces=[SPACE]).disk.blocks == 3
+
+    def test_of_a_model_takes_what_earlier_lives_have_left_on_the_disk(self, tier: MemoryTier, tmp_path: Path) -> None:
+        kinds, updated = tmp_path / "kinds", replace(engine("P"), info=INFO.at("weights of an update"))
+        before = Host(tier=tier, kinds_file=kinds)
+        for each in (engine("P"), updated):
+            before.handoffs.spaces.met(each)
+        keep_filled(before)
+        host = Host(tier=tier, kinds_file=kinds)
+        contents = [info.content for info in host.handoffs.spaces.describe([]).spaces]
+        assert contents == [INFO.content, updated.info.content]
+        assert clear(host, model="m").disk.blocks == 3
+        assert look_up(host) == []
+
+    def test_of_a_model_is_refused_where_what_is_kept_may_be_its(self, tier: MemoryTier, tmp_path: Path) -> None:
+        before = Host(tier=tier)
+        before.handoffs.spaces.met(engine("P"))
+        keep_filled(before)
+        (tmp_path / "kinds").write_bytes(b"[{torn")
+        host = Host(tier=tier, kinds_file=tmp_path / "kinds")
+        for which in ({}, {"dry_run": True}, {"tier": "disk"}, {"tenant": b""}):
+            with pytest.raises(Refused, match="3 blocks are of kinds that this daemon has never met, and may be m's"):
+                clear(host, model="m", **which)
+        for which in ({"tier": "arena"}, {"tenant": ALICE}, {"older_s": 1e6}):
+            assert clear(host, model="m", **which).disk.blocks == 0, "none of those is meant"
+        assert clear(host, model="m", spaces=[SPACE]).disk.blocks == 3, "others have met them"
+        assert look_up(host) == []
+
+    def test_of_a_model_leaves_others_that_are_known(self, host: Host) -> None:
+        keep_filled(host)
+        assert clear(host, model="other", spaces=[bytes(SPACE_BYTES)]).disk.blocks == 0
+        assert counts(host) == (3, 3, 0)
 
     def test_old_blocks_only(self, host: Host) -> None:
         keep_filled(host)

@@ -13,8 +13,9 @@ import pytest
 from engine_fakes import CONTENT, LAYOUT, MODEL, FakeDaemon, FakeEngine, Fleet, fleet, until, within
 from msgspec import structs, to_builtins
 
+from pdx.keys import space_of
 from pdx.router.main import main
-from pdx.verbs import Found, Lookup, SpaceInfo, Spaces
+from pdx.verbs import Clear, Cleared, Found, Lookup, SpaceInfo, Spaces, TierCleared
 from pdx.wire import Answer, Ask, encode
 
 TOKEN = "t0ken"
@@ -66,6 +67,21 @@ async def test_a_lookup_is_asked_of_each_daemon_by_its_own_names() -> None:
         assert status == 200
         assert (report["model"], report["prompt_tokens"]) == (MODEL, 40)
         assert report["daemons"][0]["results"] == [{"type": "found", **to_builtins(FOUND)}]
+
+
+@within(20)
+async def test_of_a_model_a_daemon_is_told_all_spaces_that_any_has_met() -> None:
+    async with admin_of(FakeEngine("a", "decode"), FakeEngine("b", "decode"), hosts=2) as router:
+        first, second = router.daemons
+        asking = asyncio.create_task(ask(router, "clear", {"model": MODEL}))
+        await answer(first, 0, spaces())
+        await answer(second, 0, Spaces(spaces=[]))
+        (met,) = spaces().spaces
+        for daemon in router.daemons:
+            asked = await answer(daemon, 1, Cleared(arena=TierCleared(), disk=TierCleared()))
+            assert isinstance(asked.verb, Clear)
+            assert (asked.verb.model, asked.verb.spaces) == (MODEL, [space_of(met.content, met.layout)])
+        assert (await asking)[0] == 200
 
 
 @within(20)

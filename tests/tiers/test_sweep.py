@@ -52,6 +52,8 @@ def ledger() -> Watched:
         (Selection(spaces=frozenset(SPACES), tenant=TENANTS[1], block_hashes=frozenset(BLOCKS[:3])), 6),
         (Selection(spaces=frozenset({b"c" * SPACE_BYTES})), 0),
         (Selection(spaces=frozenset()), 0),
+        (Selection(other_than=frozenset(SPACES[:1]), tenant=TENANTS[0]), 50),
+        (Selection(other_than=frozenset(SPACES)), 0),
     ],
 )
 def test_only_what_is_meant_is_looked_at(ledger: Watched, which: Selection, blocks: int) -> None:
