@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from pdx.keys import ContentFingerprint
 from pdx.router.choice.blocks import Blocks
 from pdx.router.choice.knowledge import Found
 
@@ -21,9 +22,14 @@ NOTHING = Found()
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int  # how many; a guess if there are no ids
     token_ids: list[int] | None = None
+    tokenizer: ContentFingerprint | None = None  # of the engine that made these of a text; None: the client did
     blocks: Blocks | None = None  # None: they can't be named
     found: Mapping[bytes, Mapping[str, Found]] = {}  # space of engines -> daemon id -> what it has of them
     generation: int = -1  # of the knowledge that says so
+
+    def ids_at(self, engine: Candidate) -> list[int] | None:
+        """What its text is to this engine: one of another content may have another tokenizer under the same name."""
+        return self.token_ids if self.tokenizer in (None, engine.info.content) else None
 
     def names_at(self, engine: Candidate) -> tuple[int, ...]:
         return self.blocks.names(engine.space) if self.blocks is not None else ()

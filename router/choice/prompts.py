@@ -1,7 +1,8 @@
 """Makes a request's `Prompt`: its token ids, what engines call its blocks, and who has them.
 
-A completion that comes as token ids is read as it is. A text or a chat is tokenized by one of its engines, once: the
-ids are remembered by content, under the tenant. That takes a request's time, so it is asked for only where it can be
+A completion that comes as token ids is read as it is. A text or a chat is tokenized by an engine that a daemon
+announces: the ids are remembered under its content and the tenant, and stand for the text only at engines of that
+content, for others may have another tokenizer. That takes a request's time, so it is asked for only where it can be
 worth that, and not for longer than `patience_s` says; who gets no ids is chosen for by the length of the text alone.
 
 What can't be named from its tokens (adapters, images, engines with hashes of their own) has no names, and is placed by
@@ -24,6 +25,7 @@ import msgspec
 from pdx.admin import tokens_in
 from pdx.chain import TOKENS_MAX
 from pdx.errors import Refused
+from pdx.keys import ContentFingerprint
 from pdx.router.choice.blocks import Blocks
 from pdx.router.choice.forecast import NOMINAL_TOKENS_PER_S
 from pdx.router.choice.knowledge import Found, Knowledge
@@ -91,14 +93,17 @@ class Prompts:
             return Reading(engines, salt, len(given), has_names, ids)
         guess = 1 + _letters(given if path == COMPLETIONS else body.get("messages")) // LETTERS_A_TOKEN
         reading = Reading(engines, salt, guess, has_names)
-        patience_s = patience_for(guess, engines, takes_s=self._takes_s())
+        pairable = [engine for engine in engines if engine.pairable]
+        patience_s = patience_for(guess, pairable, takes_s=self._takes_s())
         if not patience_s or not has_names:
             self._unasked += 1
             self._count("unasked")
             return reading
+        asked = pairable[turn % len(pairable)]
+        reading.tokenizer = asked.info.content
         question = tokenize_question(path, body)
         # Under the tenant: how soon an answer comes must not tell one what another has asked.
-        named = b"%b%d %b" % (engines[0].space, len(salt), salt.encode("utf-8", "surrogatepass"))
+        named = b"%b%d %b" % (asked.space, len(salt), salt.encode("utf-8", "surrogatepass"))
         key = hashlib.blake2b(named + question, digest_size=16).digest()
         kept = self._ids.get(key)
         if kept is not None:
@@ -106,7 +111,7 @@ class Prompts:
             self._count("remembered")
             reading.ids = list(kept)
             return reading
-        url = engines[turn % len(engines)].info.url.rstrip("/") + "/tokenize"
+        url = asked.info.url.rstrip("/") + "/tokenize"
         reading.asked = _Asked(key, patience_s, time.monotonic(), self._upstream.call(url, question, headers))
         reading.asked.call.begin()
         return reading
@@ -116,13 +121,15 @@ class Prompts:
         if reading.asked is not None:
             reading.ids = await self._answer(reading.asked)
             reading.asked = None  # the question is as long as the prompt
-        ids, engines = reading.ids, reading.engines
-        if ids is None or not reading.has_names or _too_long(ids, engines):
-            return Prompt(tokens=reading.guess if ids is None else len(ids), token_ids=ids)
+        ids, engines, tokenizer = reading.ids, reading.engines, reading.tokenizer
+        if ids is None:
+            return Prompt(tokens=reading.guess)
+        if not reading.has_names or _too_long(ids, engines):
+            return Prompt(tokens=len(ids), token_ids=ids, tokenizer=tokenizer)
         blocks = Blocks(ids, reading.salt, {engine.space: engine.info.content for engine in engines})
         if len(ids) > TOKENS_AT_ONCE:  # also what nobody has: it would be named on the loop when it is sent
             await asyncio.to_thread(blocks.name_all)
-        return self.refreshed(Prompt(tokens=len(ids), token_ids=ids, blocks=blocks), now)
+        return self.refreshed(Prompt(tokens=len(ids), token_ids=ids, tokenizer=tokenizer, blocks=blocks), now)
 
     def refreshed(self, prompt: Prompt, now: float) -> Prompt:
         """With what daemons have of it now: it may have waited in a line."""
@@ -170,7 +177,7 @@ class Prompts:
 class Reading:
     """One prompt, while its ids may be on their way."""
 
-    __slots__ = ("asked", "engines", "guess", "has_names", "ids", "prompt", "salt")
+    __slots__ = ("asked", "engines", "guess", "has_names", "ids", "prompt", "salt", "tokenizer")
 
     def __init__(
         self, engines: Sequence[Candidate], salt: Any, guess: int, has_names: bool, ids: list[int] | None = None
@@ -180,6 +187,7 @@ class Reading:
         self.guess = guess  # how many tokens
         self.has_names = has_names  # whether ids would tell what engines call its blocks
         self.ids = ids
+        self.tokenizer: ContentFingerprint | None = None  # of who is asked for the ids
         self.asked: _Asked | None = None
         self.prompt: Prompt | None = None  # for who has read it
 

@@ -246,7 +246,7 @@ class Journey:
         self.handoff_id = begin.handoff_id
         self._handle = self._mint(pair, begin)
         prompt = begin.asked.prompt
-        ids = prompt.token_ids if prompt is not None else None
+        ids = prompt.ids_at(pair.prefill) if prompt is not None else None
         asked = msgspec.json.encode(prefill_body(path, body, self._handle, ids))
         timeout_s = self._settings.prefill_timeout_s
         call = CallPrefill(engine=pair.prefill, body=asked, timeout_s=timeout_s, prompt=prompt)

@@ -37,7 +37,8 @@ from journeys import (
 )
 
 from pdx.errors import IllegalTransition
-from pdx.router.choice.policy import Snapshot
+from pdx.router.choice.policy import Asked, Snapshot
+from pdx.router.choice.prompt import Prompt
 from pdx.router.request.actions import (
     Answer,
     CallDecode,
@@ -95,6 +96,14 @@ def test_chat_token_ids_lie_on_top() -> None:
     (told,) = through(machine, begin(P0, D0), PrefillAnswered(200, CHAT_IDS))
     assert json.loads(told.body)["kv_transfer_params"]["prompt_token_ids"] == [1, 2, 3]
     assert told.cached_tokens is None
+
+
+def test_ids_stand_for_a_text_only_where_they_were_made() -> None:
+    strange = msgspec.structs.replace(P0.info.content, weights="revised")
+    for content, sent in ((P0.info.content, [7, 8]), (None, [7, 8]), (strange, "x")):
+        asked = Asked(prompt=Prompt(tokens=2, token_ids=[7, 8], tokenizer=content))
+        (call,) = journey().on(msgspec.structs.replace(begin(P0, D0), asked=asked))
+        assert json.loads(call.body)["prompt"] == sent
 
 
 def test_alone_without_a_pair_and_by_rule() -> None:

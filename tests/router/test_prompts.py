@@ -35,9 +35,10 @@ def patient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
 
 class Tokenizer(FakeEngine):
-    def __init__(self, engine_id: str, *, answer: Any = None, **changed: Any) -> None:
+    def __init__(self, engine_id: str, *, answer: Any = None, pairable: bool = True, **changed: Any) -> None:
         super().__init__(engine_id, "prefill", **{"content": NAMED, **changed})
         self.answer = answer
+        self.pairable = pairable
 
     async def _other(self, request: web.Request) -> web.Response:
         body = json.loads(await request.read())
@@ -46,6 +47,7 @@ class Tokenizer(FakeEngine):
 
     def seen(self, **about: Any) -> Candidate:
         space = space_of(self.info.content, self.info.layout)
+        about = {"pairable": self.pairable, **about}
         return Candidate(info=self.info, daemon=daemon_ref(self.engine_id), space=space, **about)
 
 
@@ -117,6 +119,32 @@ async def test_token_ids_are_read_as_they_are() -> None:
         assert found is not None
         assert found.cached_tokens(engines[0].seen()) == len(TEXT) // 16 * 16
     assert not engines[0].requests and not engines[1].requests
+
+
+@within(20)
+async def test_ids_are_those_of_the_content_whose_engine_was_asked() -> None:
+    """Two revisions of a model have one name, and perhaps two tokenizers."""
+    revised = msgspec.structs.replace(NAMED, weights="revised")
+    old = Tokenizer("old", answer={"tokens": [1] * 20})
+    new = Tokenizer("new", answer={"tokens": [9] * 20}, content=revised)
+    for turns, asked, other in ((1, old, new), (2, new, old), (3, old, new)):
+        found = await read([old, new], {"prompt": TEXT}, times=turns)
+        assert found is not None
+        assert found.ids_at(asked.seen()) == asked.answer["tokens"]
+        assert found.ids_at(other.seen()) is None
+    assert (len(old.requests), len(new.requests)) == (3, 2), "each is asked once"
+    given = await read([old, new], {"prompt": [5] * 20})
+    assert given is not None
+    assert given.ids_at(old.seen()) == given.ids_at(new.seen()) == [5] * 20
+
+
+@within(20)
+async def test_whom_no_daemon_announces_tokenizes_for_nobody() -> None:
+    announced = [Tokenizer(name) for name in ("p0", "p1")]
+    others = [Tokenizer(name, pairable=False) for name in ("x0", "x1")]
+    for engines in ([*others, *announced], others):
+        await read(engines, *({"prompt": f"{turn} {TEXT}"} for turn in range(4)))
+    assert [len(engine.requests) for engine in (*others, *announced)] == [0, 0, 2, 2]
 
 
 @within(20)
