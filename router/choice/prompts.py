@@ -5,8 +5,8 @@ announces: the ids are remembered under its content and the tenant, and stand fo
 content, for others may have another tokenizer. That takes a request's time, so it is asked for only where it can be
 worth that, and not for longer than `patience_s` says; who gets no ids is chosen for by the length of the text alone.
 
-What can't be named from its tokens (adapters, images, engines with hashes of their own) has no names, and is placed by
-its length too. One event loop.
+What can't be named from its tokens (adapters, images, prompts that are cut, engines with hashes of their own) has no
+names, and is placed by its length too. One event loop.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Prompts:
             return None
         engines = [c for c in snapshot if model in c.info.models]
         salt, adapters = body.get("cache_salt") or "", _adapters(engines)
-        has_names = isinstance(salt, str) and model not in adapters
+        # Engines cut a text otherwise than its tokens: of the text, special tokens stay.
+        whole = body.get("truncate_prompt_tokens") is None
+        has_names = isinstance(salt, str) and model not in adapters and whole
         given = _only(body.get("prompt")) if path == COMPLETIONS else None
         if isinstance(given, list):
             self._count("given")

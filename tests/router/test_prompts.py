@@ -208,6 +208,17 @@ async def test_what_tokens_do_not_name_has_no_names() -> None:
     assert found.work_tokens(other[0].seen()) == len(TEXT)
 
 
+@within(20)
+async def test_of_a_prompt_that_is_cut_the_whole_ones_tokens_say_nothing() -> None:
+    engines = [Tokenizer("p0"), Tokenizer("p1")]
+    found = await read(engines, {"prompt": TEXT, "truncate_prompt_tokens": 16})
+    assert found == Prompt(tokens=1 + len(TEXT) // 3)
+    found = await read(engines, {"prompt": list(TEXT.encode()), "truncate_prompt_tokens": 16})
+    assert found is not None
+    assert found.blocks is None
+    assert not engines[0].requests and not engines[1].requests
+
+
 def test_patience_is_what_choosing_can_be_worth() -> None:
     p0, p1, d0 = Tokenizer("p0"), Tokenizer("p1"), Tokenizer("d0")
     d0.role = "decode"
