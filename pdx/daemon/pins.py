@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pdx.buffer.lease import Lease, Owner
 from pdx.buffer.slots import Slot, SlotState
@@ -59,13 +60,18 @@ class Pins:
         others = [pin for pin in self._pins.values() if pin is not former]
         kept = self._check_budget(what, kind.pages.unit_bytes, others=others, room=room)
         self._numbers += 1
-        load, owner = b"pin %d" % self._numbers, Owner("verb", what.name)
-        leased = self._prefixes.lease_leading(
-            owner, namespace, kind.pages, kept, load=load, engine_id="", now=now,
-            ttl_s=what.ttl_s, room=room,
+        load = b"pin %d" % self._numbers
+        lease = partial(
+            self._prefixes.lease_leading, Owner("verb", what.name), namespace, kind.pages, kept, load=load,
+            engine_id="", now=now, ttl_s=what.ttl_s, room=room,
         )  # fmt: skip
+        leased = lease()  # before its former blocks are let go, of which it may have some again
         if former is not None:
             self._end(key)
+            if leased is None or len(leased[1]) < len(kept):
+                less, leased = leased, lease()  # what it gave up has made room
+                if less is not None:
+                    self._desk.store.release(less[0])
         if leased is None:
             return Pinned(name=what.name, blocks=0, used_bytes=self.used_bytes, budget_bytes=self.budget_bytes)
         self._enter(key, _Pin(what.name, load, *leased))

@@ -202,6 +202,22 @@ class TestPin:
         pressed(host)
         assert (is_here(host)[0], is_here(host, [b"other"])) == (False, [True])
 
+    def test_moves_into_the_room_that_it_leaves(self, host: Host) -> None:
+        others = [b"other %d" % n for n in range(3)]
+        keep_filled(host, others)
+        crowd_out(host)
+        keep_filled(host)
+        pin(host)
+        number = 0
+        while isinstance(keep(host, [b"leased %d" % number], b"%016d" % number), SendOpened):
+            number += 1
+        moved = pin(host, hashes=others)
+        assert moved.blocks == 3
+        assert pin(host, hashes=others) == moved
+        for _ in others:
+            host.tick()
+        assert is_here(host, [*others, *HASHES]) == [True] * 3 + [False] * 3
+
     def test_of_nothing_is_none(self, host: Host) -> None:
         assert pin(host).blocks == 0
         assert leases(host) == 0
