@@ -167,6 +167,7 @@ class Supervisor:
         waiting = dict(probes)
         while True:
             waiting = {name: probe for name, probe in waiting.items() if not probe()}
+            self._tell_ends()  # of one that has died, somebody else answers
             if not waiting:
                 self._note_shared()
                 return
@@ -248,19 +249,23 @@ class Supervisor:
             print(line, file=self._out, flush=True)
 
     def _watch(self, deadline: float | None) -> None:
-        while True:
-            left_s = None if deadline is None else deadline - time.monotonic()
-            if left_s is not None and left_s <= 0:
-                return
+        """At least one turn, however late it is: who asks has been busy, and logs and signals wait meanwhile."""
+        left_s = None
+        while left_s != 0:
+            self._tell_ends()  # before the turn too: the last may have seen several, of which one was told
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             self._turn(left_s)
-            if self._signalled:
-                self._signalled = False
-                raise Interrupted("stopped by a signal")
-            for child in self._children:
-                if child.process.poll() is not None:
-                    self._drain_whole(child)
-                    code = child.process.returncode
-                    raise ChildDied(child.name, f"{child.name} ended with exit code {code}{self._tail_of(child.name)}")
+
+    def _tell_ends(self) -> None:
+        """Raises Interrupted or ChildDied if there is one to tell."""
+        if self._signalled:
+            self._signalled = False
+            raise Interrupted("stopped by a signal")
+        for child in self._children:
+            if child.process.poll() is not None:
+                self._drain_whole(child)
+                code = child.process.returncode
+                raise ChildDied(child.name, f"{child.name} ended with exit code {code}{self._tail_of(child.name)}")
 
     def _turn(self, timeout_s: float | None) -> None:
         """Handles what is ready within `timeout_s`: log bytes, exits, signals."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -218,3 +219,28 @@ def test_a_line_without_end_does_not_grow_us() -> None:
             supervisor.wait(WAIT_S)
     assert max(map(len, out.getvalue().splitlines())) < 200_000
     assert out.getvalue().count("x") == 1_000_000
+
+
+def test_of_two_that_die_at_once_both_are_told(tmp_path: Path) -> None:
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
+        for name in ("a", "b"):
+            supervisor.start(name, SLEEPER)
+        probes = {name: lambda log=tmp_path / f"{name}.log": logged(log, "up") for name in ("a", "b")}
+        supervisor.wait_ready(probes, deadline_s=WAIT_S)
+        for child in supervisor._children:
+            os.kill(child.process.pid, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
+        supervisor._turn(WAIT_S)
+        for name in ("a", "b"):
+            with pytest.raises(ChildDied, match=f"{name} ended"):
+                supervisor.wait(0)
+            supervisor.bury(name)
+
+
+def test_whose_time_is_over_looks_once(tmp_path: Path) -> None:
+    """Probes, and the look at who maps what, may take longer than the time between two of them."""
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
+        supervisor.start("a", ["sh", "-c", "echo up; exec sleep 99"])
+        assert select.select([supervisor._children[0].process.stdout], [], [], WAIT_S)[0]
+        supervisor.wait(0)
+        assert logged(tmp_path / "a.log", "up")
