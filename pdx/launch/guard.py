@@ -24,6 +24,8 @@ FOREVER_S = 3600.0  # a look at the command once an hour costs nothing
 
 def main(argv: list[str]) -> int:
     parent_pid, grace_s, cpus, command = int(argv[0]), float(argv[1]), argv[2], argv[3:]
+    # Ignored, as it may be inherited, the command's death would be told to nobody, and its exit status lost.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     die_with_parent(signal.SIGTERM)
     if os.getppid() != parent_pid:  # it died before the line above

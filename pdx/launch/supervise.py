@@ -52,7 +52,7 @@ class NotReady(PdxError):
 
 
 class Interrupted(PdxError):
-    """SIGINT or SIGTERM came while waiting. End what was started."""
+    """SIGINT, SIGTERM or SIGHUP came while waiting. End what was started."""
 
 
 @dataclass
@@ -113,7 +113,12 @@ class Supervisor:
             end.setblocking(False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
         self._old_wakeup = signal.set_wakeup_fd(self._wake_write.fileno())
-        self._restore = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        # An ignored SIGCHLD, which programs inherit, would leave nobody's exit status to be asked.
+        handlers: dict[int, Any] = {signal.SIGCHLD: signal.SIG_DFL}
+        handlers |= dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._on_signal)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            handlers[signal.SIGHUP] = self._on_signal
+        self._restore = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(
@@ -360,4 +365,6 @@ class Supervisor:
                 child.log.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:  # a closing terminal says it twice, by the shell and by the kernel: no impatience
+            signal.signal(number, signal.SIG_IGN)
         self._signalled = True

@@ -63,6 +63,7 @@ class Workers:
         Signals are waited for and never handled: one that comes between two calls is there at the next wait, and all
         whom it concerns have been started by then.
         """
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be inherited, it would never come
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
         self._start_hub()
         status = 0

@@ -58,6 +58,16 @@ def test_exit_code_is_the_commands() -> None:
         assert process.wait(WAIT_S) == 7
 
 
+def test_an_ignored_sigchld_that_is_inherited_loses_no_exit_code() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        process = start(["sh", "-c", "exit 7"])
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    with process:
+        assert process.wait(WAIT_S) == 7
+
+
 def test_a_command_that_does_not_exist() -> None:
     with start(["/nowhere/engine"]) as process:
         out, _ = process.communicate(timeout=WAIT_S)

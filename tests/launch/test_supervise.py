@@ -77,7 +77,7 @@ def test_not_ready_in_time() -> None:
             supervisor.wait_ready({"slow": lambda: False}, deadline_s=0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_interrupts_the_wait(number: signal.Signals) -> None:
     handler = signal.getsignal(number)
     with Supervisor(out=io.StringIO()) as supervisor:
@@ -89,6 +89,35 @@ def test_a_signal_interrupts_the_wait(number: signal.Signals) -> None:
         timer.join()
     assert signal.getsignal(number) is handler
     assert supervisor.stopped.left == 0
+
+
+def test_a_hangup_is_told_once_and_not_to_who_ignores_it() -> None:
+    with Supervisor(out=io.StringIO()) as supervisor:
+        signal.raise_signal(signal.SIGHUP)
+        with pytest.raises(Interrupted):
+            supervisor.wait(0)
+        signal.raise_signal(signal.SIGHUP)
+        supervisor.wait(0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Supervisor(out=io.StringIO()) as supervisor:
+            signal.raise_signal(signal.SIGHUP)
+            supervisor.wait(0)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_who_was_started_with_sigchld_ignored_hears_of_deaths() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Supervisor(out=io.StringIO()) as supervisor:
+            supervisor.start("a", ["sh", "-c", "exit 3"])
+            with pytest.raises(ChildDied, match="exit code 3"):
+                supervisor.wait(WAIT_S)
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_stubborn_one_is_killed_after_the_grace(tmp_path: Path) -> None:

@@ -47,7 +47,11 @@ async def workers(tmp_path: Path, *engines: FakeEngine, count: int = 2) -> Async
     key.chmod(0o600)
     flags = ["--port", "0", "--control", "tcp://127.0.0.1:0", "--publish", str(file), "--key-file", str(key)]
     command = [sys.executable, "-m", "pdx.router.main", *flags, "--workers", str(count), "--journey", "after"]
-    process = started(command)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever starts it may: it waits for its own none the less
+    try:
+        process = started(command)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
     try:
         await until(file.exists, "published")
         where = json.loads(file.read_bytes())
