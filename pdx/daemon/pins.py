@@ -8,10 +8,11 @@ quiet at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from pdx.buffer.lease import Lease, Owner
+from pdx.buffer.selected import Selected
 from pdx.buffer.slots import Slot, SlotState
 from pdx.daemon.ports import Desk
 from pdx.daemon.prefixes import Prefixes
@@ -22,6 +23,9 @@ from pdx.layout import Place
 from pdx.verbs import Pin, Pinned, Unpin, Unpinned
 
 PINS_MAX = 4096
+# Blocks of all pins together, each counted by every pin that holds it. `stats` looks at them all, which keeps the
+# control thread for a quarter of a second at the worst.
+PLACES_MAX = 1 << 18
 PinKey = tuple[bytes, str]  # (namespace, name): one tenant can't unpin what another has pinned
 
 
@@ -31,6 +35,7 @@ class _Pin:
     load: bytes  # under which blocks were asked for from below
     lease: Lease
     places: tuple[Place, ...]
+    positions: dict[Slot, list[int]]  # the same, by slot
 
 
 class Pins:
@@ -42,6 +47,9 @@ class Pins:
         self._spaces = spaces
         self._pins: dict[PinKey, _Pin] = {}
         self._by_lease: dict[Lease, PinKey] = {}
+        self._by_slot: dict[Slot, set[PinKey]] = {}
+        self._places = 0  # of all pins
+        self.used_bytes = 0  # by the slots of all pins
         self._numbers = 0
         self._missed: dict[bytes, set[int]] = {}  # load -> slots whose blocks did not come from below
         prefixes.hear_missed(lambda load, place: self._missed.setdefault(load, set()).add(place.slot_offset))
@@ -51,14 +59,13 @@ class Pins:
         return int(len(self._desk.store.arena.memory) * self._desk.ports.pin_share)
 
     def pin(self, what: Pin, now: float, *, room: bool) -> Pinned:
-        """Raises Refused, changing nothing: over the budget, too many pins, a space that no engine has had."""
+        """Raises Refused, changing nothing: over the budget, too much pinned, a space that no engine has had."""
         namespace = what.space + what.tenant
         key, kind = (namespace, what.name), self._spaces.get(what.space)
         former = self._pins.get(key)
         if former is None and len(self._pins) >= PINS_MAX:
             raise Refused(f"a daemon keeps at most {PINS_MAX} pins")
-        others = [pin for pin in self._pins.values() if pin is not former]
-        kept = self._check_budget(what, kind.pages.unit_bytes, others=others, room=room)
+        kept = self._check_budget(what, kind.pages.unit_bytes, former=former, room=room)
         self._numbers += 1
         load = b"pin %d" % self._numbers
         lease = partial(
@@ -74,8 +81,8 @@ class Pins:
                     self._desk.store.release(less[0])
         if leased is None:
             return Pinned(name=what.name, blocks=0, used_bytes=self.used_bytes, budget_bytes=self.budget_bytes)
-        self._enter(key, _Pin(what.name, load, *leased))
-        return self._described(self._pins[key], now, self.used_bytes)
+        self._enter(key, load, *leased)
+        return self._described(self._pins[key], now)
 
     def unpin(self, what: Unpin) -> Unpinned:
         """Whatever the space: two models may have pins of one name."""
@@ -107,74 +114,89 @@ class Pins:
             ttl_s = max(0.0, pin.lease.expires_at - now)
             lease = self._desk.store.lease(places, pin.lease.owner, now=now, ttl_s=ttl_s)
             self._leave(key)
-            self._enter(key, replace(pin, lease=lease, places=places))
+            self._enter(key, pin.load, lease, places)
 
-    def end_cleared(self) -> int:
-        """Ends the pins of which lookups find nothing any more. How many there were."""
-        cleared = [key for key, pin in self._pins.items() if not self._found_of(pin)]
-        for key in cleared:
+    def end_cleared(self, cleared: Selected) -> int:
+        """Of the pins of these blocks, ends those of which lookups find nothing any more. How many there were."""
+        touched = {key for slot, _ in (*cleared.blocks, *cleared.filling) for key in self._by_slot.get(slot, ())}
+        ended = [key for key in touched if not any(self._found(self._pins[key]))]
+        for key in ended:
             self._end(key)
-        return len(cleared)
-
-    @property
-    def used_bytes(self) -> int:
-        return _size_bytes(slot for pin in self._pins.values() for slot in pin.lease.slots)
+        return len(ended)
 
     def describe(self, now: float) -> list[Pinned]:
-        used_bytes = self.used_bytes
-        return [self._described(pin, now, used_bytes) for pin in self._pins.values()]
+        return [self._described(pin, now) for pin in self._pins.values()]
 
-    def _check_budget(self, what: Pin, unit_bytes: int, *, others: Iterable[_Pin], room: bool) -> list[bytes]:
+    def _check_budget(self, what: Pin, unit_bytes: int, *, former: _Pin | None, room: bool) -> list[bytes]:
         """The leading blocks that are kept somewhere."""
         store, namespace = self._desk.store, what.space + what.tenant
         found = self._prefixes.leading(namespace, what.block_hashes, block_tokens=0)
         hashes = what.block_hashes[: found.blocks if room else found.arena_blocks]
-        held = [spot[0] for spot in store.index.find(namespace, hashes) if spot]
-        held += [slot for pin in others for slot in pin.lease.slots]
-        wanted_bytes = _size_bytes(held) + (found.disk_blocks * unit_bytes if room else 0)
+        held = {spot[0] for spot in store.index.find(namespace, hashes) if spot}
+        left = {slot for slot in former.lease.slots if len(self._by_slot[slot]) == 1} - held if former else set()
+        wanted_bytes = self.used_bytes + _size_bytes(held - self._by_slot.keys()) - _size_bytes(left)
+        wanted_bytes += found.disk_blocks * unit_bytes if room else 0
         if wanted_bytes > self.budget_bytes:
             raise Refused(
                 f"pins would take {wanted_bytes} bytes of the arena, and may take {self.budget_bytes}: unpin others, "
                 "or raise pin_share"
             )
+        if self._places - (len(former.places) if former else 0) + found.blocks > PLACES_MAX:
+            raise Refused(f"pins hold at most {PLACES_MAX} blocks together, each counted by every pin that holds it")
         return what.block_hashes[: found.blocks]
 
-    def _described(self, pin: _Pin, now: float, used_bytes: int) -> Pinned:
-        states = [slot.state for slot in self._found_of(pin)]
-        coming = states.count(SlotState.FILLING)
+    def _described(self, pin: _Pin, now: float) -> Pinned:
+        ready, coming = self._found(pin)
         return Pinned(
-            name=pin.name, blocks=states.count(SlotState.READY) + coming, coming_blocks=coming,
+            name=pin.name, blocks=ready + coming, coming_blocks=coming,
             size_bytes=_size_bytes(pin.lease.slots), ttl_s=max(0.0, pin.lease.expires_at - now),
-            used_bytes=used_bytes, budget_bytes=self.budget_bytes,
+            used_bytes=self.used_bytes, budget_bytes=self.budget_bytes,
         )  # fmt: skip
 
-    def _found_of(self, pin: _Pin) -> list[Slot]:
-        """Of each of its blocks that lookups find, or will find, the slot."""
-        slots = {slot.run.offset: slot for slot in pin.lease.slots}
-        places = [(slots[place.slot_offset], place.position) for place in pin.places]
-        return [slot for slot, position in places if self._may_be_found(slot, position)]
+    def _found(self, pin: _Pin) -> tuple[int, int]:
+        """How many of its blocks lookups find, and how many they will find."""
+        ready = coming = 0
+        for slot, positions in pin.positions.items():
+            if slot.state is SlotState.FILLING:
+                coming += sum(slot.keys[position] is not None for position in positions)
+            elif slot.indexed == slot.blocks:  # as a rule
+                ready += len(positions)
+            elif slot.indexed:
+                ready += sum(self._is_found(slot, position) for position in positions)
+        return ready, coming
 
-    def _may_be_found(self, slot: Slot, position: int) -> bool:
+    def _is_found(self, slot: Slot, position: int) -> bool:
         key = slot.keys[position]
-        if key is None:
-            return False
-        if slot.state is SlotState.FILLING:
-            return True
-        return self._desk.store.index.find(key[0], [key[1]])[0] == (slot, position)
+        return key is not None and self._desk.store.index.find(key[0], [key[1]])[0] == (slot, position)
 
     def _end(self, key: PinKey) -> None:
         self._prefixes.withdrawn(self._pins[key].load)
         self._leave(key)
 
-    def _enter(self, key: PinKey, pin: _Pin) -> None:
-        self._pins[key] = pin
-        self._by_lease[pin.lease] = key
+    def _enter(self, key: PinKey, load: bytes, lease: Lease, places: tuple[Place, ...]) -> None:
+        slots = {slot.run.offset: slot for slot in lease.slots}
+        positions: dict[Slot, list[int]] = {slot: [] for slot in lease.slots}
+        for place in places:
+            positions[slots[place.slot_offset]].append(place.position)
+        self._pins[key] = _Pin(key[1], load, lease, places, positions)
+        self._by_lease[lease] = key
+        self._places += len(places)
+        self.used_bytes += _size_bytes(positions.keys() - self._by_slot.keys())
+        for slot in lease.slots:
+            self._by_slot.setdefault(slot, set()).add(key)
 
     def _leave(self, key: PinKey) -> None:
-        lease = self._pins.pop(key).lease
-        del self._by_lease[lease]
-        self._desk.end_lease(lease)
+        pin = self._pins.pop(key)
+        del self._by_lease[pin.lease]
+        self._places -= len(pin.places)
+        for slot in pin.lease.slots:
+            self._by_slot[slot].remove(key)
+            if not self._by_slot[slot]:
+                del self._by_slot[slot]
+                self.used_bytes -= slot.size_bytes
+        self._desk.end_lease(pin.lease)
 
 
 def _size_bytes(slots: Iterable[Slot]) -> int:
-    return sum(slot.size_bytes for slot in set(slots))
+    """They are distinct."""
+    return sum(slot.size_bytes for slot in slots)

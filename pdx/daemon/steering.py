@@ -75,13 +75,15 @@ class Steering:
         arena, disk = TierCleared(), TierCleared()
         if what.tier != "arena" and tiering is not None:
             tiering.check_clearable()  # before anything has changed
+        pins_ended = 0
         if what.tier != "disk":
-            arena = _counted(store.survey(which, now=now) if what.dry_run else store.clear(which, now=now))
+            taken = store.survey(which, now=now) if what.dry_run else store.clear(which, now=now)
+            arena = _counted(taken)
             if not what.dry_run:
                 self._clear_under_way(which, now)
+                pins_ended = self._pins.end_cleared(taken)
         if what.tier != "arena" and tiering is not None:
             disk = tiering.survey(which) if what.dry_run else tiering.clear(which)
-        pins_ended = 0 if what.dry_run else self._pins.end_cleared()
         if not what.dry_run:
             self._desk.ports.counters["blocks_cleared"] += arena.blocks + disk.blocks
         return Cleared(arena=arena, disk=disk, pins_ended=pins_ended, dry_run=what.dry_run)

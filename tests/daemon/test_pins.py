@@ -1,0 +1,253 @@
+"""Pins: what they hold, and for how long; what all of them together may hold, and cost."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import pytest
+from counted import lines_run
+from one_host import HASHES, PAGES, Host, engine
+from test_prefixes import MINE, OTHER, keep, leases, let_go, look_up
+from test_steering import ALICE, SPACE, clear, is_here, pin, unpin
+from test_tiering import crowd_out, keep_filled, watermark
+
+from pdx.daemon import pins
+from pdx.errors import Refused
+from pdx.keys import SPACE_BYTES
+from pdx.tiers import memory
+from pdx.tiers.memory import MemoryTier
+from pdx.verbs import Clear, Pin
+from pdx.wire import SendOpened
+
+
+@pytest.fixture
+def host(tier: MemoryTier) -> Host:
+    host = Host(tier=tier)
+    host.handoffs.spaces.met(engine("P"))
+    return host
+
+
+def pressed(host: Host) -> None:
+    """Requests that want room for all of the arena, a piece at a time."""
+    for number in range(2 * host.store.extents.capacity(PAGES)):
+        if isinstance(keep(host, [b"pressure %d" % number], MINE), SendOpened):
+            let_go(host, MINE)
+            host.tick()
+
+
+class TestPin:
+    def test_survives_what_evicts_everything_else(self, host: Host) -> None:
+        keep_filled(host)
+        keep_filled(host, [b"other"], OTHER)
+        pinned = pin(host)
+        assert (pinned.blocks, pinned.coming_blocks) == (3, 0)
+        pressed(host)
+        assert is_here(host) == [True] * 3
+        assert is_here(host, [b"other"]) == [False]
+        assert unpin(host) == 3
+        pressed(host)
+        assert is_here(host) == [False] * 3
+
+    def test_brings_up_what_is_only_on_the_disk(self, host: Host) -> None:
+        keep_filled(host)
+        crowd_out(host)
+        pinned = pin(host)
+        assert (pinned.blocks, pinned.coming_blocks) == (3, 3)
+        host.tick()
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert (described["blocks"], described["coming_blocks"]) == (3, 0)
+        pressed(host)
+        assert [watermark(host, place) for place in look_up(host)] == [PAGES.layers] * 3
+
+    def test_of_a_block_that_does_not_come_holds_the_rest(self, host: Host, tier: MemoryTier) -> None:
+        keep_filled(host)
+        crowd_out(host)
+        pin(host)
+        tier.remove((SPACE, HASHES[2]))
+        host.tick()
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert described["blocks"] == 2
+        assert described["size_bytes"] == 2 * PAGES.unit_bytes, "the slot into which nothing came is free"
+        assert len(host.store.slots) == len(host.store.index)
+        unpin(host)
+        assert leases(host) == 0
+
+    def test_of_which_nothing_comes_ends(self, host: Host, tier: MemoryTier) -> None:
+        keep_filled(host)
+        crowd_out(host)
+        pin(host)
+        for block_hash in HASHES:
+            tier.remove((SPACE, block_hash))
+        host.tick()
+        assert host.handoffs.kept(host.now)["pinned"]["pins"] == []
+        assert (leases(host), len(host.store.slots)) == (0, 0)
+
+    def test_takes_what_still_waits_to_be_read_when_one_block_is_rotten(
+        self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it would hold of the others, were they not to come, is no cache and can't be evicted."""
+        keep_filled(host)
+        crowd_out(host)
+        monkeypatch.setattr(memory, "OPEN_MAX", 1)
+        pin(host)
+        tier.remove((SPACE, HASHES[0]))
+        for _ in HASHES:
+            host.tick()
+        assert is_here(host) == [False, True, True]
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert (described["blocks"], described["coming_blocks"]) == (2, 0)
+
+    def test_ends_with_its_time(self, host: Host) -> None:
+        keep_filled(host)
+        pin(host, ttl_s=5.0)
+        host.tick(4.9)
+        assert leases(host) == 1
+        host.tick(0.2)
+        assert leases(host) == 0
+        assert host.counters["pins_expired"] == 1
+        assert unpin(host) == 0
+
+    def test_again_moves_deadline_and_prompt(self, host: Host) -> None:
+        keep_filled(host)
+        keep_filled(host, [b"other"], OTHER)
+        pin(host, ttl_s=5.0)
+        assert pin(host, ttl_s=50.0) == pin(host, ttl_s=50.0)
+        assert leases(host) == 1
+        host.tick(6.0)
+        assert leases(host) == 1
+        pin(host, hashes=[b"other"])
+        pressed(host)
+        assert (is_here(host)[0], is_here(host, [b"other"])) == (False, [True])
+
+    def test_moves_into_the_room_that_it_leaves(self, host: Host) -> None:
+        others = [b"other %d" % n for n in range(3)]
+        keep_filled(host, others)
+        crowd_out(host)
+        keep_filled(host)
+        pin(host)
+        number = 0
+        while isinstance(keep(host, [b"leased %d" % number], b"%016d" % number), SendOpened):
+            number += 1
+        moved = pin(host, hashes=others)
+        assert moved.blocks == 3
+        assert pin(host, hashes=others) == moved
+        for _ in others:
+            host.tick()
+        assert is_here(host, [*others, *HASHES]) == [True] * 3 + [False] * 3
+
+    def test_of_nothing_is_none(self, host: Host) -> None:
+        assert pin(host).blocks == 0
+        assert leases(host) == 0
+        keep_filled(host)
+        pin(host)
+        assert pin(host, hashes=[b"unknown"]).blocks == 0
+        assert unpin(host) == 0, "the name has moved to a prompt of which there is nothing"
+        assert leases(host) == 0
+
+    def test_budget_is_kept_whatever_is_asked(self, host: Host) -> None:
+        budget = pin(host).budget_bytes
+        blocks = budget // PAGES.unit_bytes
+        hashes = [b"%d" % n for n in range(blocks + 2)]
+        keep_filled(host, hashes)
+        with pytest.raises(Refused, match=f"{budget}: unpin others"):
+            pin(host, hashes=hashes)
+        assert leases(host) == 0
+        assert pin(host, "one", hashes[: blocks - 1]).used_bytes <= budget
+        assert pin(host, "two", hashes[: blocks - 1]).used_bytes <= budget, "the same slots count once"
+        assert pin(host, "one", hashes[: blocks - 1]).used_bytes <= budget, "what moves does not count twice"
+        with pytest.raises(Refused):
+            pin(host, "three", hashes)
+        assert unpin(host, "one") == unpin(host, "two") == blocks - 1
+        assert leases(host) == 0
+
+    def test_pins_of_one_prompt_are_bounded_by_what_they_hold_together(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keep_filled(host)
+        monkeypatch.setattr(pins, "PLACES_MAX", 2 * len(HASHES))
+        assert pin(host, "one").blocks == pin(host, "two").blocks == 3
+        with pytest.raises(Refused, match="at most 6 blocks together"):
+            pin(host, "three")
+        assert pin(host, "two").blocks == 3, "what moves does not count twice"
+        unpin(host, "one")
+        assert pin(host, "three").blocks == 3
+
+    def test_others_cost_nothing_where_they_are_not_touched(self, host: Host) -> None:
+        """As many names as may be for one prompt: who clears or pins something else must not wait for them."""
+        keep_filled(host)
+        keep_filled(host, [b"other"], OTHER)
+        pin(host, "other", [b"other"])
+
+        def work() -> None:
+            host.handoffs.steer(Pin(name="other", ttl_s=60.0, space=SPACE, block_hashes=[b"other"]), host.now)
+            host.handoffs.steer(Clear(spaces=[SPACE], tenant=b"", block_hashes=[b"unknown"]), host.now)
+            assert host.handoffs.pinned_bytes > 0
+
+        def work_beside(number: int) -> int:
+            for name in range(number):
+                pin(host, f"{name}")
+            return lines_run(work)
+
+        few, many = work_beside(10), work_beside(40)
+        assert many < 1.5 * few, f"{few} lines beside 10 pins, {many} beside 40"
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_totals_add_up_whatever_is_asked(self, seed: int) -> None:
+        chance, tier = random.Random(seed), MemoryTier(cap_bytes=20_000)
+        host = Host(extents=1, tier=tier)
+        host.handoffs.spaces.met(engine("P"))
+        for _ in range(200):
+            hashes = [b"%d/%d" % (chance.randrange(4), n) for n in range(4)][: chance.randrange(1, 5)]
+            match chance.choice(["keep", "pin", "pin", "unpin", "clear", "tick"]):
+                case "keep":
+                    keep_filled(host, hashes)
+                    let_go(host)
+                case "pin":
+                    with contextlib.suppress(Refused):
+                        pin(host, chance.choice("abc"), hashes, chance.choice([1.0, 60.0]))
+                case "unpin":
+                    unpin(host, chance.choice("abc"))
+                case "clear":
+                    clear(host, spaces=[SPACE], tenant=b"", block_hashes=hashes, tier=chance.choice(["all", "arena"]))
+                case _:
+                    host.tick(chance.choice([0.0, 2.0]))
+            held = {slot for lease in host.store.leases.values() if lease.owner.kind == "verb" for slot in lease.slots}
+            assert host.handoffs.pinned_bytes == sum(slot.size_bytes for slot in held)
+        for name in "abc":
+            unpin(host, name)
+        assert host.handoffs.pinned_bytes == 0
+        tier.close(drain_s=0.0)
+
+    def test_a_disk_larger_than_the_budget_stays_there(self, host: Host, tier: MemoryTier) -> None:
+        blocks = pin(host).budget_bytes // PAGES.unit_bytes + 2
+        hashes = [b"%d" % n for n in range(blocks)]
+        keep_filled(host, hashes)
+        crowd_out(host)
+        with pytest.raises(Refused):
+            pin(host, hashes=hashes)
+        assert tier.stats().open_reads == 0
+
+    def test_is_its_tenants(self, host: Host) -> None:
+        keep_filled(host)
+        pin(host)
+        assert unpin(host, tenant=ALICE) == 0
+        other = Pin(name="manual", ttl_s=1.0, space=SPACE, tenant=ALICE, block_hashes=HASHES)
+        assert host.handoffs.steer(other, host.now).blocks == 0  # type: ignore[union-attr]
+        assert unpin(host) == 3
+
+    def test_of_a_model_that_was_never_here_is_refused(self, host: Host) -> None:
+        with pytest.raises(Refused, match="no engine with such blocks"):
+            host.handoffs.steer(Pin(name="x", ttl_s=1.0, space=bytes(SPACE_BYTES), block_hashes=HASHES), host.now)
+
+    def test_gives_way_to_nobody_but_ends_in_time(self, host: Host) -> None:
+        """A handoff that needs the room waits, and gets it."""
+        keep_filled(host, [b"%d" % n for n in range(4)])
+        pin(host, hashes=[b"%d" % n for n in range(4)], ttl_s=5.0)
+        blocks = int(host.store.extents.capacity(PAGES) * host.store.handoff_share)
+        host.send(hashes=[b"large %d" % n for n in range(blocks)])
+        assert host.handoffs.reservations_waiting == 1
+        host.tick(2.0)
+        assert unpin(host) == 4
+        host.tick()
+        assert host.handoffs.reservations_waiting == 0
