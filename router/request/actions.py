@@ -71,6 +71,7 @@ class DecodeFailed(msgspec.Struct, frozen=True):
     reason: str
     snapshot: Snapshot | None = None  # who is there now
     words: str = ""  # the engine's own, for the client
+    code: int = 0  # the engine's own, if it has said in its stream that it failed
     blames: bool = True  # whether it says that something is wrong with the engine
 
 

@@ -343,7 +343,8 @@ class Conductor:
 
     def _failed(self, error: UpstreamError, snapshot: Snapshot | None = None) -> DecodeFailed:
         told = self._events.error
-        return DecodeFailed(str(error), snapshot, words=words_of(told.body) if told else "", blames=error.blames)
+        words, code = (words_of(told.body), told.code) if told else ("", 0)
+        return DecodeFailed(str(error), snapshot, words=words, code=code, blames=error.blames)
 
     def _begun(self, engine: Candidate, body: bytes) -> Call:
         """On its way, if it can be, before it is counted: an engine can work while the router keeps its books."""

@@ -117,8 +117,12 @@ def alone_reason(path: str, body: Body) -> str | None:
 
 
 def without_private(body: Body) -> tuple[dict[str, Any], bool]:
-    """The body without fields that only routers may set, and whether any was there."""
+    """The body without fields that only routers may set, wherever engines look for them, and whether any was there."""
     public = {field: value for field, value in body.items() if field not in PRIVATE_FIELDS}
+    extra = public.get("vllm_xargs")  # of which vLLM makes the same as of fields of these names
+    if isinstance(extra, dict) and not extra.keys().isdisjoint(PRIVATE_FIELDS):
+        public["vllm_xargs"] = {name: value for name, value in extra.items() if name not in PRIVATE_FIELDS}
+        return public, True
     return public, len(public) != len(body)
 
 

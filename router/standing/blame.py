@@ -1,5 +1,9 @@
 """What one request has to say about the engines and daemons that it used: how their calls and its handoff went.
 
+An engine that answers with a failure (HTTP 500) may have met what no engine can serve. It is to blame if decode has an
+answer from another one then. If others fail as well, and nobody answers, none is; if no other was asked, that proves
+nothing.
+
 Owned by the request's task; the tasks of its calls report here when they are done.
 """
 
@@ -33,14 +37,19 @@ class Blame:
         self._watching = ExitStack()
         self._handoff: tuple[Pair, Ticket, asyncio.Future[str]] | None = None
         self._stream: tuple[Candidate, Ticket] | None = None
+        self._told_failures: list[tuple[Candidate, Ticket]] | None = []  # None: whose fault they are is known
 
     def call_began(self, engine: Candidate) -> Callable[[asyncio.Task[Event]], None]:
         """To be called with the call's task when it is done."""
         ticket = self._outside.standing.call_began(engine.engine_id)
 
         def done(task: asyncio.Task[Event]) -> None:
+            if _serves(task):
+                self._told_failures_judged(ok=False)
             if _streams(task):  # judged at the stream's end, but for what a probe was to find out
                 self._stream = (engine, self._outside.standing.call_went(engine.engine_id, ticket, time.monotonic()))
+            elif _tells_failure(task) and self._told_failures is not None:
+                self._told_failures.append((engine, ticket))
             else:
                 self._judge(engine, ticket, False if self.overdue and task.cancelled() else _went_well(task))
 
@@ -65,6 +74,8 @@ class Blame:
     def request_ended(self, outcome: str) -> None:
         """`outcome`: of the journey's handoff. One that was given up for other reasons says nothing about daemons."""
         self.stream_ended(None)
+        told = self._told_failures or ()
+        self._told_failures_judged(ok=False if len(told) == 1 else None, proved=False)
         self._handoff_ended(outcome)
 
     def _handoff_ended(self, outcome: str) -> None:
@@ -81,8 +92,13 @@ class Blame:
         self._outside.standing.handoff_ended(pair, ticket, ok=ok, now=time.monotonic())
         self._watching.close()
 
-    def _judge(self, engine: Candidate, ticket: Ticket, ok: bool | None) -> None:
-        self._outside.standing.call_ended(engine.engine_id, ticket, ok=ok, now=time.monotonic())
+    def _told_failures_judged(self, *, ok: bool | None, proved: bool = True) -> None:
+        told, self._told_failures = self._told_failures or (), None
+        for engine, ticket in told:
+            self._judge(engine, ticket, ok, proved=proved)
+
+    def _judge(self, engine: Candidate, ticket: Ticket, ok: bool | None, *, proved: bool = True) -> None:
+        self._outside.standing.call_ended(engine.engine_id, ticket, ok=ok, now=time.monotonic(), proved=proved)
 
 
 def _went_well(task: asyncio.Task[Event]) -> bool | None:
@@ -98,6 +114,19 @@ def _went_well(task: asyncio.Task[Event]) -> bool | None:
             return False if failed.blames else None
         case _:
             return None
+
+
+def _tells_failure(task: asyncio.Task[Event]) -> bool:
+    """Whether the engine has answered, and that it has failed."""
+    if _went_well(task) is not False:
+        return False
+    event = task.result()
+    return event.code > 0 if isinstance(event, DecodeFailed) else isinstance(event, PrefillAnswered | DecodeAnswered)
+
+
+def _serves(task: asyncio.Task[Event]) -> bool:
+    """Whether it has ended with the client's answer, or its beginning. Prefill's says less: it is asked less."""
+    return bool(_went_well(task)) and isinstance(task.result(), DecodeAnswered)
 
 
 def _streams(task: asyncio.Task[Event]) -> bool:

@@ -2,7 +2,8 @@
 
 ARCHITECTURE.md has the table. Failures count in a row: any success ends the run, so that one client's impossible
 requests, which fail everywhere, don't open what serves others. Failures at one moment (BURST_S) count once where
-`bursts` says so: when an engine dies, all that it had under way fails together and says one thing.
+`bursts` says so: when an engine dies, all that it had under way fails together and says one thing. So do those that may
+be the client's doing, for one client can send many at once.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Breaker:
         self._probes += self.state == "half_open"
         return self._life
 
-    def ended(self, ticket: int, *, ok: bool | None, now: float) -> None:
-        """None: the call was given up, and says nothing."""
+    def ended(self, ticket: int, *, ok: bool | None, now: float, proved: bool = True) -> None:
+        """None: the call was given up, and says nothing. `proved`: a failure is not the client's doing."""
         if ticket != self._life:
             return
         if self.state == "half_open":
@@ -71,7 +72,7 @@ class Breaker:
         elif self.state == "closed" and ok:
             self._failures = 0
         elif self.state == "closed" and ok is False:
-            self._failed(now)
+            self._failed(now, proved)
 
     def went(self, ticket: int, *, now: float) -> int:
         """The call goes well so far, and may go on for long: a probe is over with that. Its ticket from now on."""
@@ -98,8 +99,8 @@ class Breaker:
             if self._successes >= self._settings.success_threshold:
                 self._move("recover")
 
-    def _failed(self, now: float) -> None:
-        if self._settings.bursts and now - self._failed_at < BURST_S:
+    def _failed(self, now: float, proved: bool) -> None:
+        if (self._settings.bursts or not proved) and now - self._failed_at < BURST_S:
             return
         self._failed_at = now
         if not self._failures or now - self._run_began_at > self._settings.window_s:

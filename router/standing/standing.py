@@ -58,11 +58,11 @@ class Standing:
             breaker = self._engines[engine_id] = Breaker(self._settings)
         return breaker, breaker.began()
 
-    def call_ended(self, engine_id: str, ticket: Ticket, *, ok: bool | None, now: float) -> None:
+    def call_ended(self, engine_id: str, ticket: Ticket, *, ok: bool | None, now: float, proved: bool = True) -> None:
         """`ok`: the engine has answered, with whatever but a failure of its own. None: nobody waited for it."""
         breaker, number = ticket
         before = breaker.state
-        breaker.ended(number, ok=ok, now=now)
+        breaker.ended(number, ok=ok, now=now, proved=proved)
         _tell(breaker, before, "the breaker of engine %s is %s", engine_id)
 
     def call_went(self, engine_id: str, ticket: Ticket, now: float) -> Ticket:

@@ -115,6 +115,15 @@ def test_a_burst_is_one_failure() -> None:
     assert breaker.state == "open"
 
 
+def test_what_may_be_the_clients_doing_counts_once_at_one_moment() -> None:
+    breaker = Breaker(SETTINGS)
+    for now in (0.0, 0.1, 0.9, 1.5, 1.6):
+        breaker.ended(breaker.began(), ok=False, now=now, proved=False)
+    assert breaker.state == "closed"
+    call(breaker, False, 1.7)
+    assert breaker.state == "open"
+
+
 def test_chance_reaches_every_move() -> None:
     chance, seen, now = random.Random(1), set(), 0.0
     breaker = Breaker(SETTINGS)

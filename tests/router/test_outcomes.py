@@ -14,7 +14,7 @@ from engine_fakes import CONTENT, FakeEngine, Fleet, fleet, until, verified, wit
 from pdx.router.choice import prompts
 from pdx.router.service import drain
 from pdx.router.standing.breaker import BreakerSettings
-from pdx.wire import HandoffFailed, encode
+from pdx.wire import HandoffFailed, Role, encode
 
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 HASTY = BreakerSettings(failure_threshold=2, success_threshold=1, timeout_s=0.2)
@@ -22,6 +22,13 @@ HASTY = BreakerSettings(failure_threshold=2, success_threshold=1, timeout_s=0.2)
 
 def pair() -> tuple[FakeEngine, FakeEngine]:
     return FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
+
+
+def later(router: Fleet) -> None:
+    """As if what has failed until now had not done so at this moment."""
+    standing = router.outside.standing
+    for breaker in (*standing._engines.values(), *standing._pairs.values()):
+        breaker._failed_at -= 10
 
 
 async def waiting(router: Fleet, count: int) -> None:
@@ -182,6 +189,35 @@ async def test_an_engine_that_is_full_is_asked_again() -> None:
 
 
 @within(20)
+@pytest.mark.parametrize("fault", ["500", "error"])
+@pytest.mark.parametrize("engines", [[("d0", "decode"), ("d1", "decode")], [("p0", "prefill"), ("d0", "decode")]])
+async def test_a_request_that_no_engine_can_serve_says_nothing_about_engines(
+    engines: list[tuple[str, Role]], fault: str
+) -> None:
+    failing = [FakeEngine(engine_id, role) for engine_id, role in engines]
+    async with fleet(*failing, breaker=HASTY, journey="paired") as router:
+        for engine in failing:
+            engine.fault = "500" if engine.role == "prefill" else fault
+        for _ in range(6):
+            async with router.post("/v1/completions", {**PROMPT, "stream": True}) as reply:
+                assert reply.status == 502
+        assert sum(len(engine.requests) for engine in failing) == 12, "each is asked each time"
+        assert not router.outside.standing.spared()
+
+
+@within(20)
+async def test_what_only_one_engine_was_asked_is_one_failure_at_one_moment() -> None:
+    """One client may send as many as it likes."""
+    engine = FakeEngine("d0", "decode")
+    engine.fault = "500"
+    async with fleet(engine, breaker=HASTY) as router:
+        assert {(await router.ask(PROMPT))[0] for _ in range(6)} == {502}
+        assert not router.outside.standing.spared()
+        later(router)
+        assert [(await router.ask(PROMPT))[0] for _ in range(2)] == [502, 503]
+
+
+@within(20)
 async def test_what_no_engine_can_do_is_the_clients_answer_and_nobodys_failure() -> None:
     engines = [FakeEngine(f"d{n}", "decode") for n in range(2)]
     for engine in engines:
@@ -243,6 +279,7 @@ async def test_a_probe_is_over_when_its_stream_has_begun() -> None:
     async with AsyncExitStack() as streams, fleet(engine, breaker=patient) as router:
         for _ in range(2):
             await router.ask(PROMPT)
+            later(router)
         engine.fault = "stall"
         under_way = 0
         async with asyncio.timeout(10):
@@ -263,6 +300,7 @@ async def test_all_engines_are_spared() -> None:
         for expected in (502, 502, 503):
             status, _, headers = await router.ask(PROMPT)
             assert status == expected
+            later(router)
         assert 28 <= int(headers["Retry-After"]) <= 30
         async with router.get("/readyz") as reply:
             page = await reply.json()
@@ -302,8 +340,7 @@ async def test_daemons_that_can_not_hand_over_are_not_paired() -> None:
             failed = HandoffFailed(handoff_id=handoff_id, attempt=0, reason="lane broke")
             await router.daemons[0].socket.send(encode(failed))
             assert (await asked)[0] == 200
-            for breaker in router.outside.standing._pairs.values():
-                breaker._failed_at -= 10  # as if they had not come at one moment
+            later(router)
         status, _, headers = await router.ask(PROMPT)
         assert (status, headers["x-pdx-reason"]) == (200, "no_pair")
         async with router.get("/readyz") as reply:

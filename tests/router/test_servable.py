@@ -169,3 +169,7 @@ def test_decode_goes_on_from_prefills_token() -> None:
 def test_private_fields() -> None:
     assert without_private(PROMPT) == (PROMPT, False)
     assert without_private({**PROMPT, "kv_transfer_params": None, "ec_transfer_params": {}}) == (PROMPT, True)
+    for extra in (None, 7, {}, {"mine": 1}):
+        assert without_private({**PROMPT, "vllm_xargs": extra}) == ({**PROMPT, "vllm_xargs": extra}, False)
+    extra = {"kv_transfer_params": "x", "ec_transfer_params": 1, "mine": 1}
+    assert without_private({**PROMPT, "vllm_xargs": extra}) == ({**PROMPT, "vllm_xargs": {"mine": 1}}, True)
