@@ -18,6 +18,7 @@ from memory_connector import the_daemon  # noqa: E402
 from prometheus_client import Counter, Gauge, Histogram  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA  # noqa: E402
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 from vllm_engine import (  # noqa: E402
     BLOCK_TOKENS,
@@ -34,6 +35,7 @@ from pdx.engine.vllm.stats import COUNTERS, PdxStats  # noqa: E402
 from pdx.engine.vllm.steps import LoadResult, Report, Save, Step  # noqa: E402
 from pdx.errors import ConfigError, Refused  # noqa: E402
 from pdx.layout import Place  # noqa: E402
+from pdx.router.front.access import Caller  # noqa: E402
 
 
 @pytest.fixture
@@ -318,3 +320,12 @@ def test_random_hash_seeds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.hash_seed("sha256") == "vllm-none-hash"
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     assert compat.hash_seed("sha256_cbor") == "0"
+
+
+@pytest.mark.parametrize(
+    "own", ["conversation-7", "a" * 63, "a" * 300, "a/b", "@", "\\", "\0", "x" * 43 + "=", "\u00e9", ""]
+)
+def test_every_tenants_salt_is_one_for_vllm(own: str) -> None:
+    body = {"cache_salt": own}
+    Caller("alice", "t" * 64).salted(body)
+    validate_cache_salt(body["cache_salt"])
