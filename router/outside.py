@@ -134,7 +134,8 @@ class Outside:
         now, tokens = time.monotonic(), 0.0
         if prompt is not None:
             tokens = prompt.work_tokens(engine)
-            self.knowledge.expect(prompt.names_at(engine), engine.daemon, now)
+            if self.directory.knows_daemon(engine.daemon):  # one that has left would never leave again
+                self.knowledge.expect(prompt.names_at(engine), engine.daemon, now)
         load = 0 if waits else self.in_flight[engine.engine_id]
         pace = engine.tokens_per_s or NOMINAL_TOKENS_PER_S
         computed_by = now + self.work.ahead_s(engine.engine_id, pace, now) + tokens / pace if whole else math.inf

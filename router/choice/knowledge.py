@@ -62,9 +62,9 @@ class Knowledge:
 
     def on_holdings(self, message: Holdings) -> bool:
         """False: something before it was missed, and it is of no use. The daemon is to tell all anew."""
-        if message.number == 0 and len(self._daemons) < DAEMONS_MAX:
+        if message.number == 0:
             self._forget_daemon(message.daemon_id)
-            self._daemons[message.daemon_id] = _Daemon(message.incarnation, self._free_holder())
+            self._add(message.daemon_id, message.incarnation)
         daemon = self._daemons.get(message.daemon_id)
         if daemon is None or (daemon.incarnation, daemon.number) != (message.incarnation, message.number):
             self._forget_daemon(message.daemon_id)
@@ -90,10 +90,10 @@ class Knowledge:
         self._forget_daemon(daemon_id)
 
     def expect(self, names: Sequence[int], daemon: DaemonRef, now: float) -> None:
-        """These blocks are about to be computed there."""
+        """These blocks are about to be computed there; it is alive."""
         self.generation += 1
         if daemon.daemon_id not in self._daemons:
-            self._daemons[daemon.daemon_id] = _Daemon(daemon.incarnation, self._free_holder())
+            self._add(daemon.daemon_id, daemon.incarnation)
         for name in names:
             self._expected[name] = daemon.daemon_id, now + EXPECTED_S
             self._expected.move_to_end(name)
@@ -126,6 +126,11 @@ class Knowledge:
 
     def check_integrity(self) -> None:
         self._holders.check_integrity()
+
+    def _add(self, daemon_id: str, incarnation: int) -> None:
+        if len(self._daemons) >= DAEMONS_MAX:
+            self._forget_daemon(next(iter(self._daemons)))  # the oldest; a live one is to tell all anew
+        self._daemons[daemon_id] = _Daemon(incarnation, self._free_holder())
 
     def _forget_daemon(self, daemon_id: str) -> None:
         daemon = self._daemons.pop(daemon_id, None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+import pytest
 from engine_fakes import daemon_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdx.router.choice import knowledge as bounds
 from pdx.router.choice.knowledge import EXPECTED_S, Found, Knowledge
 from pdx.wire import ARENA_BIT, DISK_BIT, Holdings
 
@@ -74,6 +76,17 @@ def test_what_was_sent_somewhere_is_expected_there_for_a_while() -> None:
     assert knowledge.found([1, 2, 3, 4], EXPECTED_S + 1.0) == {"d0": Found(2, 2, 2)}
     knowledge.expect([2, 3], daemon_ref("d1"), 2.0)
     assert knowledge.found([1, 2, 3], 3.0) == {"d0": Found(2, 2, 2)}, "the last word counts"
+
+
+def test_too_many_daemons_cost_the_oldest_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "DAEMONS_MAX", 3)
+    knowledge = Knowledge()
+    for number in range(9):
+        assert knowledge.on_holdings(holdings(0, {1: ARENA_BIT}, daemon=f"d{number}"))
+    knowledge.expect([1], daemon_ref("d9"), 0.0)
+    assert set(knowledge.found([1], 1.0)) == {"d7", "d8", "d9"}
+    assert not knowledge.on_holdings(holdings(1, {2: ARENA_BIT}, daemon="d6")), "a live one tells all anew"
+    knowledge.check_integrity()
 
 
 DAEMONS = ("d0", "d1", "d2")

@@ -235,6 +235,19 @@ async def test_a_prompt_that_is_computed_sooner_than_handed_over_stays_with_one_
 
 
 @within(20)
+async def test_a_request_to_an_engine_whose_daemon_has_left_does_not_bring_it_back() -> None:
+    async with fleet(FakeEngine("d0", "decode")) as router:
+        knowledge = router.outside.knowledge
+        prompt = {**SHORT, "prompt": [1] * 64}
+        assert (await router.ask(prompt))[0] == 200
+        assert " 1 daemons, 4 expected" in repr(knowledge)
+        await router.daemons[0].announce(leaving=True)
+        await until(lambda: " 0 daemons" in repr(knowledge), "it has left")
+        assert (await router.ask(prompt))[0] == 200, "its engines serve on"
+        assert " 0 daemons" in repr(knowledge)
+
+
+@within(20)
 async def test_who_would_wait_too_long_is_told_at_once_when_to_come_again() -> None:
     p, d = FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
     p.fault = "hang"
