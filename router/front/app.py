@@ -113,6 +113,9 @@ class Front:
             reason, answer = refused.reason, refusal(refused.status, str(refused), refused.headers)
         except web.HTTPRequestEntityTooLarge as error:
             reason, answer = "too_large", refusal(error.status, error.text or error.reason)
+        except web.RequestPayloadError:
+            reason, answer = "broken_body", refusal(400, "the body is not encoded, or not framed, as its headers say")
+            answer.force_close()
         except Exception:  # noqa: BLE001 - the top of a request's task
             _log.exception("request failed in the router")
             reason, answer = "", refusal(500, "the router failed; its log says how")

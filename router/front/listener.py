@@ -65,6 +65,21 @@ class Listener(web.Server):
 class _Connection(web.RequestHandler):
     __slots__ = ()
 
+    def data_received(self, data: bytes) -> None:
+        """A body that goes on as no HTTP never ends: who reads it is told at once, not when its time is up.
+
+        (aiohttp puts the error behind the request, as if it were the next one; before this one's end there is no next.)
+        """
+        super().data_received(data)
+        reading = self._current_request
+        if reading is not None and self._messages and not reading.content.is_eof():
+            reading.content.set_exception(web.RequestPayloadError("the body goes on as no HTTP"))
+
+    def log_exception(self, *args: object, **more: object) -> None:
+        """But for the rest of a body that can't be read: the fault is the client's."""
+        if not isinstance(more.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **more)
+
     def handle_error(
         self,
         request: web.BaseRequest,

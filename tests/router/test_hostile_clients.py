@@ -52,6 +52,16 @@ async def raw(router: Fleet, request: bytes) -> bytes:
         writer.close()
 
 
+@asynccontextmanager
+async def connected(router: Fleet) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    host, port = router.published.http.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
 def post(path: str = "/v1/completions", headers: str = "", body: bytes = b"{}") -> bytes:
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
     return head.encode() + body
@@ -136,6 +146,36 @@ async def test_a_slow_body_is_cut() -> None:
     async with attacked(request_timeout_s=0.3) as (router, _, _):
         assert b" 408 " in await raw(router, post(body=b"")[:-2].replace(b": 0", b": 100") + b"\r\n{")
         assert await router.metric('pdx_router_refused_total{reason="slow_body"}') == 1
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@within(20)
+async def test_a_body_that_is_not_encoded_as_it_says(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with attacked() as (router, _, _):
+        broken = post(headers=f"Content-Encoding: {encoding}\r\n", body=b"0123456789")
+        answer = await raw(router, broken)
+        assert answer.startswith(b"HTTP/1.1 400 ") and b'"BadRequestError"' in answer
+        head, _, body = broken.replace(b"/v1/completions", b"/nowhere", 1).partition(b"\r\n\r\n")
+        async with connected(router) as (reader, writer):
+            writer.write(head + b"\r\n\r\n")
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 404 ")
+            writer.write(body)  # which nobody wants any more
+            with suppress(ConnectionResetError):
+                await reader.read()
+        assert await router.metric('pdx_router_refused_total{reason="broken_body"}') == 1
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("end", [b"zz\r\n{}\r\n", b"2\r\n{}XX0\r\n\r\n"])
+@within(20)
+async def test_a_body_that_goes_on_as_no_http_is_answered_at_once(end: bytes) -> None:
+    async with attacked() as (router, _, _), connected(router) as (reader, writer):
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n")
+        await until(lambda: router.outside.under_way == 1, "its body is read")
+        writer.write(end)
+        answer = await reader.read()  # to the end: the connection is closed
+        assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1
+        assert await router.metric('pdx_router_refused_total{reason="broken_body"}') == 1
 
 
 @within(20)
