@@ -57,4 +57,4 @@ def affinity(candidates: Sequence[Candidate], choice: Choice) -> Candidate:
 
 
 def _weight(session: str, engine_id: str) -> int:
-    return xxhash.xxh3_64_intdigest(f"{engine_id}\0{session}".encode())
+    return xxhash.xxh3_64_intdigest(f"{engine_id}\0{session}".encode(errors="surrogateescape"))  # a header's

@@ -60,6 +60,12 @@ def test_a_session_leaves_an_engine_that_has_more_than_its_share(loads: list[int
     assert chosen.load <= 1.25 * (sum(loads) + 1) / len(loads)
 
 
+def test_a_session_may_be_called_by_any_bytes() -> None:
+    """aiohttp's headers have those that are no UTF-8 as lone surrogates."""
+    idle = engines(0, 0)
+    assert affinity(idle, Choice(0, session="Ren\udce9")) == affinity(idle, Choice(1, session="Ren\udce9"))
+
+
 def test_sessions_spread_and_those_without_go_to_the_least_loaded() -> None:
     idle = engines(0, 0, 0, 0)
     counts = Counter(affinity(idle, Choice(0, session=f"s{n}")).engine_id for n in range(800))
