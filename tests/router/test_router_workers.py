@@ -229,6 +229,27 @@ def test_texts_are_added_up() -> None:
     assert "_created" not in text.decode()
 
 
+def test_names_with_any_characters_are_added_up() -> None:
+    metrics = Metrics()
+    for odd in "\u2028\x0b\x0c\x85\x1c\r\n":
+        metrics.requests.labels(model=f"a{odd}b", code="200").inc()
+    text = generate_latest(metrics.registry)
+    assert added([text, text]).count(b'code="200",model="a') == 7
+    assert added([text, text]).count(b" 2.0\n") == 7
+
+
+def test_a_text_that_cannot_be_added_up_costs_nobody_elses(caplog: pytest.LogCaptureFixture) -> None:
+    totals = Totals()
+    text = b"# HELP a_total x\n# TYPE a_total counter\na_total 3.0\n"
+    for broken in (b"a_total three\n", b"# TYPE\n", b"# TYPE a_total\n", b"\xff\n"):
+        totals.heard({"w0": text, "w1": text})
+        totals.heard({"w0": text, "w1": broken})
+        assert b"a_total 6.0" in totals.added(b""), "its last text stands"
+    totals.heard({"w0": text})
+    assert b"a_total 6.0" in totals.added(b"")
+    assert len(caplog.records) == 1
+
+
 def test_no_counter_falls_when_a_process_ends() -> None:
     totals = Totals()
     line = 'pdx_router_requests_total{code="200",model="a \\"b\\" c"}'
