@@ -257,7 +257,7 @@ async def _keep(outside: Outside, named: Named) -> None:
 
 async def _poll(outside: Outside, engine_id: str, url: str) -> None:
     ok = await outside.upstream.healthy(url.rstrip("/") + "/health")
-    outside.directory.on_health(engine_id, ok, time.monotonic())
+    outside.directory.on_health(engine_id, url, ok, time.monotonic())
     outside.gate.stir()
 
 

@@ -132,11 +132,11 @@ class Directory:
             self._join(info, NOBODY, now)
             self._engines[info.engine_id].pairable = False
 
-    def on_health(self, engine_id: str, ok: bool, now: float) -> None:
-        """The answer of one poll of /health. Unknown engines are ignored: they left meanwhile."""
+    def on_health(self, engine_id: str, url: str, ok: bool, now: float) -> None:
+        """The answer of one poll of /health there. One that has left meanwhile, or moved, is not meant by it."""
         self._seen = None
         engine = self._engines.get(engine_id)
-        if engine is None:
+        if engine is None or engine.info.url != url:
             return
         if ok:
             if not engine.ready:

@@ -21,7 +21,7 @@ def joined(*engines: EngineInfo, now: float = 0.0) -> Directory:
     directory = Directory()
     assert directory.on_announce(announce(*engines), now) == []
     for engine in engines:
-        directory.on_health(engine.engine_id, True, now)
+        directory.on_health(engine.engine_id, engine.url, True, now)
     return directory
 
 
@@ -39,10 +39,10 @@ def test_an_engine_is_routable_after_its_first_health() -> None:
     assert (ids(directory), directory.joining()) == ([], ["d0", "p0"])
     assert [engine_id for engine_id, _ in directory.due_polls(0.0)] == ["p0", "d0"]
     assert directory.due_polls(0.1) == []  # asked, not answered
-    directory.on_health("p0", False, 0.2)
+    directory.on_health("p0", P0.url, False, 0.2)
     assert directory.due_polls(0.6) == []
     assert [engine_id for engine_id, _ in directory.due_polls(0.7)] == ["p0"]
-    directory.on_health("p0", True, 0.8)
+    directory.on_health("p0", P0.url, True, 0.8)
     assert (ids(directory), directory.joining()) == (["p0"], ["d0"])
     assert [engine_id for engine_id, _ in directory.due_polls(5.0)] == ["d0"]
     assert [engine_id for engine_id, _ in directory.due_polls(5.8)] == ["p0"]
@@ -51,13 +51,13 @@ def test_an_engine_is_routable_after_its_first_health() -> None:
 
 def test_one_missed_poll_is_forgiven() -> None:
     directory = joined(P0)
-    directory.on_health("p0", False, 5.0)
+    directory.on_health("p0", P0.url, False, 5.0)
     assert ids(directory) == ["p0"]
-    directory.on_health("p0", False, 5.5)
+    directory.on_health("p0", P0.url, False, 5.5)
     assert ids(directory) == []
-    directory.on_health("p0", True, 6.0)
+    directory.on_health("p0", P0.url, True, 6.0)
     assert ids(directory) == ["p0"]
-    directory.on_health("unknown", True, 6.0)
+    directory.on_health("unknown", P0.url, True, 6.0)
 
 
 def test_a_refused_connection_counts_at_once() -> None:
@@ -126,6 +126,10 @@ def test_a_changed_engine_joins_anew() -> None:
     directory.on_announce(announce(engine_info("p0", "prefill", "http://127.0.0.1:2")), 1.0)
     assert ids(directory) == []
     assert directory.due_polls(1.0) == [("p0", "http://127.0.0.1:2")]
+    directory.on_health("p0", P0.url, True, 1.1)
+    assert ids(directory) == [], "where it was before, something answers"
+    directory.on_health("p0", "http://127.0.0.1:2", True, 1.2)
+    assert ids(directory) == ["p0"]
 
 
 def test_an_id_is_taken_once() -> None:
@@ -196,7 +200,7 @@ def test_a_named_engine_stays_as_long_as_it_says_what_it_serves() -> None:
         directory.on_named(named, float(second))
         directory.expire(second + 0.5)
         assert directory.joining() == ["named-x"]
-    directory.on_health("named-x", True, 99.0)
+    directory.on_health("named-x", named.url, True, 99.0)
     assert [(c.engine_id, c.pairable) for c in directory.snapshot()] == [("named-x", False)]
     directory.on_announce(
         Announce(daemon=daemon_ref(), engines=[engine_info("d0", "decode", "http://127.0.0.1:7")]), 100.0

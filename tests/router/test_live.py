@@ -167,20 +167,21 @@ def test_health_says_how_an_engine_stands() -> None:
     from pdx.wire import Announce
 
     directory = Directory()
-    announce = Announce(daemon=daemon_ref(), engines=[engine_info("E", "decode")])
+    engine = engine_info("E", "decode")
+    announce = Announce(daemon=daemon_ref(), engines=[engine])
 
     def health() -> str:
         return directory.known_engines()[0].health
 
     directory.on_announce(announce, 0.0)
     assert health() == "joining"
-    directory.on_health("E", True, 0.0)
+    directory.on_health("E", engine.url, True, 0.0)
     assert health() == "ready"
     directory.expire(5.0)
     assert health() == "alone"
     directory.on_announce(announce, 6.0)
     for _ in range(HEALTH_FAILURES_MAX):
-        directory.on_health("E", False, 6.0)
+        directory.on_health("E", engine.url, False, 6.0)
     assert health() == "lost"
 
 
