@@ -160,13 +160,24 @@ class RouterKv:
         return admin.parsed(answer, Report, what=f"{self._url} gave no report")
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: object, **__: object) -> None:
+        """An answer that redirects is an error like others."""
+
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
+
+
 def bearer(token: str) -> dict[str, str]:
     """The headers that show this token; none if it is empty."""
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def post(url: str, body: bytes | None, headers: dict[str, str] | None = None) -> bytes:
-    """The answer; without a body it is got. Raises Refused with the reason that an error answer gives, DaemonGone."""
+    """The answer; without a body it is got. Raises Refused with the reason that an error answer gives, DaemonGone.
+
+    Tokens and prompts are for who listens at `url`: neither for a proxy of the environment nor for where it redirects.
+    """
     if url.startswith("tcp://"):
         raise Refused(f"{url} is not an http url: it is where daemons find a router, operators use its --admin-port")
     if not url.startswith(("http://", "https://")):
@@ -174,12 +185,14 @@ def post(url: str, body: bytes | None, headers: dict[str, str] | None = None) ->
     given = {"Content-Type": "application/json", **(headers or {})}
     try:
         request = urllib.request.Request(url, data=body, headers=given)  # noqa: S310 - its scheme was checked
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:  # noqa: S310
+        with _OPENER.open(request, timeout=ANSWER_S) as answer:
             raw: bytes = answer.read(ANSWER_BYTES_MAX)
             return raw
     except urllib.error.HTTPError as error:
         with error:
             reason = admin.reason_in(error.read(ERROR_BYTES_MAX)) or f"{url}: HTTP {error.code}"
+            if "Location" in error.headers:
+                reason += f", which sends us to {error.headers['Location']!r}: name that if it is meant"
             if error.code == http.client.UNAUTHORIZED and "/admin/" in url:
                 if headers:
                     reason = "that is not the token of the cluster key that this router has: look at"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from fleet import BareEngine, Daemon, Fleet, fleet_in, until
@@ -18,7 +21,7 @@ from pdx.commands import kv
 from pdx.commands.kv_table import as_table
 from pdx.errors import Refused
 from pdx.keys import tenant_of
-from pdx.kv import LocalKv
+from pdx.kv import LocalKv, bearer, post
 from pdx.verbs import Cleared, Found, Pinned, Unpinned
 
 ALGORITHM = "sha256_cbor/vllm-none-hash"
@@ -151,6 +154,43 @@ def test_health_names_the_process(host: Host, client: LocalKv) -> None:
 
 def test_a_router_that_knows_no_daemon_is_told_in_words() -> None:
     assert as_table(Report(daemons=[])) == "no daemon has announced an engine"
+
+
+@contextmanager
+def listening(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """The URL of a server whose every answer this writes."""
+    handler = type("Handler", (BaseHTTPRequestHandler,), {"do_GET": answer, "do_POST": answer})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("body", [None, b"{}"])
+def test_tokens_and_prompts_go_to_no_proxy_and_nowhere_else(
+    body: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[str, str | None]] = []
+
+    def answer(request: BaseHTTPRequestHandler, name: str, code: int, **headers: str) -> None:
+        heard.append((name, request.headers["Authorization"]))
+        request.send_response(code)
+        for header, value in {"Content-Length": "0", **headers}.items():
+            request.send_header(header, value)
+        request.end_headers()
+
+    with listening(lambda request: answer(request, "other", 200)) as other:
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("http_proxy", other)
+        with listening(lambda request: answer(request, "named", 302, Location=f"{other}/x")) as named:
+            with pytest.raises(Refused, match="HTTP 302, which sends us to"):
+                post(f"{named}/admin/kv/stats", body, bearer("t0ken"))
+    assert heard == [("named", "Bearer t0ken")]
 
 
 def test_images_are_refused_by_name(client: LocalKv) -> None:
