@@ -2,7 +2,8 @@
 
 Each command runs under a guard (guard.py) in a session of its own, so that Ctrl-C reaches only the supervisor, which
 then ends everything in order. One thread, one selector: log pipes, process exits (pidfds) and signals are all file
-descriptors, so nothing here polls except readiness probes. Knows nothing of engines, daemons or routers.
+descriptors, so nothing here polls except readiness probes. What is shown, another thread writes (screen.py). Knows
+nothing of engines, daemons or routers.
 
 Use from the main thread only (it installs signal handlers).
 """
@@ -26,6 +27,7 @@ from typing import IO, Any, TextIO
 
 from pdx.errors import PdxError
 from pdx.launch import guard, processes
+from pdx.launch.screen import Screen
 
 GRACE_S = 20.0  # a vLLM server that is told to stop ends its engine process in 5-10 s
 PROBE_EVERY_S = 0.5
@@ -95,7 +97,7 @@ class Supervisor:
         echo: bool = True,
         grace_s: float = GRACE_S,
     ) -> None:
-        self._out = out or sys.stderr
+        self._screen = Screen(out or sys.stderr)
         self._log_dir = log_dir
         self._log_bytes_max = log_bytes_max
         self._echo = echo
@@ -109,6 +111,7 @@ class Supervisor:
         self._shared: set[Path] = set()  # files in shared memory that commands have made
 
     def __enter__(self) -> Supervisor:
+        self._screen.start()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
@@ -125,6 +128,7 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        self._screen.stop()
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._restore.items():
             signal.signal(number, handler)
@@ -247,11 +251,7 @@ class Supervisor:
 
     def say(self, line: str) -> None:
         """One line of the supervisor's own."""
-        self._print(f"pdx: {line}")
-
-    def _print(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # nobody reads any more
-            print(line, file=self._out, flush=True)
+        self._screen.say(f"pdx: {line}")
 
     def _watch(self, deadline: float | None) -> None:
         """At least one turn, however late it is: who asks has been busy, and logs and signals wait meanwhile."""
@@ -323,8 +323,8 @@ class Supervisor:
         text = line.decode("utf-8", "replace").rstrip("\r")
         child.last_lines.append(text)
         if self._echo:
-            prefix = f"\x1b[{child.colour}m{child.name}\x1b[0m" if self._out.isatty() else child.name
-            self._print(f"{prefix} | {text}")
+            prefix = f"\x1b[{child.colour}m{child.name}\x1b[0m" if self._screen.is_terminal else child.name
+            self._screen.say(f"{prefix} | {text}")
 
     @staticmethod
     def _turned_over(full: IO[bytes]) -> IO[bytes]:
