@@ -17,7 +17,7 @@ from pdx.launch import beforehand, engine
 from pdx.launch.engine import EngineSpec
 from pdx.launch.guard import parse_cpus
 from pdx.launch.outlive import serve_on
-from pdx.launch.ports import answers, free_ports
+from pdx.launch.ports import answers, free_ports, ports_from
 from pdx.launch.publish import publish
 from pdx.launch.supervise import Interrupted, Supervisor
 from pdx.whole import check_place
@@ -128,9 +128,10 @@ def _published(spec: EngineSpec) -> dict[str, str]:
 
 
 def _ports(options: argparse.Namespace) -> list[int]:
+    host = options.host or "127.0.0.1"
     if options.port:
-        return [options.port + index for index in range(options.replicas)]
-    return free_ports(options.replicas, host=options.host or "127.0.0.1")
+        return ports_from(options.port, options.replicas, host=host)
+    return free_ports(options.replicas, host=host)
 
 
 def _parser() -> argparse.ArgumentParser:

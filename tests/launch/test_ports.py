@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from pdx.errors import ConfigError
-from pdx.launch.ports import FIRST_PORT, LAST_PORT, answers, free_ports
+from pdx.launch.ports import FIRST_PORT, LAST_PORT, PROBE_TIMEOUT_S, answers, free_ports, ports_from
 
 
 def test_ports_are_distinct_and_outside_the_range_for_connections() -> None:
@@ -29,6 +29,22 @@ def test_a_taken_port_is_not_chosen() -> None:
 def test_an_address_of_somebody_else() -> None:
     with pytest.raises(ConfigError, match="no address of this machine"):
         free_ports(1, host="192.0.2.1")
+
+
+@pytest.mark.parametrize(("first", "count"), [(99999, 1), (-5, 1), (-1, 3), (65535, 2)])
+def test_ports_that_are_none(first: int, count: int) -> None:
+    with pytest.raises(ConfigError, match=f"--port {first}: {count} from there on are not all between 1 and 65535"):
+        ports_from(first, count, host="127.0.0.1")
+
+
+def test_ports_that_are_named_and_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port: {port} of 127.0.0.1 is in use"):
+            ports_from(port, 1, host="127.0.0.1")
+        with socket.create_connection(("127.0.0.1", port)), listener.accept()[0] as accepted:
+            accepted.close()  # the kernel now remembers this connection, for a minute
+    assert ports_from(port, 1, host="127.0.0.1") == [port]
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -60,3 +76,23 @@ def test_probe(url: str) -> None:
 def test_probe_of_nobody() -> None:
     (port,) = free_ports(1)
     assert not answers(f"http://127.0.0.1:{port}/health")()
+
+
+def test_a_probe_ends_in_time_however_its_answer_drips() -> None:
+    """Each read is in time, and the line is never whole."""
+    enough = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            with listener.accept()[0] as accepted:
+                for byte in b"HTTP/1.1".ljust(200):
+                    if enough.wait(PROBE_TIMEOUT_S / 10):
+                        return
+                    accepted.sendall(bytes([byte]))
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        assert not answers(f"http://127.0.0.1:{listener.getsockname()[1]}/health")()
+        assert thread.is_alive(), "all 20 s of it were read"
+        enough.set()
+        thread.join()

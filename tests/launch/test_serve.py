@@ -138,6 +138,7 @@ def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["./no/model"], "MODEL ./no/model: there is no such file or folder"),
         (["m", "--key-file", "/no/key"], "cluster key /no/key: No such file"),
         (["m", "--host", "10.0.0.9"], "host 10.0.0.9 is not loopback and no cluster key is set"),
+        (["m", "--port", "65535", "--replicas", "2"], "--port 65535: 2 from there on are not all between 1 and 65535"),
         (["m", "--transport", "pigeon"], "no lane for scheme 'pigeon'; known: nixl, tcp, ucx"),
         (["m", "--router", "tcp://a:1", "--router", "http://b:2"], "router: 'http://b:2' is not tcp://host:port"),
         (["m", "--tls-cert", "/c", "--tls-key", "/k", "--tls-ca", "/a"], "/k: No such file"),
