@@ -10,15 +10,24 @@ from pdx.errors import ConfigError
 
 
 def check_place(path: Path, *, flag: str) -> None:
-    """Raises ConfigError, naming the flag that said so, where `write_whole` could not: before anything is started."""
-    folder = path.absolute().parent
-    if path.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        why = "that is a folder" if path.is_dir() else f"there is no folder {folder}, or it can't be written to"
-        raise ConfigError(f"{flag} {path}: {why}")
+    """Raises ConfigError, naming the flag that said so, where `write_whole` could not, or would take the place of what
+    is no file of somebody's (a device, a pipe): before anything is started."""
+    folder = _target(path).parent
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: that is a folder")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{flag} {path}: that is no regular file, and would be replaced by one; name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: there is no folder {folder}, or it can't be written to")
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes or replaces `path` in one step. Raises OSError."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    """Writes or replaces `path`, or what it is a link to, in one step. Raises OSError."""
+    target = _target(path)
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     unfinished.write_bytes(content)
-    unfinished.replace(path)
+    unfinished.replace(target)
+
+
+def _target(path: Path) -> Path:
+    return Path(os.path.realpath(path))

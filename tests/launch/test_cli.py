@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from markdown_tables import ROOT
 from pdx import __version__, cli
 from pdx.commands import bench, drain, kv, top
 from pdx.daemon import main as daemon
+from pdx.errors import ConfigError
 from pdx.launch.publish import publish
 from pdx.router import main as router
+from pdx.whole import check_place
 from pdx.wire import WIRE_VERSION
 
 
@@ -111,3 +114,17 @@ def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
         publish(target, value)
         assert json.loads(target.read_text()) == value
     assert [path.name for path in tmp_path.iterdir()] == ["at.json"]
+
+
+def test_publish_follows_links_and_replaces_files_only(tmp_path: Path) -> None:
+    target, link, pipe = (tmp_path / name for name in ("at.json", "link", "pipe"))
+    target.write_text("{}")
+    link.symlink_to(target)
+    check_place(link, flag="--publish")
+    publish(link, {"a": 1})
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert link.is_symlink()
+    os.mkfifo(pipe)
+    for other in (pipe, Path("/dev/null")):
+        with pytest.raises(ConfigError, match=f"--publish {other}: that is no regular file"):
+            check_place(other, flag="--publish")
