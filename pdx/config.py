@@ -289,7 +289,10 @@ def parse_size(text: str, *, key: str) -> int:
     match = _SIZE.match(str(text))
     if not match:
         raise ConfigError(f"{key}: {text!r} is not a size; write e.g. 512MiB or 4GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    try:
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    except OverflowError as error:
+        raise ConfigError(f"{key}: a number of {len(match[1])} digits is no size of anything here") from error
 
 
 def _check_unit(text: str, *, key: str) -> None:
@@ -319,11 +322,13 @@ def ensure_run_dir(path: Path) -> Path:
     """Makes the run directory 0700. Raises ConfigError if it belongs to, or is open to, somebody else."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
+        status, link = path.stat(), path.lstat()
     except OSError as error:
         raise ConfigError(f"no run directory {path}: {error.strerror}; set PDX_RUN_DIR to one of your own") from error
     if status.st_uid != os.getuid():
         raise ConfigError(f"run directory {path} belongs to uid {status.st_uid}; set PDX_RUN_DIR to one of your own")
+    if link.st_uid not in (0, os.getuid()):  # in /tmp anybody makes links, and may have them point elsewhere later
+        raise ConfigError(f"run directory {path} is a link of uid {link.st_uid}; set PDX_RUN_DIR to one of your own")
     if stat.S_IMODE(status.st_mode) & 0o077:
         raise ConfigError(f"run directory {path} is open to others: chmod 700 {path}")
     return path
@@ -359,8 +364,9 @@ def _local_key_file(run_dir: Path) -> Path:
     if path.exists():
         return path
     # Several processes may come here at once: each writes its own file, one link wins, nobody reads half a key.
-    temporary = run_dir / f"{KEY_NAME}.{os.getpid()}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    # Not by their numbers: in containers that share the directory two may have the same.
+    temporary = run_dir / f"{KEY_NAME}.{secrets.token_hex(8)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(secrets.token_bytes(32))
     with contextlib.suppress(FileExistsError):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
 
-from pdx.config import Config, add_flag, chooser_of, default_run_dir, load
+from pdx.config import KEY_NAME, Config, add_flag, chooser_of, cluster_key, default_run_dir, ensure_run_dir, load
 from pdx.daemon.main import main
 from pdx.errors import ConfigError
 
@@ -51,6 +52,32 @@ def test_a_small_number_without_a_unit_is_taken_for_a_slip(key: str) -> None:
             load({key: text}, environ={})
     for text in ("1048576", "64KiB", "65536B"):
         load({"arena": "4MiB", "extent": "8KiB", key: text}, environ={})
+
+
+def test_a_number_beyond_all_bounds_is_told_in_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="arena: a number of 400 digits is no size"):
+        load({"arena": "9" * 400}, environ={})
+
+
+def test_a_local_key_is_made_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """Beside that of somebody of our number in another container, who may have linked it already."""
+    tmp_path.chmod(0o700)
+    theirs = tmp_path / f"{KEY_NAME}.{os.getpid()}"
+    theirs.write_bytes(b"k" * 32)
+    made = cluster_key(load({"run_dir": str(tmp_path)}, environ={}))
+    assert theirs.read_bytes() == b"k" * 32 != made
+    assert {path.name for path in tmp_path.iterdir()} == {theirs.name, KEY_NAME}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a link that is somebody else's")
+def test_a_link_that_somebody_else_has_made_is_no_run_directory(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir(mode=0o700)
+    link.symlink_to(real)
+    assert ensure_run_dir(link) == link
+    os.lchown(link, 1234, 1234)
+    with pytest.raises(ConfigError, match=f"run directory {link} is a link of uid 1234; set PDX_RUN_DIR"):
+        ensure_run_dir(link)
 
 
 def test_who_chose_the_run_directory() -> None:
