@@ -172,7 +172,7 @@ def prove_fleets(rig: Rig, report: Report) -> None:
 # --- faults ---------------------------------------------------------------------------------------------------
 
 
-DAEMON: dict[str, Any] = {"arena": "512MiB", "poison": "true", "digest_mode": "true", "lease_s": "4", "linger_s": "3"}
+DAEMON: dict[str, Any] = {"arena": "512MiB", "poison": "true", "digest_mode": "true", "lease_s": "4", "linger_s": "600"}
 
 
 class _Asked:

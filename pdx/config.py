@@ -67,7 +67,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tls_key: str = ""
     tls_ca: str = ""  # the authority of all hosts' certificates
     start_daemon: bool = True  # an engine that finds no pdxd starts one; false: somebody else sees to that
-    linger_s: float = 60.0  # pdxd exits this long after its last client
+    linger_s: float = 60.0  # pdxd exits this long after its last engine has left
     lease_s: float = 30.0  # an engine that renews nothing for so long loses its leases (to quarantine)
     handoff_share: float = 0.9  # a prompt needing more of the arena than this is refused
     pin_share: float = 0.25  # of the arena: what operators may pin
@@ -170,7 +170,7 @@ FLAGS = {
     "tls_cert": "PEM certificate of this host: lanes speak TLS 1.3, with peers of the same authority only",
     "tls_key": "its private key, a file of mode 0600",
     "tls_ca": "PEM certificate of the authority that signed all hosts'",
-    "linger_s": "seconds to stay after the last client has left",
+    "linger_s": "seconds to stay after the last engine has left",
     "lease_s": "seconds until a silent engine loses its leases",
     "handoff_share": "largest part of the arena that one prompt may take",
     "pin_share": "largest part of the arena that pins may take",

@@ -32,7 +32,7 @@ PLACES = {"P0": ("prefill", "a"), "D1": ("decode", "a"), "P1": ("prefill", "b"),
 CPU = {"a": 0, "b": 1}
 CHUNK = ("--max-num-batched-tokens", "256")
 # An arena of 85 blocks: with six requests of up to six blocks each, cache is evicted and claims sometimes wait.
-DAEMON: dict[str, Any] = {"arena": "256MiB", "poison": "true", "digest_mode": "true", "lease_s": "4", "linger_s": "3"}
+DAEMON: dict[str, Any] = {"arena": "256MiB", "poison": "true", "digest_mode": "true", "lease_s": "4", "linger_s": "600"}
 ROUTER_FLAGS = ("--request-timeout-secs", str(ROUTER_LIMIT_S), "--prefill-timeout-secs", "20")
 TITLES = {"core": "VLLM::EngineCor", "worker": "VLLM::Worker"}  # as /proc/PID/comm cuts them off
 PROBE_S = 2.0

@@ -29,7 +29,7 @@ from benchmarks.harness.report import Report
 from benchmarks.harness.rig import Rig, rig_in, unleased
 
 CHUNK = ("--max-num-batched-tokens", "256")
-DAEMON: dict[str, Any] = {"arena": "512MiB", "linger_s": "3"}
+DAEMON: dict[str, Any] = {"arena": "512MiB", "linger_s": "600"}
 LONE = 5  # requests that tell what a lone one takes
 LIMIT_FACTOR = 5
 CLIENTS = (1, 2, 4, 8, 16)  # engines take 16 sequences at once

@@ -34,7 +34,7 @@ from pdx.transport.conformance_faults import FAULTS
 from pdx.whole import write_whole
 
 # 1 MiB holds some 15 prompts: reservations wait and cache is evicted all the time.
-SETTINGS = {"arena": "1MiB", "linger_s": "2", "lease_s": "2", "digest_mode": "true", "poison": "true"}
+SETTINGS = {"arena": "1MiB", "linger_s": "5", "lease_s": "2", "digest_mode": "true", "poison": "true"}
 FDS_GROWN_MAX = 16  # connections to peers that come and go; to those that are gone for UNREACHED_S
 MINUTES = 5.0
 VICTIMS = (" engine", " daemon", " wire")  # what a count of faults ends with

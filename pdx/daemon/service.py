@@ -66,6 +66,7 @@ TICK_S = 0.1
 FENCE_TICK_S = 0.002  # while an engine's fence is awaited
 HALF_ATTACHED = "not all workers of the engine are attached here"
 HELLOS_MAX = 64  # connections that have not spoken yet; each holds a descriptor
+HELLO_S = 10.0  # for so long such a one may be an engine's, for which the daemon stays
 IPC_NAME = "pdxd.ipc"
 
 log = logging.getLogger("pdxd")
@@ -125,7 +126,7 @@ class Service:
             self._poller.register(tier.fileno(), zmq.POLLIN)
         self._poller.register(self._door.listener, zmq.POLLIN)
         self._handoffs = Handoffs(store, self._ports(key, why_no_better))
-        self._alone_since = time.monotonic()
+        self._alone_since = self._knocked_at = time.monotonic()
         self._stops = 0
         self._has_left = False
 
@@ -301,6 +302,8 @@ class Service:
     def _welcome(self) -> None:
         connection = self._door.accept()
         if connection is not None:
+            if not self._hellos:
+                self._knocked_at = time.monotonic()
             if len(self._hellos) >= HELLOS_MAX:
                 silent = self._hellos.pop(next(iter(self._hellos)))
                 self._turn_away(silent, "too many clients attach at once")
@@ -366,13 +369,15 @@ class Service:
             else:
                 self._handoffs.engine_failing(session.engine_id, now)
             self._announcer.changed()
-        if not self._sessions.by_identity:
-            self._alone_since = now
+            if not self._sessions.engines:
+                self._alone_since = now
 
     def _lingered_out(self) -> bool:
-        if self._sessions.by_identity or self._hellos:
+        """Whether no engine is here, or is about to be, for so long. Tools come for those, and wait for none."""
+        now = time.monotonic()
+        if self._sessions.engines or (self._hellos and now - self._knocked_at < HELLO_S):
             return False
-        return time.monotonic() - self._alone_since > self._config.linger_s
+        return now - self._alone_since > self._config.linger_s
 
     # --- the handoffs' ports -------------------------------------------------------------------------------------
 
@@ -393,17 +398,13 @@ class Service:
                 require_rdma=self._config.require_rdma,
                 absent=why_no_better,
             ),
-            tracer=self._tracer,
-            counters=self._counters,
-            lease_s=self._config.lease_s,
-            digest_mode=self._config.digest_mode,
-            tier=self._tier,
+            tracer=self._tracer, counters=self._counters,
+            lease_s=self._config.lease_s, digest_mode=self._config.digest_mode,
+            tier=self._tier, write_mode=WriteMode(self._config.disk_write),
             kinds_file=None if self._tier is None else self._config.run_path / KINDS_NAME,
-            write_mode=WriteMode(self._config.disk_write),
             waterline=Waterline(low=self._config.low_water_share, high=self._config.high_water),
-            pin_share=self._config.pin_share,
-            return_answers=self._config.return_answers,
-        )
+            pin_share=self._config.pin_share, return_answers=self._config.return_answers,
+        )  # fmt: skip
 
     def _to_engine(self, engine_id: str, message: Message) -> None:
         engine: Engine | None = self._sessions.engines.get(engine_id)

@@ -74,7 +74,7 @@ class Daemon:
         self.run_dir = run_dir
         self.config: Config = load(
             {
-                "run_dir": str(run_dir), "key_file": str(key_file), "arena": "4MiB", "linger_s": "0.5",
+                "run_dir": str(run_dir), "key_file": str(key_file), "arena": "4MiB", "linger_s": "60",
                 "poison": "true", "digest_mode": "true", **settings,
             }, environ={},
         )  # fmt: skip

@@ -30,6 +30,7 @@ from pdx.wire import Ask, Attach
 TOOL = Attach(kind="tool")
 WORKER = Attach(kind="worker", engine=ENGINE, pages=PAGES)
 SCHEDULER = Attach(kind="scheduler", engine=ENGINE)
+ANOTHER = Attach(kind="scheduler", engine=msgspec.structs.replace(ENGINE, engine_id="another"))
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def kill_daemon(config: Config) -> psutil.Process:
 
 
 def test_the_first_client_starts_a_detached_daemon_and_the_others_share_it(settings: Config) -> None:
-    with DaemonClient.attach(settings, TOOL) as first, DaemonClient.attach(settings, TOOL) as second:
+    with DaemonClient.attach(settings, WORKER) as first, DaemonClient.attach(settings, SCHEDULER) as second:
         assert first.attached.daemon == second.attached.daemon
         (daemon,) = daemons_in(settings)
         assert os.getsid(daemon.pid) == daemon.pid, "a session of its own: no terminal's Ctrl-C reaches it"
@@ -77,15 +78,24 @@ def test_its_log_tells_who_came_and_who_left(settings: Config) -> None:
     until(lambda: f"the last process of engine {ENGINE.engine_id} has left" in log.read_text(), "its end is told")
 
 
-def test_it_lingers_for_a_client_that_comes_back_then_exits_and_cleans_up(settings: Config) -> None:
-    DaemonClient.attach(settings, TOOL).close()
-    with DaemonClient.attach(settings, TOOL, start=False) as again:
+def test_it_lingers_for_an_engine_that_comes_back_then_exits_and_cleans_up(settings: Config) -> None:
+    DaemonClient.attach(settings, WORKER).close()
+    with DaemonClient.attach(settings, ANOTHER, start=False) as again:
         assert again.alive
     until(lambda: not daemons_in(settings), "it exits")
     log = (settings.run_path / LOG_NAME).read_text()
     assert "waits 0.2 s for its first engine" in log
     assert log.endswith("gone: no engine for 0.2 s\n")
     assert not {"pdxd.sock", "pdxd.ipc", "pdxd.json"} & set(os.listdir(settings.run_path))
+
+
+def test_it_stays_for_engines_and_not_for_those_who_look_at_it(settings: Config) -> None:
+    with DaemonClient.attach(settings, WORKER) as engine, DaemonClient.attach(settings, TOOL) as tool:
+        assert tool.ask(Ask(verb="health")).body
+        engine.close()
+        log = settings.run_path / LOG_NAME
+        until(lambda: log.read_text().endswith("gone: no engine for 0.2 s\n"), "it exits")
+        assert not tool.alive
 
 
 @pytest.mark.parametrize("accepted", [False, True])
@@ -105,7 +115,7 @@ def test_a_client_that_meets_a_daemon_which_is_leaving_gets_the_next_one(setting
 
         thread = threading.Thread(target=leave)
         thread.start()
-        with DaemonClient.attach(settings, TOOL) as client:
+        with DaemonClient.attach(settings, SCHEDULER) as client:
             assert client.ask(Ask(verb="health"))
         thread.join()
 
@@ -140,7 +150,7 @@ import sys
 from pdx.client import DaemonClient
 from pdx.config import load
 from pdx.wire import Attach
-settings = load({"run_dir": sys.argv[1], "arena": "4MiB", "linger_s": "1"}, environ={})
+settings = load({"run_dir": sys.argv[1], "arena": "4MiB"}, environ={})
 with DaemonClient.attach(settings, Attach(kind="tool")) as client:
     print(client.attached.daemon.daemon_id)
 """
@@ -148,6 +158,7 @@ with DaemonClient.attach(settings, Attach(kind="tool")) as client:
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
     outputs = [racer.communicate(timeout=DEADLINE_S) for racer in racers]
     assert len({out for out, _ in outputs}) == 1, outputs
+    kill_daemon(settings)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: nothing to be pinned to")
@@ -159,13 +170,14 @@ from pdx.client import DaemonClient
 from pdx.config import load
 from pdx.wire import Attach
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-settings = load({"run_dir": sys.argv[1], "arena": "4MiB", "linger_s": "1"}, environ={})
+settings = load({"run_dir": sys.argv[1], "arena": "4MiB"}, environ={})
 DaemonClient.attach(settings, Attach(kind="tool"), deadline_s=90).close()
 """
     # Whoever is pinned may wait long for its core: that is the point.
     subprocess.run([sys.executable, "-c", code, str(settings.run_path)], check=True, timeout=100)
     (daemon,) = daemons_in(settings)
     assert os.sched_getaffinity(daemon.pid) == os.sched_getaffinity(0)
+    kill_daemon(settings)
 
 
 def test_a_daemon_does_not_inherit_what_binds_a_workers_threads(
@@ -174,7 +186,7 @@ def test_a_daemon_does_not_inherit_what_binds_a_workers_threads(
     names = ("OMP_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
     for name in names:
         monkeypatch.setenv(name, "0")
-    with DaemonClient.attach(settings, TOOL):
+    with DaemonClient.attach(settings, SCHEDULER):
         (daemon,) = daemons_in(settings)
         assert not set(names) & set(daemon.environ())
 
@@ -190,7 +202,7 @@ def test_the_log_of_a_daemon_that_was_started_for_us_is_bounded(settings: Config
     settings.run_path.mkdir(mode=0o700)
     log.touch()
     os.truncate(log, LOG_BYTES_MAX)
-    with DaemonClient.attach(settings, TOOL):
+    with DaemonClient.attach(settings, SCHEDULER):
         assert log.with_name(f"{LOG_NAME}.1").stat().st_size >= LOG_BYTES_MAX
         assert "serving: arena 4 MiB" in log.read_text()
         (daemon,) = daemons_in(settings)
@@ -283,7 +295,7 @@ def test_strangers_at_the_door_hurt_nobody(fleet: Fleet, hello: bytes) -> None:
 
 
 def test_an_attachment_survives_the_daemon(settings: Config) -> None:
-    attachment = Attachment(settings, TOOL)
+    attachment = Attachment(settings, SCHEDULER)
     try:
         first = attachment.client()
         assert first is not None
@@ -340,7 +352,7 @@ def test_the_next_daemon_knows_the_weights_of_an_engine_that_idles(settings: Con
 
 def test_an_attachment_survives_a_run_directory_that_is_away_for_a_while(settings: Config) -> None:
     """As where a user's session has ended and its engines have not."""
-    attachment = Attachment(settings, TOOL)
+    attachment = Attachment(settings, SCHEDULER)
     try:
         assert attachment.client() is not None
         (daemon,) = daemons_in(settings)
@@ -360,8 +372,8 @@ def test_an_attachment_survives_a_run_directory_that_is_away_for_a_while(setting
 
 def test_a_daemon_that_was_killed_comes_back_as_the_operator_had_started_it(fleet: Fleet, tmp_path: Path) -> None:
     """Its clients start it anew, and know nothing of its disk."""
-    first = fleet.daemon(disk=str(tmp_path / "disk"), linger_s=0.2)
-    attachment = Attachment(load({"run_dir": str(first.run_dir), "arena": "4MiB"}, environ={}), TOOL)
+    first = fleet.daemon(disk=str(tmp_path / "disk"), linger_s="2")
+    attachment = Attachment(load({"run_dir": str(first.run_dir), "arena": "4MiB"}, environ={}), SCHEDULER)
     try:
         client = attachment.client()
         assert client is not None

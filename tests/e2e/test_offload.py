@@ -42,8 +42,8 @@ def host(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host
         rig.start_router()
         engine = rig.start_engine(
             "E0", "both", "a", cpu="0-1", environment=ENVIRONMENT, flags=FLAGS,
-            arena="512MiB", digest_mode="true", poison="true", linger_s="1", disk=str(tmp_path_factory.mktemp("disk")),
-            disk_cap="1GiB", **LASTING,
+            arena="512MiB", digest_mode="true", poison="true", linger_s=str(START_S),
+            disk=str(tmp_path_factory.mktemp("disk")), disk_cap="1GiB", **LASTING,
         )  # fmt: skip
         sessions = {part.process.pid for part in rig.parts}
         rig.wait_routable(1)

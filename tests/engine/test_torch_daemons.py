@@ -42,8 +42,8 @@ WAYS = ["tcp", "same daemon", "device", *(pytest.param(name, marks=pytest.mark.g
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     with fleet_in(tmp_path) as fleet:
         transport = "nixl" if request.param == "nixl" else "auto"
-        source = fleet.daemon(transport=transport)
-        target = source if request.param == "same daemon" else fleet.daemon(transport=transport)
+        source = fleet.daemon(transport=transport, linger_s="2")
+        target = source if request.param == "same daemon" else fleet.daemon(transport=transport, linger_s="2")
         model = Model(device="cuda") if request.param in ON_GPU else MODEL
         mover_of: MoverOf | None = device_mover_of if request.param == "device" else None
         if request.param in ON_GPU:
