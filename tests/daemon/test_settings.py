@@ -41,7 +41,7 @@ def test_the_help_has_every_setting_and_the_defaults_that_hold(capsys: pytest.Ca
     said = " ".join(capsys.readouterr().out.split())
     for name in set(Config.__struct_fields__) - {"budgets"}:
         assert f"--{name.replace('_', '-')} " in said or f"PDX_{name.upper()} " in said
-    for told in ("last client has left (default: 60)", "one cache_salt may take (default: 1)", "(default: 1GiB)"):
+    for told in ("last engine has left (default: 60)", "one cache_salt may take (default: 1)", "(default: 1GiB)"):
         assert told in said
 
 
