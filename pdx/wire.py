@@ -47,6 +47,8 @@ Measured = Annotated[float, msgspec.Meta(ge=0, lt=1e18)]
 # Why something ended. Who says it cuts it short (`shortened`): it is kept for long, and forwarded with more before it.
 REASON_CHARS_MAX = 512
 Reason = Annotated[str, msgspec.Meta(max_length=4 * REASON_CHARS_MAX)]
+# Stands in a reason that says nothing about the daemons, or what lies between them: the next request may fare better.
+ONE_REQUEST = "this request only: "
 Epoch = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]  # as in keys.ContentFingerprint
 
 

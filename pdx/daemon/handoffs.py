@@ -37,6 +37,7 @@ from pdx.keys import space_of
 from pdx.transport.api import Arrived, Event, LaneFailed, PeerLost, PutDone, PutFailed, WindowClosed
 from pdx.verbs import Clear, Result, Steer
 from pdx.wire import (
+    ONE_REQUEST,
     Cancel,
     Committed,
     Filled,
@@ -131,7 +132,7 @@ class Handoffs:
             return
         record = self._sending.waiting_for_room(message.handoff_id, engine_id)
         if record is not None:
-            reason = f"prefill engine: {message.reason}"
+            reason = f"{ONE_REQUEST}prefill engine: {message.reason}"
             self._sending.act(record, record.sender.fail(reason, tell_peer=False), now)
 
     def renew(self, engine_id: str, handoff_ids: Sequence[bytes], now: float) -> None:

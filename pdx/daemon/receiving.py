@@ -21,6 +21,7 @@ from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, Place
 from pdx.transport.api import Span
 from pdx.wire import (
     NOTICE,
+    ONE_REQUEST,
     Alive,
     Commit,
     Fail,
@@ -127,7 +128,7 @@ class ReceivingHalves:
                 ttl_s=float("inf"),  # the machine's budgets end it
             )
         except Refused as error:
-            self.act(record, record.receiver.refuse(str(error)), now)
+            self.act(record, record.receiver.refuse(f"{ONE_REQUEST}{error}"), now)
             return True
         if claim is None:
             return False

@@ -27,6 +27,7 @@ from pdx.keys import layout_id, namespace_of
 from pdx.layout import CHECKSUM_BYTES, DIGEST_BYTES, PageLayout, Place
 from pdx.transport.api import Copy
 from pdx.wire import (
+    ONE_REQUEST,
     Cancel,
     Commit,
     Committed,
@@ -135,7 +136,8 @@ class SendingHalves:
                 ttl_s=self._desk.ports.lease_s,
             )
         except (Refused, UnknownTransport) as error:
-            self.act(record, record.sender.fail(str(error), tell_peer=False), now)
+            whose = ONE_REQUEST if isinstance(error, Refused) else ""
+            self.act(record, record.sender.fail(f"{whose}{error}", tell_peer=False), now)
             return True
         if claim is None:
             return False

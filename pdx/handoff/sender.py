@@ -25,7 +25,7 @@ from pdx.handoff.actions import (
 from pdx.handoff.handle import TransferHandle
 from pdx.handoff.states import SENDING, Sending, after
 from pdx.layout import Place
-from pdx.wire import Alive, Fail, PeerMessage, SendEnded, SendOpened, shortened
+from pdx.wire import ONE_REQUEST, Alive, Fail, PeerMessage, SendEnded, SendOpened, shortened
 
 # A lane's notice holds 64 KiB, and a page takes up to 45 bytes of it (number, checksum, digest).
 PUT_BLOCKS_MAX = 1024
@@ -142,7 +142,7 @@ class Sender:
             return self._end()
         if ok or self._published:
             return []
-        return self.fail(f"prefill engine: {reason}", tell_peer=True)
+        return self.fail(f"{ONE_REQUEST}prefill engine: {reason}", tell_peer=True)
 
     # --- messages from the receiving daemon ---
 

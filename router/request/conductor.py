@@ -86,7 +86,7 @@ class Conductor:
         self._begins = begins
         self._wish = wish
         self._place: Place | None = None  # in the line
-        self._blame = Blame(outside)
+        self._blame = Blame(outside, model)
         self._handoff_failed: asyncio.Future[str] | None = None
         self._at_fault = False  # the router's own code, which the front answers for and counts
         self._started_at = self._prefilled_at = time.monotonic()

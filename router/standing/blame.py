@@ -26,14 +26,16 @@ from pdx.router.request.actions import (
     StreamFinished,
 )
 from pdx.router.standing.standing import Ticket
+from pdx.wire import ONE_REQUEST
 
 
 class Blame:
     """Tells `Standing`. `overdue`: the request's deadline has passed, so that a silent engine is to blame."""
 
-    def __init__(self, outside: Outside) -> None:
+    def __init__(self, outside: Outside, model: str) -> None:
         self.overdue = False
         self._outside = outside
+        self._model = model
         self._watching = ExitStack()
         self._handoff: tuple[Pair, Ticket, asyncio.Future[str]] | None = None
         self._stream: tuple[Candidate, Ticket] | None = None
@@ -84,13 +86,22 @@ class Blame:
         if handoff is None:
             return
         pair, ticket, failure = handoff
-        ok = None
-        if outcome == "ok":
-            ok = not failure.done()
-        elif outcome in ("handoff_failed", "not_sent"):
-            ok = False
+        ok = self._could_hand_over(pair, failure, outcome)
         self._outside.standing.handoff_ended(pair, ticket, ok=ok, now=time.monotonic())
         self._watching.close()
+
+    def _could_hand_over(self, pair: Pair, failure: asyncio.Future[str], outcome: str) -> bool | None:
+        """Whether the pair's daemons have done their part; None if this request does not tell."""
+        if failure.done() and ONE_REQUEST in failure.result():
+            return None
+        match outcome:
+            case "ok":
+                return not failure.done()
+            case "handoff_failed":
+                return False
+            case "not_sent":  # as it is with an adapter whose files have changed, whatever the daemons
+                return None if self._model in pair.prefill.info.adapters else False
+        return None
 
     def _told_failures_judged(self, *, ok: bool | None, proved: bool = True) -> None:
         told, self._told_failures = self._told_failures or (), None

@@ -14,7 +14,7 @@ from pdx.errors import PeerGone, WireError
 from pdx.transport.handshake import greet_as_connector
 from pdx.transport.sockets import parse_endpoint
 from pdx.verbs import Clear
-from pdx.wire import Ask, Budgets, DaemonRef, LaneOffer, LoadEnded, Renew, SendEnded, SendOpened
+from pdx.wire import ONE_REQUEST, Ask, Budgets, DaemonRef, LaneOffer, LoadEnded, Renew, SendEnded, SendOpened
 
 DAEMON_OF_OTHERS = DaemonRef(
     daemon_id="x", incarnation=1, control="tcp://127.0.0.1:9", lanes=[LaneOffer(endpoint="tcp://127.0.0.1:9")]
@@ -136,8 +136,16 @@ def test_a_prompt_larger_than_the_arena_is_refused_in_one_sentence(pair: tuple[F
     fleet, prefill, decode = pair
     prompt, handle = prompt_of(16 * 1000), fleet.handle(prefill, decode)
     prefill.ask_send(prompt, handle)
-    assert "never fits" in prefill.expect(SendEnded).reason
+    assert prefill.expect(SendEnded).reason.startswith(f"{ONE_REQUEST}a prompt of 1000 blocks")
     assert decode.load(prompt, handle) == 0
+
+
+def test_so_is_one_larger_than_the_other_arena(fleet: Fleet) -> None:
+    prefill, decode = fleet.engine(fleet.daemon(), "P"), fleet.engine(fleet.daemon(arena="1MiB"), "D")
+    prefill.ask_send(prompt_of(16 * 60), fleet.handle(prefill, decode))
+    opened = prefill.expect(SendOpened)
+    assert prefill.expect(SendEnded).reason.startswith(f"refused by decode: {ONE_REQUEST}a prompt of 60 blocks")
+    prefill.let_go(opened.handoff_id, "send", ok=False)
 
 
 def test_the_tail_of_another_prompt_is_not_used(pair: tuple[Fleet, BareEngine, BareEngine]) -> None:

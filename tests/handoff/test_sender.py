@@ -11,7 +11,7 @@ from halves import HANDLE, IDS, LAYERS, PLACES, RESERVE, kinds, make_receiver, m
 from pdx.handoff import actions as do
 from pdx.handoff.sender import OPEN_BYTES, PUT_BLOCKS_MAX, PUTS_OPEN, Sender
 from pdx.handoff.states import Sending
-from pdx.wire import REASON_CHARS_MAX, Fail, SendEnded, SendOpened
+from pdx.wire import ONE_REQUEST, REASON_CHARS_MAX, Fail, SendEnded, SendOpened
 
 
 def fill_all(sender: Sender) -> list[do.Action]:
@@ -183,6 +183,7 @@ def test_engine_giving_up_fails_the_handoff() -> None:
     sender = make_sender()
     actions = sender.engine_let_go(ok=False, reason="request aborted")
     assert kinds(actions) == ["SendEnded", "Fail", "StopPuts", "Abandon", "Ended"]
+    assert ONE_REQUEST in sender.reason
 
 
 @pytest.mark.parametrize("silent_s,reason", [(1.1, "no GRANT")])

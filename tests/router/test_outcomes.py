@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,7 +15,7 @@ from engine_fakes import CONTENT, FakeEngine, Fleet, fleet, until, verified, wit
 from pdx.router.choice import prompts
 from pdx.router.service import drain
 from pdx.router.standing.breaker import BreakerSettings
-from pdx.wire import HandoffFailed, Role, encode
+from pdx.wire import ONE_REQUEST, HandoffFailed, Role, encode
 
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 HASTY = BreakerSettings(failure_threshold=2, success_threshold=1, timeout_s=0.2)
@@ -327,24 +328,56 @@ async def test_an_engine_that_says_nothing_is_spared_too() -> None:
         assert [(await router.ask(PROMPT))[0] for _ in range(3)] == [504, 504, 503]
 
 
+async def handoffs_fail(router: Fleet, p: FakeEngine, reason: str) -> None:
+    for _ in range(3):
+        known = len(p.requests)
+        asked = asyncio.create_task(router.ask(PROMPT))
+        await until(lambda known=known: len(p.requests) > known, "prefill was asked")
+        handoff_id = verified(p.requests[-1], time.time()).handoff_id
+        await router.daemons[0].socket.send(encode(HandoffFailed(handoff_id=handoff_id, attempt=0, reason=reason)))
+        status, _, headers = await asked
+        assert (status, headers["x-pdx-reason"]) == (200, "handoff_failed")
+        later(router)
+
+
 @within(20)
 async def test_daemons_that_can_not_hand_over_are_not_paired() -> None:
     p, d = pair()
     p.fault = "hang"
     async with fleet(p, d, hosts=2) as router:
-        for _ in range(3):
-            known = len(p.requests)
-            asked = asyncio.create_task(router.ask(PROMPT))
-            await until(lambda known=known: len(p.requests) > known, "prefill was asked")
-            handoff_id = verified(p.requests[-1], time.time()).handoff_id
-            failed = HandoffFailed(handoff_id=handoff_id, attempt=0, reason="lane broke")
-            await router.daemons[0].socket.send(encode(failed))
-            assert (await asked)[0] == 200
-            later(router)
+        await handoffs_fail(router, p, "lane broke")
         status, _, headers = await router.ask(PROMPT)
         assert (status, headers["x-pdx-reason"]) == (200, "no_pair")
         async with router.get("/readyz") as reply:
             assert "handoffs from daemon d0 to d1 keep failing" in (await reply.json())["reasons"]
+
+
+@within(20)
+async def test_what_concerns_one_request_says_nothing_about_its_daemons() -> None:
+    p, d = pair()
+    p.fault = "hang"
+    async with fleet(p, d, hosts=2) as router:
+        await handoffs_fail(router, p, f"refused by decode: {ONE_REQUEST}this tenant's leases take its quota")
+        assert not router.outside.standing.broken_pairs()
+
+
+class Unsent(FakeEngine):
+    """It computes, and hands nothing over."""
+
+    def _whole(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return {**super()._whole(path, body), "kv_transfer_params": None}
+
+
+@within(20)
+async def test_what_prefill_does_not_send_of_an_adapter_says_nothing_about_its_daemons() -> None:
+    adapters = {"lora": "aa"}
+    p, d = Unsent("p0", "prefill", adapters=adapters), FakeEngine("d0", "decode", adapters=adapters)
+    async with fleet(p, d) as router:
+        for model, broken in (("lora", []), ("smol", [("d0", "d0")])):
+            for _ in range(3):
+                assert (await router.ask({**PROMPT, "model": model}))[0] == 200
+                later(router)
+            assert router.outside.standing.broken_pairs() == broken
 
 
 @within(20)
