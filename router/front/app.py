@@ -25,6 +25,7 @@ from pdx.router.choice.prompts import Reading
 from pdx.router.front.access import ApiKeys, Caller, Origins
 from pdx.router.front.answers import as_json, refusal
 from pdx.router.front.bodies import decoded
+from pdx.router.front.forms import field_of
 from pdx.router.front.replies import REFUSALS
 from pdx.router.line.admission import Wish
 from pdx.router.line.wishes import wish_of
@@ -189,9 +190,9 @@ class Front:
         reading: Reading | None = None
         try:
             raw = await self._read(client)
-            body = self._read_body(client, raw)
+            body, named = self._read_body(client, raw)
             _refuse_state(client.path, body)
-            model = self._model_of(body)
+            model = self._model_of(named)
             request = self._public_request(client, body, raw, model, caller)
             wish = self._wish(client, request.body, raw, caller)
             headers = {name: client.headers[name] for name in self._passed if name in client.headers}
@@ -268,17 +269,18 @@ class Front:
         except TimeoutError:
             raise _Refused(408, "slow_body", "the body did not arrive in time") from None
 
-    def _read_body(self, client: web.BaseRequest, raw: bytes) -> dict[str, Any]:
+    def _read_body(self, client: web.BaseRequest, raw: bytes) -> tuple[dict[str, Any], object]:
+        """And the model that it names. An upload's is empty, but for that."""
         if client.path not in (COMPLETIONS, CHAT) and client.content_type.startswith("multipart/"):
-            return {}
+            return {}, field_of(raw, client.headers["Content-Type"], "model")
         try:
-            return decoded(raw)
+            body = decoded(raw)
         except ValueError as error:
             raise _Refused(400, "not_json", str(error)) from error
+        return body, body.get("model")
 
-    def _model_of(self, body: dict[str, Any]) -> str:
+    def _model_of(self, model: object) -> str:
         models = self._outside.directory.models()
-        model = body.get("model")
         if not models:
             raise _Refused(503, "no_engine", "no engine has joined this router yet")
         if model is None and len(models) == 1:
