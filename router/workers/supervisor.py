@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import shutil
 import signal
 import socket
@@ -34,6 +35,8 @@ from pdx.router.workers.texts import serve_text
 RESTARTS_MAX = 10  # within RESTARTS_S, of all together: then something is wrong that starting anew does not mend
 RESTARTS_S = 60.0
 REFRESH_S = 1.0  # how much of its counters a killed worker takes with it
+HUB_START_S = 30.0  # it binds three sockets, in milliseconds: one that takes longer hangs
+HUB_LOOK_S = 0.1  # while it starts: how late a signal is seen
 HUB = -1
 STOPS = (signal.SIGINT, signal.SIGTERM)
 WATCHED = {*STOPS, signal.SIGCHLD}
@@ -126,10 +129,12 @@ class Workers:
             os.close(reader)
             uvloop.run(_serve_hub(self._options, self._places, ready=writer, life=self._life))
 
-        self._fork(HUB, hub)
+        pid = self._fork(HUB, hub)
         os.close(writer)
-        with os.fdopen(reader) as said:
-            endpoint = said.read()
+        endpoint = _said(reader)
+        os.close(reader)
+        if endpoint is None:
+            os.kill(pid, signal.SIGKILL)
         if endpoint and not self._lives:
             self._options = msgspec.structs.replace(self._options, control=endpoint)
             for worker in range(self._count):
@@ -153,12 +158,13 @@ class Workers:
         )
         self._fork(worker, lambda: uvloop.run(serve(options)))
 
-    def _fork(self, who: int, child: Callable[[], None]) -> None:
+    def _fork(self, who: int, child: Callable[[], None]) -> int:
         pid = os.fork()
         if not pid:
             os.close(self._alive)
             _be(child)
         self._pids[pid] = who
+        return pid
 
 
 def lead(options: Options, count: int) -> int:
@@ -214,6 +220,15 @@ async def _refresh(added: AddedUp) -> None:
     while True:
         await added.refresh()
         await asyncio.sleep(REFRESH_S)
+
+
+def _said(reader: int) -> str | None:
+    """By a hub that starts: where it listens, or nothing if it has ended. None: it hangs, or is not wanted any more."""
+    ends_at = time.monotonic() + HUB_START_S
+    while not select.select([reader], [], [], HUB_LOOK_S)[0]:
+        if time.monotonic() >= ends_at or signal.sigpending() & set(STOPS):
+            return None
+    return os.read(reader, select.PIPE_BUF).decode()
 
 
 def _be(child: Callable[[], None]) -> NoReturn:

@@ -167,6 +167,38 @@ def test_a_stop_at_any_moment_of_the_start_ends_all(tmp_path: Path) -> None:
             process.wait(10)
 
 
+HANGING_HUB = """
+import asyncio, logging, sys
+from pdx.router.request.settings import Settings
+from pdx.router.service import Options
+from pdx.router.workers import supervisor
+
+async def hangs(*args, **more):
+    print("hangs", flush=True)
+    await asyncio.Event().wait()
+
+supervisor._serve_hub = hangs
+supervisor.HUB_START_S = float(sys.argv[1])
+sys.exit(supervisor.lead(Options(settings=Settings(cluster_key=bytes(32)), port=0), 2))
+"""
+
+
+@pytest.mark.parametrize(("start_s", "lives"), [(60.0, 1), (1.0, 2)])
+def test_a_hub_that_hangs_at_its_start_is_ended(start_s: float, lives: int) -> None:
+    """When the time for that is over, and is started anew; or at once with all the rest."""
+    command = [sys.executable, "-c", HANGING_HUB, str(start_s)]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert [process.stdout.readline() for _ in range(lives)] == ["hangs\n"] * lives
+            process.terminate()
+            assert process.wait(20) == 0
+            assert processes.of_sessions({process.pid}) == []
+        finally:
+            for left in processes.of_sessions({process.pid}):
+                os.kill(left, signal.SIGKILL)
+
+
 @within(20)
 async def test_the_hub_tells_a_daemon_of_another_version_so() -> None:
     """Workers never see its frames: the hub can't read them."""
