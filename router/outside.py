@@ -51,6 +51,7 @@ class Outside:
         self.metrics = metrics
         self.pending = pending
         self.standing = standing
+        directory.renamed = standing.renamed
         self.gate = gate
         self.knowledge = knowledge
         self.request_log = request_log

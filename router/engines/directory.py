@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -89,6 +90,8 @@ class Directory:
         self._silent: OrderedDict[str, float] = OrderedDict()  # daemon id -> heard last, oldest first
         self._engines: dict[str, _Engine] = {}
         self._seen: Snapshot | None = None  # until something changes
+        # Told when a named engine gives way to the one that a daemon announces at its address: both ids.
+        self.renamed: Callable[[str, str], None] = lambda named, announced: None
 
     def __repr__(self) -> str:
         ready = sum(engine.ready for engine in self._engines.values())
@@ -268,6 +271,7 @@ class Directory:
         for engine_id, engine in list(self._engines.items()):
             if engine.daemon is NOBODY and engine.info.url.rstrip("/") == info.url.rstrip("/"):
                 self._leave(engine_id, f"its daemon announces it as {info.engine_id}")
+                self.renamed(engine_id, info.engine_id)
 
     def _orphan(self, daemon_id: str) -> None:
         self._seen = None

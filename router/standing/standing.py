@@ -83,6 +83,11 @@ class Standing:
         breaker.ended(number, ok=ok, now=now)
         _tell(breaker, before, "handoffs from daemon %s to %s: the breaker is %s", *_daemons(pair))
 
+    def renamed(self, before: str, after: str) -> None:
+        """The same engine has another name now: who drained it meant the engine."""
+        if before in self.drained:
+            self.drained.add(after)
+
     def forget(self, engines: Iterable[str], daemons: Iterable[str]) -> None:
         """Keeps nothing of who has left: whoever comes back under the same name begins anew."""
         engines, daemons = set(engines), set(daemons)

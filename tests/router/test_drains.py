@@ -111,6 +111,26 @@ async def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert (await command("d9"))[0] == 2
 
 
+@within(20)
+async def test_a_named_engine_stays_drained_when_its_daemon_comes() -> None:
+    named, other = FakeEngine("d0", "decode"), FakeEngine("d1", "decode")
+    await named.start()
+    await other.start()
+    try:
+        async with fleet(decodes=(named.url,), admin_port=0) as router:
+            await router.seen(1)
+            drained = f"named-{named.url.removeprefix('http://')}"
+            assert (await told(router, "drain", {"engine_id": drained}))[0] == 200
+            router.daemons[0].engines = [other, named]
+            await until(lambda: "d0" in [c.engine_id for c in router.outside.directory.snapshot()], "it is announced")
+            for _ in range(3):
+                assert (await router.ask(PROMPT))[1]["choices"][0]["text"] == "by d1"
+            assert [engine["engine_id"] for engine in (await told(router, "drain"))[1]["engines"]] == ["d0"]
+    finally:
+        await named.stop()
+        await other.stop()
+
+
 @asynccontextmanager
 async def program(tmp_path: Path, engine: FakeEngine, *flags: str) -> AsyncIterator[tuple[Process, str]]:
     """A router process that has one engine, and its URL."""
