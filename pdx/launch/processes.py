@@ -5,13 +5,15 @@ Knows nothing of who started them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
+import time
 from collections.abc import Collection
 from pathlib import Path
 
-KILLED_MS = 5000  # SIGKILL takes effect once the kernel has freed the process's memory
+KILLED_S = 5.0  # SIGKILL takes effect once the kernel has freed the process's memory
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, and only files of our own processes are removed
 
@@ -35,21 +37,21 @@ def of_sessions(sessions: Collection[int]) -> list[int]:
 
 
 def kill(pids: Collection[int]) -> None:
-    """SIGKILL to each, then waits (5 s at most for each) until it is gone."""
-    for pid in pids:
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            exited = select.poll()
-            exited.register(pidfd, select.POLLIN)
-            exited.poll(KILLED_MS)
-        except ProcessLookupError:
-            continue
-        finally:
-            os.close(pidfd)
+    """SIGKILL to all, then waits until they are gone: 5 s at most, for one may hang in the kernel."""
+    exited, left = select.poll(), set[int]()
+    with contextlib.ExitStack() as opened:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                opened.callback(os.close, pidfd)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                exited.register(pidfd, select.POLLIN)
+                left.add(pidfd)
+        deadline = time.monotonic() + KILLED_S
+        while left and (left_s := deadline - time.monotonic()) > 0:
+            for pidfd, _ in exited.poll(left_s * 1000):
+                exited.unregister(pidfd)
+                left.remove(pidfd)
 
 
 def shared_memory_of(pids: Collection[int]) -> set[Path]:

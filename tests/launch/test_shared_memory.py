@@ -5,9 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from select import poll
+from signal import SIGKILL, pidfd_send_signal
+
+import pytest
 
 from pdx.launch import processes
 
+SLEEPER = [sys.executable, "-c", "import sys; sys.stdin.read()"]
 HOLDER = """
 import multiprocessing, multiprocessing.shared_memory, sys
 memory = multiprocessing.shared_memory.SharedMemory(create=True, size=4096)
@@ -36,3 +41,31 @@ def test_segments_and_semaphores_of_a_killed_process_are_removed() -> None:
         holder.stdout.close()
     processes.unlink_unused(shared)
     assert not any(path.exists() for path in shared)
+
+
+def test_all_are_killed_before_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs in the kernel must not keep the others alive."""
+    done: list[str] = []
+
+    class Waiting:
+        def __init__(self) -> None:
+            self._poll = poll()
+            self.register, self.unregister = self._poll.register, self._poll.unregister
+
+        def poll(self, timeout_ms: float) -> list[tuple[int, int]]:
+            done.append("waited")
+            return self._poll.poll(timeout_ms)
+
+    def send(pidfd: int, number: int) -> None:
+        done.append("killed")
+        pidfd_send_signal(pidfd, number)
+
+    sleepers = [subprocess.Popen(SLEEPER, stdin=subprocess.PIPE) for _ in range(2)]
+    monkeypatch.setattr(processes.select, "poll", Waiting)
+    monkeypatch.setattr(processes.signal, "pidfd_send_signal", send)
+    processes.kill([sleepers[0].pid, 1 << 22, sleepers[1].pid])
+    assert done[:3] == ["killed", "killed", "waited"]
+    monkeypatch.undo()
+    for sleeper in sleepers:
+        with sleeper:
+            assert sleeper.wait(20) == -SIGKILL
