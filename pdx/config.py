@@ -1,7 +1,8 @@
 """All settings of pdx, in one frozen object. The only module that reads PDX_* variables.
 
-Precedence: command line > PDX_* variables > YAML file > default. Unknown keys are errors that suggest the nearest
-known one. Secrets come from a file named by PDX_KEY_FILE (mode 0600), never from a flag or kv_transfer_config.
+Precedence: command line > PDX_* variables > YAML file > default. An empty variable says nothing. Unknown keys are
+errors that suggest the nearest known one. Secrets come from a file named by PDX_KEY_FILE (mode 0600), never from a flag
+or kv_transfer_config.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pdx.errors import ConfigError
 from pdx.layered import Source, read_yaml, resolve
 from pdx.wire import Budgets
 
-KEY_BYTES_MIN = 16
+KEY_BYTES_MIN, KEY_BYTES_MAX = 16, 64 << 10
 BARE_BYTES_MIN = 1 << 20  # a smaller size is told with its unit
 ADMIN_URL = "http://127.0.0.1:8001"  # where operators look for a router unless told
 LOOKUP_S = 0.02  # pdxd answers in some 0.2 ms
@@ -377,12 +378,18 @@ def _local_key_file(run_dir: Path) -> Path:
 
 def _read_key(path: Path) -> bytes:
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        key = path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # no wait for the writer of a pipe
+        with os.fdopen(descriptor, "rb") as file:
+            mode = os.fstat(descriptor).st_mode
+            key = file.read(KEY_BYTES_MAX + 1) if stat.S_ISREG(mode) else b""
     except OSError as error:
         raise ConfigError(f"cluster key {path}: {error.strerror}") from error
-    if mode & 0o077:
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"cluster key {path} is no regular file")
+    if stat.S_IMODE(mode) & 0o077:
         raise ConfigError(f"cluster key {path} is readable by others: chmod 600 {path}")
+    if len(key) > KEY_BYTES_MAX:
+        raise ConfigError(f"cluster key {path} has more than {KEY_BYTES_MAX} bytes, and so is none")
     if len(key) < KEY_BYTES_MIN:
         raise ConfigError(f"cluster key {path} has {len(key)} bytes; write at least {KEY_BYTES_MIN} random ones")
     return key
@@ -394,11 +401,11 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _variables(environ: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Those with this prefix, by lower-case key, less what is said of Services of such a name."""
+    """Those with this prefix, by lower-case key, less empty ones and what is said of Services of such a name."""
     return {
         name.removeprefix(prefix).lower(): value
         for name, value in environ.items()
-        if name.startswith(prefix) and not _is_service_link(name, value)
+        if name.startswith(prefix) and value and not _is_service_link(name, value)
     }
 
 

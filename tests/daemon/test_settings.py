@@ -54,6 +54,31 @@ def test_a_small_number_without_a_unit_is_taken_for_a_slip(key: str) -> None:
         load({"arena": "4MiB", "extent": "8KiB", key: text}, environ={})
 
 
+def test_an_empty_variable_says_nothing(tmp_path: Path) -> None:
+    """As a container's manifest has it whose value is not set: what a file says of the key must hold."""
+    (tmp_path / "c.yaml").write_text("key_file: /k\n")
+    empty = {"PDX_KEY_FILE": "", "PDX_LEASE_S": ""}
+    config = load({}, environ=empty, yaml_file=str(tmp_path / "c.yaml"))
+    assert (config.key_file, config.lease_s) == ("/k", Config().lease_s)
+    assert load({"key_file": ""}, environ=empty, yaml_file=str(tmp_path / "c.yaml")).key_file == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"), [("pipe", "no regular file"), ("device", "no regular file"), ("large", "more than 65536 b")]
+)
+def test_what_can_be_no_key_is_not_read_to_its_end(tmp_path: Path, kind: str, complaint: str) -> None:
+    file = tmp_path / "key"
+    if kind == "pipe":
+        os.mkfifo(file, 0o600)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.touch(mode=0o600)
+        os.truncate(file, 1 << 40)
+    with pytest.raises(ConfigError, match=complaint):
+        cluster_key(load({"key_file": str(file)}, environ={}))
+
+
 def test_a_number_beyond_all_bounds_is_told_in_a_sentence() -> None:
     with pytest.raises(ConfigError, match="arena: a number of 400 digits is no size"):
         load({"arena": "9" * 400}, environ={})
