@@ -110,7 +110,7 @@ def test_a_handoff_covers_some_of_the_prompt_or_there_is_none(
 def test_what_the_handoff_covers_is_asked_for(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
     for n, tokens in enumerate((1, 4, 9, 10)):
         request = load_request(daemon)
-        request.kv_transfer_params["pdx_tokens"] = tokens
+        request.kv_transfer_params |= {"pdx_handle": daemon.handle(n), "pdx_tokens": tokens}
         scheduler.on_new_request(request)
         asked = daemon.received[n]
         assert isinstance(asked, OpenLoad)
@@ -235,6 +235,22 @@ def test_a_send_is_ended_by_its_handoff(daemon: MemoryDaemon, scheduler: Schedul
     daemon.clients[0].deliver(SendEnded(request_id="", handoff_id=HANDOFF, reason="lease expired"))
     scheduler.step(IDLE)  # type: ignore[arg-type]
     assert [(m.side, m.reason) for m in daemon.let_go] == [("send", "lease expired")]
+
+
+@pytest.mark.parametrize("request_of", [send_request, load_request])
+def test_one_handle_serves_one_request(daemon: MemoryDaemon, scheduler: SchedulerSide, request_of: Any) -> None:
+    """Several answers to one prompt, or several prompts in one POST, all come with its handle."""
+    daemon.hold_back = True
+    first, second = request_of(daemon), request_of(daemon)
+    second.request_id = "second"
+    scheduler.on_new_request(first)
+    scheduler.on_new_request(second)
+    assert len(daemon.received) == 1
+    assert scheduler.matched_tokens("second", 0) == (0, False)
+    assert scheduler.finished("second") is None
+    assert scheduler.matched_tokens(first.request_id, 0) == (None, False)
+    scheduler.finished(first.request_id)
+    assert [letting.handoff_id for letting in daemon.let_go] == [HANDOFF]
 
 
 def test_live_handoffs_are_renewed_once_a_second_and_idleness_is_told(

@@ -160,6 +160,17 @@ def test_a_bad_page_is_recomputed_from_its_block_on(prefill: Engine, decode: Eng
     assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
 
 
+def test_answers_to_one_prompt_share_a_handle_and_all_come(prefill: Engine, decode: Engine) -> None:
+    the_daemon().hold_back = True  # as one in another process: its answers are not there at once
+    sent = [prefill.add(f"{n}_p", tokens_of(70), sending()) for n in range(2)]
+    loaded = [decode.add(f"{n}_d", tokens_of(70), loading()) for n in range(2)]
+    the_daemon().hold_back = False
+    prefill.run()
+    decode.run()
+    assert {request.status for request in (*sent, *loaded)} == {RequestStatus.FINISHED_LENGTH_CAPPED}
+    assert [(letting.side, letting.ok) for letting in the_daemon().let_go] == [("send", True), ("load", True)]
+
+
 def test_an_abort_while_loading_is_clean(prefill: Engine, decode: Engine) -> None:
     prefill.add("p", tokens_of(150), sending())
     prefill.step()

@@ -21,7 +21,7 @@ from pdx.engine.link import Link
 from pdx.engine.plan import fits, promised_tokens
 from pdx.engine.vllm.pace import Pace
 from pdx.engine.vllm.prompts import Prompt, new_id
-from pdx.engine.vllm.sends import ANSWER_MARGIN_S, GRANT_S_MAX
+from pdx.engine.vllm.sends import ANSWER_MARGIN_S, GRANT_S_MAX, HANDLE_IN_USE
 from pdx.engine.vllm.steps import Load, LoadResult, Report
 from pdx.layout import PageLayout, Place, blocks_for
 from pdx.wire import LetGo, LoadEnded, LoadOpened, LookUp, OpenLoad
@@ -91,7 +91,10 @@ class Loads:
         self._dropping: list[str] = []
 
     def open(self, request: Request, prompt: Prompt, now: float) -> None:
-        """Asks the daemon. Without one the request is computed as if it had no handle."""
+        """Asks the daemon. Without one, or where another request that is here has its handle, it is computed."""
+        if prompt.handoff_id in self._asked:
+            log.warning("request %s is served without handoff: %s", request.request_id, HANDLE_IN_USE)
+            return
         load = _Load(request.request_id, prompt, now + self._patience_s(prompt), request.num_tokens)
         if self._ask(load):
             self._loads[load.request_id] = self._asked[load.handoff_id] = load

@@ -38,6 +38,7 @@ log = logging.getLogger("vllm.pdx")
 # The daemon answers by itself within the grant budget; this is for one that does not.
 ANSWER_MARGIN_S = 2.0
 GRANT_S_MAX = 60.0  # a handle is not verified yet: it must not make a request wait for ever
+HANDLE_IN_USE = "another request has its handle"
 
 
 @dataclass(eq=False)
@@ -77,7 +78,11 @@ class Sends:
         self.blocks_forgotten = 0  # before they could be saved
 
     def open(self, request: Request, prompt: Prompt, now: float) -> bool:
-        """Asks for a claim. False without a daemon: then the request is served as if it had no handle."""
+        """Asks for a claim. False without a daemon, or where another request that is here has the same handle (one of
+        several answers, or of several prompts, to one POST): then the request is served as if it had none."""
+        if prompt.handoff_id in self._asked:
+            log.warning("request %s is served without handoff: %s", request.request_id, HANDLE_IN_USE)
+            return False
         message: OpenSend | Keep
         if prompt.handle:
             message = OpenSend(
