@@ -36,6 +36,7 @@ from pdx.engine.vllm.steps import LoadResult, Report, Save, Step  # noqa: E402
 from pdx.errors import ConfigError, Refused  # noqa: E402
 from pdx.layout import Place  # noqa: E402
 from pdx.router.front.access import Caller  # noqa: E402
+from pdx.wire import Keep, LookUp  # noqa: E402
 
 
 @pytest.fixture
@@ -169,6 +170,21 @@ def test_answers_to_one_prompt_share_a_handle_and_all_come(prefill: Engine, deco
     decode.run()
     assert {request.status for request in (*sent, *loaded)} == {RequestStatus.FINISHED_LENGTH_CAPPED}
     assert [(letting.side, letting.ok) for letting in the_daemon().let_go] == [("send", True), ("load", True)]
+
+
+def test_without_vllm_s_prefix_caching_only_handoffs_are_carried(
+    model_dir: Path, fresh_daemon: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill, decode = (Engine(model_dir, role, prefix_caching=False) for role in ("kv_producer", "kv_consumer"))
+    assert "prefix caching is off" in caplog.text
+    prefill.add("p", tokens_of(150), sending())
+    prefill.run()
+    decode.add("d", tokens_of(150), loading(), max_tokens=40)
+    assert [s.total_num_scheduled_tokens for s in decode.run()] == [0, *[1] * 40, 0]
+    for engine in (prefill, decode):
+        engine.add("again", tokens_of(150), {})
+        assert [s.total_num_scheduled_tokens for s in engine.run()] == [64, 64, 22, 0]
+    assert not any(isinstance(message, Keep | LookUp) for message in the_daemon().received)
 
 
 def test_an_abort_while_loading_is_clean(prefill: Engine, decode: Engine) -> None:

@@ -60,8 +60,10 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def vllm_config(model_dir: Path, role: str = "kv_both", **extra: Any) -> VllmConfig:
-    cache_config = CacheConfig(block_size=BLOCK_TOKENS, enable_prefix_caching=True, prefix_caching_hash_algo=HASHING)
+def vllm_config(model_dir: Path, role: str = "kv_both", *, prefix_caching: bool = True, **extra: Any) -> VllmConfig:
+    cache_config = CacheConfig(
+        block_size=BLOCK_TOKENS, enable_prefix_caching=prefix_caching, prefix_caching_hash_algo=HASHING
+    )
     cache_config.num_gpu_blocks = BLOCKS
     return VllmConfig(
         model_config=ModelConfig(model=str(model_dir), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=1024),

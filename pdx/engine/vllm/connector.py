@@ -67,7 +67,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
                 ranks=self._description.layout.ranks,
                 hybrid=self._description.hybrid,
                 adapters=self._adapters,
-                offload=self._settings.config.offload,
+                offload=settings.offload_of(self._settings.config, vllm_config),
                 lookup_s=self._settings.config.lookup_s,
             )
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pdx import config as configuration
-from pdx.config import Config
+from pdx.config import Config, Offload
 from pdx.engine.vllm import compat
 from pdx.errors import ConfigError
 from pdx.wire import Role
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+log = logging.getLogger("vllm.pdx")
 
 _ROLES: dict[str, Role] = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
 
@@ -62,3 +65,19 @@ def read(vllm_config: VllmConfig) -> EngineSettings:
         context_tokens=model.max_model_len,
         sampling_defaults={k: float(v) for k, v in model.get_diff_sampling_param().items()},
     )
+
+
+def offload_of(config: Config, vllm_config: VllmConfig) -> Offload:
+    """What is kept and looked up of requests outside handoffs: nothing where vLLM's prefix caching is off.
+
+    The operator may have switched it off, or vLLM has: some poolings fail unless they get a prompt in one step. vLLM
+    decides in the scheduler's process at the latest, before it makes the connector there.
+    """
+    if config.offload == "off" or vllm_config.cache_config.enable_prefix_caching:
+        return config.offload
+    log.warning(
+        "vLLM's prefix caching is off: only handoffs are carried, nothing else is kept or looked up (offload=%s is not "
+        "done)",
+        config.offload,
+    )
+    return "off"
