@@ -14,6 +14,8 @@ from pdx.keys import ContentFingerprint, LayoutFingerprint
 Role = Literal["prefill", "decode", "both"]
 # Network cards of one lane that are told: hosts with eight GPUs have eight or nine.
 DEVICES_MAX = 16
+# Bounded so that it is a number: no NaN, no infinity. Engines heed handles that nobody has verified yet.
+Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
 
 
 class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -65,10 +67,10 @@ class DaemonRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How long each side of a handoff may take. Durations: every process counts them on its own clock."""
 
-    grant_s: float = 10.0  # from RESERVE to GRANT
-    slab_s: float = 15.0  # without a slab, and without word that the request still waits for the prefill engine
-    total_s: float = 120.0  # from RESERVE to COMMIT
-    claim_s: float = 3.0  # from COMMIT until the decode engine owns the pages
+    grant_s: Seconds = 10.0  # from RESERVE to GRANT
+    slab_s: Seconds = 15.0  # without a slab, and without word that the request still waits for the prefill engine
+    total_s: Seconds = 120.0  # from RESERVE to COMMIT
+    claim_s: Seconds = 3.0  # from COMMIT until the decode engine owns the pages
 
 
 def host_of(daemon_id: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 from wire_samples import DAEMON, ID
 
 from pdx.errors import HandleError
-from pdx.handoff.handle import HANDLE_CHARS_MAX, SeenHandles, TransferHandle, mint, verify
+from pdx.handoff.handle import HANDLE_CHARS_MAX, SeenHandles, TransferHandle, mint, peek, verify
 from pdx.wire import Budgets
 
 KEY = b"k" * 32
@@ -33,6 +35,15 @@ def test_every_flipped_character_is_refused() -> None:
 def test_garbage_is_refused(text: str) -> None:
     with pytest.raises(HandleError):
         verify(text, KEY, now_unix_s=1001.0)
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0, 1e300])
+@pytest.mark.parametrize("budget", ["grant_s", "slab_s", "total_s", "claim_s"])
+def test_a_budget_is_a_time_also_before_anybody_has_verified_it(budget: str, seconds: float) -> None:
+    """Whoever waited until NaN waited for ever."""
+    budgets = msgspec.structs.replace(Budgets(), **{budget: seconds})
+    with pytest.raises(HandleError, match=budget):
+        peek(mint(msgspec.structs.replace(HANDLE, budgets=budgets), b"nobody's" * 4))
 
 
 def test_another_cluster_is_refused() -> None:
