@@ -14,17 +14,20 @@ pytest.importorskip("vllm", reason="vLLM is not installed: the connector is not 
 pytestmark = pytest.mark.vllm
 
 from markdown_tables import rows_under  # noqa: E402
-from memory_connector import the_daemon  # noqa: E402
+from memory_connector import MemoryConnector, the_daemon  # noqa: E402
 from prometheus_client import Counter, Gauge, Histogram  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA  # noqa: E402
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
+from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
 from vllm_engine import (  # noqa: E402
     BLOCK_TOKENS,
     BLOCKS,
     LAYERS,
     Engine,
+    kv_cache_config,
     vllm_config,
 )
 
@@ -185,6 +188,20 @@ def test_without_vllm_s_prefix_caching_only_handoffs_are_carried(
         engine.add("again", tokens_of(150), {})
         assert [s.total_num_scheduled_tokens for s in engine.run()] == [64, 64, 22, 0]
     assert not any(isinstance(message, Keep | LookUp) for message in the_daemon().received)
+
+
+def test_loads_that_fail_inside_of_vllm_s_multi_connector_are_recomputed_too(
+    model_dir: Path, fresh_daemon: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KVConnectorFactory._registry, plugin.NAME, lambda: MemoryConnector)
+    config = vllm_config(model_dir, connectors=[{"kv_connector": plugin.NAME, "kv_role": "kv_both"}])
+    assert config.kv_transfer_config is not None
+    config.kv_transfer_config.kv_connector, config.kv_transfer_config.kv_connector_module_path = "MultiConnector", None
+    scheduler = Scheduler(
+        config, kv_cache_config(), StructuredOutputManager(config), BLOCK_TOKENS, hash_block_size=BLOCK_TOKENS
+    )
+    assert the_daemon().clients
+    assert scheduler.recompute_kv_load_failures
 
 
 def test_an_abort_while_loading_is_clean(prefill: Engine, decode: Engine) -> None:

@@ -119,10 +119,10 @@ def test_only_engines_with_our_connector_are_watched() -> None:
             kv_transfer_config=SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra)
         )  # fmt: skip
 
-    assert plugin.NAME in workers._connector_names(config("PdxConnector"))
-    assert plugin.NAME in workers._connector_names(config("MultiConnector", connectors=[{"kv_connector": plugin.NAME}]))
-    assert plugin.NAME not in workers._connector_names(config("NixlConnector"))
-    assert plugin.NAME not in workers._connector_names(SimpleNamespace(kv_transfer_config=None))  # type: ignore[arg-type]
+    assert plugin.NAME in workers.connector_names(config("PdxConnector"))
+    assert plugin.NAME in workers.connector_names(config("MultiConnector", connectors=[{"kv_connector": plugin.NAME}]))
+    assert plugin.NAME not in workers.connector_names(config("NixlConnector"))
+    assert plugin.NAME not in workers.connector_names(SimpleNamespace(kv_transfer_config=None))  # type: ignore[arg-type]
 
 
 def test_a_worker_without_the_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

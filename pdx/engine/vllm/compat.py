@@ -132,7 +132,8 @@ def layer_index(layer_name: str) -> int:
 def recompute_failed_loads(vllm_config: VllmConfig) -> None:
     """Makes vLLM recompute what could not be loaded. Its default answers such requests with an error.
 
-    The scheduler of 0.32 reads the policy right after it has constructed its connector.
+    The scheduler of 0.32 reads the policy right after it has constructed its connector. What that was given may be a
+    copy: see `plugin`.
     """
     assert vllm_config.kv_transfer_config is not None
     vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"

@@ -42,7 +42,7 @@ def watch(connector: str, *, begin: Callable[[Digest], None], mark: Callable[[],
     @functools.wraps(made)
     def make(self: WorkerBase, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
-        if connector in _connector_names(self.vllm_config):
+        if connector in connector_names(self.vllm_config):
             _watch_class(type(self), begin, mark)
 
     setattr(make, WATCHED, True)
@@ -67,7 +67,8 @@ def connectors() -> list[KVConnectorBase_V1]:
     return [group, *getattr(group, "_connectors", ())]
 
 
-def _connector_names(config: VllmConfig) -> Iterator[str]:
+def connector_names(config: VllmConfig) -> Iterator[str]:
+    """An engine's, and those inside of it."""
     transfer = config.kv_transfer_config
     if transfer is not None:
         yield str(transfer.kv_connector)
