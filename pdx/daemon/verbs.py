@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -10,19 +11,37 @@ import msgspec
 from msgspec import to_builtins
 
 from pdx.daemon.view import view
-from pdx.errors import PdxError
+from pdx.errors import PdxError, Refused
+from pdx.verbs import Clear, Pin, Unpin
 from pdx.wire import Answer, Ask
 
 if TYPE_CHECKING:
     from pdx.daemon.service import Service
 
+CHANGES = (Pin, Unpin, Clear)
+
+log = logging.getLogger("pdxd")
+
 
 def answer(question: Ask, *, service: Service) -> Answer:
-    """Never raises: an error is an answer, with the question's number like every other."""
+    """An error is an answer, with the question's number like every other.
+
+    Raises what else than a refusal a verb meets while it changes what is kept: as with whatever engines say, nothing
+    here is to be trusted then. Who only looks ends no daemon.
+    """
     try:
         return Answer(number=question.number, body=_body(question, service))
-    except PdxError as error:
+    except Refused as error:
         return Answer(number=question.number, error=str(error))
+    except PdxError as error:
+        if isinstance(question.verb, CHANGES):
+            raise
+        return Answer(number=question.number, error=str(error))
+    except Exception as error:
+        if isinstance(question.verb, CHANGES):
+            raise
+        log.exception("a question could not be answered")
+        return Answer(number=question.number, error=f"this daemon can't answer that, see its log: {error!r}")
 
 
 def _body(question: Ask, service: Service) -> dict[str, Any]:
