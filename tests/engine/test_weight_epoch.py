@@ -19,7 +19,7 @@ from torch_pair import Side, last_let_go, loading, prompt, run, sending, side
 from pdx.engine.vllm.epoch import Epoch
 from pdx.engine.vllm.steps import Report, Seen
 from pdx.engine.vllm.watch import Watch
-from pdx.wire import LookUp, Reset, WeightEpoch
+from pdx.wire import LookUp, OpenSend, Reset, WeightEpoch
 
 TEXT = prompt(1, 24)
 NEW = 8  # the seed of other weights
@@ -273,6 +273,22 @@ def test_a_reset_that_a_daemon_has_not_read_is_for_the_next_one(daemon: MemoryDa
     engine.move_to(third)
     ask(engine)
     assert not any(isinstance(message, Reset) for message in third.received), "the second one had read it"
+
+
+def test_a_daemon_that_refuses_what_came_after_a_reset_has_read_it() -> None:
+    full = MemoryDaemon(LAYOUT, blocks=1)
+    engine = side(full, "prefill", Clock())
+    assert engine.engine.scheduler is not None and engine.engine.scheduler.reset()
+    engine.engine.step()  # looks at the weights, for which requests wait
+    handle = {"do_remote_decode": True, "pdx_handle": full.handle()}
+    engine.engine.add(Request("r", TEXT, handle))
+    run(engine.engine)
+    assert any(isinstance(message, OpenSend) for message in full.received) and not full.handoffs
+    full.die()
+    again = MemoryDaemon(LAYOUT, blocks=400, incarnation=2)
+    engine.move_to(again)
+    engine.engine.step()
+    assert not any(isinstance(message, Reset) for message in again.received)
 
 
 @pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=pytest.mark.prove) for n in range(4, 12))])

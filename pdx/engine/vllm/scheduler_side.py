@@ -142,6 +142,7 @@ class SchedulerSide:
         self._hear()
         self._waiting.discard(request_id)
         self._unasked.discard(request_id)
+        self._asked_since.discard(request_id)
         self._unfinished.pop(request_id, None)
         self._held.pop(request_id, None)
         self._tainted.finished(request_id)
@@ -322,7 +323,7 @@ class SchedulerSide:
             self._heard(message)
 
     def _heard(self, message: Message) -> None:
-        if isinstance(message, SendOpened | LoadOpened) and message.request_id in self._asked_since:
+        if isinstance(message, SendOpened | SendEnded | LoadOpened) and message.request_id in self._asked_since:
             self._unread_resets.clear()
             self._asked_since.clear()
         match message:
