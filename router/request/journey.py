@@ -10,7 +10,8 @@
 
 Three ways through a pair. *Seeded*: prefill's first token is streamed at once, decode continues from it. *Paired*: both
 engines are asked at once, the answer is decode's. *After*: decode is asked when prefill has answered, and makes every
-token itself; what was to be seeded ends here if the token's text can't be shown by itself.
+token itself; what was to be seeded ends here if the token's text can't be shown by itself,
+or if decode will refuse the rest.
 
 Its rules: an error that the client caused (4xx) reaches the client as the engine put it. An error of prefill costs
 the handoff, never the request: the chosen decode engine computes the prompt itself. An error of decode before its
@@ -298,8 +299,11 @@ class Journey:
         return ended + (self._on_seed(reply, event.body) if self.way == "seeded" else self._decode_after(reply))
 
     def _on_seed(self, reply: PrefillReply, body: bytes) -> list[Action]:
+        assert self.decode is not None
         seed, wanted = reply.seed, self._request.body
-        if seed is not None and self._is_all(seed):
+        room = (self.decode.info.context_tokens or policy.NO_LIMIT) - len(reply.prompt_token_ids)
+        overfull = (wanted.get("min_tokens") or 0) > room  # which decode refuses, before any token
+        if seed is not None and not overfull and seed.is_all(output_limit(self._request.path, wanted), room):
             self._move("answer")
             ended = self._end_handoff("not_needed")
             if not self.streams:
@@ -307,6 +311,7 @@ class Journey:
             usage = bool((wanted.get("stream_options") or {}).get("include_usage"))
             return [*ended, Write(seed.stream(usage=usage)), CloseStream()]
         self.unseeded = seed.unusable(wanted.get("stop")) if seed is not None else "no_seed"
+        self.unseeded = "min_tokens" if overfull else self.unseeded
         if seed is None or self.unseeded:
             self.way = "after"
             return self._decode_after(reply)
@@ -314,15 +319,6 @@ class Journey:
         self.reply, self._seed = reply, seed
         call = self._call(self._seeded_body(self._handle))
         return [Write(seed.opening()), call] if self.streams else [call]
-
-    def _is_all(self, seed: Seed) -> bool:
-        """Whether the answer ends with its first token."""
-        assert self.decode is not None
-        room = (self.decode.info.context_tokens or policy.NO_LIMIT) - seed.prompt_tokens
-        limit = output_limit(self._request.path, self._request.body)
-        if seed.finish_reason == "length":
-            return limit == 1 or room == 1
-        return seed.finish_reason == "stop"
 
     def _decode_after(self, reply: PrefillReply) -> list[Action]:
         self._move("prefilled")

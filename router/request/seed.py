@@ -36,9 +36,11 @@ class Seed(msgspec.Struct, frozen=True, kw_only=True):
     def chat(self) -> bool:
         return bool(self.role)
 
-    @property
-    def prompt_tokens(self) -> int:
-        return int(self.usage.get("prompt_tokens", 0))
+    def is_all(self, limit: int | None, room: int) -> bool:
+        """Whether an answer of at most so many tokens, for which there is so much room, ends with this one."""
+        if self.finish_reason == "length":
+            return limit == 1 or room == 1
+        return self.finish_reason == "stop"
 
     def unusable(self, stop: object) -> str:
         """Why decode must compute this token itself before the client sees anything; empty if it need not."""

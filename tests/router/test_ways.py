@@ -180,6 +180,21 @@ async def test_what_decode_refuses_is_refused_before_any_token() -> None:
             assert "tokens" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("tokens", [CONTEXT_TOKENS - 6, CONTEXT_TOKENS - 1])
+@within(20)
+async def test_more_tokens_than_the_prompt_leaves_room_for_are_refused_before_any(tokens: int) -> None:
+    """How many that are is known when prefill has counted the prompt."""
+    p, d = pair()
+    body = {**SEEDED, "prompt": [PLAIN] * tokens, "max_tokens": 20, "stream": True}
+    room = CONTEXT_TOKENS - tokens
+    async with fleet(p, d, journey="auto") as router:
+        status, answer, headers = await router.ask({**body, "min_tokens": room + 1})
+        assert (status, headers["x-pdx-way"], headers["x-pdx-unseeded"]) == (400, "after", "min_tokens")
+        assert "min_tokens" in answer["error"]["message"]
+        _, headers = await stream_of(router, router.published.http + COMPLETIONS, {**body, "min_tokens": room})
+        assert headers["x-pdx-way"] == "seeded"
+
+
 def random_body(chance: random.Random) -> tuple[str, dict[str, Any]]:
     path = chance.choice((COMPLETIONS, CHAT))
     text = "".join(chance.choice("abc xyz") for _ in range(chance.randint(1, 20)))
