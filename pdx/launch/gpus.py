@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import takewhile
 from pathlib import Path
+
+_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """As CUDA_VISIBLE_DEVICES names them, or their numbers."""
+    """As CUDA_VISIBLE_DEVICES names them, or their numbers. As CUDA reads it, what follows a wrong name does not count:
+    -1, which is none, hides all."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return tuple(filter(None, visible.split(",")))
+        return tuple(takewhile(_NAME.fullmatch, map(str.strip, visible.split(","))))
     numbers = [match[1] for path in Path("/dev").glob("nvidia*") if (match := re.fullmatch(r"nvidia(\d+)", path.name))]
     return tuple(sorted(numbers, key=int))

@@ -9,6 +9,7 @@ import pytest
 from pdx.errors import ConfigError
 from pdx.launch import up
 from pdx.launch.fleet import Fleet, Ground, Wish, design
+from pdx.launch.gpus import visible_gpus
 from pdx.launch.shares import shares
 
 BASE = Path("/base")
@@ -20,6 +21,23 @@ def designed(
 ) -> Fleet:  # fmt: skip
     wish = Wish(model="m", prefill=prefill, decode=decode, hosts=hosts, settings=settings or {}, flags=flags)
     return design(wish, Ground(base=BASE, cores=cores, gpus=gpus, ports=tuple(range(21000, 21000 + prefill + decode))))
+
+
+@pytest.mark.parametrize(
+    ("said", "gpus"),
+    [
+        ("0,1", ("0", "1")),
+        (" 2 , GPU-8932f937-d72c", ("2", "GPU-8932f937-d72c")),
+        ("MIG-3b1,0", ("MIG-3b1", "0")),
+        ("-1", ()),
+        ("0,-1,1", ("0",)),
+        ("none", ()),
+        ("", ()),
+    ],
+)
+def test_gpus_are_those_that_cuda_sees(said: str, gpus: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+    assert visible_gpus() == gpus
 
 
 def test_one_host_has_one_daemon() -> None:
