@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     except PdxError as error:
         print(f"pdx drain: {error}", file=sys.stderr)
         return 2
+    except UnicodeEncodeError as error:  # bytes on the command line that are no text
+        print(f"pdx drain: {error.object!a} is not UTF-8", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

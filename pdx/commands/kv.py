@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except PdxError as error:
         print(f"pdx kv: {error}", file=sys.stderr)
         return 2
+    except UnicodeEncodeError as error:  # bytes on the command line that are no text
+        print(f"pdx kv: {error.object!a} is not UTF-8", file=sys.stderr)
+        return 2
     # msgspec and rich load here, so that --help stays light.
     from pdx.commands.kv_table import as_json, as_table
 
@@ -136,7 +139,7 @@ def _fields(options: argparse.Namespace) -> dict[str, Any]:
         if options.tokens is not None:
             given = _read("-") if options.tokens == "-" else options.tokens
             fields["tokens"] = [int(token) for token in given.replace(",", " ").split()]
-    except (ValueError, msgspec.DecodeError, OSError) as error:
+    except (ValueError, msgspec.DecodeError, OSError, RecursionError) as error:  # the last of lists in lists
         raise Refused(f"the prompt can't be read: {error}") from error
     if options.verb == "clear" or options.salt is not None:
         fields["cache_salt"] = options.salt

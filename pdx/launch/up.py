@@ -77,6 +77,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         check_place(options.publish, flag="--publish")
     settings = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     loaded = config.load(settings)
+    for name in ("control_port", "lane_port"):
+        if options.hosts > 1 and getattr(loaded, name):
+            raise ConfigError(f"PDX_{name.upper()} names one port, and each of two daemons needs its own: unset it")
     options.key_file = loaded.key_file
     settings.pop("key_file", None)
     if loaded.disk:

@@ -90,6 +90,22 @@ def test_who_asks_the_wrong_port_is_told_in_one_line(no_http: str, capsys: pytes
         assert told.count("\n") == 1
 
 
+def test_what_no_text_is_made_of_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes on the command line come as halves of characters."""
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    admin = ("--admin", "http://127.0.0.1:9")
+    for command, words, said in (
+        (kv, ["unpin", "\udcff"], r"'\udcff' is not UTF-8"),
+        (kv, ["lookup", "--text", "a", "--salt", "\udcff"], r"'\udcff' is not UTF-8"),
+        (drain, ["\udcff"], r"'\udcff' is not UTF-8"),
+        (kv, ["lookup", "--chat", str(tmp_path / "deep.json")], "the prompt can't be read: maximum recursion depth"),
+    ):
+        assert command.main([*words, *admin]) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1
+
+
 def test_where_an_admin_port_is_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

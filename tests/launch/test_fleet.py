@@ -152,3 +152,12 @@ def test_a_key_of_the_operators_is_taken_and_not_shown_to_vllm(tmp_path: Path) -
     options = up.parse(["m", "--key-file", str(tmp_path / "key"), "--disk", str(tmp_path / "disk")])
     assert options.key_file == str(tmp_path / "key")
     assert options.wish.settings == {"disk": str(tmp_path / "disk")}
+
+
+def test_two_daemons_have_no_port_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PDX_CONTROL_PORT", "PDX_LANE_PORT"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "5800")
+            assert up.parse(["m"]).hosts == 1
+            with pytest.raises(ConfigError, match=f"{name} names one port"):
+                up.parse(["m", "--daemons", "2"])
