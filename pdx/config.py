@@ -22,6 +22,7 @@ from typing import Any, Literal
 import msgspec
 
 from pdx import keys
+from pdx.addresses import authority
 from pdx.errors import ConfigError
 from pdx.layered import Source, read_yaml, resolve
 from pdx.wire import Budgets
@@ -152,6 +153,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return parse_size(self.disk_cap, key="disk_cap")
 
     @property
+    def control_endpoint(self) -> str:
+        return f"tcp://{authority(self.host, self.control_port)}"
+
+    @property
     def run_path(self) -> Path:
         return Path(self.run_dir)
 
@@ -236,6 +241,7 @@ def load(
     sources = [Source(yaml_file, read_yaml(yaml_file))] if yaml_file else []
     sources += [Source("environment", _from_environ(environ)), Source("command line", overrides or {})]
     config, _ = resolve(Config, sources)
+    _check_host(config.host)  # here, for a router, which tells nobody, puts its own in later
     paths = {name: getattr(config, name) for name in PATHS} | {"run_dir": config.run_dir or default_run_dir(environ)}
     # Daemons are started from another directory.
     return msgspec.structs.replace(config, **{name: os.path.abspath(path) for name, path in paths.items() if path})
@@ -358,6 +364,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _check_host(host: str) -> None:
+    """Raises ConfigError for what stands for all addresses of a host: to others it would mean their own."""
+    try:
+        unspecified = host in ("", "*") or ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return
+    if unspecified:
+        raise ConfigError(f"host {host!r} is nobody in particular: give the address at which peers reach this host")
 
 
 def _local_key_file(run_dir: Path) -> Path:

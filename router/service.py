@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
+from pdx.addresses import authority
 from pdx.errors import ConfigError
 from pdx.router.choice.knowledge import Knowledge
 from pdx.router.engines.control import Control, ControlSocket, SharedControl
@@ -229,9 +230,9 @@ async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, host: str, port
     try:
         await web.TCPSite(runner, host, port, reuse_port=shared or None).start()
     except OSError as error:
-        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror or error}") from error
+        raise ConfigError(f"can't listen on {authority(host, port)}: {error.strerror or error}") from error
     host, port = runner.addresses[0][:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{authority(host, port)}"
 
 
 async def _keep(outside: Outside, named: Named) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 
+from pdx.addresses import authority
 from pdx.errors import ConfigError, UnknownTransport
 from pdx.members import DEVICES_MAX, LaneOffer
 from pdx.transport.api import CONTRACT, Lane, OverDevices
@@ -64,7 +65,7 @@ def open_lanes(
     reasons: list[str] = []
 
     def opened(scheme: str) -> Lane:
-        return open_one(f"{scheme}://{host}:{port + len(lanes) if port else 0}")
+        return open_one(f"{scheme}://{authority(host, port + len(lanes) if port else 0)}")
 
     try:
         if transport == AUTO:

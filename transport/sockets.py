@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from pdx.addresses import authority
 from pdx.config import is_loopback
 from pdx.errors import ConfigError, PeerGone
 from pdx.transport.pace import FIRST_FRAME_BYTES
@@ -98,8 +99,7 @@ def listen_at(url: str, *, scheme: str, key: bytes | None) -> tuple[socket.socke
         listening.close()
         see = "--host must be an address of this host" if error.errno == errno.EADDRNOTAVAIL else "see --lane-port"
         raise ConfigError(f"can't listen at {url}: {error.strerror or error}; {see}") from error
-    bracketed = f"[{host}]" if ":" in host else host
-    return listening, f"{scheme}://{bracketed}:{listening.getsockname()[1]}"
+    return listening, f"{scheme}://{authority(host, listening.getsockname()[1])}"
 
 
 def resolve(endpoint: str, host: str, port: int) -> tuple[int, int, int, Any]:

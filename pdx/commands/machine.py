@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdx import __version__, config
+from pdx.addresses import family_of
 from pdx.buffer.headroom import memory_available
 from pdx.commands.finding import Finding
 from pdx.config import Config
@@ -86,15 +87,11 @@ def _cores() -> Finding:
 
 def _address(settings: Config) -> Finding:
     try:
-        with socket.create_server((settings.host, 0), family=_family(settings.host)):
+        with socket.create_server((settings.host, 0), family=family_of(settings.host)):
             return Finding(item="address", state="ok", line=f"ports of {settings.host} can be had")
     except OSError as error:
         line = f"{settings.host}: {error.strerror or error}"
         return Finding(item="address", state="missing", line=line, fix="set PDX_HOST to an address of this host")
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _cluster_key(settings: Config) -> Finding:

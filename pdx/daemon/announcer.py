@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import zmq
 
+from pdx.addresses import has_ipv6
 from pdx.curve import lock
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.listening import BURST
@@ -185,6 +186,7 @@ class Announcer:
             log.warning("no socket to router %s: %s", endpoint, error)
             return
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IPV6, has_ipv6(endpoint))
         socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
         socket.setsockopt(zmq.IDENTITY, f"{self._me.daemon_id}/{self._me.incarnation}".encode())
         lock(socket, self._cluster_key, server=False)

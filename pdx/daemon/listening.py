@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zmq
 
+from pdx.addresses import has_ipv6
 from pdx.curve import lock
 from pdx.daemon.peers import PEERS_MAX, SEND_QUEUE_MAX, SOCKETS_A_PEER
 from pdx.errors import ConfigError
@@ -28,6 +29,7 @@ def listening(
     if cluster_key is not None:
         lock(bound, cluster_key, server=True)
     bound.setsockopt(zmq.LINGER, 0)
+    bound.setsockopt(zmq.IPV6, has_ipv6(endpoint))
     bound.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
     bound.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
     try:

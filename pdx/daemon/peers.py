@@ -13,6 +13,7 @@ from collections.abc import Callable
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from pdx.addresses import has_ipv6
 from pdx.curve import lock
 from pdx.wire import DaemonRef, Message, encode
 
@@ -85,6 +86,7 @@ class Peers:
                 self._displace(next(iter(self._sockets)))
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.IPV6, has_ipv6(control))
             socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
             lock(socket, self._cluster_key, server=False)
             # Before it connects: who looks later may miss that it was reached.

@@ -105,7 +105,7 @@ class Service:
         self._door = Door(run_dir)
         self._clients = listening(self._context, self._ipc)
         self._allow = AllowList(self._context, key)
-        self._peer_socket = listening(self._context, f"tcp://{config.host}:{config.control_port}", cluster_key=key)
+        self._peer_socket = listening(self._context, config.control_endpoint, cluster_key=key)
         self.me = DaemonRef(
             daemon_id=daemon_name(run_dir),
             incarnation=secrets.randbits(63),

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pdx.addresses import authority
 from pdx.config import ENGINE_FLAGS, FLAGS, import_path
 from pdx.errors import ConfigError
 from pdx.launch.guard import parse_cpus
@@ -49,8 +50,7 @@ class EngineSpec:
 
     @property
     def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"http://{authority(self.host, self.port)}"
 
 
 def command(spec: EngineSpec) -> list[str]:

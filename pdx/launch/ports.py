@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from urllib.parse import urlsplit, urlunsplit
 
+from pdx.addresses import family_of
 from pdx.errors import ConfigError
 
 # Below Linux's range for outgoing connections (32768-60999): an engine binds its port seconds after we chose it, and
@@ -75,7 +76,7 @@ def answers(url: str) -> Callable[[], bool]:
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as listener:
+    with socket.socket(family_of(host), socket.SOCK_STREAM) as listener:
         # As servers do: of connections that have ended it may still be in use.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -11,6 +11,7 @@ from typing import Protocol
 import zmq
 import zmq.asyncio
 
+from pdx.addresses import has_ipv6
 from pdx.curve import AllowList, lock
 from pdx.errors import ConfigError
 from pdx.router.metrics import Metrics
@@ -58,6 +59,7 @@ class ControlSocket:
         self._socket.sndhwm = SEND_QUEUE_MAX
         self._socket.router_mandatory = True  # an unknown daemon is an error to count, not a silence
         self._socket.router_handover = True  # a daemon that connects again gets its name back
+        self._socket.ipv6 = has_ipv6(endpoint)
         lock(self._socket, cluster_key, server=True)
         self._failures = self._socket.get_monitor_socket(REFUSED_PEERS)
         try:

@@ -25,6 +25,7 @@ import msgspec
 import uvloop
 import zmq
 
+from pdx.addresses import authority, family_of
 from pdx.errors import ConfigError
 from pdx.router.engines.control import ControlSocket
 from pdx.router.metrics import Metrics
@@ -171,12 +172,13 @@ def lead(options: Options, count: int) -> int:
     """Serves with so many workers until SIGINT or SIGTERM. Exit status as of one. Raises ConfigError."""
     with ExitStack() as stack:
         # Bound, never listening: it keeps the port, and says which one it is if any would do.
-        held = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET))
+        held = stack.enter_context(socket.socket(family_of(options.host)))
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             held.bind((options.host, options.port))
         except OSError as error:
-            raise ConfigError(f"can't listen on {options.host}:{options.port}: {error.strerror or error}") from error
+            where = authority(options.host, options.port)
+            raise ConfigError(f"can't listen on {where}: {error.strerror or error}") from error
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdx-router-", ignore_cleanup_errors=True))
         life, alive = os.pipe()
         stack.callback(os.close, life)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from fleet import BareEngine, Fleet, prompt_of, until
 
+from pdx.errors import ConfigError
 from pdx.launch.ports import free_ports
 
 PATH = "/v1/completions"
@@ -137,6 +138,28 @@ def place(tmp_path: Path, fleet: Fleet) -> Iterator[Place]:
             for name, role in (("P", "prefill"), ("D", "decode"))
         }
         yield Place(tmp_path, fleet, controls, engines["P"], engines["D"], fronts, stack)
+
+
+def test_daemons_and_a_router_speak_ipv6(tmp_path: Path, fleet: Fleet) -> None:
+    try:
+        (port,) = free_ports(1, host="::1")
+    except ConfigError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    control = f"tcp://[::1]:{port}"
+    with ExitStack() as stack:
+        front = Front("E")
+        stack.enter_context(front.listening())
+        prefill, decode = (
+            fleet.engine(fleet.daemon(host="::1"), name, role=role, url=front.url, router=control)
+            for name, role in (("P", "prefill"), ("D", "decode"))
+        )
+        assert decode.daemon.ref.control.startswith("tcp://[::1]:")
+        router = Router(tmp_path, "R", fleet.key_file, control)
+        stack.callback(router.kill)
+        until(lambda: router.ready(2), "both are announced")
+    handle = fleet.handle(prefill, decode)
+    prefill.prefill(PROMPT, handle)
+    assert decode.load(PROMPT, handle) == len(PROMPT.names)
 
 
 def test_a_killed_router_loses_its_connections_and_nothing_else(place: Place) -> None:

@@ -84,6 +84,12 @@ def test_a_number_beyond_all_bounds_is_told_in_a_sentence() -> None:
         load({"arena": "9" * 400}, environ={})
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "*", ""])
+def test_what_stands_for_all_addresses_is_not_told_to_others(host: str) -> None:
+    with pytest.raises(ConfigError, match="give the address at which peers reach this host"):
+        load({"host": host}, environ={})
+
+
 def test_a_local_key_is_made_in_a_file_of_its_own(tmp_path: Path) -> None:
     """Beside that of somebody of our number in another container, who may have linked it already."""
     tmp_path.chmod(0o700)
