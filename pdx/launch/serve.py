@@ -72,7 +72,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options.settings = {
         name: getattr(options, name) for name in (*SETTINGS, "router") if getattr(options, name) is not None
     }
-    config.load(options.settings)  # a wrong size or PDX_* key is told now, in one line, not by every engine
+    # A wrong size or PDX_* key is told now, in one line, not by every engine; and PDX_HOST is the engines' host too.
+    options.host = config.load(options.settings).host
     return options
 
 
@@ -87,7 +88,7 @@ def plan(options: argparse.Namespace, *, ports: Sequence[int]) -> list[EngineSpe
             name=base if options.name and len(ports) == 1 else f"{base}-{port}",
             role=role,
             model=options.model,
-            host=options.host or "127.0.0.1",
+            host=options.host,
             port=port,
             cpus=options.cpus,
             settings=settings,
@@ -128,10 +129,9 @@ def _published(spec: EngineSpec) -> dict[str, str]:
 
 
 def _ports(options: argparse.Namespace) -> list[int]:
-    host = options.host or "127.0.0.1"
     if options.port:
-        return ports_from(options.port, options.replicas, host=host)
-    return free_ports(options.replicas, host=host)
+        return ports_from(options.port, options.replicas, host=options.host)
+    return free_ports(options.replicas, host=options.host)
 
 
 def _parser() -> argparse.ArgumentParser:

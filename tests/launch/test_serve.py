@@ -54,6 +54,16 @@ def test_transfer_config() -> None:
     }
 
 
+def test_the_engines_host_is_their_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it was set: a router of another host is told where they listen."""
+    monkeypatch.setenv("PDX_HOST", "192.0.2.1")
+    monkeypatch.setenv("PDX_RUN_DIR", "/nowhere")
+    (spec,) = planned("m", "--kv-role", "prefill")
+    assert (spec.host, spec.url) == ("192.0.2.1", "http://192.0.2.1:21000")
+    (spec,) = planned("m", "--kv-role", "prefill", "--host", "::1")
+    assert (spec.host, spec.url) == ("::1", "http://[::1]:21000")
+
+
 def test_several_routers() -> None:
     (spec,) = planned("m", "--kv-role", "decode", "--router", "tcp://a:1", "--router", "tcp://b:2")
     assert transfer_config(spec)["kv_connector_extra_config"]["router"] == "tcp://a:1,tcp://b:2"
