@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,15 @@ def test_not_ready_in_time() -> None:
             supervisor.wait_ready({"slow": lambda: False}, deadline_s=0.1)
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """These tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_interrupts_the_wait(number: signal.Signals) -> None:
     handler = signal.getsignal(number)
@@ -91,6 +101,7 @@ def test_a_signal_interrupts_the_wait(number: signal.Signals) -> None:
     assert supervisor.stopped.left == 0
 
 
+@pytest.mark.usefixtures("hangups")
 def test_a_hangup_is_told_once_and_not_to_who_ignores_it() -> None:
     with Supervisor(out=io.StringIO()) as supervisor:
         signal.raise_signal(signal.SIGHUP)
@@ -98,14 +109,11 @@ def test_a_hangup_is_told_once_and_not_to_who_ignores_it() -> None:
             supervisor.wait(0)
         signal.raise_signal(signal.SIGHUP)
         supervisor.wait(0)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Supervisor(out=io.StringIO()) as supervisor:
-            signal.raise_signal(signal.SIGHUP)
-            supervisor.wait(0)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Supervisor(out=io.StringIO()) as supervisor:
+        signal.raise_signal(signal.SIGHUP)
+        supervisor.wait(0)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_who_was_started_with_sigchld_ignored_hears_of_deaths() -> None:
