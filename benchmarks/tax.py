@@ -5,10 +5,11 @@ included) over that of a plain engine, and CPU seconds of the prefill engine wit
 Decode: inter-token latency of an engine with the connector over a plain engine's, alone and while another request's
 pages arrive and are loaded; a plain engine has a plain one on the other core, idle or at work. Every figure is a
 ratio within one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. Of
-two equal engines one may be some percent faster for as long as it lives: all of them are started anew several times,
-and the intervals are of lives, drawn with their rounds. The control is a second plain engine, and its ratio to the
-first what this machine can tell apart at all. The naive variant is the same pair whose daemons poll instead of
-sleeping, each on its engine's core; it must miss every bar. The full run takes about an hour.
+two equal engines one may be a tenth faster for as long as it lives, by where its memory lies: all have theirs in huge
+pages and are started anew several times, and the intervals are of lives, drawn with their rounds. The control is a
+second plain engine, and its ratio to the first what this machine can tell apart at all. The naive variant is the same
+pair whose daemons poll instead of sleeping, each on its engine's core; it must miss every bar. The full run takes
+about an hour.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.harness.arms import DECODE_CPUS, PREFILL_CPUS, Arm, PdxPair, Scratch, pdx_pair, plain_engines
@@ -46,7 +47,8 @@ STEADY_PROMPT, STEADY_TOKENS, LOADED_TOKENS = 64, 12, 110  # a stream alone, and
 # Programs that were stopped have to catch up when they go on, and the more of them an arm has the longer: a stream of
 # some 3 s goes before what is measured, in every arm.
 SETTLING_TOKENS = 100
-WARM = (3500, 100)
+WARM = (1024, 100)
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 ATTEMPTS, SEEDS_APART, NAIVE_SEED = 5, 10_000, 5_000
 DEADLINE_S = 120.0
 BASE, PDX, NAIVE = "plain", "pdx", "pdx that polls"
@@ -82,7 +84,7 @@ class Tax:
     _seed: int = 0
 
     def warm(self) -> None:
-        """Every KV pool and the arena have been written once, and every page that was pushed was verified."""
+        """Kernels are chosen by shape at first use, and every page that was pushed was verified."""
         for prefill, decode in self.plains.values():
             for arm in (prefill, decode):
                 with arm.active():
@@ -285,9 +287,9 @@ def show_pauses(lives: Sequence[Tax], report: Report) -> None:
 def live(number: int, model: Path, plan: Plan, lives: dict[str, list[Samples]], report: Report) -> Tax:
     """Starts all arms, puts what they show under the name of each step, and ends them."""
     with Scratch(model) as scratch:
-        pair = pdx_pair(scratch, PDX, daemon_module="benchmarks.naive.polling")
+        pair = pdx_pair(scratch, PDX, daemon_module="benchmarks.naive.polling", environment=HUGE_PAGES)
         cpus = {f"{name}-{core}": core for name in (BASE, "control") for core in (PREFILL_CPUS, DECODE_CPUS)}
-        engines = plain_engines(scratch, "plain", cpus)
+        engines = plain_engines(scratch, "plain", cpus, environment=HUGE_PAGES)
         plains = {BASE: (engines[0], engines[1]), "control": (engines[2], engines[3])}
         tax = Tax(pair, plains, plan, naive_rounds=plan.naive_rounds if number == 0 else 0)
         report.progress(f"life {number + 1} of {plan.lives} has begun")
@@ -309,9 +311,11 @@ def live(number: int, model: Path, plan: Plan, lives: dict[str, list[Samples]], 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="pdx bench tax", description=__doc__.partition("\n")[0])
     options(parser)
+    parser.add_argument("--lives", type=int, metavar="N", help="how often all engines are started (default: 6)")
     chosen = parser.parse_args()
     pin_client()
     report, plan = Report("tax"), QUICK if chosen.quick else FULL
+    plan = replace(plan, lives=chosen.lives or plan.lives)
     report.figures["ceiling_memcpy_gb_per_s"] = round(memcpy_rate() / 1e9, 2)
     model, lives = chosen.model or build(), dict[str, list[Samples]]()
     taxes = [live(number, model, plan, lives, report) for number in range(plan.lives)]

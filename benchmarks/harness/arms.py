@@ -198,10 +198,17 @@ def two_plain(
     return first, second
 
 
-def plain_engines(scratch: Scratch, name: str, engines: Mapping[str, str], flags: Sequence[str] = ()) -> list[Arm]:
+def plain_engines(
+    scratch: Scratch,
+    name: str,
+    engines: Mapping[str, str],
+    flags: Sequence[str] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> list[Arm]:
     """Engines without a connector, started at once: {part name: cores}. An arm for each."""
     rig = scratch.rig(name)
-    parts = [start_plain(rig, part, cpus, flags) for part, cpus in engines.items()]
+    parts = [start_plain(rig, part, cpus, flags, environment=environment) for part, cpus in engines.items()]
     wait_engines(parts)
     arms = []
     for part in parts:
