@@ -76,17 +76,17 @@ def answers(url: str) -> Callable[[], bool]:
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket(family_of(host), socket.SOCK_STREAM) as listener:
-        # As servers do: of connections that have ended it may still be in use.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family_of(host), socket.SOCK_STREAM) as listener:
+            # As servers do: of connections that have ended it may still be in use.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
-        except PermissionError:
-            return False
-        except OSError as error:
-            if isinstance(error, socket.gaierror):
-                raise ConfigError(f"{host}: {error.strerror}") from error
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise ConfigError(f"{host} is no address of this machine") from error
-            return False
+    except PermissionError:
+        return False
+    except OSError as error:
+        if isinstance(error, socket.gaierror):
+            raise ConfigError(f"{host}: {error.strerror}") from error
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise ConfigError(f"{host} is no address of this machine") from error
+        return False
     return True
