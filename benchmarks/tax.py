@@ -5,11 +5,11 @@ included) over that of a plain engine, and CPU seconds of the prefill engine wit
 Decode: inter-token latency of an engine with the connector over a plain engine's, alone and while another request's
 pages arrive and are loaded; a plain engine has a plain one on the other core, idle or at work. Every figure is a
 ratio within one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. Of
-two equal engines one may be a tenth faster for as long as it lives, by where its memory lies: all have theirs in huge
-pages and are started anew several times, and the intervals are of lives, drawn with their rounds. The control is a
-second plain engine, and its ratio to the first what this machine can tell apart at all. The naive variant is the same
-pair whose daemons poll instead of sleeping, each on its engine's core; it must miss every bar. The full run takes
-about an hour.
+two equal engines one may be a tenth faster for minutes, or for as long as it lives: all have their memory in huge pages
+and are started anew several times, and the intervals are of lives, drawn with their rounds. The control is a second
+plain engine, and its ratio to the first what this machine can tell apart at all. The naive variant is the same pair
+whose daemons poll instead of sleeping, each on its engine's core; it must miss every bar. A life takes a quarter of an
+hour, the full run an hour and a half.
 """
 
 from __future__ import annotations
