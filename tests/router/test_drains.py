@@ -122,7 +122,7 @@ async def test_a_named_engine_stays_drained_when_its_daemon_comes() -> None:
             drained = f"named-{named.url.removeprefix('http://')}"
             assert (await told(router, "drain", {"engine_id": drained}))[0] == 200
             router.daemons[0].engines = [other, named]
-            await until(lambda: "d0" in [c.engine_id for c in router.outside.directory.snapshot()], "it is announced")
+            await until(lambda: {c.engine_id for c in router.outside.directory.snapshot()} >= {"d0", "d1"}, "both")
             for _ in range(3):
                 assert (await router.ask(PROMPT))[1]["choices"][0]["text"] == "by d1"
             assert [engine["engine_id"] for engine in (await told(router, "drain"))[1]["engines"]] == ["d0"]
