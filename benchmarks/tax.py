@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,10 +23,10 @@ from pathlib import Path
 
 from benchmarks.harness.arms import DECODE_CPUS, PREFILL_CPUS, Arm, PdxPair, Scratch, pdx_pair, plain_engines
 from benchmarks.harness.measure import (
-    RESAMPLES,
     Background,
     Timing,
     completion,
+    interval_of_lives,
     median,
     memcpy_rate,
     percentile,
@@ -223,23 +222,13 @@ def of_lives(lives: Sequence[Samples]) -> Samples:
     return {name: [value for life in lives for value in life.get(name, ())] for name in lives[0]}
 
 
-def interval_of(lives: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:
-    """95 %, of the median: lives are drawn, and rounds of each. What differs from life to life is thus in it."""
-    draw = random.Random(seed)
-    medians = sorted(
-        median([value for life in draw.choices(lives, k=len(lives)) for value in draw.choices(life, k=len(life))])
-        for _ in range(RESAMPLES)
-    )
-    return medians[int(RESAMPLES * 0.025)], medians[int(RESAMPLES * 0.975) - 1]
-
-
 def judge(name: str, lives: Sequence[Samples], report: Report) -> list[object]:
     """Bars of one figure; its row of the table."""
     each = [ratios_of(life) for life in lives]
     ratios, samples = of_lives(each), of_lives(lives)
-    ratio, (low, high) = median(ratios[PDX]), interval_of([life[PDX] for life in each], seed=1)
+    ratio, (low, high) = median(ratios[PDX]), interval_of_lives([life[PDX] for life in each], seed=1)
     control = median(ratios["control"])
-    control_low, control_high = interval_of([life["control"] for life in each], seed=2)
+    control_low, control_high = interval_of_lives([life["control"] for life in each], seed=2)
     report.bar(f"{name}: pdx / plain", round(ratio, 4), f"<= {TAX_MAX}", ratio <= TAX_MAX)
     report.bar(
         f"{name}: 95 % interval excludes {EXCLUDED}", f"{low:.4f} to {high:.4f}", f"< {EXCLUDED}", high < EXCLUDED

@@ -15,7 +15,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -203,7 +203,23 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def bootstrap_interval(values: Sequence[float], seed: int, *, percent: float = 95.0) -> tuple[float, float]:
     """The interval of the median of paired differences or ratios."""
     draw = random.Random(seed)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return _middle((draw.choices(values, k=len(values)) for _ in range(RESAMPLES)), percent)
+
+
+def interval_of_lives(lives: Sequence[Sequence[float]], seed: int, *, percent: float = 95.0) -> tuple[float, float]:
+    """The same where engines were started several times: lives are drawn, and rounds of each. What differs from life
+    to life is thus in it."""
+    draw = random.Random(seed)
+    drawn = (
+        [value for life in draw.choices(lives, k=len(lives)) for value in draw.choices(life, k=len(life))]
+        for _ in range(RESAMPLES)
+    )
+    return _middle(drawn, percent)
+
+
+def _middle(samples: Iterable[Sequence[float]], percent: float) -> tuple[float, float]:
+    """Of the medians of RESAMPLES samples."""
+    medians = sorted(map(statistics.median, samples))
     outside = (100 - percent) / 200
     return medians[int(RESAMPLES * outside)], medians[int(RESAMPLES * (1 - outside)) - 1]
 

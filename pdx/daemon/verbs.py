@@ -33,13 +33,11 @@ def answer(question: Ask, *, service: Service) -> Answer:
         return Answer(number=question.number, body=_body(question, service))
     except Refused as error:
         return Answer(number=question.number, error=str(error))
-    except PdxError as error:
-        if isinstance(question.verb, CHANGES):
-            raise
-        return Answer(number=question.number, error=str(error))
     except Exception as error:
         if isinstance(question.verb, CHANGES):
             raise
+        if isinstance(error, PdxError):
+            return Answer(number=question.number, error=str(error))
         log.exception("a question could not be answered")
         return Answer(number=question.number, error=f"this daemon can't answer that, see its log: {error!r}")
 

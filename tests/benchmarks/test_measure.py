@@ -9,7 +9,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks.harness.measure import Background, bootstrap_interval, completion, fit, percentile, prompt_of, stream
+from benchmarks.harness.measure import (
+    Background,
+    bootstrap_interval,
+    completion,
+    fit,
+    interval_of_lives,
+    percentile,
+    prompt_of,
+    stream,
+)
 
 
 def test_prompts_share_no_prefix() -> None:
@@ -45,6 +54,11 @@ def test_the_interval_holds_the_median_and_narrows() -> None:
     assert low <= 1.03 <= high
     narrow = bootstrap_interval(many, seed=1)
     assert narrow[1] - narrow[0] <= high - low
+
+
+def test_what_differs_between_lives_is_in_the_interval() -> None:
+    """Many rounds of few lives tell nothing of the next life."""
+    assert interval_of_lives([[1.0] * 50, [1.1] * 50, [1.05] * 50], seed=1) == (1.0, 1.1)
 
 
 EVENTS = [

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.harness.measure import Timing
 from benchmarks.harness.report import Report
-from benchmarks.tax import NAIVE, PDX, gaps_between, interval_of, judge
+from benchmarks.tax import NAIVE, PDX, gaps_between, judge
 
 PLAIN = [1.0, 2.0, 3.0, 2.0]
 
@@ -23,11 +23,6 @@ def test_a_ratio_is_taken_within_a_round(factor: float, holds: list[bool]) -> No
     assert [bar["holds"] for bar in report.bars.values()] == [*holds, True]
     assert row[-2] == f"{factor:.4f} ({factor:.4f} to {factor:.4f})"
     assert report.figures["ITL"]["control"] == [1.0, 1.0, 1.0]
-
-
-def test_what_differs_between_lives_is_in_the_interval() -> None:
-    """Many rounds of few lives tell nothing of the next life."""
-    assert interval_of([[1.0] * 50, [1.1] * 50, [1.05] * 50], seed=1) == (1.0, 1.1)
 
 
 def test_only_gaps_that_lie_wholly_within_count() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from fleet import BareEngine, Daemon, Fleet, fleet_in, until
+from http_server import serving
 from tokenizer import tokenizer, tokens_of
 
 from pdx.admin import ClearRequest, LookupRequest, PinRequest, Report, UnpinRequest
@@ -156,18 +156,9 @@ def test_a_router_that_knows_no_daemon_is_told_in_words() -> None:
     assert as_table(Report(daemons=[])) == "no daemon has announced an engine"
 
 
-@contextmanager
-def listening(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+def listening(answer: Callable[[BaseHTTPRequestHandler], None]) -> AbstractContextManager[str]:
     """The URL of a server whose every answer this writes."""
-    handler = type("Handler", (BaseHTTPRequestHandler,), {"do_GET": answer, "do_POST": answer})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    return serving(type("Handler", (BaseHTTPRequestHandler,), {"do_GET": answer, "do_POST": answer}))
 
 
 @pytest.mark.parametrize("body", [None, b"{}"])

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import pytest
 from fleet import BareEngine, Fleet, prompt_of, until
+from http_server import serving
 
 from pdx.errors import ConfigError
 from pdx.launch.ports import free_ports
@@ -65,16 +66,11 @@ class Front:
             def log_message(self, *_: object) -> None:
                 pass
 
-        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            self.url = f"http://127.0.0.1:{server.server_port}"
-            thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-            thread.start()
+        with serving(Handler) as self.url:
             try:
                 yield
             finally:
                 self.may.set()
-                server.shutdown()
-                thread.join()
 
 
 class Router:

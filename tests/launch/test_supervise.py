@@ -28,12 +28,16 @@ def logged(path: Path, text: str) -> bool:
     return path.exists() and text in path.read_text()
 
 
+def start_sleepers(supervisor: Supervisor, log_dir: Path, *names: str) -> None:
+    for name in names:
+        supervisor.start(name, SLEEPER)
+    probes = {name: lambda log=log_dir / f"{name}.log": logged(log, "up") for name in names}
+    supervisor.wait_ready(probes, deadline_s=WAIT_S)
+
+
 def test_ready_then_stopped(tmp_path: Path) -> None:
     with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
-        for name in ("a", "b"):
-            supervisor.start(name, SLEEPER)
-        probes = {name: lambda log=tmp_path / f"{name}.log": logged(log, "up") for name in ("a", "b")}
-        supervisor.wait_ready(probes, deadline_s=WAIT_S)
+        start_sleepers(supervisor, tmp_path, "a", "b")
         stopped = supervisor.stop()
     assert str(stopped) == "stopped 2 processes, 0 left"
 
@@ -260,10 +264,7 @@ def test_a_line_without_end_does_not_grow_us() -> None:
 
 def test_of_two_that_die_at_once_both_are_told(tmp_path: Path) -> None:
     with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
-        for name in ("a", "b"):
-            supervisor.start(name, SLEEPER)
-        probes = {name: lambda log=tmp_path / f"{name}.log": logged(log, "up") for name in ("a", "b")}
-        supervisor.wait_ready(probes, deadline_s=WAIT_S)
+        start_sleepers(supervisor, tmp_path, "a", "b")
         for child in supervisor._children:
             os.kill(child.process.pid, signal.SIGKILL)
             os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
