@@ -16,14 +16,16 @@ class Screen:
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._changed = threading.Condition()  # guards the next four
+        self._changed = threading.Condition()  # guards the next five
         self._waiting: list[str] = []
         self._chars = 0
         self._left_out = 0
         self._ended = False
+        self._takes = False  # the thread will still write what waits
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        self._takes = True
         self._thread = threading.Thread(target=self._write_what_comes, name="pdx-screen", daemon=True)
         self._thread.start()
 
@@ -40,16 +42,20 @@ class Screen:
         return self._out.isatty()
 
     def say(self, line: str) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._write(f"{line}\n")
-            return
         with self._changed:
-            if self._chars + len(line) > WAITING_CHARS_MAX:
-                self._left_out += 1
+            if self._takes:
+                self._leave(line)
                 return
-            self._waiting.append(f"{line}\n")
-            self._chars += len(line)
-            self._changed.notify()
+        self._write(f"{line}\n")
+
+    def _leave(self, line: str) -> None:
+        """For the thread."""
+        if self._chars + len(line) > WAITING_CHARS_MAX:
+            self._left_out += 1
+            return
+        self._waiting.append(f"{line}\n")
+        self._chars += len(line)
+        self._changed.notify()
 
     def _write_what_comes(self) -> None:
         while text := self._next():
@@ -63,10 +69,11 @@ class Screen:
             if self._left_out:
                 text += f"pdx: {self._left_out} lines are left out here: they came faster than they were read\n"
             self._waiting, self._chars, self._left_out = [], 0, 0
+            self._takes = bool(text)
             return text
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # nobody reads any more
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more; or `out` is closed
             try:
                 # Not by `out`: its buffer has a lock, for which Python's own end would wait.
                 descriptor = self._out.fileno()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pdx.launch import screen
 from pdx.launch.screen import WAITING_CHARS_MAX, Screen
 from pdx.launch.supervise import ChildDied, Supervisor
 
@@ -37,19 +38,22 @@ def test_a_reader_who_has_stopped_holds_up_nothing(stuck: tuple[int, int]) -> No
         os.close(reader)  # else its end would wait for a while
 
 
-def test_what_is_left_out_is_counted_where_it_would_stand(stuck: tuple[int, int]) -> None:
+def test_what_is_left_out_is_counted_where_it_would_stand(
+    stuck: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "LEAVE_S", WAIT_S)  # this reader takes all, however slow the machine
     reader, writer = stuck
     with os.fdopen(writer, "w") as out, os.fdopen(reader, encoding="utf-8") as back:
-        screen = Screen(out)
-        screen.start()
+        on_screen = Screen(out)
+        on_screen.start()
         fit = WAITING_CHARS_MAX // len(LINE)
         for _ in range(3 * fit):  # what the thread is writing counts no more: twice as much may fit
-            screen.say(LINE)
+            on_screen.say(LINE)
         read: list[str] = []
         reading = threading.Thread(target=lambda: read.extend(back))
         reading.start()
-        screen.stop()
-        screen.say("the end")
+        on_screen.stop()
+        on_screen.say("the end")
         out.close()
         reading.join(WAIT_S)
     lines = [line.strip("\0\n") for line in read]

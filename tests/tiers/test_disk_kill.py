@@ -20,7 +20,7 @@ PAGES, PAGE_BYTES = 4, 16 << 10
 # Room for some 14 blocks: nearly every write deletes another block first.
 CAP_BYTES = 2 * FOLDER_BYTES
 KEYS = 40
-MOMENTS_S = 0.012  # a kill comes within this long of the first write
+ENDS_MAX, MOMENTS_S = 30, 0.001  # a kill comes behind so many writes that have ended, and within this long
 
 
 def key_of(number: int) -> Key:
@@ -38,7 +38,8 @@ def test_kills_in_the_middle_of_writes(kills: int, tmp_path: Path) -> None:
     payloads = [payload_of(number) for number in range(KEYS)]
     loaded = leftovers = 0
     for round_number in range(kills):
-        kill_a_writer(folder, payloads, seed=round_number, after_s=rng.uniform(0, MOMENTS_S))
+        ends = rng.randrange(ENDS_MAX)
+        kill_a_writer(folder, payloads, seed=round_number, ends=ends, after_s=rng.uniform(0, MOMENTS_S))
         assert taken_bytes(folder) <= CAP_BYTES
         leftovers += len(list((folder / "tmp").iterdir()))
         loaded += check_all(folder, payloads)
@@ -68,7 +69,7 @@ def check_all(folder: Path, payloads: list[bytes]) -> int:
         tier.close(drain_s=5.0)
 
 
-def kill_a_writer(folder: Path, payloads: list[bytes], *, seed: int, after_s: float) -> None:
+def kill_a_writer(folder: Path, payloads: list[bytes], *, seed: int, ends: int, after_s: float) -> None:
     told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -80,7 +81,8 @@ def kill_a_writer(folder: Path, payloads: list[bytes], *, seed: int, after_s: fl
             os._exit(1)
     os.close(tell)
     try:
-        assert os.read(told, 1) == b"w", "the writer did not start"
+        for _ in range(1 + ends):
+            assert os.read(told, 1) == b"w", "the writer did not start, or has ended"
         select.select([told], [], [], after_s)  # a random moment; or the writer's end, which is not expected
     finally:
         os.close(told)
@@ -93,7 +95,11 @@ def write_for_ever(folder: Path, payloads: list[bytes], rng: random.Random, tell
     tier = DiskTier.open(folder, cap_bytes=CAP_BYTES)
     user = User(tier)
     os.write(tell, b"w")
+    ended = 0
     while True:
+        user.pump(0.0)
+        os.write(tell, b"w" * (len(user.ends) - ended))
+        ended = len(user.ends)
         number = rng.randrange(KEYS)
         payload = memoryview(payloads[number])
         pages = buffers()[:PAGES]
