@@ -80,6 +80,18 @@ class CudaDevice:
             alignment |= base | stride
         self._wide = alignment % 16 == 0
         self.identity = self._kernels.identity
+        self._load_kernels()
+
+    def _load_kernels(self) -> None:
+        """CUDA loads a kernel when it is first launched, for which the host may wait: not in a step of the engine's.
+        So each is launched now, over nothing but holes."""
+        stream = self.new_stream()
+        modes: tuple[Mode, ...] = ("gather", "scatter", "look")
+        for count in (1, self._kernels.small_team_from):
+            blocks = self.block_list(stream, [-1] * count)
+            digests = [self._move(stream, mode, 0, blocks, 0, count, None) for mode in modes]
+            self.synchronize(self.record(stream))
+            assert not any(value for found in digests for value in found.read())
 
     # --- memory -----------------------------------------------------------------------------------------------
 

@@ -122,6 +122,7 @@ class Kernels:
             raise DeviceLost(f"the kernels can't be loaded: {error}") from error
         self._launch, self._config = launch, LaunchConfig
         self._kernels: dict[str, Any] = {}
+        self.small_team_from = TEAMS[""].resident * self.processors  # pages; for fewer, other kernels are launched
 
     def enqueue(
         self,
