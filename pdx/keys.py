@@ -107,6 +107,11 @@ def salted(block_hash: bytes, salt: bytes) -> bytes:
     return hashlib.blake2b(block_hash, digest_size=32, salt=salt, person=b"pdx-salted").digest() if salt else block_hash
 
 
+def private_salt(handoff_id: bytes, salt: bytes) -> bytes:
+    """Makes names that mean blocks of this handoff alone, whatever `salt` says besides."""
+    return hashlib.blake2b(handoff_id + salt, digest_size=16, person=b"pdx-private").digest()
+
+
 def tail_hash(previous_block_hash: bytes, tokens: list[int]) -> bytes:
     """Names an unfull last block: its predecessor's hash and its tokens. Empty when there are no tail tokens.
 

@@ -39,7 +39,7 @@ from pdx.engine.vllm.steps import LoadResult, Report, Save, Step  # noqa: E402
 from pdx.errors import ConfigError, Refused  # noqa: E402
 from pdx.layout import Place  # noqa: E402
 from pdx.router.front.access import Caller  # noqa: E402
-from pdx.wire import Keep, LookUp  # noqa: E402
+from pdx.wire import Keep, LookUp, OpenSend  # noqa: E402
 
 
 @pytest.fixture
@@ -187,7 +187,14 @@ def test_without_vllm_s_prefix_caching_only_handoffs_are_carried(
     for engine in (prefill, decode):
         engine.add("again", tokens_of(150), {})
         assert [s.total_num_scheduled_tokens for s in engine.run()] == [64, 64, 22, 0]
-    assert not any(isinstance(message, Keep | LookUp) for message in the_daemon().received)
+    prefill.add("q", tokens_of(150), sending(2))
+    prefill.run()
+    decode.add("e", tokens_of(150), loading(2), max_tokens=40)
+    assert [s.total_num_scheduled_tokens for s in decode.run()] == [0, *[1] * 40, 0]
+    received = the_daemon().received
+    assert not any(isinstance(message, Keep | LookUp) for message in received)
+    named = [{*message.block_hashes, message.tail_hash} for message in received if isinstance(message, OpenSend)]
+    assert len(named) == 2 and not named[0] & named[1], "blocks of one handoff may serve another"
 
 
 def test_loads_that_fail_inside_of_vllm_s_multi_connector_are_recomputed_too(

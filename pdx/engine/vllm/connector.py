@@ -68,6 +68,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
                 hybrid=self._description.hybrid,
                 adapters=self._adapters,
                 offload=settings.offload_of(self._settings.config, vllm_config),
+                shares=settings.shares(vllm_config),
                 lookup_s=self._settings.config.lookup_s,
             )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdx.errors import HandleError, Refused
 from pdx.handoff.handle import peek
-from pdx.keys import salted, tail_hash, tenant_of
+from pdx.keys import private_salt, salted, tail_hash, tenant_of
 from pdx.wire import Budgets
 
 if TYPE_CHECKING:
@@ -80,8 +80,11 @@ def asks_for(request: Request, flag: str) -> bool:
     return isinstance(parameters, dict) and bool(parameters.get(flag)) and HANDLE_KEY in parameters
 
 
-def read(request: Request, *, salt: bytes, block_tokens: int) -> Prompt:
-    """`salt`: its adapter's. Raises Refused for prompts that pdx does not carry, HandleError for what is no handle."""
+def read(request: Request, *, salt: bytes, block_tokens: int, shared: bool = True) -> Prompt:
+    """`salt`: its adapter's. Raises Refused for prompts that pdx does not carry, HandleError for what is no handle.
+
+    Without `shared` the names are those of this handoff alone.
+    """
     parameters = request.kv_transfer_params
     assert parameters is not None
     text = parameters[HANDLE_KEY]
@@ -91,13 +94,14 @@ def read(request: Request, *, salt: bytes, block_tokens: int) -> Prompt:
     if tokens is None or request.mm_features:
         # A tail is named by its tokens, which say nothing of images or embeddings.
         raise Refused("only plain token prompts are handed over")
+    handle = peek(text)
     covered = _covered(parameters.get(TOKENS_KEY, len(tokens)), len(tokens))
+    named = salt if shared else private_salt(handle.handoff_id, salt)
     full_blocks = covered // block_tokens
-    hashes = [salted(block_hash, salt) for block_hash in request.block_hashes[:full_blocks]]
+    hashes = [salted(block_hash, named) for block_hash in request.block_hashes[:full_blocks]]
     if len(hashes) != full_blocks:
         raise Refused(f"{len(hashes)} block hashes for {covered} prompt tokens")
-    tail = tail_hash(hashes[-1] if hashes else salt, list(tokens[full_blocks * block_tokens : covered]))
-    handle = peek(text)
+    tail = tail_hash(hashes[-1] if hashes else named, list(tokens[full_blocks * block_tokens : covered]))
     early = parameters.get(EARLY_KEY) is True
     tenant = tenant_of(request.cache_salt or "")
     return Prompt(text, handle.handoff_id, handle.budgets, covered, hashes, tail, early, tenant=tenant, salt=salt)

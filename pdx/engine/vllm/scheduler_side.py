@@ -52,17 +52,19 @@ class SchedulerSide:
         hybrid: bool = False,
         adapters: Adapters | None = None,
         offload: Offload = "off",
+        shares: bool = True,
         lookup_s: float = LOOKUP_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`ranks`: workers of this engine, each of which reports every load. `hybrid`: see `caches.Description`.
 
         `offload`: which blocks of requests outside handoffs are kept, and looked up: none, prompts', or all.
-        `lookup_s`: a look-up that is answered later is a miss.
+        `shares`: what one handoff brings may serve other requests. `lookup_s`: a look-up that is answered later is a miss.
         """
         self._link = link
         self._role = role
         self._offload = offload
+        self._shares = shares
         self._block_tokens = block_tokens
         self._hybrid = hybrid
         self._adapters = adapters or Adapters({})
@@ -289,7 +291,7 @@ class SchedulerSide:
     def _read(self, request: Request, salt: bytes) -> Prompt | None:
         """What its handle covers; None if that is no good, and the request is served as if it had none."""
         try:
-            return prompts.read(request, salt=salt, block_tokens=self._block_tokens)
+            return prompts.read(request, salt=salt, block_tokens=self._block_tokens, shared=self._shares)
         except (HandleError, Refused) as error:
             log.warning("request %s is served without handoff: %s", request.request_id, error)
             return None

@@ -67,17 +67,23 @@ def read(vllm_config: VllmConfig) -> EngineSettings:
     )
 
 
-def offload_of(config: Config, vllm_config: VllmConfig) -> Offload:
-    """What is kept and looked up of requests outside handoffs: nothing where vLLM's prefix caching is off.
+def shares(vllm_config: VllmConfig) -> bool:
+    """Whether a block of one prompt may stand for that of another which begins alike: vLLM's prefix caching is on.
 
-    The operator may have switched it off, or vLLM has: some poolings fail unless they get a prompt in one step. vLLM
-    decides in the scheduler's process at the latest, before it makes the connector there.
+    The operator may have switched it off, or vLLM has: attention that looks ahead, or a kernel of which vLLM knows that
+    it takes a prompt in one piece only, makes other KV for the same tokens in a longer prompt. vLLM decides in the
+    scheduler's process at the latest, before it makes the connector there.
     """
-    if config.offload == "off" or vllm_config.cache_config.enable_prefix_caching:
+    return bool(vllm_config.cache_config.enable_prefix_caching)
+
+
+def offload_of(config: Config, vllm_config: VllmConfig) -> Offload:
+    """What is kept and looked up of requests outside handoffs: nothing where blocks are not shared."""
+    if config.offload == "off" or shares(vllm_config):
         return config.offload
     log.warning(
-        "vLLM's prefix caching is off: only handoffs are carried, nothing else is kept or looked up (offload=%s is not "
-        "done)",
+        "vLLM's prefix caching is off: only handoffs are carried, each for its own request, nothing else is kept or "
+        "looked up (offload=%s is not done)",
         config.offload,
     )
     return "off"
