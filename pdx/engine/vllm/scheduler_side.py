@@ -59,7 +59,8 @@ class SchedulerSide:
         """`ranks`: workers of this engine, each of which reports every load. `hybrid`: see `caches.Description`.
 
         `offload`: which blocks of requests outside handoffs are kept, and looked up: none, prompts', or all.
-        `shares`: what one handoff brings may serve other requests. `lookup_s`: a look-up that is answered later is a miss.
+        `shares`: what one handoff brings may serve other requests.
+        `lookup_s`: a look-up that is answered later is a miss.
         """
         self._link = link
         self._role = role
