@@ -139,8 +139,10 @@ class Folder:
 
     def write(self, name: str, buffers: Sequence[memoryview]) -> int:
         temporary = self.path / "tmp" / f"{os.getpid()}-{next(self._numbers)}"
+        is_made = False
         try:
             with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self._direct_flag) as fd:
+                is_made = True
                 # Asked for in one piece: no room is noticed before the work, and large files are not scattered.
                 _allocate(fd, sum(buffer.nbytes for buffer in buffers))
                 is_cached = self._transfer(os.pwritev, fd, buffers)
@@ -150,6 +152,8 @@ class Folder:
                 allocated_bytes = os.fstat(fd).st_blocks * 512
             os.rename(temporary, self._published(name))
         except (OSError, BadBlock) as error:
+            if not is_made:  # a medium that is read-only now would not delete it either, and strand what is not there
+                raise
             try:
                 temporary.unlink(missing_ok=True)
             except OSError as second:

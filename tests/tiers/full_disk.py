@@ -25,14 +25,15 @@ def main(folder: Path, how: str) -> None:
     user = User(tier)
     user.write(key_of(0))
     spoil(folder, how)
-    count = 1
+    count, used_bytes = 1, tier.stats().used_bytes
     while isinstance(end := user.write(key_of(count)), Written):
-        count += 1
+        count, used_bytes = count + 1, tier.stats().used_bytes
     assert isinstance(end, Failed), end
     assert end.errno == ERRNOS[how], end
     assert tier.stats().state == "paused", tier
     assert isinstance(user.write(key_of(count)), Failed)
     tier.check_integrity()
+    assert tier.stats().used_bytes == used_bytes, "a failed write is charged for what is not there"
     assert list((folder / "tier/tmp").iterdir()) == [], "a failed write left something behind"
     for number in range(count):
         loaded, payload = user.read(key_of(number))

@@ -145,6 +145,25 @@ def test_a_disk_that_takes_no_writes_still_serves_reads(
     assert tier.stats().io_errors == 1
 
 
+def test_a_file_that_could_not_be_made_is_not_left_behind(open_tier: OpenTier, tmp_path: Path) -> None:
+    """Nor could it be deleted where nothing can be written: it would stay charged, and its block be written no more."""
+    now = [0.0]
+    tier, _ = open_tier(health=Health(pause_s=30), clock=lambda: now[0])
+    user = User(tier)
+    used_bytes = tier.stats().used_bytes
+    folder, away = tmp_path / "tier/tmp", tmp_path / "away"
+    folder.rename(away)
+    folder.touch()
+    end = user.write(key_of(1))
+    assert isinstance(end, Failed)
+    assert end.errno == errno.ENOTDIR
+    assert tier.stats().used_bytes == used_bytes
+    folder.unlink()
+    away.rename(folder)
+    now[0] = 31.0
+    assert isinstance(user.write(key_of(1)), Written)
+
+
 def test_a_victim_that_cannot_be_deleted_keeps_its_place(open_tier: OpenTier, tmp_path: Path) -> None:
     """Else the cap would be passed: no byte is written before its room is there."""
     tier, files = open_tier()
