@@ -51,6 +51,8 @@ WRITERS = 2
 # At 2 MiB each an eighth of a second of a 1 GB/s disk. More would only hold slots that others could use.
 OPEN_READS_MAX = 64
 OPEN_WRITES_MAX = 64
+# What this process or its machine lacks now: says nothing of the block that was asked for, nor of the disk.
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 STALL_S = 30.0  # a call to the kernel that takes this long will not come back in time for anybody
 _CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
 # Of a disk that hung. Within the blocks that are charged for the folders; if it stays behind, the next life deletes it.
@@ -304,14 +306,17 @@ class DiskTier:
 
     def _settle_read(self, job: Job) -> End:
         self._open_reads -= 1
+        is_short = _errno(job.error) in _SHORTAGES
         is_sick = job.error is not None and not isinstance(job.error, BadBlock | FileNotFoundError)
         if job.error is not None:
             self._counts["bad_blocks" if isinstance(job.error, BadBlock) else "io_errors"] += 1
-            log.warning("a block of the disk tier is gone: %s: %s", job.name, _sentence(job.error))
+            became = "can't be read now" if is_short else "is gone"
+            log.warning("a block of the disk tier %s: %s: %s", became, job.name, _sentence(job.error))
+        if job.error is not None and not is_short:
             self._condemn(job.name)
         if self.ledger.end_read(job.name):
             self._deletions.add(job.name)
-        if self.health.read(ok=not is_sick):
+        if not is_short and self.health.read(ok=not is_sick):
             self._changed(f"reads fail one after the other: {_sentence(job.error)}", _errno(job.error))
         if job.error is None:
             return Loaded(job.ticket, job.meta, job.seconds)

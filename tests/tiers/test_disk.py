@@ -198,6 +198,19 @@ def test_a_dying_disk_is_switched_off(open_tier: OpenTier, caplog: pytest.LogCap
     assert files.calls["read"] == calls
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_what_the_process_lacks_is_not_the_disks_fault(open_tier: OpenTier, number: int) -> None:
+    tier, files = open_tier()
+    user = User(tier)
+    user.write(key_of(1))
+    files.errors["read"] = number
+    for _ in range(READ_ERRORS_MAX):
+        assert isinstance(user.read(key_of(1))[0], Missed)
+    del files.errors["read"]
+    assert tier.stats().state == "well"
+    assert isinstance(user.read(key_of(1))[0], Loaded)
+
+
 def test_a_slow_disk_refuses_and_can_be_left_alone(open_tier: OpenTier) -> None:
     """Nothing here waits for it: the queue fills, submit says None, cancelled requests end at once."""
     tier, files = open_tier(readers=1)
