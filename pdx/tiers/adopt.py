@@ -20,7 +20,7 @@ def adopt(files: Files, ledger: Ledger, *, now: float) -> list[str]:
     """
     now_ns, undeleted = time.time_ns(), []
     for file in sorted(files.scan(), key=lambda file: (file.written_at_ns, file.name)):
-        if len(file.name) != sealed.NAME_LENGTH:
+        if not sealed.is_name(file.name):
             continue  # none of ours
         since = now - max(0.0, (now_ns - file.written_at_ns) * 1e-9)
         ledger.adopt(file.name, file.allocated_bytes + files.unit_bytes, since=since)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -32,6 +33,7 @@ KEY_BYTES = 32
 HEADER_BYTES_MAX = 64 << 10
 NAME_LENGTH = 64
 _DIGEST_START = 32  # behind two labels
+_NAME = re.compile(f"[0-9a-f]{{{NAME_LENGTH}}}")
 
 _SEAL_BYTES = 32
 _FIXED = struct.Struct("<HHIQ32sBBI")
@@ -65,6 +67,11 @@ def label_of(part: bytes) -> str:
 def labels_of(name: str) -> tuple[str, str]:
     """Of the space and of the tenant."""
     return name[:16], name[16:32]
+
+
+def is_name(text: str) -> bool:
+    """Whether `name_of` could have made it."""
+    return _NAME.fullmatch(text) is not None
 
 
 def short_name_of(name: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 from tier_folder import CAP_BYTES, FOLDER_BYTES, OpenTier, block_files, taken_bytes
 
 from pdx.errors import TierBroken, TierUnusable
+from pdx.layout import ALIGN_BYTES
 from pdx.tiers.conformance import User, block, buffers, key_of
 from pdx.tiers.deletions import AGAIN_S
 from pdx.tiers.disk import DiskTier
@@ -77,6 +78,16 @@ def test_one_bad_inode_is_left_out(ten: list[str], open_tier: OpenTier, caplog: 
     assert {found.name for found in folder.scan()} == set(ten) - {ten[3]}
     assert "EUCLEAN" in caplog.text
     folder.close()
+
+
+def test_a_file_of_somebody_elses_is_none_of_ours(open_tier: OpenTier, tmp_path: Path) -> None:
+    """Whatever it is called: from a block's name its watcher reads a number."""
+    open_tier()[0].close(drain_s=0.0)
+    stranger = tmp_path / "tier/ab" / "ab".ljust(64, "z")
+    stranger.write_bytes(bytes(2 * ALIGN_BYTES))
+    tier, _ = open_tier()
+    assert tier.watch(lambda name, found: None) == []
+    assert stranger.exists()
 
 
 def test_a_torn_file_that_cannot_be_deleted_is_charged_and_tried_again(
