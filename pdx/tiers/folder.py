@@ -149,7 +149,9 @@ class Folder:
                 if is_cached:
                     os.fdatasync(fd)  # bounds what waits in memory, and lets it be dropped
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                allocated_bytes = os.fstat(fd).st_blocks * 512
+                status = os.fstat(fd)
+                # Some file systems (ZFS) say what a file takes some seconds later, and until then that it is nothing.
+                allocated_bytes = max(status.st_blocks * 512, status.st_size)
             os.rename(temporary, self._published(name))
         except (OSError, BadBlock) as error:
             if not is_made:  # a medium that is read-only now would not delete it either, and strand what is not there

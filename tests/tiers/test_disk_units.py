@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +43,15 @@ def test_the_cap_holds_where_files_take_whole_clusters(tmp_path: Path) -> None:
     again = DiskTier(Clustered.open(tmp_path / "tier"), cap_bytes=CAP_BYTES)
     assert again.stats().used_bytes <= CAP_BYTES
     again.close(drain_s=1.0)
+
+
+def test_room_that_is_told_later_is_charged_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZFS has one sector for a new file until it has written its transactions."""
+    fstat = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda fd: SimpleNamespace(st_size=fstat(fd).st_size, st_blocks=1))
+    files = Folder.open(tmp_path / "tier")
+    assert files.write("ab", [memoryview(mmap.mmap(-1, CLUSTER_BYTES))]) == CLUSTER_BYTES
+    files.close()
 
 
 def test_folders_alone_may_take_more_than_the_cap(tmp_path: Path) -> None:
