@@ -296,6 +296,9 @@ class Tiering:
             counters["promotions_failed"] += 1
             self._tell(promotion, reason)
         del self._promotions[promotion.key]
+        (spot,) = store.index.find(promotion.key[0], [promotion.key[1]])
+        if spot is not None and spot[0] not in promotion.claim.fresh_slots:
+            self._spill.committed([promotion.key])  # by somebody else meanwhile, and may be nowhere below
         self.queued_bytes -= promotion.pages.block_bytes
         for load in promotion.asked_by:
             waits_for = self._by_load[load]

@@ -56,6 +56,18 @@ def test_a_long_prompt_comes_up_under_one_claim(host: Host, tier: MemoryTier, as
     assert leases(host) == 0
 
 
+def test_what_was_computed_while_it_did_not_come_is_written(host: Host, tier: MemoryTier) -> None:
+    keep_filled(host)
+    crowd_out(host)
+    assert len(look_up(host)) == 3
+    for block_hash in HASHES:
+        tier.remove((host_space(host), block_hash))
+    keep_filled(host, called=OTHER)
+    assert isinstance(heard(host), LoadEnded)
+    host.tick()
+    assert tier.contains([(host_space(host), block_hash) for block_hash in HASHES]) == [True] * 3
+
+
 def test_an_end_of_a_load_looks_only_at_what_that_one_waited_for() -> None:
     """Whatever comes up for others."""
 
