@@ -50,6 +50,7 @@ class Request:
     kv_transfer_params: dict[str, Any] | None = None
     max_tokens: int = 1
     mm_features: list[Any] = field(default_factory=list)
+    prompt_embeds: Any = None
     lora_request: Any = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False

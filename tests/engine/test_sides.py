@@ -48,6 +48,7 @@ def load_request(daemon: MemoryDaemon) -> Any:
     "request_",
     [
         {"mm_features": [SimpleNamespace(mm_position=SimpleNamespace(offset=0))]},
+        {"prompt_embeds": SimpleNamespace(shape=(10, 8))},  # in the place of some tokens: the others have ids
         {"lora_request": SimpleNamespace(lora_name="new", lora_path="somewhere", load_inplace=False)},
     ],
 )

@@ -91,8 +91,8 @@ def read(request: Request, *, salt: bytes, block_tokens: int, shared: bool = Tru
     if not isinstance(text, str):
         raise HandleError("handle is not text")
     tokens = request.prompt_token_ids
-    if tokens is None or request.mm_features:
-        # A tail is named by its tokens, which say nothing of images or embeddings.
+    if tokens is None or request.prompt_embeds is not None or request.mm_features:
+        # A tail is named by its tokens, which say nothing of images, or of embeddings in the place of some.
         raise Refused("only plain token prompts are handed over")
     handle = peek(text)
     covered = _covered(parameters.get(TOKENS_KEY, len(tokens)), len(tokens))
