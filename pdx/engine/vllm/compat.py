@@ -13,11 +13,19 @@ from pdx.errors import Refused
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 SUPPORTED = (0, 32)
+# Variables by which vLLM quantizes otherwise, or sends tokens to other experts than theirs.
+OVERRIDING = (
+    "VLLM_CPU_INT4_W4A8",
+    "VLLM_HUMMING_INPUT_QUANT_CONFIG",
+    "VLLM_HUMMING_ONLINE_QUANT_CONFIG",
+    "VLLM_MARLIN_INPUT_DTYPE",
+    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY",
+)
 
 
 def check_version() -> str:
@@ -102,6 +110,25 @@ def has_window(spec: AttentionSpec) -> bool:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def config_source(model: ModelConfig) -> tuple[str, str | None]:
+    """Where vLLM has read the model's configuration: a folder or a hub's name, and of that the revision."""
+    return model.hf_config_path or model.model, model._hf_config_revision or model.revision
+
+
+def overriding_environment() -> dict[str, object]:
+    """What this process's environment changes in what a model computes."""
+    from vllm import envs
+
+    return {name: envs.environment_variables[name]() for name in OVERRIDING}  # read anew: vLLM changes what it has kept
+
+
+def uses_another_hub() -> bool:
+    """Whether models come from elsewhere than Hugging Face's hub, whose cache may have others by the same names."""
+    from vllm import envs
+
+    return bool(envs.VLLM_USE_MODELSCOPE)
 
 
 def hash_seed(algorithm: str) -> str:

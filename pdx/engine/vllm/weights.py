@@ -16,6 +16,7 @@ from pdx.keys import ContentFingerprint
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+CONFIG_NAMES = ("config.json", "params.json", "hf_quant_config.json")  # the model's, in the forms that vLLM reads
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file
 SAFETENSORS_HEADER_BYTES_MAX = 100 << 20  # the format's own limit
@@ -40,13 +41,17 @@ def _weights_digest(vllm_config: VllmConfig) -> str:
 
     The samples tell checkpoints of one shape apart: training changes nearly every weight. Of a hub's model they are
     those of the snapshot that vLLM has loaded, for what a branch means may change. Raises Refused where there are none.
+    Options by which engines only round otherwise, such as kernels, do not count: such engines share their blocks.
     """
     model = vllm_config.model_config
     digest = hashlib.blake2b(digest_size=16, person=b"pdx-weights")
     rope = repr(getattr(model.hf_text_config, "rope_parameters", None))
     overrides = {
         "hf_overrides": repr(model.hf_overrides),
-        "quantization": model.quantization,
+        "quantization": [model.quantization, model.quantization_config],
+        "environment": compat.overriding_environment(),
+        "classes": model.model_class_overrides,
+        "code_revision": model.code_revision,
         "rope": rope,
         "load_format": str(vllm_config.load_config.load_format),
     }
@@ -58,41 +63,47 @@ def _weights_digest(vllm_config: VllmConfig) -> str:
     is_random = overrides["load_format"] == "dummy"
     if is_random:
         overrides["seed"] = model.seed
-    path = _local(vllm_config)
     digest.update(json.dumps(overrides, sort_keys=True, default=str).encode())
-    files = list(_files(path)) if path is not None else []
-    if not is_random and not any(map(_has_weights, files)):
+    where = _local(model.model, revision=model.revision, cache=vllm_config.load_config.download_dir)
+    files = [file for file in _files(where) if _has_weights(file)]
+    if not is_random and (not files or overrides["load_format"] == "tensorizer"):
         raise Refused(
-            f"the weights of {model.model} can't be told from others: there are no weight files of it on this host; "
-            "download it, and name the folder"
+            f"the weights of {model.model} can't be told from others: vLLM has them from no files of a folder on this "
+            "host; download it, and name the folder"
         )
+    name, revision = compat.config_source(model)
+    about = _local(name, revision=revision, cache=None)  # vLLM downloads weights only to where it is told
+    files = [file for file in _files(about) if _says_how(file, code=model.trust_remote_code)] + files
     for part in itertools.chain.from_iterable(map(_content, files)):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
 
-def _local(vllm_config: VllmConfig) -> Path | None:
-    """Where the model's files are on this host."""
-    model = vllm_config.model_config
-    if Path(model.model).exists():
-        return Path(model.model)
+def _local(name: str, *, revision: str | None, cache: str | None) -> Path | None:
+    """Where the files of a model, or of its configuration, are on this host. No `cache`: in the hub's own."""
+    if Path(name).exists():
+        return Path(name)
+    if compat.uses_another_hub():
+        return None
     from huggingface_hub import snapshot_download
 
     try:  # looks into the cache only: vLLM has loaded the model by now
-        found = snapshot_download(
-            model.model, revision=model.revision, cache_dir=vllm_config.load_config.download_dir, local_files_only=True
-        )
+        found = snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True)
     except (OSError, ValueError):
         return None
     return Path(found)
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """Of a model's folder those that say what it computes; or its only file, as of GGUF."""
-    if path.is_file():
-        yield path
-        return
-    yield from (file for file in sorted(path.iterdir()) if file.name == "config.json" or _has_weights(file))
+def _files(path: Path | None) -> list[Path]:
+    """Of a model's folder; or the only one that it is, as of GGUF."""
+    if path is None:
+        return []
+    return [path] if path.is_file() else sorted(path.iterdir())
+
+
+def _says_how(file: Path, *, code: bool) -> bool:
+    """Whether it says what is computed from the weights."""
+    return file.name in CONFIG_NAMES or (code and file.suffix == ".py")
 
 
 def _has_weights(file: Path) -> bool:
