@@ -12,8 +12,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed: its adapters can't be
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("fresh_daemon")]
 
 from memory_connector import the_daemon  # noqa: E402
+from vllm.config import LoRAConfig  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
-from vllm_engine import BLOCK_TOKENS, LAYERS, Engine, vllm_config, write_model  # noqa: E402
+from vllm_engine import BLOCK_TOKENS, LAYERS, Engine, kv_cache_config, vllm_config, write_model  # noqa: E402
 
 from pdx.engine.vllm import settings  # noqa: E402
 from pdx.engine.vllm.adapters import NO_ADAPTER, Adapters  # noqa: E402
@@ -43,6 +46,19 @@ def test_an_adapter_is_named_by_its_path_and_files(tmp_path: Path) -> None:
     for name, path, inplace in (("new", one, False), ("a", other, False), ("a", one, True)):
         with pytest.raises(Refused, match="none that this engine was started with"):
             adapters.salt(asked(name, path, inplace=inplace))
+
+
+def test_an_adapter_of_which_vllm_applies_a_part_is_another_one(model_dir: Path, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "one")
+    assert Adapters({"a": path}, modules=["v", "q"]).digests == Adapters({"a": path}, modules=["q", "v"]).digests
+    seen = set()
+    for lora in (None, LoRAConfig(), LoRAConfig(target_modules=["q_proj"]), LoRAConfig(target_modules=["v_proj"])):
+        config = vllm_config(model_dir, adapters={"a": path})
+        config.lora_config = lora
+        connector = KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER, kv_cache_config())
+        seen.add(connector._adapters.digests["a"])
+        connector.shutdown()
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("change", ["same length and times", "removed", "dangling", "another file"])

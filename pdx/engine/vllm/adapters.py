@@ -1,4 +1,4 @@
-"""LoRA adapters as part of what KV means: each by the digest of its path and files.
+"""LoRA adapters as part of what KV means: each by the digest of its path and files, and of what vLLM applies of it.
 
 vLLM names an adapter's blocks by its name and path; what lies at that path may differ between two hosts, or between
 today and tomorrow. So pdx names them by the files' contents too, and only for adapters that an engine was started with:
@@ -8,7 +8,7 @@ what is loaded later, or replaced, is served without pdx.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,9 +35,13 @@ class _Adapter:
 class Adapters:
     """Those that the engine was started with. Reads each file once, at construction."""
 
-    def __init__(self, paths: Mapping[str, str]) -> None:
-        """`paths`: by name, as vLLM is told them. Raises Refused for what is no folder with an adapter."""
-        self._adapters = {name: _read(name, path) for name, path in paths.items()}
+    def __init__(self, paths: Mapping[str, str], *, modules: Iterable[str] | None = None) -> None:
+        """`paths`: by name, as vLLM is told them. `modules`: the only ones that vLLM applies adapters to; None: all.
+
+        Raises Refused for what is no folder with an adapter.
+        """
+        only = b"" if modules is None else repr(sorted(modules)).encode()
+        self._adapters = {name: _read(name, path, only) for name, path in paths.items()}
 
     @property
     def digests(self) -> dict[str, str]:
@@ -63,19 +67,19 @@ class Adapters:
         return adapter.salt
 
 
-def _read(name: str, path: str) -> _Adapter:
+def _read(name: str, path: str, only: bytes) -> _Adapter:
     try:
-        return _read_files(name, path)
+        return _read_files(name, path, only)
     except OSError as error:
         raise Refused(f"adapter {name!r} can't be read: {error}") from error
 
 
-def _read_files(name: str, path: str) -> _Adapter:
+def _read_files(name: str, path: str, only: bytes) -> _Adapter:
     before = _stamp(path)
     if CONFIG_NAME not in [file for file, *_ in before]:
         raise Refused(f"adapter {name!r}: {path} has no {CONFIG_NAME}")
     digest = hashlib.blake2b(digest_size=16, person=b"pdx-adapter")
-    digest.update(len(path).to_bytes(8, "little") + path.encode())
+    digest.update(len(path).to_bytes(8, "little") + path.encode() + only)
     for file, *_ in before:
         with (Path(path) / file).open("rb") as opened:
             content = hashlib.file_digest(opened, "blake2b").digest()

@@ -54,7 +54,8 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
         self._description = caches.describe(
             vllm_config, kv_cache_config, chunk_tokens=self._settings.config.chunk_tokens
         )
-        self._adapters = Adapters(self._settings.adapters)
+        lora = vllm_config.lora_config
+        self._adapters = Adapters(self._settings.adapters, modules=lora.target_modules if lora else None)
         self._scheduler_side: SchedulerSide | None = None
         self._worker_side: WorkerSide | None = None
         self._report: Report | None = None
