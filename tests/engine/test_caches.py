@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,20 @@ def test_draft_models_and_finer_hashes_are_refused(describe: Callable[[KVCacheCo
     finer.hash_block_size = 16
     with pytest.raises(Refused, match="hashes cover 16"):
         describe(finer)
+
+
+@pytest.mark.parametrize(
+    ("rope", "transformers", "refused"),
+    [("dynamic", True, True), ("longrope", True, True), ("yarn", True, False), ("dynamic", False, False)],
+)
+def test_keys_that_depend_on_other_prompts_are_refused(
+    model_dir: Path, rope: str, *, transformers: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = vllm_config(model_dir)
+    config.model_config.hf_text_config.rope_parameters = {"rope_type": rope, "factor": 2.0}
+    monkeypatch.setattr(type(config.model_config), "using_transformers_backend", lambda model: transformers)
+    with pytest.raises(Refused, match="other prompts of a step") if refused else nullcontext():
+        caches.describe(config, kv_cache_config(), chunk_tokens=256)
 
 
 def test_engines_that_can_not_be_carried_are_refused(model_dir: Path) -> None:

@@ -184,6 +184,11 @@ def _check_engine(vllm_config: VllmConfig) -> None:
         raise Refused("microbatches (--enable-dbo, --ubatch-size) are not supported: unset them")
     if vllm_config.speculative_config is not None:
         raise Refused("speculative decoding is not supported yet: unset --speculative-config")
+    if compat.turns_by_batch(vllm_config.model_config):
+        raise Refused(
+            "dynamic and longrope scaling are not supported with Transformers' implementation of a model: a block's "
+            "keys would depend on the other prompts of a step; use vLLM's own, if it has one (--model-impl vllm)"
+        )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in _PLAIN_CACHE_DTYPES:
         raise Refused(f"KV cache dtype {cache_dtype!r} is not supported: its scales do not travel")

@@ -112,6 +112,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def rope_of(model: ModelConfig) -> str:
+    """All that says how its keys are turned by their places."""
+    return repr(getattr(model.hf_text_config, "rope_parameters", None))
+
+
+def turns_by_batch(model: ModelConfig) -> bool:
+    """Whether a key is turned by how long the longest prompt of its step is.
+
+    Transformers' code does so where the scaling depends on a prompt's length; vLLM's own decides once for all prompts.
+    """
+    rope = rope_of(model)
+    return ("dynamic" in rope or "longrope" in rope) and model.using_transformers_backend()
+
+
 def config_source(model: ModelConfig) -> tuple[str, str | None]:
     """Where vLLM has read the model's configuration: a folder or a hub's name, and of that the revision."""
     return model.hf_config_path or model.model, model._hf_config_revision or model.revision

@@ -45,7 +45,7 @@ def _weights_digest(vllm_config: VllmConfig) -> str:
     """
     model = vllm_config.model_config
     digest = hashlib.blake2b(digest_size=16, person=b"pdx-weights")
-    rope = repr(getattr(model.hf_text_config, "rope_parameters", None))
+    rope = compat.rope_of(model)
     overrides = {
         "hf_overrides": repr(model.hf_overrides),
         "quantization": [model.quantization, model.quantization_config],
