@@ -30,7 +30,8 @@ def digest(
     given = {
         "hf_overrides": {}, "quantization": None, "quantization_config": None, "seed": 0, "max_model_len": 4096,
         "override_generation_config": {}, "revision": None, "hf_config_path": None, "_hf_config_revision": None,
-        "model_class_overrides": {}, "code_revision": None, "trust_remote_code": False, **about,
+        "model_class_overrides": {}, "code_revision": None, "trust_remote_code": False,
+        "disable_sliding_window": False, **about,
     }  # fmt: skip
     config = SimpleNamespace(
         model_config=SimpleNamespace(
@@ -113,6 +114,7 @@ def test_code_that_comes_with_the_model_counts_where_it_is_run(weighty: Path) ->
         {"quantization_config": QuantizationConfigArgs(ignore=["lm_head"])},
         {"model_class_overrides": {"LlamaForCausalLM": "mine:Llama"}},
         {"code_revision": "a" * 40},
+        {"disable_sliding_window": True},
     ],
     ids=lambda option: next(iter(option)),
 )

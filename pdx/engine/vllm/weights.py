@@ -52,6 +52,7 @@ def _weights_digest(vllm_config: VllmConfig) -> str:
         "environment": compat.overriding_environment(),
         "classes": model.model_class_overrides,
         "code_revision": model.code_revision,
+        "windows_off": model.disable_sliding_window,  # vLLM can be told to take longer prompts all the same
         "rope": rope,
         "load_format": str(vllm_config.load_config.load_format),
     }
