@@ -30,6 +30,7 @@ from pdx.rates import Busy
 from pdx.wire import FilledEntry, LetGo
 
 OTHER_WEIGHTS = "the weights have changed"
+GONE = "pdxd is gone"
 FILLED_BLOCKS_MAX = 2000  # of one message: a frame of 64 KiB has room for as many, each of another request
 
 
@@ -66,6 +67,7 @@ class WorkerSide:
         self._saving: Saving | None = None
         self._gaps: set[bytes] = set()  # handoffs with pages that were not saved: this rank had no arena in time
         self._began_at = 0.0
+        self._attached = 0  # incarnation of the daemon of now, or of the last one
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -80,7 +82,10 @@ class WorkerSide:
         self._link.hold()
         self._look(step)
         current = step.epoch is not None and step.epoch.get(self._rank, "") == self._watch.state
-        self._mover.begin(self._link.client(), step.number, loads=bool(step.loads))
+        client = self._link.client()
+        if client is not None:
+            self._attached = client.attached.daemon.incarnation
+        self._mover.begin(client, step.number, loads=bool(step.loads))
         self._step, self._timed = step, step.timed
         self._saving = None
         if step.saves and self._mover.usable(step.incarnation):
@@ -177,8 +182,8 @@ class WorkerSide:
         except Refused as error:
             self._refuse_load(load, str(error))
             return
-        if not self._mover.usable(load.incarnation):
-            self._refuse_load(load, "pdxd is gone")
+        if self._gone(load.incarnation):
+            self._refuse_load(load, GONE)
             return
         self._loading[load.request_id] = Loading(plan, self._clock() + load.budget_s, load.incarnation)
 
@@ -188,16 +193,23 @@ class WorkerSide:
             return
         if loading.began_at is None:
             loading.began_at = budget.began_at
-        if not self._mover.usable(loading.incarnation):
-            loading.reason = "pdxd is gone"
+        if self._gone(loading.incarnation):
+            loading.reason = GONE
             return
-        taken = self._mover.load(loading, budget)
+        taken = self._mover.usable(loading.incarnation) and self._mover.load(loading, budget)
         if loading.reason or loading.plan.complete:
             return
         if taken and loading.finishing:
             loading.reason = "the rest does not come"
         elif self._clock() >= loading.deadline:
             loading.reason = "out of time"
+
+    def _gone(self, incarnation: int) -> bool:
+        """This daemon was here, and is no more. One that is still to come is no reason to give up: the scheduler has no
+        arena to map, and is attached sooner."""
+        if self._mover.usable(incarnation):
+            return False
+        return self._attached == incarnation or self._link.incarnation != 0
 
     def _end_load(self, request_id: str, loading: Loading) -> None:
         del self._loading[request_id]
