@@ -181,7 +181,7 @@ def test_a_load_waits_for_a_daemon_whose_arena_this_process_is_still_mapping() -
     attachment = worker._link._attachment
     attachment.close()
     coming, attachment.daemon = attachment.daemon, None  # type: ignore[attr-defined]
-    worker._attached = 0
+    worker._incarnation = 0
     load = Load("r", places, [[5, 6, 7, 8]], 9.0, coming.ref.incarnation)
     for number, ok in ((2, None), (3, None), (4, True)):
         if ok:

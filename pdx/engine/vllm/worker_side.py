@@ -67,7 +67,8 @@ class WorkerSide:
         self._saving: Saving | None = None
         self._gaps: set[bytes] = set()  # handoffs with pages that were not saved: this rank had no arena in time
         self._began_at = 0.0
-        self._attached = 0  # incarnation of the daemon of now, or of the last one
+        self._incarnation = 0  # of the daemon of this step, or of the last one
+        self._is_attached = False  # in this step
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -83,8 +84,9 @@ class WorkerSide:
         self._look(step)
         current = step.epoch is not None and step.epoch.get(self._rank, "") == self._watch.state
         client = self._link.client()
+        self._is_attached = client is not None
         if client is not None:
-            self._attached = client.attached.daemon.incarnation
+            self._incarnation = client.attached.daemon.incarnation
         self._mover.begin(client, step.number, loads=bool(step.loads))
         self._step, self._timed = step, step.timed
         self._saving = None
@@ -209,7 +211,7 @@ class WorkerSide:
         arena to map, and is attached sooner."""
         if self._mover.usable(incarnation):
             return False
-        return self._attached == incarnation or self._link.incarnation != 0
+        return self._is_attached or self._incarnation == incarnation
 
     def _end_load(self, request_id: str, loading: Loading) -> None:
         del self._loading[request_id]
