@@ -24,6 +24,8 @@ from pdx.engine.device import CudaPinned, CudaStaging, CudaStream
 from pdx.engine.kernels import Mode
 from pdx.engine.streams import Copy
 
+# Pages one by one as engines copy them, from torch. No bar against bare calls of the driver from a loop that does
+# nothing else: one memcpy of all bytes is 3.2 times as fast as those, so nothing can be 4.5 times.
 ARENA_BAR, PAGES_BAR = 0.95, 4.5
 SLAB_BYTES = (MIB, 2 * MIB, 4 * MIB, 16 * MIB)
 STAGING_BYTES = 32 * MIB
@@ -57,9 +59,8 @@ def arena_rows(report: Report, seconds: dict[str, float], slab_bytes: int) -> li
             f"arena -> device, slabs of {slab_bytes // MIB} MiB"
         )  # fmt: skip
         report.bar(f"{title}, of one memcpy", share, f">= {ARENA_BAR}", share >= ARENA_BAR)
-        for by in ("torch", "driver"):
-            gain = round(ours / rate[by], 2)
-            report.bar(f"{title}, against page by page ({by})", gain, f">= {PAGES_BAR}", gain >= PAGES_BAR, unit="x")
+        gain = round(ours / rate["torch"], 2)
+        report.bar(f"{title}, against page by page", gain, f">= {PAGES_BAR}", gain >= PAGES_BAR, unit="x")
         report.figures[title] = {"memcpy": round(floor, 1), "ours": round(ours, 1)} | {
             name: round(value, 1) for name, value in rate.items()
         }
