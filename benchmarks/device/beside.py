@@ -21,7 +21,7 @@ from typing import Self
 
 import torch
 
-from benchmarks.device.bus import Mover
+from benchmarks.device.bus import Mover, copy_all
 from benchmarks.device.common import ARENA_BYTES, MIB, PAGE_OF_8B_MODEL, Bench, Work, build, pinned_arena
 from benchmarks.harness.measure import table
 from benchmarks.harness.report import Report
@@ -168,12 +168,6 @@ def run_all(arms: dict[str, Arm], rounds: int) -> None:
                 arm.milliseconds.append(products.milliseconds(arm.between))
                 moved, seconds = (traffic.runs - first) * ARENA_BYTES, time.perf_counter() - started
                 arm.rates.append(moved / seconds / 1e9)
-
-
-def copy_all(bench: Bench, pinned: CudaPinned, way: str, run: int) -> None:
-    part = bench.cache.view(-1)[bench.half(run) * bench.page_bytes :][:ARENA_BYTES]
-    to, start = (pinned.memory, part) if way == "out" else (part, pinned.memory)
-    to.copy_(start, non_blocking=True)
 
 
 def copy_pages(bench: Bench, pinned: CudaPinned, run: int) -> None:

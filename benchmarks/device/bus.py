@@ -114,6 +114,13 @@ class Mover:
         self.device.launch(self.kernels, mode, 0, self.blocks, first, self.pages, staging, digests)
 
 
+def copy_all(bench: Bench, pinned: CudaPinned, way: str, run: int) -> None:
+    """One memcpy of half of the cache, in the current stream."""
+    part = bench.cache.view(-1)[bench.half(run) * bench.page_bytes :][:ARENA_BYTES]
+    to, start = (pinned.memory, part) if way == "out" else (part, pinned.memory)
+    to.copy_(start, non_blocking=True)
+
+
 def verify_arena(bench: Bench, pinned: CudaPinned, slab_bytes: int) -> None:
     """Out, wiped, and back: every block is what it was."""
     mover, stream = Mover(bench, pinned, slab_bytes), bench.device.new_stream()
@@ -130,14 +137,10 @@ def verify_arena(bench: Bench, pinned: CudaPinned, slab_bytes: int) -> None:
 def arena_seconds(bench: Bench, pinned: CudaPinned, slab_bytes: int, rounds: int) -> dict[str, float]:
     device, stream = bench.device, bench.device.new_stream()
     mover, size = Mover(bench, pinned, slab_bytes), bench.page_bytes
-    flat, slots = bench.cache.view(-1), pinned.memory
+    slots = pinned.memory
     singles = device.block_list(stream, bench.ids)
     batch = [Copy(n, 1, n * size) for n in range(bench.count)]
     device_first = bench.cache.data_ptr()
-
-    def memcpy(way: str, run: int) -> None:
-        part = flat[bench.half(run) * size :][:ARENA_BYTES]
-        (slots.copy_ if way == "out" else part.copy_)(part if way == "out" else slots, non_blocking=True)
 
     def by_torch(way: str, run: int) -> None:
         for n, block_id in enumerate(bench.ids[bench.half(run) :][: bench.count]):
@@ -159,7 +162,7 @@ def arena_seconds(bench: Bench, pinned: CudaPinned, slab_bytes: int, rounds: int
     arms: dict[str, Work] = {}
     for way in ("out", "in"):
         arms |= {
-            f"{way} memcpy": partial(memcpy, way),
+            f"{way} memcpy": partial(copy_all, bench, pinned, way),
             f"{way} ours": partial(mover.out if way == "out" else mover.back, stream),
             f"{way} torch": partial(by_torch, way), f"{way} driver": partial(by_driver, way),
             f"{way} batch": partial(by_batch, way),

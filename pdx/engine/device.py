@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pdx.engine.kernels import Kernels, Mode, fault_of
+from pdx.engine.kernels import Kernels, Mode, fault_of, small_teams_from
 from pdx.engine.streams import Copy
 from pdx.errors import DeviceLost, DeviceShort, Refused
 
@@ -87,7 +87,7 @@ class CudaDevice:
         So each is launched now, over nothing but holes."""
         stream = self.new_stream()
         modes: tuple[Mode, ...] = ("gather", "scatter", "look")
-        for count in (1, self._kernels.small_team_from):
+        for count in (1, small_teams_from(self._kernels.processors)):
             blocks = self.block_list(stream, [-1] * count)
             digests = [self._move(stream, mode, 0, blocks, 0, count, None) for mode in modes]
             self.synchronize(self.record(stream))

@@ -122,7 +122,6 @@ class Kernels:
             raise DeviceLost(f"the kernels can't be loaded: {error}") from error
         self._launch, self._config = launch, LaunchConfig
         self._kernels: dict[str, Any] = {}
-        self.small_team_from = TEAMS[""].resident * self.processors  # pages; for fewer, other kernels are launched
 
     def enqueue(
         self,
@@ -168,9 +167,14 @@ def launch_of(
         blocks = -(-page_bytes // BLOCK_BYTES)
         return "", (-(-count * blocks // COPY_WARPS), layer_count), COPY_WARPS * 32
     pages = layer_count * count
-    suffix = "_large" if pages < TEAMS[""].resident * processors else ""
+    suffix = "_large" if pages < small_teams_from(processors) else ""
     team = TEAMS[suffix]
     return suffix, (min(pages, processors * team.resident * WAVES), 1), (team.warps + 1) * 32
+
+
+def small_teams_from(processors: int) -> int:
+    """How many pages are moved by small teams; fewer are by other kernels."""
+    return TEAMS[""].resident * processors
 
 
 def fault_of(mode: Mode, block_ids: Sequence[int], *, num_blocks: int, page_bytes: int, digest: bool) -> str:

@@ -177,16 +177,15 @@ def test_a_load_for_another_incarnation_fails_untouched(daemon: MemoryDaemon, cl
 def test_a_load_waits_for_a_daemon_whose_arena_this_process_is_still_mapping() -> None:
     """The scheduler's half, which maps none, has been attached before, and was promised the load."""
     daemon, clock = MemoryDaemon(LARGE, blocks=4), Clock()
-    worker, places = filled_worker(daemon, clock)
+    _, places = filled_worker(daemon, clock)
+    worker = worker_of(daemon, daemon.layout, clock)
     attachment = worker._link._attachment
-    attachment.close()
-    coming, attachment.daemon = attachment.daemon, None  # type: ignore[attr-defined]
-    worker._incarnation = 0
-    load = Load("r", places, [[5, 6, 7, 8]], 9.0, coming.ref.incarnation)
-    for number, ok in ((2, None), (3, None), (4, True)):
+    attachment.daemon = None  # type: ignore[attr-defined]
+    load = Load("r", places, [[5, 6, 7, 8]], 9.0, daemon.ref.incarnation)
+    for number, ok in ((1, None), (2, None), (3, True)):
         if ok:
-            attachment.daemon = coming  # type: ignore[attr-defined]
-        worker.begin(Step(number, daemon.ref.incarnation, 0, loads=[load] if number == 2 else []))
+            attachment.daemon = daemon  # type: ignore[attr-defined]
+        worker.begin(Step(number, daemon.ref.incarnation, 0, loads=[load] if number == 1 else []))
         worker.load()
         worker.end()
         report = worker.take_ended()

@@ -184,7 +184,7 @@ class WorkerSide:
         except Refused as error:
             self._refuse_load(load, str(error))
             return
-        if self._gone(load.incarnation):
+        if not self._mover.usable(load.incarnation) and self._gone(load.incarnation):
             self._refuse_load(load, GONE)
             return
         self._loading[load.request_id] = Loading(plan, self._clock() + load.budget_s, load.incarnation)
@@ -195,10 +195,11 @@ class WorkerSide:
             return
         if loading.began_at is None:
             loading.began_at = budget.began_at
-        if self._gone(loading.incarnation):
+        usable = self._mover.usable(loading.incarnation)
+        if not usable and self._gone(loading.incarnation):
             loading.reason = GONE
             return
-        taken = self._mover.usable(loading.incarnation) and self._mover.load(loading, budget)
+        taken = usable and self._mover.load(loading, budget)
         if loading.reason or loading.plan.complete:
             return
         if taken and loading.finishing:
@@ -207,10 +208,8 @@ class WorkerSide:
             loading.reason = "out of time"
 
     def _gone(self, incarnation: int) -> bool:
-        """This daemon was here, and is no more. One that is still to come is no reason to give up: the scheduler has no
-        arena to map, and is attached sooner."""
-        if self._mover.usable(incarnation):
-            return False
+        """Of a daemon that can't be used: it was here, and is no more. One that is still to come is no reason to give
+        up: the scheduler has no arena to map, and is attached sooner."""
         return self._is_attached or self._incarnation == incarnation
 
     def _end_load(self, request_id: str, loading: Loading) -> None:
