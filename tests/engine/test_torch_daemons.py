@@ -41,9 +41,10 @@ WAYS = ["tcp", "same daemon", "device", *(pytest.param(name, marks=pytest.mark.g
 @pytest.fixture(params=WAYS)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     with fleet_in(tmp_path) as fleet:
-        transport = "nixl" if request.param == "nixl" else "auto"
-        source = fleet.daemon(transport=transport, linger_s="2")
-        target = source if request.param == "same daemon" else fleet.daemon(transport=transport, linger_s="2")
+        # On a busy machine NIXL takes seconds to start: the first daemon must not leave before the second is there.
+        transport, linger_s = ("nixl", "60") if request.param == "nixl" else ("auto", "2")
+        source = fleet.daemon(transport=transport, linger_s=linger_s)
+        target = source if request.param == "same daemon" else fleet.daemon(transport=transport, linger_s=linger_s)
         model = Model(device="cuda") if request.param in ON_GPU else MODEL
         mover_of: MoverOf | None = device_mover_of if request.param == "device" else None
         if request.param in ON_GPU:
