@@ -81,7 +81,7 @@ class DrainedEngine(Shape, frozen=True, kw_only=True):
 
 
 class Drained(Shape, frozen=True, kw_only=True):
-    """What one router has been told to spare. Nothing of it is known to other routers, nor survives this one."""
+    """What one router has been told to leave out. Nothing of it is known to other routers, nor survives this one."""
 
     router: bool
     under_way: int  # requests of clients, those that wait for an engine among them

@@ -77,7 +77,7 @@ class Metrics:
         self.held_back = self._counter("retries_refused", "Requests not repeated because too many were")
         # With whom.
         self.engines = self._gauge("engines", "Routable engines", "role")
-        self.spared = self._gauge("breakers_open", "Engines not asked, or only to see, because they kept failing")
+        self.ejected = self._gauge("breakers_open", "Engines not asked, or only to see, because they kept failing")
         self.unpaired = self._gauge("pairs_off", "Pairs of daemons not used because handoffs kept failing")
         self.reservations_waiting = self._gauge("reservations_waiting", "Handoffs waiting for room in some arena")
         self.brought = self._counter(

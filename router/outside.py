@@ -63,7 +63,7 @@ class Outside:
         self.recorder = Recorder()
         self.under_way = 0  # requests of clients
         metrics.queued.set_function(lambda: len(gate.queue))
-        metrics.spared.set_function(lambda: len(standing.spared()))
+        metrics.ejected.set_function(lambda: len(standing.ejected()))
         metrics.unpaired.set_function(lambda: len(standing.broken_pairs()))
         self.in_flight: Tally[str] = Tally()  # engine id -> calls under way
         self.in_line: Tally[str] = Tally()  # engine id -> those of them from which nothing has come yet
@@ -112,14 +112,14 @@ class Outside:
             *(f"engine {engine_id} is drained" for engine_id in sorted(standing.drained)),
             *(
                 f"engine {engine_id} keeps failing: its breaker is {state.replace('_', ' ')}"
-                for engine_id, state in sorted(standing.spared().items())
+                for engine_id, state in sorted(standing.ejected().items())
             ),
             *(f"handoffs from daemon {a} to {b} keep failing" for a, b in sorted(standing.broken_pairs())),
         ]
 
     def retry_after_s(self, model: str) -> int:
-        """When an engine of this model that is spared now is asked again. Others join within seconds, or never."""
-        if not self.standing.spared():
+        """When an engine of this model that is ejected now is asked again. Others join within seconds, or never."""
+        if not self.standing.ejected():
             return 1
         engines = [c.engine_id for c in self.directory.snapshot() if model in c.info.models]
         return max(1, math.ceil(self.standing.opens_in_s(engines, time.monotonic())))

@@ -4,7 +4,7 @@ Once with pdx as it is, and once with daemons that take a failed handoff's slots
 what they read. Slots are overwritten when they are freed, as the next handoff would. Each request is a paired one, so
 that decode reads while prefill computes; it is stopped as soon as its load has begun, and prefill as soon as a block
 has landed that decode has not read, so that the handoff is not over when the lease is. Another one behind each goes
-well, or the router would soon spare a pair of daemons whose handoffs only fail.
+well, or the router would soon leave out a pair of daemons whose handoffs only fail.
 """
 
 from __future__ import annotations

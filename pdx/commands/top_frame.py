@@ -30,7 +30,7 @@ HEALTH_COLOURS = {
     "joining": "dim",
     "lost": "red",
     "drained": "yellow",
-    "spared": "red",
+    "ejected": "red",
 }
 UNITS_S = ((86_400, "d"), (3600, "h"), (60, "min"))
 NAMED = ("engine", "daemon", "request", "model", "")

@@ -104,6 +104,7 @@ def _run(options: argparse.Namespace, base: Path) -> int:
         with supervisor:
             environ = {**config.import_path(), "PDX_KEY_FILE": options.key_file or str(_write_key(base))}
             _start(supervisor, fleet, options, environ)
+            supervisor.say(f"logs:  {base / 'logs'}, kept if all this ends with an error")
             restart = {daemon.name: partial(_start_daemon, supervisor, daemon, environ) for daemon in fleet.daemons}
             serve_on(supervisor, fleet.engines, needed="decode", restart=restart)
     except Interrupted:
@@ -218,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8000, metavar="PORT", help="the router's HTTP port; 0: a free one (default 8000)")
     add("--admin-port", type=int, default=0, metavar="PORT",
         help="the operators' port, on the loopback, for pdx top, drain, kv --admin (default: a free one)")  # fmt: skip
-    add("--logs", action="store_true", help="show all logs, prefixed; they are kept in files in any case")
+    add("--logs", action="store_true", help="show all logs, prefixed, which go to files anyway")
     add("--no-pin", action="store_true", help="do not pin engines to cores")
     add("--publish", type=Path, metavar="FILE", help="write all addresses to this JSON file when ready")
     add("--ready-timeout-s", type=float, default=READY_S, metavar="S", help=f"default {READY_S:.0f}")

@@ -15,7 +15,7 @@ const WORDS = {  // of marks, where their names are not plain enough
   grant: "room granted at decode", open_load: "decode's engine asks to load", commit: "commit", put_failed: "a put failed",
   loaded: "decode's engine has loaded", receive_ended: "receiving has ended",
 };
-const HEALTH = {ready: "ready", alone: "serves alone: its daemon is silent", joining: "joining", lost: "lost", drained: "drained", spared: "spared: it keeps failing"};
+const HEALTH = {ready: "ready", alone: "serves alone: its daemon is silent", joining: "joining", lost: "lost", drained: "drained", ejected: "ejected: it keeps failing"};
 
 let token = "", run = "", cursor = 0, keeps = 1000, paused = false, timer = 0, pause_ms = POLL_MS, lostSince = null;
 let clockShift = 0;  // the router's clock less ours, in seconds

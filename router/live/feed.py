@@ -122,13 +122,13 @@ class LiveFeed:
 
     def _engines(self) -> list[EngineRow]:
         flight, line, standing = self._outside.in_flight, self._outside.in_line, self._outside.standing
-        spared = standing.spared()
+        ejected = standing.ejected()
 
         def health(known: KnownEngine) -> Health:
             if known.health != "ready":
                 return known.health
             engine_id = known.info.engine_id
-            return "drained" if engine_id in standing.drained else "spared" if engine_id in spared else "ready"
+            return "drained" if engine_id in standing.drained else "ejected" if engine_id in ejected else "ready"
 
         rows = [
             EngineRow(

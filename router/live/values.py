@@ -32,9 +32,9 @@ StepName = Literal[
     "client_gone",
     "finished",
 ]
-# alone: its daemon is silent, so it pairs with nobody; joining: not well yet; lost: no longer well; spared: it keeps
+# alone: its daemon is silent, so it pairs with nobody; joining: not well yet; lost: no longer well; ejected: it keeps
 # failing, so its breaker is not closed
-Health = Literal["ready", "alone", "joining", "lost", "drained", "spared"]
+Health = Literal["ready", "alone", "joining", "lost", "drained", "ejected"]
 Cursor = Annotated[int, Meta(ge=0)]
 
 

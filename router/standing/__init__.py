@@ -1,1 +1,1 @@
-"""Who is asked at all: engines that keep failing are spared, pairs of daemons that do are not paired."""
+"""Who is asked at all: engines that keep failing are ejected, pairs of daemons that do are not paired."""

@@ -1,6 +1,6 @@
 """Which of the routable engines are asked: not those that are drained or keep failing, nor broken pairs of daemons.
 
-Sans-IO: time is an argument. The directory knows who is there; this knows who is to be spared. Soft state: a new
+Sans-IO: time is an argument. The directory knows who is there; this knows who is ejected. Soft state: a new
 router learns it anew, and a drain has to be told to each router. One thread: the event loop's.
 """
 
@@ -34,7 +34,7 @@ class Standing:
 
     def __repr__(self) -> str:
         pairs = sorted(self.broken_pairs())
-        return f"<Standing drained {sorted(self.drained)}, open {[*self.spared()]}, pairs off {pairs}>"
+        return f"<Standing drained {sorted(self.drained)}, open {[*self.ejected()]}, pairs off {pairs}>"
 
     def applied(self, snapshot: Iterable[Candidate], now: float) -> Snapshot:
         """Those that may be asked, each with the daemons that it is not to be paired with."""
@@ -95,7 +95,7 @@ class Standing:
         self._engines = {e: b for e, b in self._engines.items() if e in engines}
         self._pairs = {pair: b for pair, b in self._pairs.items() if set(pair) <= daemons}
 
-    def spared(self) -> dict[str, State]:
+    def ejected(self) -> dict[str, State]:
         """Engines whose breakers are not closed, with the breakers' states."""
         return {engine_id: b.state for engine_id, b in self._engines.items() if b.state != "closed"}
 

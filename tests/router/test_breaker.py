@@ -141,7 +141,7 @@ def test_chance_reaches_every_move() -> None:
     assert {move for move in seen if move[0] != move[1]} == {(state, after) for (state, _), after in MOVES.items()}
 
 
-def test_an_engine_that_keeps_failing_is_spared() -> None:
+def test_an_engine_that_keeps_failing_is_ejected() -> None:
     standing = Standing(SETTINGS)
     for _ in range(3):
         standing.call_ended("d0", standing.call_began("d0"), ok=False, now=0.0)
@@ -149,12 +149,12 @@ def test_an_engine_that_keeps_failing_is_spared() -> None:
     assert standing.opens_in_s(["d0", "d1"], 1.0) == 9.0
     assert "open ['d0']" in repr(standing)
     assert standing.applied((P0, D0, D1), 10.0) == (P0, D0, D1)
-    assert standing.spared() == {"d0": "half_open"}
+    assert standing.ejected() == {"d0": "half_open"}
     standing.forget(["p0", "d1"], [])
     assert standing.applied((P0, D0, D1), 1.0) == (P0, D0, D1)
 
 
-def test_a_drained_engine_is_spared() -> None:
+def test_a_drained_engine_is_ejected() -> None:
     standing = Standing(SETTINGS)
     standing.drained.add("d0")
     assert standing.applied((P0, D0), 0.0) == (P0,)

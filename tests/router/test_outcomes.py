@@ -1,4 +1,4 @@
-"""Back-pressure and failures over real sockets: who waits, who is turned away, who is spared, what is repeated."""
+"""Back-pressure and failures over real sockets: who waits, who is turned away, who is ejected, what is repeated."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ async def test_a_request_that_no_engine_can_serve_says_nothing_about_engines(
             async with router.post("/v1/completions", {**PROMPT, "stream": True}) as reply:
                 assert reply.status == 502
         assert sum(len(engine.requests) for engine in failing) == 12, "each is asked each time"
-        assert not router.outside.standing.spared()
+        assert not router.outside.standing.ejected()
 
 
 @within(20)
@@ -213,7 +213,7 @@ async def test_what_only_one_engine_was_asked_is_one_failure_at_one_moment() -> 
     engine.fault = "500"
     async with fleet(engine, breaker=HASTY) as router:
         assert {(await router.ask(PROMPT))[0] for _ in range(6)} == {502}
-        assert not router.outside.standing.spared()
+        assert not router.outside.standing.ejected()
         later(router)
         assert [(await router.ask(PROMPT))[0] for _ in range(2)] == [502, 503]
 
@@ -226,7 +226,7 @@ async def test_what_no_engine_can_do_is_the_clients_answer_and_nobodys_failure()
     async with fleet(*engines, breaker=HASTY) as router:
         assert {(await router.ask(PROMPT))[0] for _ in range(6)} == {501}
         assert sum(len(engine.requests) for engine in engines) == 6, "none is repeated"
-        assert not router.outside.standing.spared()
+        assert not router.outside.standing.ejected()
 
 
 @within(20)
@@ -253,7 +253,7 @@ async def test_what_the_client_has_done_wrong_is_its_answer_even_if_a_stream_say
             status, answer, _ = await router.ask({**PROMPT, "stream": True})
             assert (status, answer["error"]["code"]) == (400, 400)
         assert sum(len(engine.requests) for engine in engines) == 6
-        assert not router.outside.standing.spared()
+        assert not router.outside.standing.ejected()
 
 
 @within(20)
@@ -268,7 +268,7 @@ async def test_a_stream_that_fails_later_ends_with_the_error_and_nothing_else() 
             assert b"d0 0" in events[0]
             assert b'"error"' in events[1]
             assert b"[DONE]" not in heard
-        assert router.outside.standing.spared() == {"d0": "open"}
+        assert router.outside.standing.ejected() == {"d0": "open"}
 
 
 @within(20)
@@ -288,13 +288,13 @@ async def test_a_probe_is_over_when_its_stream_has_begun() -> None:
                 reply = await streams.enter_async_context(router.post("/v1/completions", {**PROMPT, "stream": True}))
                 under_way += reply.status == 200  # before it is half open: 503
                 await asyncio.sleep(0.02)
-        assert not router.outside.standing.spared(), "closed, while both go on"
+        assert not router.outside.standing.ejected(), "closed, while both go on"
         engine.fault = ""
         await streams.aclose()
 
 
 @within(20)
-async def test_all_engines_are_spared() -> None:
+async def test_all_engines_are_ejected() -> None:
     engine = FakeEngine("d0", "decode")
     engine.fault = "500"
     async with fleet(engine, breaker=BreakerSettings(failure_threshold=2, timeout_s=30.0)) as router:
@@ -310,7 +310,7 @@ async def test_all_engines_are_spared() -> None:
 
 
 @within(20)
-async def test_an_engine_that_breaks_its_streams_is_spared_too() -> None:
+async def test_an_engine_that_breaks_its_streams_is_ejected_too() -> None:
     engine = FakeEngine("d0", "decode")
     engine.fault = "break"
     async with fleet(engine, breaker=HASTY) as router:
@@ -321,7 +321,7 @@ async def test_an_engine_that_breaks_its_streams_is_spared_too() -> None:
 
 
 @within(20)
-async def test_an_engine_that_says_nothing_is_spared_too() -> None:
+async def test_an_engine_that_says_nothing_is_ejected_too() -> None:
     engine = FakeEngine("d0", "decode")
     engine.fault = "hang"
     async with fleet(engine, breaker=BreakerSettings(failure_threshold=2), request_timeout_s=0.1) as router:
