@@ -3,23 +3,29 @@
 Prefill: time to the first token of a pair whose prefill engine pushes every page (asked through the router, its hop
 included) over that of a plain engine, and CPU seconds of the prefill engine with its pdxd over the plain engine's.
 Decode: inter-token latency of an engine with the connector over a plain engine's, alone and while another request's
-pages arrive and are loaded; a plain engine has a plain one on the other core, idle or at work. Every figure is a
-ratio within one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. Of
+prompt is prefilled on the other core, its pages arrive and are loaded; a plain engine has a plain one on the other
+core, idle or at work. That is a ratio of medians, and a load falls into one gap of a hundred or a few: what a stream
+loses to the load itself is judged apart, by the gaps from the moment decode is asked to its answer, beside those of a
+plain engine that is asked for a prompt in its own cache, and thus does all that decode does but load. Every ratio is of
+one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. Of
 two equal engines one may be a tenth faster for minutes, or for as long as it lives: all have their memory in huge pages
 and are started anew several times, and the intervals are of lives, drawn with their rounds. The control is a second
 plain engine, and its ratio to the first what this machine can tell apart at all. The naive variant is the same pair
-whose daemons poll instead of sleeping, each on its engine's core; it must miss every bar. A life takes a quarter of an
-hour, the full run an hour and a half.
+whose daemons poll instead of sleeping, each on its engine's core; it must miss every bar of a ratio. That of the loads
+is a plain engine that computes the prompt where the stream is. (Loads that take a prompt in one step are none: that is
+a few milliseconds at this length.) A life takes a quarter of an hour, the full run an hour and a half.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.harness.arms import DECODE_CPUS, PREFILL_CPUS, Arm, PdxPair, Scratch, pdx_pair, plain_engines
 from benchmarks.harness.measure import (
@@ -29,7 +35,6 @@ from benchmarks.harness.measure import (
     interval_of_lives,
     median,
     memcpy_rate,
-    percentile,
     pin_client,
     prompt_of,
     stream,
@@ -42,7 +47,11 @@ from benchmarks.naive.polling import polling
 
 TAX_MAX, EXCLUDED = 1.03, 1.05  # the bar of the median, and what its 95 % interval must not reach
 # A machine that is shared drifts by a tenth within seconds: many short samples, side by side, see past that.
-STEADY_PROMPT, STEADY_TOKENS, LOADED_TOKENS = 64, 12, 110  # a stream alone, and one that outlasts a prefill beside it
+STEADY_PROMPT, STEADY_TOKENS, LOADED_TOKENS = 64, 12, 130  # a stream alone, and one that outlasts a prefill beside it
+# While a prompt is loaded no gap of a stream is longer than so many steps and so much: the step that it falls into, one
+# that the machine has delayed, and the copying. And all its gaps together take a step more than a plain engine's.
+GAP_STEPS, GAP_EXTRA_S, LOST_STEPS = 2, 0.020, 1
+OTHER_WAY_MAX = 0.05
 # Programs that were stopped have to catch up when they go on, and the more of them an arm has the longer: a stream of
 # some 3 s goes before what is measured, in every arm.
 SETTLING_TOKENS = 100
@@ -50,7 +59,9 @@ WARM = (1024, 100)
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 ATTEMPTS, SEEDS_APART, NAIVE_SEED = 5, 10_000, 5_000
 DEADLINE_S = 120.0
-BASE, PDX, NAIVE = "plain", "pdx", "pdx that polls"
+BASE, PDX, NAIVE, COMPUTES = "plain", "pdx", "pdx that polls", "plain that computes the prompt itself"
+PAIRS = (PDX, NAIVE)
+Each = TypeVar("Each")
 Samples = dict[str, list[float]]  # arm name -> one figure a round
 
 
@@ -70,6 +81,19 @@ FULL = Plan(prompt_tokens=512, lives=6, prefill_rounds=8, decode_rounds=8, load_
 QUICK = Plan(prompt_tokens=512, lives=1, prefill_rounds=3, decode_rounds=3, load_rounds=1, naive_rounds=1)
 
 
+@dataclass(frozen=True)
+class Felt:
+    """What a stream felt of a prompt that came to its engine. Seconds."""
+
+    ordinary_s: float  # its median gap before, while the prompt was computed on the other core
+    gaps_s: list[float]  # all that overlap the time in which its own engine served the prompt
+
+    @property
+    def lost_s(self) -> float:
+        """Beyond an ordinary step each."""
+        return sum(self.gaps_s) - len(self.gaps_s) * self.ordinary_s
+
+
 @dataclass
 class Tax:
     """One life of the arms, each of two engines: one for prefill on core 0 and one for decode on core 1."""
@@ -79,7 +103,11 @@ class Tax:
     plan: Plan
     naive_rounds: int
     parts_s: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # CPU of the prefills, by part
-    gaps_s: dict[str, list[float]] = field(default_factory=dict)  # while loading, all rounds together
+    felt: dict[str, list[Felt]] = field(default_factory=dict)  # of the streams beside a load, one a round
+    pushed: int = 0  # prompts that went to a pair to be timed
+    other_ways: int = 0  # of them those that were not seeded: another prompt was asked instead
+    handed_over: int = 0  # prompts beside a stream
+    loaded: int = 0  # what decode's daemon says of them
     _seed: int = 0
 
     def warm(self) -> None:
@@ -101,7 +129,7 @@ class Tax:
         samples: Samples = {}
         for prompt, name in self._turns(self.plan.prefill_rounds):
             with self._active(name, 0):
-                first_token_s, cpu_s = self._compute(name, prompt) if name in self.plains else self._push(prompt)
+                first_token_s, cpu_s = self._compute(name, prompt) if name not in PAIRS else self._push(prompt)
             samples.setdefault(name, []).append(first_token_s)
             self.parts_s.setdefault(name, []).append(cpu_s)
         return samples
@@ -130,7 +158,7 @@ class Tax:
                 self.pair.url, self.pair.model, self.plan.prompt_tokens, 2, seed,
                 began=lambda after=after: after.update(self.pair.cpu_seconds()),
             )  # fmt: skip
-            if timing.headers.get("x-pdx-way") == "seeded":
+            if self._seeded(timing):
                 return timing.first_token_s, {part: after[part] - before[part] for part in ("P", "pdxd-a")}
         raise SystemExit(f"{ATTEMPTS} prompts went the way {timing.headers.get('x-pdx-way')!r}, not seeded")
 
@@ -144,27 +172,51 @@ class Tax:
         return samples
 
     def decode_loading(self) -> Samples:
-        """The same while another prompt is prefilled on the other core and, with pdx, its pages come and are loaded."""
+        """The same while another prompt is prefilled on the other core and, with pdx, its pages come and are loaded.
+
+        The median: nearly all of its gaps are beside the prefill. `felt` has those beside the load.
+        """
         samples: Samples = {}
-        for prompt, name in self._turns(self.plan.load_rounds):
-            with self._both(name) as arm:
-                body = completion(arm.model, prompt_of(STEADY_PROMPT, prompt), LOADED_TOKENS)
-                steady = Background(self._decoder(name), body, DEADLINE_S)
-                beside, tokens = (self.plains[name][0].url, 1) if name in self.plains else (self.pair.url, 2)
-                other = self._ask(beside, arm.model, self.plan.prompt_tokens, tokens, prompt)
-                timing = steady.join()
-            gaps = list(gaps_between(timing, other.sent_ns, other.ended_ns))
-            if timing.ended_ns < other.ended_ns or not gaps:
-                raise SystemExit("the steady stream ended before the other request: raise LOADED_TOKENS")
-            samples.setdefault(name, []).append(median(gaps))
-            self.gaps_s.setdefault(name, []).extend(gaps)
+        for prompt, name in self._turns(self.plan.load_rounds, naive=(NAIVE, COMPUTES)):
+            for attempt in range(ATTEMPTS):
+                if (felt := self._beside(name, prompt + attempt * SEEDS_APART, samples)) is not None:
+                    break
+            else:
+                raise SystemExit(f"{ATTEMPTS} prompts beside a stream went another way, not seeded")
+            self.felt.setdefault(name, []).append(felt)
         return samples
+
+    def _beside(self, name: str, prompt: int, samples: Samples) -> Felt | None:
+        """One stream beside one prompt, its median gap added to `samples`. None: the prompt went another way."""
+        with self._both(name, learns=prompt if name in self.plains else None) as arm:
+            loads_before = self._loads(name)
+            body = completion(arm.model, prompt_of(STEADY_PROMPT, prompt), LOADED_TOKENS)
+            steady = Background(self._decoder(name), body, DEADLINE_S)
+            if name in PAIRS:
+                computed = other = self._ask(self.pair.url, arm.model, self.plan.prompt_tokens, 2, prompt)
+                asked_ns = other.token_ns[0]  # prefill's token passes the router, which asks decode at once
+            else:
+                prefill = self._plains(name)[0]
+                computed = self._ask(prefill.url, arm.model, self.plan.prompt_tokens, 1, prompt)
+                other = self._ask(arm.url, arm.model, self.plan.prompt_tokens + 1, 1, prompt)
+                asked_ns = other.sent_ns
+            timing = steady.join()
+            loads = self._loads(name) - loads_before
+        if not timing.good or not timing.token_ns[0] < asked_ns or timing.ended_ns < other.ended_ns:
+            raise SystemExit(f"the steady stream broke, or ended too early (LOADED_TOKENS): {timing.error or 'whole'}")
+        if name in PAIRS:
+            if not self._seeded(other):
+                return None
+            self.handed_over += 1
+            self.loaded += loads
+        samples.setdefault(name, []).append(median(timing.gaps_between(computed.sent_ns, other.ended_ns)))
+        return felt_of(timing, computed.sent_ns, asked_ns, other.ended_ns)
 
     @contextlib.contextmanager
     def _active(self, name: str, which: int) -> Iterator[Arm]:
         """The pair, or of two plain engines that for prefill (0) or that for decode (1)."""
         with (
-            (self.plains[name][which] if name in self.plains else self.pair).active() as arm,
+            (self.pair if name in PAIRS else self._plains(name)[which]).active() as arm,
             contextlib.ExitStack() as stack,
         ):
             if name == NAIVE:
@@ -173,26 +225,45 @@ class Tax:
             yield arm
 
     @contextlib.contextmanager
-    def _both(self, name: str) -> Iterator[Arm]:
-        """Two engines whatever the arm, so that each decodes beside an idle one, and settled. Yields decode's."""
+    def _both(self, name: str, *, learns: int | None = None) -> Iterator[Arm]:
+        """Two engines whatever the arm, so that each decodes beside an idle one, and settled. Yields decode's.
+
+        `learns`: the seed of a prompt, one token longer than what is handed over, that decode gets into its own cache.
+        """
         with contextlib.ExitStack() as stack:
-            if name in self.plains:
+            if name not in PAIRS:
                 stack.enter_context(self._active(name, 0))
             arm = stack.enter_context(self._active(name, 1))
+            if learns is not None:
+                self._ask(self._decoder(name), arm.model, self.plan.prompt_tokens + 1, 1, learns)
             self._ask(self._decoder(name), arm.model, STEADY_PROMPT, SETTLING_TOKENS)
             yield arm
 
-    def _decoder(self, name: str) -> str:
-        return self.plains[name][1].url if name in self.plains else self.pair.decode.url
+    def _plains(self, name: str) -> tuple[Arm, Arm]:
+        return self.plains[BASE if name == COMPUTES else name]
 
-    def _turns(self, rounds: int) -> Iterator[tuple[int, str]]:
+    def _decoder(self, name: str) -> str:
+        return self.pair.decode.url if name in PAIRS else self._plains(name)[1].url
+
+    def _loads(self, name: str) -> int:
+        """That were right, since the daemon of a pair's decode began."""
+        return counter(self.pair.tools()[1], "loads_ok") if name in PAIRS else 0
+
+    def _seeded(self, timing: Timing) -> bool:
+        """Counts a prompt that went to the pair. If not: its first token is not prefill's, and came with decode's."""
+        seeded = timing.headers.get("x-pdx-way") == "seeded"
+        self.pushed += 1
+        self.other_ways += not seeded
+        return seeded
+
+    def _turns(self, rounds: int, naive: Sequence[str] = (NAIVE,)) -> Iterator[tuple[int, str]]:
         """A new prompt's seed each round, the same for all arms of it; there and back."""
         for number in range(rounds):
-            names = [*self.plains, PDX, *([NAIVE] if number < self.naive_rounds else [])]
+            names = [*self.plains, PDX, *(naive if number < self.naive_rounds else ())]
             self._seed += 1
             for name in names if number % 2 == 0 else reversed(names):
-                # The pair must not find in its caches what it has just computed while its daemons slept.
-                yield self._seed + (NAIVE_SEED if name == NAIVE else 0), name
+                # No engine must find in its caches what it has just computed, as another arm or while daemons slept.
+                yield self._seed + (NAIVE_SEED if name in (NAIVE, COMPUTES) else 0), name
 
     def _ask(
         self, url: str, model: object, tokens: int, answer: int, seed: int = 0, *,
@@ -205,10 +276,9 @@ class Tax:
         return timing
 
 
-def gaps_between(timing: Timing, from_ns: int, to_ns: int) -> Iterator[float]:
-    for before, after in zip(timing.token_ns, timing.token_ns[1:], strict=False):
-        if from_ns <= before and after <= to_ns:
-            yield (after - before) / 1e9
+def felt_of(stream: Timing, from_ns: int, asked_ns: int, ended_ns: int) -> Felt:
+    """`from_ns`: when the prompt was sent to prefill; `asked_ns` to `ended_ns`: what decode served it in."""
+    return Felt(median(stream.gaps_between(from_ns, asked_ns)), stream.gaps_between(asked_ns, ended_ns))
 
 
 def ratios_of(samples: Samples) -> Samples:
@@ -217,7 +287,7 @@ def ratios_of(samples: Samples) -> Samples:
     return {name: [own / plain for own, plain in zip(each, base, strict=False)] for name, each in samples.items()}
 
 
-def of_lives(lives: Sequence[Samples]) -> Samples:
+def of_lives(lives: Sequence[Mapping[str, Sequence[Each]]]) -> dict[str, list[Each]]:
     """The rounds of all lives in a row."""
     return {name: [value for life in lives for value in life.get(name, ())] for name in lives[0]}
 
@@ -263,14 +333,48 @@ def judge_cpu(lives: Sequence[Tax], report: Report) -> None:
     table(f"{name} (pdx: prefill engine and its pdxd); medians", ("", "s", "to plain, within a round"), rows)
 
 
-def show_pauses(lives: Sequence[Tax], report: Report) -> None:
-    """Medians hide the one step into which a load falls."""
-    rows = []
-    for name, gaps in of_lives([life.gaps_s for life in lives]).items():
-        figures = [percentile(gaps, 50), percentile(gaps, 99), max(gaps)]
-        report.figures.setdefault("gaps_while_loading_ms", {})[name] = [round(gap * 1e3, 2) for gap in figures]
-        rows.append([name, len(gaps), *(f"{gap * 1e3:.1f}" for gap in figures)])
-    table("Gaps of a stream beside a prefill (pdx: and its load), ms", ("", "gaps", "p50", "p99", "longest"), rows)
+def judge_loads(felt: Mapping[str, Sequence[Felt]], report: Report) -> None:
+    """The longest gap of all rounds, and a mean: a load that stalls the stream once in ten times shows in both."""
+    step_s = median([each.ordinary_s for each in felt[BASE]])
+    longest_s = {name: max(max(each.gaps_s) for each in rounds) for name, rounds in felt.items()}
+    more_s = {
+        name: statistics.fmean([own.lost_s - plain.lost_s for own, plain in zip(rounds, felt[BASE], strict=False)])
+        for name, rounds in felt.items()
+    }
+    allowed_s, lost_s = GAP_STEPS * step_s + GAP_EXTRA_S, LOST_STEPS * step_s
+    for what, found_s, most_s, terms in (
+        ("longest gap", longest_s, allowed_s, f" = {GAP_STEPS} plain steps and {GAP_EXTRA_S * 1e3:.0f} ms"),
+        ("lost beyond what a plain engine's loses, mean", more_s, lost_s, f" = {LOST_STEPS} plain step"),
+    ):
+        name = f"a stream beside a load: {what}"
+        own_ms, naive_ms, most_ms = (1e3 * each for each in (found_s[PDX], found_s[COMPUTES], most_s))
+        report.bar(name, round(own_ms, 1), f"<= {most_ms:.1f}{terms}", own_ms <= most_ms, unit="ms")
+        missed = f"{name}, missed where the prompt is computed"
+        report.bar(missed, round(naive_ms, 1), f"> {most_ms:.1f}", naive_ms > most_ms, unit="ms")
+    report.figures["beside_a_load_ms"] = {
+        name: [{"ordinary": 1e3 * each.ordinary_s, "gaps": [1e3 * gap for gap in each.gaps_s]} for each in rounds]
+        for name, rounds in felt.items()
+    }
+    rows = [
+        [name, sum(len(each.gaps_s) for each in rounds), *(f"{1e3 * seconds:.1f}" for seconds in (
+            median([each.ordinary_s for each in rounds]), longest_s[name],
+            statistics.fmean([each.lost_s for each in rounds]), more_s[name],
+        ))]
+        for name, rounds in felt.items()
+    ]  # fmt: skip
+    columns = ("", "gaps", "step before", "longest", "lost", "to plain, within a round")
+    table("Gaps of a stream while its engine loads a prompt (plain: has it in its cache), ms", columns, rows)
+
+
+def judge_ways(lives: Sequence[Tax], report: Report) -> None:
+    """Whether what was timed is what it is called."""
+    pushed, other_ways = sum(life.pushed for life in lives), sum(life.other_ways for life in lives)
+    report.figures["pushed"] = {"prompts": pushed, "of them not seeded, and asked again": other_ways}
+    share = other_ways / pushed
+    report.bar("prompts that went another way and were replaced, share", round(share, 4), f"<= {OTHER_WAY_MAX}",
+               share <= OTHER_WAY_MAX)  # fmt: skip
+    handed_over = sum(life.handed_over for life in lives)
+    report.equal("prompts beside a stream that were loaded", sum(life.loaded for life in lives), handed_over)
 
 
 def live(number: int, model: Path, plan: Plan, lives: dict[str, list[Samples]], report: Report) -> Tax:
@@ -286,7 +390,7 @@ def live(number: int, model: Path, plan: Plan, lives: dict[str, list[Samples]], 
         steps: dict[str, Callable[[], Samples]] = {
             f"prefill of {plan.prompt_tokens:,} tokens, first token": tax.prefill,
             "decode ITL, alone": tax.decode,
-            "decode ITL, beside a load": tax.decode_loading,
+            "decode ITL, beside another prompt's prefill and load": tax.decode_loading,
         }
         for name, step in steps.items():
             lives.setdefault(name, []).append(step())
@@ -312,7 +416,8 @@ def main() -> int:
     columns = ("", "plain ms", "control ms", "pdx ms", "A/A: control / plain", "pdx / plain", "naive / plain")
     table("Medians; ratios within a round with their 95 % intervals; the ceiling is the control", columns, rows)
     judge_cpu(taxes, report)
-    show_pauses(taxes, report)
+    judge_loads(of_lives([life.felt for life in taxes]), report)
+    judge_ways(taxes, report)
     report.write(chosen.json)
     return 0 if report.all_hold else 1
 

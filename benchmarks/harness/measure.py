@@ -61,7 +61,7 @@ class Timing:
         return [(after - before) / 1e9 for before, after in itertools.pairwise(self.token_ns)]
 
     def gaps_between(self, from_ns: int, to_ns: int) -> list[float]:
-        """Those that ended in this time, in seconds."""
+        """Those that overlap this time, in seconds."""
         pairs = itertools.pairwise(self.token_ns)
         return [(after - before) / 1e9 for before, after in pairs if from_ns <= after and before <= to_ns]
 
