@@ -4,6 +4,8 @@ The peak is looked for with a growing number of clients that ask one request aft
 requests arrive by chance at twice that rate, whether earlier ones are answered or not (open loop), once at a router
 that takes everything in, which is the naive variant, and once at one that turns away who would wait for half of the
 limit, as it predicts. An answer counts if it is whole and comes within LIMIT_FACTOR times what a lone request takes.
+Both count what was asked within a window, whenever it was answered. Before the window the load lasts as long as the
+limit, so that no line is still being filled in it, and arrivals go on for as long behind it: none is emptied unseen.
 Clients that are turned away do not come again here; those that wait do so much longer than the limit. Two kinds of
 load: one fills the prefill engine, the other the decode engine.
 """
@@ -63,14 +65,20 @@ class Asked:
 
     status: int
     seconds: float
+    at_s: float  # when it was asked, by the monotonic clock
 
 
 @dataclass(frozen=True)
 class Run:
-    """Requests that belong to a window of so many seconds."""
+    """Requests that were asked in a window of so many seconds."""
 
     asked: list[Asked]
     window_s: float
+
+    @classmethod
+    def of(cls, asked: Sequence[Asked], begins_at: float, window_s: float) -> Run:
+        """Of all that were asked, those of the window that begins then. All of them have ended."""
+        return cls([one for one in asked if begins_at <= one.at_s < begins_at + window_s], window_s)
 
     def rate(self, limit_s: float) -> float:
         """Good answers per second."""
@@ -99,12 +107,12 @@ def _measure_load(overload: Overload, router: Part, report: Report, *, quick: bo
     name, rig = overload.load.name, overload.rig
     limit_s = LIMIT_FACTOR * overload.lone_s()
     closed_s, open_s = max(closed_s, WINDOW_LIMITS * limit_s), max(open_s, WINDOW_LIMITS * limit_s)
-    by_clients = {clients: overload.closed(clients, seconds=closed_s).rate(limit_s) for clients in CLIENTS}
+    by_clients = {clients: overload.closed(clients, closed_s, limit_s).rate(limit_s) for clients in CLIENTS}
     peak = max(by_clients.values())
     wait_s = f"{WAITING_SHARE * limit_s:.1f}"
-    naive = overload.open(OVERLOAD * peak, seconds=open_s)
+    naive = overload.open(OVERLOAD * peak, open_s, limit_s)
     router = _restart(rig, router, "--max-wait-s", wait_s)
-    guarded = overload.open(OVERLOAD * peak, seconds=open_s)
+    guarded = overload.open(OVERLOAD * peak, open_s, limit_s)
     router = _restart(rig, router, "--max-waiting", "0")
     share, naive_share = guarded.rate(limit_s) / peak, naive.rate(limit_s) / peak
     print(f"  {name}: limit {limit_s:.2f} s; answers in time per second by clients: "
@@ -134,37 +142,36 @@ class Overload:
         """What a request takes when it is alone."""
         return statistics.median(self._ask().seconds for _ in range(LONE))
 
-    def closed(self, clients: int, *, seconds: float) -> Run:
-        """So many clients, each asking again when it is answered; those that were answered in the window."""
+    def closed(self, clients: int, window_s: float, warm_s: float) -> Run:
+        """So many clients, each asking again when it is answered."""
         asked: list[Asked] = []
-        ends_at = time.monotonic() + seconds
+        begins_at = time.monotonic() + warm_s
 
         def client() -> None:
-            while time.monotonic() < ends_at:
-                one = self._ask()
-                if time.monotonic() < ends_at:
-                    asked.append(one)
+            while time.monotonic() < begins_at + window_s:
+                asked.append(self._ask())
 
         _join([_started(client) for _ in range(clients)])
-        return Run(asked, seconds)
+        return Run.of(asked, begins_at, window_s)
 
-    def open(self, rate: float, *, seconds: float) -> Run:
-        """Requests that arrive by chance, `rate` a second on average; those that arrived in the window."""
+    def open(self, rate: float, window_s: float, margin_s: float) -> Run:
+        """Requests arrive by chance, `rate` a second on average, also for `margin_s` before and after the window."""
         asked: list[Asked] = []
         generator = random.Random(f"{self.load.name}/arrivals")  # the same for all variants
         threads = []
         at = begun = time.monotonic()
-        while (at := at + generator.expovariate(rate)) < begun + seconds:
+        while (at := at + generator.expovariate(rate)) < begun + window_s + 2 * margin_s:
             time.sleep(max(0.0, at - time.monotonic()))
             threads.append(_started(lambda: asked.append(self._ask())))
         _join(threads)
-        return Run(asked, seconds)
+        return Run.of(asked, begun + margin_s, window_s)
 
     def _ask(self) -> Asked:
         body = self.load.body(str(self.rig.model), next(self._numbers))
+        at_s = time.monotonic()
         heard = Call(f"{self.rig.url}/v1/completions", body, deadline_s=PATIENCE_S).run()
         whole = heard.done and not heard.error
-        return Asked(heard.status if whole or heard.status != 200 else 0, heard.seconds)
+        return Asked(heard.status if whole or heard.status != 200 else 0, heard.seconds, at_s)
 
 
 def _restart(rig: Rig, router: Part, *flags: str) -> Part:
