@@ -22,7 +22,7 @@ MBITS = (1000, 200)
 MEMORY_BYTES = 128 << 20
 SLAB_BYTES = 192 << 10
 HANDOFFS = 4
-SHARE_S, QUICK_SHARE_S = 4.0, 1.5  # how long the four together take
+SHARE_S, QUICK_SHARE_S = 4.0, 1.5  # of the four together, as far as the memory lasts: see _handoffs
 BURST_BYTES = 64 << 20
 BURSTS, QUICK_BURSTS = 8, 2
 IDLE_SLABS, QUICK_IDLE_SLABS = 300, 60
@@ -107,7 +107,7 @@ def _at(report: Report, wire: Wire, pair: Pair, mbit: int, *, quick: bool) -> tu
 
 def _handoffs(pair: Pair, total_bytes: int) -> tuple[float, float]:
     """Goodput of all, and how equal their shares were when the first had sent its last slab."""
-    puts = min(total_bytes, MEMORY_BYTES) // SLAB_BYTES // HANDOFFS
+    puts = min(total_bytes, MEMORY_BYTES) // SLAB_BYTES // HANDOFFS  # at 1 Gbit/s the memory is through in 1.1 s
     call = {"do": "handoffs", "queues": HANDOFFS, "puts": puts, "slab_bytes": SLAB_BYTES}
     _, arrivals = pair.across(call, puts * HANDOFFS)
     landed = dict.fromkeys(map(str, range(HANDOFFS)), 0)
