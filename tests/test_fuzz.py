@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import mmap
 import random
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.fuzz import __main__ as bench
 from benchmarks.fuzz.__main__ import Finding, feed
 from benchmarks.fuzz.targets import Target, targets
 
@@ -52,3 +58,22 @@ def test_what_a_decoder_should_not_raise_is_a_finding() -> None:
 
     with pytest.raises(Finding, match="KeyError"):
         feed(Target("broken", (bytes(20),), decode), random.Random(1), 1000)
+
+
+def test_a_quick_run_sees_a_decoder_that_keeps_256_bytes_of_each_frame(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A page for 16 frames, fresh from the kernel: memory that other tests have freed could hide it."""
+    kept: list[mmap.mmap] = []
+    frames = itertools.count()
+
+    def keep(frame: bytes) -> None:
+        if next(frames) % 16 == 0:
+            kept.append(mmap.mmap(-1, mmap.PAGESIZE))
+            kept[-1][0] = 1
+
+    monkeypatch.setattr(bench, "targets", lambda: [Target("leaky", (bytes(20),), keep)])
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--quick", "--json", str(tmp_path / "result.json")])
+    assert bench.main() == 1
+    bars = json.loads((tmp_path / "result.json").read_text())["bars"]
+    assert [bar["holds"] for bar in bars.values()] == [True, False]
