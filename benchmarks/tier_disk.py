@@ -2,12 +2,14 @@
 
 One block per request, at several numbers of requests under way. The rate to beat is a bare loop of O_DIRECT reads
 (writes) of the same size at the same depth, measured in turns with the tier on the same file system; fio's, where it is
-installed, stands beside it. Every block that is read is compared with what was written.
+installed, stands beside it. After each timed pass of reads the tier reads every block again, untimed, and all bytes are
+compared with those written under its key: each page has its block's number in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import mmap
 import os
 import random
@@ -16,9 +18,12 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 from benchmarks.harness.fio import read_rate
 from benchmarks.harness.report import Report
@@ -26,7 +31,7 @@ from pdx.buffer.evict import Lru
 from pdx.tiers.conformance import User
 from pdx.tiers.disk import READERS, DiskTier
 from pdx.tiers.folder import Folder
-from pdx.tiers.tier import Key, Loaded, Read, Write, Written
+from pdx.tiers.tier import End, Key, Loaded, Read, Tier, Write, Written
 
 LAYERS, PAGE_BYTES = 30, 96 << 10  # a block of the CPU model; one of an 8B model on CUDA has 2 MiB
 BLOCK_BYTES = LAYERS * PAGE_BYTES
@@ -85,7 +90,7 @@ def measure(report: Report, bench: Bench, depth: int, rounds: int) -> None:
 
 
 class Bench:
-    """Blocks of random bytes, the tier they go to, and one file of the same size for the bare loop."""
+    """Blocks of random bytes and their numbers, the tier they go to, and a file of the same size for the bare loop."""
 
     def __init__(self, folder: Path, blocks: int) -> None:
         self.blocks = blocks
@@ -102,52 +107,94 @@ class Bench:
         return self._bare(depth, os.O_RDONLY, os.preadv)
 
     def tier_write(self, depth: int) -> float:
+        """Twice as many buffers as writers, used again and again, as slots are: no writer waits for us."""
         shutil.rmtree(self._folder / "tier", ignore_errors=True)
-        tier = self._tier(depth)
-        user = User(tier)
-        started_at = time.perf_counter()
-        tickets = [user.ask(Write(key_of(number), pages(self._source))) for number in range(self.blocks)]
-        ends = [user.end_of(ticket) for ticket in tickets]
-        seconds = time.perf_counter() - started_at
-        assert all(isinstance(end, Written) for end in ends), "a write failed"
-        tier.close(drain_s=5.0)
-        return seconds
+        buffers = self._buffers(2 * depth)
+        for buffer in buffers:
+            buffer[:] = self._source
+
+        def ask(number: int, buffer: memoryview) -> Write:
+            stamp(buffer, number)
+            return Write(key_of(number), pages(buffer))
+
+        def took(number: int, buffer: memoryview, end: End) -> None:
+            assert isinstance(end, Written), end
+
+        with self._tier(depth) as tier:
+            return self._through(tier, range(self.blocks), buffers, ask, took)
 
     def tier_read(self, depth: int) -> float:
-        """As many buffers as requests can be under way, used again and again, as slots are."""
-        tier = self._tier(depth)
-        user = User(tier)
-        memory = memoryview(mmap.mmap(-1, depth * BLOCK_BYTES))
-        memory[:: mmap.PAGESIZE] = bytes(len(memory[:: mmap.PAGESIZE]))  # faulted in, as an arena is
-        buffers = [memory[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES] for index in range(depth)]
-        order = self._rng.sample(range(self.blocks), self.blocks)
-        started_at = time.perf_counter()
-        free, busy = list(buffers), dict[int, memoryview]()
-        while order or busy:
-            while free and order:
-                buffer = free.pop()
-                busy[user.ask(Read(key_of(order.pop()), pages(buffer)))] = buffer
-            user.pump(time.monotonic() + 10.0)
-            for ticket in [ticket for ticket in busy if ticket in user.ends]:
-                assert isinstance(user.ends[ticket], Loaded), user.ends[ticket]
-                free.append(busy.pop(ticket))
-        seconds = time.perf_counter() - started_at
-        assert all(buffer == self._source for buffer in buffers), "other bytes came back"
-        assert tier.stats().loaded == self.blocks
-        tier.close(drain_s=5.0)
+        """Seconds of the first of two passes; in the second, every block is looked at as it comes.
+
+        As many buffers as readers, used again and again, as slots are.
+        """
+        buffers = self._buffers(depth)
+        right = memoryview(bytearray(self._source))
+
+        def ask(number: int, buffer: memoryview) -> Read:
+            return Read(key_of(number), pages(buffer))
+
+        def took(number: int, buffer: memoryview, end: End) -> None:
+            assert isinstance(end, Loaded), end
+
+        def look(number: int, buffer: memoryview, end: End) -> None:
+            took(number, buffer, end)
+            stamp(right, number)
+            assert np.array_equal(buffer, right), f"other bytes came back than those of block {number}"
+
+        with self._tier(depth) as tier:
+            seconds = self._through(tier, self._order(), buffers, ask, took)
+            for buffer in buffers:
+                stamp(buffer, self.blocks)  # of no block: what is not filled again is seen
+            self._through(tier, self._order(), buffers, ask, look)
+            assert tier.stats().loaded == 2 * self.blocks
         return seconds
 
-    def _tier(self, depth: int) -> DiskTier:
+    def _through(
+        self, tier: Tier, numbers: Iterable[int], buffers: Sequence[memoryview],
+        ask: Callable[[int, memoryview], Write | Read], took: Callable[[int, memoryview, End], None],
+    ) -> float:  # fmt: skip
+        """One request for each block, in the order of `numbers`, each with a buffer that is free again after `took`."""
+        user, waiting = User(tier), deque(numbers)
+        started_at = time.perf_counter()
+        free, busy = list(buffers), dict[int, tuple[int, memoryview]]()
+        while waiting or busy:
+            while free and waiting:
+                number, buffer = waiting.popleft(), free.pop()
+                busy[user.ask(ask(number, buffer))] = number, buffer
+            ended = [ticket for ticket in busy if ticket in user.ends]
+            if not ended:
+                user.pump(time.monotonic() + 10.0)
+            for ticket in ended:
+                number, buffer = busy.pop(ticket)
+                took(number, buffer, user.ends[ticket])
+                free.append(buffer)
+        return time.perf_counter() - started_at
+
+    def _buffers(self, depth: int) -> list[memoryview]:
+        memory = memoryview(mmap.mmap(-1, depth * BLOCK_BYTES))
+        memory[:: mmap.PAGESIZE] = bytes(len(memory[:: mmap.PAGESIZE]))  # faulted in, as an arena is
+        return [memory[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES] for index in range(depth)]
+
+    def _order(self) -> list[int]:
+        return self._rng.sample(range(self.blocks), self.blocks)
+
+    @contextlib.contextmanager
+    def _tier(self, depth: int) -> Iterator[DiskTier]:
         files = Folder.open(self._folder / "tier")
         self._is_direct = files.is_direct
         cap_bytes = 2 * self.blocks * BLOCK_BYTES + (16 << 20)
-        return DiskTier(files, cap_bytes=cap_bytes, policy=Lru(), readers=depth, writers=depth)
+        tier = DiskTier(files, cap_bytes=cap_bytes, policy=Lru(), readers=depth, writers=depth)
+        try:
+            yield tier
+        finally:
+            tier.close(drain_s=5.0)
 
     def _bare(self, depth: int, flags: int, call: Callable[[int, list[memoryview], int], int]) -> float:
         """The same requests without a tier: one file, `depth` threads, each a buffer and one call per block."""
         path = self._folder / "bare"
         fd = os.open(path, flags | (os.O_DIRECT if self._is_direct else 0), 0o600)
-        order = self._rng.sample(range(self.blocks), self.blocks)
+        order = self._order()
         lock = threading.Lock()
 
         def run() -> None:
@@ -175,6 +222,12 @@ class Bench:
 
 def key_of(number: int) -> Key:
     return b"bench", number.to_bytes(32, "little")
+
+
+def stamp(block: memoryview, number: int) -> None:
+    """Makes each page of it one of this block."""
+    for page in pages(block):
+        page[:8] = number.to_bytes(8, "little")
 
 
 def pages(block: memoryview) -> list[memoryview]:
