@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from typing import Any, cast
 
 import pytest
 
@@ -10,7 +12,7 @@ from benchmarks.harness import netns
 from benchmarks.harness.report import Report
 from benchmarks.transport import __main__ as bench
 from benchmarks.transport import sharing
-from benchmarks.transport.pair import Pair
+from benchmarks.transport.pair import Move, Pair
 from benchmarks.transport.shapes import SHAPES, Shape
 
 TINY = Shape(64 << 10, 16)
@@ -42,6 +44,39 @@ def test_an_arm_moves_every_byte_and_back(arm: str) -> None:
         pair.close()
         for descriptor in memories.files:
             os.close(descriptor)
+
+
+class Timed:
+    """An arm whose moves take so many seconds, turn by turn."""
+
+    def __init__(self, arm: str, *seconds: float) -> None:
+        self.arm, self._seconds = arm, itertools.cycle(seconds)
+
+    def move(self, shape: Shape) -> Move:
+        return Move(next(self._seconds), 1.0)
+
+    def round_trips(self, rounds: int) -> list[float]:
+        return [next(self._seconds)] * rounds
+
+
+def bars_of(*arms: Timed, monkeypatch: pytest.MonkeyPatch, rounds: int = 1) -> dict[str, dict[str, Any]]:
+    report, memories = Report("transport"), bench.Memories(1 << 20)
+    monkeypatch.setattr(bench, "SHAPES", (TINY,))
+    try:
+        bench.latencies(report, cast(Any, arms), 5)
+        bench.rates(report, memories, cast(Any, arms), rounds)
+    finally:
+        for descriptor in memories.files:
+            os.close(descriptor)
+    return report.bars
+
+
+def test_bars_against_arms_that_were_not_run_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bars_of(Timed("pdx tcp", 1.0), monkeypatch=monkeypatch) == {}
+    assert list(bars_of(Timed("pdx tcp", 1.0), Timed("bare sockets", 1.0), monkeypatch=monkeypatch)) == [
+        "pdx tcp: one slab above a bare one, p50",
+        "pdx tcp of bare sockets, 16 x 64 KiB",
+    ]
 
 
 def test_jain_s_index() -> None:
