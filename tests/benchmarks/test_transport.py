@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
 from benchmarks.harness import netns
 from benchmarks.harness.report import Report
 from benchmarks.transport import __main__ as bench
-from benchmarks.transport import sharing
+from benchmarks.transport import libraries, sharing
 from benchmarks.transport.pair import Move, Pair
 from benchmarks.transport.shapes import SHAPES, Shape
+from pdx.transport.api import Copy
 
 TINY = Shape(64 << 10, 16)
 
@@ -77,6 +80,37 @@ def test_bars_against_arms_that_were_not_run_are_left_out(monkeypatch: pytest.Mo
         "pdx tcp: one slab above a bare one, p50",
         "pdx tcp of bare sockets, 16 x 64 KiB",
     ]
+
+
+def test_the_better_of_two_peers_is_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn by turn: here each of them is ahead once, and both times as fast as our lane."""
+    arms = Timed("pdx tcp", 1.0), Timed("NIXL over tcp", 1.0, 9.0), Timed("NIXL over tcp, spinning", 9.0, 1.0)
+    monkeypatch.setattr(bench, "latencies", lambda *_: None)
+    bars = bars_of(*arms, monkeypatch=monkeypatch, rounds=2)
+    assert bars["pdx tcp of the better NIXL over tcp, 16 x 64 KiB"]["value"] == 1.0
+    assert len(bars) == 1
+
+
+@pytest.mark.parametrize(("has_thread", "sleeps"), [(True, 3), (False, 0)])
+def test_nixl_s_thread_gets_the_core_while_its_user_waits(
+    has_thread: bool, sleeps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its progress thread is pinned beside our loop: polling without rest would measure that loop."""
+    agent = Mock()
+    agent.get_new_notifs.side_effect = [{}, {}, {"them": [b"landed"]}]
+    agent.check_xfer_state.side_effect = ["PROC", "DONE"]
+    api = Mock(nixl_agent=lambda *_: agent, nixl_agent_config=Mock())
+    monkeypatch.setitem(sys.modules, "nixl", Mock(_api=api))
+    monkeypatch.setitem(sys.modules, "nixl._api", api)
+    slept: list[float] = []
+    monkeypatch.setattr("benchmarks.transport.libraries.time.sleep", slept.append)
+    end = libraries.NixlEnd("source", memoryview(bytearray(64)), has_thread=has_thread)
+    end.receive([[Copy(0, 0, 1)]])
+    flying = ["a transfer"]
+    end._collect(flying)
+    end._collect(flying)
+    assert not flying
+    assert slept == [libraries.LOOK_EVERY_S] * sleeps
 
 
 def test_jain_s_index() -> None:
