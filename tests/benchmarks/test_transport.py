@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
 
@@ -118,6 +119,45 @@ def test_jain_s_index() -> None:
     assert sharing.jain([8, 0, 0, 0]) == 0.25
 
 
+def beats_of(monkeypatch: pytest.MonkeyPatch) -> sharing.Beats:
+    """On loopback."""
+    monkeypatch.setattr(sharing, "inside", lambda host, make: make())
+    host = SimpleNamespace(wire="127.0.0.1")
+    return sharing.Beats(cast(Any, SimpleNamespace(source=host, target=host)))
+
+
+def verdicts(beats: sharing.Beats) -> dict[str, bool]:
+    report = Report("transport")
+    beats.judge(report, "wire")
+    return {name.partition(": ")[2]: bar["holds"] for name, bar in report.bars.items()}
+
+
+def test_beats_that_come_to_their_end_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "BEAT_EVERY_S", 0.001)
+    monkeypatch.setattr(sharing, "BEATS_SHARE", 0.0)  # how many come is for a machine that does nothing else
+    monkeypatch.setattr(sharing, "LATE_S", 60.0)
+    beats = beats_of(monkeypatch)
+    with beats:
+        while not beats.count:
+            assert beats._threads[1].is_alive(), "the receiver has given up"
+    assert beats.lasted_s > 0
+    assert all(verdicts(beats).values())
+    beats.lasted_s, beats.count = 100.0, 10
+    monkeypatch.setattr(sharing, "BEATS_SHARE", 0.8)
+    assert verdicts(beats) == {"longest beat of 10": True, "beats that came": False}
+
+
+def test_beats_that_stop_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent, and the receiver gives up."""
+    monkeypatch.setattr(sharing, "LOST_S", 0.05)
+    monkeypatch.setattr(sharing, "BEAT_EVERY_S", 60.0)
+    monkeypatch.setattr(sharing, "LATE_S", 0.01)
+    beats = beats_of(monkeypatch)
+    with beats:
+        beats._threads[1].join(20)
+    assert verdicts(beats) == {"longest beat of 0": False, "beats that came": False}
+
+
 @pytest.mark.skipif(bool(netns.why_not()), reason=netns.why_not() or "there are namespaces")
 def test_four_handoffs_share_a_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     """That it runs and fills in its figures; whether bars hold is for a machine that does nothing else."""
@@ -129,5 +169,5 @@ def test_four_handoffs_share_a_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "rate", lambda **_: None)
     report = Report("transport")
     sharing.measure(report, quick=True)
-    assert len(report.bars) == 4
+    assert len(report.bars) == 5
     assert report.figures["1000 Mbit/s"]["handoffs_mb_s"] > 1
