@@ -163,6 +163,8 @@ def judge(outcomes: Mapping[str, Outcome], plan: Plan, report: Report) -> None:
         """Two engines in turn stand still rarely, for a whole prefill: those few gaps are no percentile of so many."""
         return percentile_of_time(outcomes[name].gaps_s, 99) * 1e3
 
+    ways = Counter(timing.headers.get("x-pdx-way", "alone") for timing in outcomes[PDX].prompts)
+    report.equal("prompts that went through the pair", ways.total() - ways["alone"], plan.prompts)
     itl_s, first_s = at(PDX)
     allowed_ms = ITL_SHARE * at(plain_name(DEFAULT_CHUNK))[0] * 1e3
     report.bar("p99 ITL of the streams, pdx", round(itl_s * 1e3, 1), f"<= {allowed_ms:.1f}", itl_s * 1e3 <= allowed_ms,
