@@ -1,9 +1,11 @@
 """Peers' arms: vLLM's own NixlConnector pair behind the usual prefill-first proxy, or behind vllm-router.
 
 Pinned as a pdx pair is: P on core 0; D and the front on core 1. Only NIXL's progress threads, which poll all the time
-and would take half of their own engine's core, may use either core: at any time one of the two is nearly free. `lanes`
-are UCX's transports: by default everything that works between two processes of one host; "tcp" is the network that a
-pdx pair of two daemons uses.
+and would take half of their own engine's core, may use either core, at the lowest priority. While requests come one by
+one one of the two cores is nearly free for them. Beside a stream, or with two requests at once, both are busy: then
+these threads wait for a core, which may cost NIXL time that it would not lose on a machine with more. `lanes` are
+UCX's transports: by default everything that works between two processes of one host; "tcp" is the network that a pdx
+pair of two daemons uses.
 """
 
 from __future__ import annotations
