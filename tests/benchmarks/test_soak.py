@@ -93,6 +93,7 @@ def test_a_run_that_was_broken_off_is_closed_and_has_not_passed(
         return soaks[-1]
 
     monkeypatch.setattr("benchmarks.soak.__main__.Soak", started)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # logs of what has not passed are kept
     flags = ["--json", str(tmp_path / "report.json")]
     if isinstance(error, KeyboardInterrupt):
         assert main(flags) == 1
