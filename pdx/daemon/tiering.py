@@ -55,6 +55,11 @@ class _Promotion:
     began_at: float = 0.0  # once the tier has it
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether lookups will find it."""
+        return self.claim.fresh_slots[0].keys[0] is not None
+
+    @property
     def place(self) -> Place:
         return self.claim.places[0]
 
@@ -69,10 +74,10 @@ class Tiering:
         self._writes: dict[int, Lease] = {}  # ticket -> holds the block
         self._writes_refused = False  # since the last end of one
         self._spoilt: set[Key] = set()  # being written, and found wrong meanwhile
-        self._promotions: dict[Key, _Promotion] = {}
+        self._promotions: dict[Key, _Promotion] = {}  # the latest of each block
         self._by_load: dict[bytes, dict[_Promotion, None]] = {}  # of these, what each waits for
         self.queued_bytes = 0  # of these: blocks on their way up
-        self._queue: OrderedDict[Key, _Promotion] = OrderedDict()  # of these, not submitted yet
+        self._queue: OrderedDict[_Promotion, None] = OrderedDict()  # of all of them, not submitted yet
         self._reads: dict[int, _Promotion] = {}  # by ticket
         self._left: deque[Key] = deque(maxlen=UNCOUNTED_MAX)  # evicted, and perhaps nowhere else
         self._lost = 0
@@ -93,7 +98,7 @@ class Tiering:
         places, ready = [], []
         for number, block_hash in enumerate(hashes):
             key = (namespace, block_hash)
-            if key not in self._promotions:
+            if self._coming(key) is None:
                 # Memory may have it, behind one that it had not, and may have lost it to one that has just got room.
                 read = self._desk.store.read(OWNER, namespace, [block_hash], now=now, ttl_s=float("inf"))
                 if read is not None:
@@ -101,7 +106,7 @@ class Tiering:
                     ready.append(read.lease)
                     continue
                 self._begin(namespace, pages, hashes, number, now)
-            promotion = self._promotions.get(key)
+            promotion = self._coming(key)
             if promotion is None:
                 break
             promotion.asked_by[load] = engine_id
@@ -129,7 +134,7 @@ class Tiering:
     def to_read(self, namespace: bytes, hashes: Sequence[bytes]) -> int:
         """How many of these blocks are neither in the arena nor on their way up."""
         spots = zip(hashes, self._desk.store.index.find(namespace, hashes), strict=True)
-        return sum(spot is None and (namespace, block_hash) not in self._promotions for block_hash, spot in spots)
+        return sum(spot is None and self._coming((namespace, block_hash)) is None for block_hash, spot in spots)
 
     @property
     def changes(self) -> int:
@@ -174,7 +179,8 @@ class Tiering:
         """Nobody waits for this load's blocks any more. What nobody else wants, and has not begun, never does."""
         for promotion in self._by_load.pop(load, ()):
             del promotion.asked_by[load]
-            if not promotion.asked_by and self._queue.pop(promotion.key, None) is not None:
+            if not promotion.asked_by and promotion in self._queue:
+                del self._queue[promotion]
                 self._end(promotion, ok=False, reason="nobody waits for it")
 
     def send_down(self, slots: Sequence[Slot]) -> list[Slot]:
@@ -247,28 +253,34 @@ class Tiering:
 
     # --- up ---
 
+    def _coming(self, key: Key) -> _Promotion | None:
+        """This block on its way up. Not one that was cleared on it, which neither lookups nor pins will ever find."""
+        promotion = self._promotions.get(key)
+        return promotion if promotion is not None and promotion.is_wanted else None
+
     def _begin(self, namespace: bytes, pages: PageLayout, hashes: Sequence[bytes], start: int, now: float) -> None:
         """Of the blocks from `start` on, up to one that memory has or is to have: as many as there is room for."""
         store, run = self._desk.store, dict[bytes, None]()
         here = store.index.within(namespace)
         for block_hash in islice(hashes, start, None):
-            if block_hash in here or block_hash in run or (namespace, block_hash) in self._promotions:
+            if block_hash in here or block_hash in run or self._coming((namespace, block_hash)) is not None:
                 break
             run[block_hash] = None
         for claim in store.claim_each(OWNER, namespace, pages, list(run), now=now, ttl_s=float("inf")):
             (key,) = claim.fresh_slots[0].keys
             assert key is not None
-            self._promotions[key] = self._queue[key] = _Promotion(key, claim, pages)
+            self._promotions[key] = promotion = _Promotion(key, claim, pages)
+            self._queue[promotion] = None
             self.queued_bytes += pages.block_bytes
 
     def _submit_reads(self, now: float) -> None:
         arena = self._desk.store.arena
         while self._queue:
-            promotion = next(iter(self._queue.values()))
+            promotion = next(iter(self._queue))
             ticket = self._tier.submit(Read(promotion.key, pages_of(arena, promotion.place, promotion.pages)))
             if ticket is None:
                 return
-            del self._queue[promotion.key]
+            del self._queue[promotion]
             promotion.began_at = now
             self._reads[ticket] = promotion
 
@@ -295,10 +307,11 @@ class Tiering:
             store.abandon(promotion.claim)
             counters["promotions_failed"] += 1
             self._tell(promotion, reason)
-        del self._promotions[promotion.key]
-        (spot,) = store.index.find(promotion.key[0], [promotion.key[1]])
-        if spot is not None and spot[0] not in promotion.claim.fresh_slots:
-            self._spill.committed([promotion.key])  # by somebody else meanwhile, and may be nowhere below
+        if self._promotions.get(promotion.key) is promotion:
+            del self._promotions[promotion.key]
+            (spot,) = store.index.find(promotion.key[0], [promotion.key[1]])
+            if spot is not None and spot[0] not in promotion.claim.fresh_slots:
+                self._spill.committed([promotion.key])  # by somebody else meanwhile, and may be nowhere below
         self.queued_bytes -= promotion.pages.block_bytes
         for load in promotion.asked_by:
             waits_for = self._by_load[load]

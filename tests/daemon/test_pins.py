@@ -98,6 +98,25 @@ class TestPin:
         (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
         assert (described["blocks"], described["coming_blocks"]) == (2, 0)
 
+    def test_holds_none_that_was_cleared_on_its_way_up(self, host: Host, tier: MemoryTier) -> None:
+        """Its slot would count, and no lookup would ever find it there."""
+        keep_filled(host)
+        crowd_out(host)
+        look_up(host)
+        assert clear(host, tier="arena").arena.filling == 3
+        pinned = pin(host)
+        assert (pinned.blocks, pinned.coming_blocks, pinned.size_bytes) == (3, 3, 3 * PAGES.unit_bytes)
+        host.tick()
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert (described["blocks"], described["coming_blocks"]) == (3, 0)
+        assert [watermark(host, place) for place in look_up(host, called=OTHER)] == [PAGES.layers] * 3
+        let_go(host, side="load")
+        let_go(host, OTHER, side="load")
+        assert len(host.store.slots) == 3, "who waited for the others has had them, and nothing of them is left"
+        assert tier.stats().written == 3, "and nothing is written again"
+        unpin(host)
+        assert leases(host) == 0
+
     def test_ends_with_its_time(self, host: Host) -> None:
         keep_filled(host)
         pin(host, ttl_s=5.0)
