@@ -5,7 +5,6 @@ Owned by the control thread. It decides nothing about a handoff's course; that i
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -31,11 +30,11 @@ from pdx.daemon.sharing import Sharing
 from pdx.daemon.spaces import KnownSpaces
 from pdx.daemon.steering import Steering
 from pdx.daemon.tiering import Tiering
-from pdx.errors import Refused, TransportError
+from pdx.errors import TransportError
 from pdx.handoff import actions as do
 from pdx.keys import space_of
 from pdx.transport.api import Arrived, Event, LaneFailed, PeerLost, PutDone, PutFailed, WindowClosed
-from pdx.verbs import Clear, Result, Steer
+from pdx.verbs import Result, Steer
 from pdx.wire import (
     ONE_REQUEST,
     Cancel,
@@ -59,8 +58,6 @@ from pdx.wire import (
 )
 
 LOOK_S = 0.05  # between two looks at everybody's budget and lease: far less than any of them
-
-log = logging.getLogger("pdxd")
 
 
 class Handoffs:
@@ -155,10 +152,7 @@ class Handoffs:
         """Clears the engine's blocks of this epoch, and so everybody's whose blocks can stand for them."""
         info = engine.info.at(epoch)
         self._desk.ports.counters["resets"] += 1
-        try:
-            self.steer(Clear(spaces=[space_of(info.content, info.layout)]), now)
-        except Refused as error:
-            log.warning("reset of engine %r: %s", info.engine_id, error)
+        self._steering.clear_what_can_be(space_of(info.content, info.layout), now)
 
     def engine_failing(self, engine_id: str, now: float) -> None:
         """One of the engine's processes is gone: its handoffs fail. Others may still write: holds stay."""

@@ -5,8 +5,11 @@ All are idempotent: asked twice they change nothing more, and their counts say s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import assert_never
+
+from msgspec.structs import replace
 
 from pdx.buffer.selected import Selected
 from pdx.buffer.selection import Selection
@@ -17,6 +20,8 @@ from pdx.daemon.spaces import KnownSpaces
 from pdx.daemon.tiering import Tiering
 from pdx.errors import Refused
 from pdx.verbs import Clear, Cleared, Found, Lookup, Pin, Result, Steer, TierCleared, Unpin
+
+log = logging.getLogger("pdxd")
 
 
 class Steering:
@@ -53,6 +58,15 @@ class Steering:
                 return self._clear(what, now)
             case _:
                 assert_never(what)
+
+    def clear_what_can_be(self, space: bytes, now: float) -> None:
+        """All of this space in every tier; in the arena alone where the tier below can't be cleared."""
+        clear = Clear(spaces=[space])
+        try:
+            self._clear(clear, now)
+        except Refused as error:
+            log.warning("a reset clears the arena only: %s", error)
+            self._clear(replace(clear, tier="arena"), now)
 
     def _look_up(self, what: Lookup) -> Found:
         block_tokens = self._spaces.get(what.space).content.block_tokens

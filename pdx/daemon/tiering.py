@@ -142,11 +142,16 @@ class Tiering:
         return self._tier.stats().changes
 
     def check_clearable(self) -> None:
-        """Raises Refused if this tier can't tell what it has."""
-        self._sweeper()
+        """Raises Refused if this tier can't tell all that its medium has, so that a later daemon may find more."""
+        unseen = self._sweeper().unseen
+        if unseen:
+            raise Refused(
+                f"when this daemon started, {unseen}: blocks there may be found again. Start it anew when the disk is "
+                "well, or on an empty folder, and clear again; --tier arena clears the arena alone"
+            )
 
     def survey(self, which: Selection) -> TierCleared:
-        """What `clear` would take now. Raises Refused as `check_clearable` does."""
+        """What `clear` would take now. Raises Refused if this tier can't be cleared at all."""
         return _counted(self._sweeper().survey(which), len(self._spoilt))
 
     def clear(self, which: Selection) -> TierCleared:

@@ -15,6 +15,7 @@ class BrokenFiles:
     unaligned = 0
     unit_bytes = ALIGN_BYTES
     stranded_bytes = 0
+    unseen = "its disk could not be opened"
 
     def __init__(self, error_number: int) -> None:
         self._error_number = error_number

@@ -178,6 +178,10 @@ class DiskTier:
     def remove(self, key: Key) -> None:
         self._condemn(sealed.name_of(key))
 
+    @property
+    def unseen(self) -> str:
+        return self.files.unseen
+
     def survey(self, which: Selection) -> Swept:
         return survey(self.ledger, which, now=self._clock())
 

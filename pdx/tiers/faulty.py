@@ -38,6 +38,10 @@ class FaultyFiles:
     def stranded_bytes(self) -> int:
         return self._files.stranded_bytes
 
+    @property
+    def unseen(self) -> str:
+        return self._files.unseen
+
     def scan(self) -> list[Found]:
         return self._files.scan()
 

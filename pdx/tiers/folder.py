@@ -67,6 +67,10 @@ class Files(Protocol):
     def stranded_bytes(self) -> int:
         """What lies in the folder beside published files and can't be deleted now."""
 
+    @property
+    def unseen(self) -> str:
+        """Why there may be files that `scan` has not told of, a clause for people. Empty where there are none."""
+
     def scan(self) -> list[Found]:
         """All published files that can be read. Raises if no folder can."""
 
@@ -94,6 +98,7 @@ class Folder:
         self.unaligned = 0
         self.unit_bytes = ALIGN_BYTES
         self.stranded_bytes = 0
+        self._left_out = 0
         self._lock = lock
         self._numbers = itertools.count()
 
@@ -125,7 +130,7 @@ class Folder:
 
     def scan(self) -> list[Found]:
         found: list[Found] = []
-        unread = 0
+        unread = self._left_out = 0
         for folder in _FOLDERS:
             try:
                 with os.scandir(self.path / folder) as entries:
@@ -135,7 +140,12 @@ class Folder:
                 if unread == len(_FOLDERS):
                     raise
                 log.warning("%s/%s is left out of the disk tier: %s", self.path, folder, errno_name(error.errno))
+        self._left_out += unread
         return found
+
+    @property
+    def unseen(self) -> str:
+        return f"{self._left_out} folders or files of {self.path} could not be read" if self._left_out else ""
 
     def write(self, name: str, buffers: Sequence[memoryview]) -> int:
         temporary = self.path / "tmp" / f"{os.getpid()}-{next(self._numbers)}"
@@ -193,6 +203,7 @@ class Folder:
                     continue  # none of ours
                 status = entry.stat(follow_symlinks=False)
             except OSError as error:
+                self._left_out += 1
                 log.warning("%s is left out of the disk tier: %s", entry.path, errno_name(error.errno))
                 continue
             found.append(Found(entry.name, status.st_size, status.st_blocks * 512, status.st_mtime_ns))

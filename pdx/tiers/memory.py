@@ -69,6 +69,10 @@ class MemoryTier:
     def remove(self, key: Key) -> None:
         self._condemn(sealed.name_of(key))
 
+    @property
+    def unseen(self) -> str:
+        return ""
+
     def survey(self, which: Selection) -> Swept:
         return survey(self.ledger, which, now=self._clock())
 

@@ -28,6 +28,13 @@ class Swept(msgspec.Struct, frozen=True):
 class Sweeper(Protocol):
     """What a tier can do that knows its names. Called by the thread that calls the tier."""
 
+    @property
+    def unseen(self) -> str:
+        """Why the medium may have blocks that this life has not seen, and a later one may find. Empty if it has none.
+
+        A clause for people.
+        """
+
     def survey(self, which: Selection) -> Swept:
         """What `sweep` would take now."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from one_host import HASHES, PAGES, Host, engine
 from test_prefixes import OTHER, heard, keep, leases, let_go, look_up
 from test_tiering import crowd_out, fill, keep_filled, watermark
 
-from pdx.errors import Refused
+from pdx.errors import Refused, TierBroken
 from pdx.keys import SPACE_BYTES, space_of, tenant_of
+from pdx.tiers.disk import DiskTier
 from pdx.tiers.memory import MemoryTier
 from pdx.verbs import Clear, Cleared, Found, Lookup, Pin, Pinned, TierCleared, Unpin, Unpinned
 from pdx.wire import LoadEnded, SendOpened
@@ -129,6 +131,20 @@ class TestClear:
         assert tier.stats().blocks == 0 and not host.store.slots
         assert look_up(Host(tier=tier)) == [], "nor a daemon that comes after"
         assert clear(host) == Cleared(arena=TierCleared(), disk=TierCleared())
+
+    def test_of_a_disk_that_could_not_be_opened_is_refused(self) -> None:
+        """A later daemon may find on it what this one has never seen."""
+        tier = DiskTier.off(TierBroken("broken", errno.EIO), cap_bytes=8 << 20)
+        host = Host(tier=tier)
+        host.handoffs.spaces.met(engine("P"))
+        keep_filled(host)
+        for which in ({}, {"tier": "disk"}, {"dry_run": True}):
+            with pytest.raises(Refused, match=r"its disk could not be opened.*Start it anew"):
+                clear(host, **which)
+        assert counts(host) == (3, 3, 0), "and nothing has changed"
+        assert clear(host, tier="arena").arena.blocks == 3
+        assert counts(host) == (0, 0, 0)
+        tier.close(drain_s=0.0)
 
     def test_one_tier_only(self, host: Host) -> None:
         keep_filled(host)

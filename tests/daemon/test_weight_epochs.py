@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -12,7 +13,9 @@ from test_prefixes import keep, let_go, look_up
 from test_tiering import keep_filled
 
 from pdx.client import DaemonClient
+from pdx.errors import TierBroken
 from pdx.keys import space_of
+from pdx.tiers.disk import DiskTier
 from pdx.tiers.memory import MemoryTier
 from pdx.verbs import Lookup
 from pdx.wire import Attach, Keep, LetGo, LoadOpened, LookUp, Reset, SendEnded, SendOpened, WeightEpoch
@@ -166,6 +169,16 @@ def test_a_load_of_before_is_no_longer_renewed() -> None:
     host.handoffs.let_go("P", LetGo(handoff_id=b"m" * 16, side="load", fence=1, ok=False), host.now)
     host.tick()
     assert not host.store.leases
+
+
+def test_a_reset_clears_the_arena_beside_a_disk_that_could_not_be_opened() -> None:
+    tier = DiskTier.off(TierBroken("broken", errno.EIO), cap_bytes=8 << 20)
+    host = Host(tier=tier)
+    host.handoffs.spaces.met(engine_of("P"))
+    keep_filled(host)
+    host.handoffs.reset(engine_of("P"), "", host.now)
+    assert look_up(host) == []
+    tier.close(drain_s=0.0)
 
 
 def test_a_reset_reaches_the_disk(tier: MemoryTier) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tier_folder import CAP_BYTES, FOLDER_BYTES, OpenTier, block_files, taken_bytes
 
+from pdx.buffer.selection import Selection
 from pdx.errors import TierUnusable
 from pdx.tiers.conformance import BLOCK_BYTES, User, block, buffers, key_of, payload_of
 from pdx.tiers.disk import OPEN_READS_MAX, DiskTier
@@ -196,6 +197,10 @@ def test_a_dying_disk_is_switched_off(open_tier: OpenTier, caplog: pytest.LogCap
     assert isinstance(user.read(key_of(READ_ERRORS_MAX))[0], Missed)
     assert isinstance(user.write(key_of(100)), Failed)
     assert files.calls["read"] == calls
+    tier.sweep(Selection())
+    assert tier.survey(Selection()).leaving, "a clear is not over: its next life would find what it has not deleted"
+    tier.close(drain_s=5.0)
+    assert open_tier()[0].stats().blocks == 0, "it has tried to delete them as it ended"
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])

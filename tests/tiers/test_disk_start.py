@@ -50,6 +50,7 @@ def test_one_bad_folder_is_left_out(
     monkeypatch.setattr(os, "scandir", fails(os.scandir, errno.EIO, at=lambda path: path.endswith(f"/{bad}")))
     tier, _ = open_tier()
     assert tier.contains(KEYS) == [name[:2] != bad for name in ten]
+    assert tier.unseen.startswith("1 folders or files of ")
     assert "EIO" in caplog.text
     assert isinstance(
         User(tier).read(next(key for key, name in zip(KEYS, ten, strict=True) if name[:2] != bad))[0], Loaded
@@ -75,7 +76,9 @@ def test_one_bad_inode_is_left_out(ten: list[str], open_tier: OpenTier, caplog: 
     path = files._files.path  # type: ignore[attr-defined]
     tier.close(drain_s=0.0)
     folder = OneBad.open(path)
+    assert not folder.unseen
     assert {found.name for found in folder.scan()} == set(ten) - {ten[3]}
+    assert folder.unseen.startswith("1 folders or files of ")
     assert "EUCLEAN" in caplog.text
     folder.close()
 
