@@ -2,13 +2,13 @@
 
 Token-exact: a turn's prompt is the last one's prompt, the answer's token ids, and new tokens. Of two hosts, what the
 last turn left whole must not cross again, and what decode has computed must not be computed again by prefill. Of one
-host, nothing crosses at all.
+host, nothing crosses at all. A turn's new tokens nobody has: prefill must compute them, and send them to another host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.harness.arms import PdxPair
 from benchmarks.harness.counters import scraped
@@ -20,6 +20,7 @@ from pdx.client import DaemonClient
 from pdx.errors import PdxError
 
 TURNS, FIRST_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 8, 600, 260, 200  # 4,020 of the model's 4,096
+NEW_BYTES = TURN_TOKENS // BLOCK_TOKENS * BLOCK_BYTES  # of one turn at least, in whole blocks
 ANSWER_S = 120.0
 FACTOR = 1.1
 
@@ -31,6 +32,7 @@ class Turn:
     to_decode: int  # bytes
     to_prefill: int
     computed: int  # tokens, by the prefill engine
+    paired: bool = True  # the router gave it to both engines
 
     @property
     def new_bytes(self) -> int:
@@ -54,7 +56,7 @@ def measure(pairs: Sequence[PdxPair], report: Report) -> None:
              f"{turn.new_bytes / 1e6:.1f}", turn.computed, turn.new_tokens]
             for number, turn in enumerate(turns)
         ]  # fmt: skip
-        _judge(pair.name, turns[1:], report)
+        judge(pair.name, turns, report, crosses=len(set(pair.daemons)) == 2)
     report.figures["chat"] = rows
     table("A chat of eight turns", ("pair", "turn", "prompt", "MB to decode", "MB to prefill", "MB not whole before",
           "computed by prefill", "tokens not whole before"), rows)  # fmt: skip
@@ -73,16 +75,29 @@ def _converse(pair: PdxPair) -> list[Turn]:
         if not unleased(source, target):
             raise PdxError(f"{pair.name}, turn {number + 1}: something does not end")
         after = [_put(source), _put(target), _computed(pair)]
-        turns.append(Turn(len(prompt), whole, *(int(b - a) for a, b in zip(before, after, strict=True))))
+        to_decode, to_prefill, computed = (b - a for a, b in zip(before, after, strict=True))
+        paired = "x-pdx-prefill" in timing.headers
+        turns.append(Turn(len(prompt), whole, to_decode, to_prefill, computed, paired))
         # The answer's last token was shown, not computed: no engine has its KV.
         whole = (len(prompt) + ANSWER_TOKENS - 1) // BLOCK_TOKENS
         prompt = [*prompt, *answer, *prompt_of(TURN_TOKENS, 78 + number)]
     if pair.daemons[0] == pair.daemons[1]:  # one daemon was counted twice
-        turns = [Turn(turn.prompt_tokens, turn.whole_before, turn.to_decode, 0, turn.computed) for turn in turns]
+        turns = [replace(turn, to_prefill=0) for turn in turns]
     return turns
 
 
-def _judge(name: str, turns: Sequence[Turn], report: Report) -> None:
+def judge(name: str, conversation: Sequence[Turn], report: Report, *, crosses: bool) -> None:
+    """`crosses`: the two engines have a host each."""
+    first, *turns = conversation
+    report.equal(f"chat, {name}: turns that went through the pair", sum(t.paired for t in conversation),
+                 len(conversation))  # fmt: skip
+    report.equal(f"chat, {name}: tokens that prefill computed in the first turn", first.computed, first.prompt_tokens)
+    least = min(turn.computed for turn in turns)
+    report.bar(f"chat, {name}: tokens that prefill computed in a later turn, at least", least, f">= {TURN_TOKENS}",
+               least >= TURN_TOKENS)  # fmt: skip
+    if crosses:
+        sent = min(turn.to_decode for turn in conversation)
+        report.bar(f"chat, {name}: bytes to decode in a turn, at least", sent, f">= {NEW_BYTES}", sent >= NEW_BYTES)
     ways = {"to decode": [turn.to_decode for turn in turns], "to prefill": [turn.to_prefill for turn in turns]}
     for direction, counted in ways.items():
         worst = max(sent / turn.new_bytes for sent, turn in zip(counted, turns, strict=True))

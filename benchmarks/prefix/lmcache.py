@@ -46,7 +46,7 @@ class LmcacheArm(CachingArm):
     metrics_url: str
 
     def counters(self) -> dict[str, int]:
-        return {"lookup_hit_blocks": scraped(self.metrics_url, READ)}
+        return {"lookup_hit_blocks": scraped(self.metrics_url, READ, late=True)}
 
 
 def installed() -> Path:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.harness.counters import counted
-from benchmarks.prefix.chat import ANSWER_TOKENS, BLOCK_BYTES, Turn
+from benchmarks.harness.report import Report
+from benchmarks.prefix.chat import ANSWER_TOKENS, BLOCK_BYTES, Turn, judge
 from benchmarks.prefix.hits import Hits, blocks_of
+from pdx.errors import PdxError
 
 METRICS = """\
 # HELP lmcache_mp_l1_read_chunks_total chunks
@@ -21,8 +23,15 @@ other_total 9.0
 def test_a_counter_is_the_sum_over_its_labels_and_over_nothing_else() -> None:
     assert counted(METRICS, "lmcache_mp_l1_read_chunks_total") == 7
     assert counted(METRICS, "other_total") == 9
-    assert counted(METRICS, "lmcache_mp_l1_write_chunks_total") == 0
     assert counted(METRICS, "lmcache_mp_l1_read_chunks_total", 'model="b"') == 2
+
+
+def test_a_counter_that_is_not_there_is_no_0_unless_it_comes_with_its_first_event() -> None:
+    with pytest.raises(PdxError, match="lmcache_mp_l1_write_chunks_total"):
+        counted(METRICS, "lmcache_mp_l1_write_chunks_total")
+    with pytest.raises(PdxError, match='model="c"'):
+        counted(METRICS, "lmcache_mp_l1_read_chunks_total", 'model="c"')
+    assert counted(METRICS, "lmcache_mp_l1_write_chunks_total", late=True) == 0
 
 
 def test_a_hit_costs_what_it_takes_longer_than_the_engine_s_own_cache_in_the_same_round() -> None:
@@ -41,3 +50,24 @@ def test_a_turn_is_allowed_the_blocks_that_were_not_whole_before() -> None:
     assert ANSWER_TOKENS == 200
     assert turn.new_bytes == (11 - 7) * BLOCK_BYTES  # 1,360 tokens lie in 11 blocks
     assert turn.new_tokens == 1160 - 7 * 128
+
+
+CHAT = (Turn(600, 0, 5 * BLOCK_BYTES, 0, 600), Turn(1060, 6, 3 * BLOCK_BYTES, 0, 292))
+
+
+@pytest.mark.parametrize(
+    ("turn", "crosses", "holds"),
+    [
+        (CHAT[1], True, True),
+        (Turn(1060, 6, 0, 0, 292), False, True),  # of one host
+        (Turn(1060, 6, 0, 0, 292), True, False),  # nothing crossed
+        (Turn(1060, 6, 3 * BLOCK_BYTES, 0, 0), True, False),  # prefill computed nothing
+        (Turn(1060, 6, 0, 0, 0, paired=False), False, False),  # decode alone
+    ],
+)
+def test_a_chat_that_decode_serves_alone_holds_no_bars(
+    turn: Turn, crosses: bool, holds: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report("test")
+    judge("pair", (CHAT[0], turn), report, crosses=crosses)
+    assert report.all_hold is holds
