@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.harness.answers import Answer, answer_of, at_once, compare
+from benchmarks.harness.answers import NEAR_TIE_NATS, Answer, answer_of, at_once, compare, near
 from benchmarks.harness.arms import DECODE_CPUS, PdxPair, Scratch, pdx_pair, plain
 from benchmarks.harness.measure import pin_client, prompt_of, table
 from benchmarks.harness.peers import nixl_pair
@@ -33,7 +33,6 @@ ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
 EXTENT_BYTES = ARENA_MIB << 17  # an eighth of the arena: what the daemon makes of it
 AT_ONCE = 8
 CACHED_TOKENS = 600
-NEAR_TIE_NATS = 0.5  # logits of 16 to 32 have steps of 0.125 in bf16: two steps for each of two tokens
 
 
 @dataclass(frozen=True)
@@ -139,12 +138,6 @@ def run_control(pair: PdxPair, report: Report) -> None:
     spoilt = answer_of(pair, prompt)
     report.equal("control, one flipped byte a page: loads refused", counter(target, "loads_failed") - failed, 1)
     report.equal("control, one flipped byte a page: same answer by recompute", near(clean, spoilt), True)
-
-
-def near(left: Answer, right: Answer) -> bool:
-    """Equal, or parted at a near tie: a recomputed prompt is another computation."""
-    parting = compare(left, right)
-    return parting is None or parting.nats <= NEAR_TIE_NATS
 
 
 def run_answers(scratch: Scratch, report: Report, plan: Plan, ours: Sequence[Answer]) -> None:

@@ -57,6 +57,11 @@ def element_bytes() -> int:
     return 4 if dtype_flags() else 2
 
 
+def layers_of(folder: Path) -> int:
+    """Of a model's folder: a block of its KV has so many pages, where all layers are of one kind."""
+    return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+
+
 class ModelUnavailable(Exception):
     """The demo model cannot be built here. The message says what to install."""
 

@@ -17,6 +17,7 @@ from pdx.errors import PdxError
 
 TOKENS = 12
 RIVALS = 5  # log-probs of the best so many tokens at each place
+NEAR_TIE_NATS = 0.5  # logits of 16 to 32 have steps of 0.125 in bf16: two steps for each of two tokens
 DEADLINE_S = 180.0
 
 T = TypeVar("T")
@@ -65,6 +66,12 @@ def compare(left: Answer, right: Answer) -> Parting | None:
             apart = [_apart(answer.rivals[index], ours, theirs) for answer in (left, right)]
             return Parting(index, ours, theirs, apart[0], apart[1])
     return None
+
+
+def near(left: Answer, right: Answer) -> bool:
+    """Equal, or parted at a near tie: a recomputed prompt is another computation."""
+    parting = compare(left, right)
+    return parting is None or parting.nats <= NEAR_TIE_NATS
 
 
 def _apart(rivals: dict[str, float], one: str, other: str) -> float:

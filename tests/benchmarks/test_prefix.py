@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.harness.answers import Answer
 from benchmarks.harness.counters import counted
 from benchmarks.harness.report import Report
+from benchmarks.harness.rig import Reply
+from benchmarks.prefix import restart
 from benchmarks.prefix.chat import ANSWER_TOKENS, BLOCK_BYTES, Turn, judge
 from benchmarks.prefix.hits import Hits, blocks_of
 from pdx.errors import PdxError
@@ -70,4 +73,32 @@ def test_a_chat_that_decode_serves_alone_holds_no_bars(
 ) -> None:
     report = Report("test")
     judge("pair", (CHAT[0], turn), report, crosses=crosses)
+    assert report.all_hold is holds
+
+
+def reply(token: str, *, status: int = 200) -> Reply:
+    rivals = [{"1": -0.1, "2": -3.0}]
+    return Reply(status, "", 1.0, logprobs={"tokens": [token], "top_logprobs": rivals} if status == 200 else {})
+
+
+LOADED = {"lookup_hit_blocks": 22, "loads_ok": 2, "pages_verified": 660}
+
+
+@pytest.mark.parametrize(
+    ("replies", "grown", "holds"),
+    [
+        ([reply("1"), reply("1")], LOADED, True),
+        ([reply("1"), reply("1")], LOADED | {"pages_verified": 0}, False),  # found, but no engine could load it
+        ([reply("1"), reply("1")], LOADED | {"loads_ok": 1}, False),
+        ([reply("1"), reply("1")], LOADED | {"loads_failed": 1}, False),
+        ([reply("1"), reply("2")], LOADED, False),  # another answer
+        ([reply("1"), reply("1", status=503)], LOADED, False),
+    ],
+)
+def test_a_restart_holds_only_where_engines_loaded_and_answered_as_before(
+    replies: list[Reply], grown: dict[str, int], holds: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report("test")
+    first = [Answer(["1"], [{"1": -0.1, "2": -3.0}])] * 2
+    restart.judge("restart", replies, first, grown, 660, report)
     assert report.all_hold is holds
