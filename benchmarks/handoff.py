@@ -18,7 +18,7 @@ from benchmarks.harness.measure import fit, memcpy_rate, pin_client, table
 from benchmarks.harness.peers import TCP, nixl_pairs
 from benchmarks.harness.relay import Relay
 from benchmarks.harness.report import Report, options
-from benchmarks.harness.ways import Samples, Way, failed_loads, floor_of, interleaved, measure, verified
+from benchmarks.harness.ways import Detours, Samples, Way, failed_loads, floor_of, interleaved, measure, verified
 from benchmarks.model import build
 
 EXTRA_MS = 4.0
@@ -54,13 +54,14 @@ def run(scratch: Scratch, report: Report, plan: Plan) -> None:
         for peer in peers:
             with peer.active():
                 peer.warm(plan.sizes)
-        samples = Samples()
+        samples, detours = Samples(), Detours()
         for number, way in interleaved(ways, plan.rounds):
             relay = pdx_relay if way.arm is pair else nixl_relay
             for size in plan.sizes:
                 seed = number * len(ways) + ways.index(way)
-                samples.add(way, size, measure(way, size, seed, relay, find_floor=floor_of))
+                samples.add(way, size, measure(way, size, seed, detours, relay, find_floor=floor_of))
             report.progress(f"round {number + 1} of {plan.rounds}: {way.name}")
+        detours.judge(report)
         with pair.active():
             report.equal("loads that failed while timing", failed_loads(pair) - failed_before, 0)
         for arm in scratch.arms:

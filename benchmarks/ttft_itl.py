@@ -38,6 +38,7 @@ from benchmarks.harness.relay import Relay
 from benchmarks.harness.report import Report, options
 from benchmarks.harness.ways import (
     DEADLINE_S,
+    Detours,
     Samples,
     Way,
     failed_loads,
@@ -92,15 +93,16 @@ def run_with(relay: Relay, scratch: Scratch, report: Report, plan: Plan) -> None
     for way in others:
         with way.active() as arm:
             arm.warm(plan.sizes)
-    samples = Samples()
+    samples, detours = Samples(), Detours()
     for number, way in interleaved(ways, plan.rounds):
         for size in plan.sizes:
             stamps = relay if way.arm is pair else None
             find_floor = rested_floor_of if way is seeded else None
             seed = number * len(ways) + ways.index(way)
-            samples.add(way, size, measure(way, size, seed, stamps, find_floor=find_floor))
+            samples.add(way, size, measure(way, size, seed, detours, stamps, find_floor=find_floor))
         report.progress(f"round {number + 1} of {plan.rounds}: {way.name}")
-    busy = run_busy(ways, report, plan)
+    busy = run_busy(ways, report, plan, detours)
+    detours.judge(report)
     with pair.active():
         report.equal("loads that failed while timing", failed_loads(pair) - failed_before, 0)
     report.figures["memcpy_gb_per_s"] = round(memcpy_rate() / 1e9, 2)
@@ -121,21 +123,22 @@ class Busy:
     others_gaps_s: list[float]  # of the stream, from the prompt's arrival to its second token
 
 
-def run_busy(ways: list[Way], report: Report, plan: Plan) -> dict[str, list[Busy]]:
+def run_busy(ways: list[Way], report: Report, plan: Plan, detours: Detours) -> dict[str, list[Busy]]:
     found: dict[str, list[Busy]] = {way.name: [] for way in ways}
     for number, way in interleaved(ways, plan.busy_rounds):
         for size in plan.busy_sizes:
-            found[way.name].append(beside_stream(way, size, 1000 + number * len(ways) + ways.index(way)))
+            seed = 1000 + number * len(ways) + ways.index(way)
+            found[way.name].append(beside_stream(way, size, seed, detours))
         report.progress(f"busy round {number + 1} of {plan.busy_rounds}: {way.name}")
     return found
 
 
-def beside_stream(way: Way, size: int, seed: int) -> Busy:
+def beside_stream(way: Way, size: int, seed: int, detours: Detours) -> Busy:
     """The stream outlives the prompt and is left then. Raises PdxError if it did not."""
     body = completion(way.arm.model, prompt_of(STREAM_PROMPT_TOKENS, seed), STREAM_TOKENS)
     other = Background(decode_url(way.arm), body, DEADLINE_S)
     other.wait_token(DEADLINE_S)
-    _, timing = this_way(way, size, seed)
+    _, timing = this_way(way, size, seed, detours)
     stream = other.leave()
     if not stream.token_ns or stream.token_ns[-1] < timing.token_ns[1]:
         raise PdxError(f"{way.name}: the stream beside ended before the prompt's second token: {stream.error}")

@@ -7,7 +7,7 @@ decode engine, such a prompt lies in its own cache but for the last token, so th
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 from benchmarks.harness.arms import Arm, PdxPair
 from benchmarks.harness.measure import Timing, completion, median, prompt_of, stream
 from benchmarks.harness.relay import Relay
+from benchmarks.harness.report import Report
 from benchmarks.harness.rig import counter
 from benchmarks.naive.late import after_prefill
 from pdx.errors import PdxError
@@ -23,6 +24,7 @@ BLOCK_TOKENS = 128  # vLLM's on CPU
 ANSWER_TOKENS = 10
 DEADLINE_S = 120.0
 ATTEMPTS, SEEDS_APART = 5, 100_000
+REPEATED_MAX = 0.05  # of all prompts of a way; a single one is no matter
 WARM_SEED = -2
 
 
@@ -80,6 +82,27 @@ class Sample:
     def step_s(self) -> float:
         """This answer's own decode step; the gap to the second token belongs to the hand-over."""
         return median(self.timing.gaps_s[1:])
+
+
+class Detours:
+    """How many prompts of each way were asked, and how many of them went another way, so that another was asked."""
+
+    def __init__(self) -> None:
+        self._asked: Counter[str] = Counter()
+        self._repeated: Counter[str] = Counter()
+
+    def note(self, way: Way, *, repeated: bool) -> None:
+        self._asked[way.name] += 1
+        self._repeated[way.name] += repeated
+
+    def judge(self, report: Report) -> None:
+        """What is not measured must be rare, or the figures are those of a choice of prompts."""
+        report.figures["prompts asked, and repeated since they went another way"] = {
+            name: [asked, self._repeated[name]] for name, asked in self._asked.items()
+        }
+        for name, asked in self._asked.items():
+            repeated, most = self._repeated[name], max(1, int(REPEATED_MAX * asked))
+            report.bar(f"{name}: prompts that went another way, of {asked}", repeated, f"<= {most}", repeated <= most)
 
 
 class Samples:
@@ -140,12 +163,13 @@ def measure(
     way: Way,
     size: int,
     seed: int,
+    detours: Detours,
     relay: Relay | None = None,
     *,
     find_floor: Callable[[PdxPair, list[int]], Floor] | None = None,
 ) -> Sample:
     """One new prompt on an active arm. Raises PdxError if the answer is not whole."""
-    prompt, timing = this_way(way, size, seed)
+    prompt, timing = this_way(way, size, seed, detours)
     floor = find_floor(way.arm, prompt) if find_floor and isinstance(way.arm, PdxPair) else None
     if relay is None:
         return Sample(timing, floor=floor)
@@ -154,12 +178,14 @@ def measure(
     return Sample(timing, gap_ns / 1e9, (gap_ns + answer.asked_ns - timing.sent_ns) / 1e9, floor)
 
 
-def this_way(way: Way, size: int, seed: int) -> tuple[list[int], Timing]:
+def this_way(way: Way, size: int, seed: int, detours: Detours) -> tuple[list[int], Timing]:
     """An answer that went the way it should. A first token that is no whole text is no seed: then another prompt."""
     for attempt in range(ATTEMPTS):
         prompt = prompt_of(size, seed + attempt * SEEDS_APART)
         timing = asked(way.arm.url, way.arm, prompt, way.name)
-        if timing.headers.get("x-pdx-way", "") == way.header:
+        taken = timing.headers.get("x-pdx-way", "") == way.header
+        detours.note(way, repeated=not taken)
+        if taken:
             return prompt, timing
     said = {name: value for name, value in timing.headers.items() if name.startswith("x-pdx-")}
     raise PdxError(f"{way.name}: {ATTEMPTS} prompts of {size} tokens went another way, the last one so: {said}")

@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from benchmarks.harness.arms import Arm
-from benchmarks.harness.ways import ATTEMPTS, Way, interleaved, measure
+from benchmarks.harness.report import Report
+from benchmarks.harness.ways import ATTEMPTS, Detours, Way, interleaved, measure, this_way
 from pdx.errors import PdxError
 
 
@@ -57,11 +58,27 @@ def arm() -> Iterator[_Fixed]:
 
 def test_only_answers_that_went_the_way_are_measured(arm: _Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Engine, "ways", iter(["after", "seeded", *["after"] * ATTEMPTS]))
-    sample = measure(Way("seeded", arm, "auto"), 8, seed=1)
+    detours = Detours()
+    sample = measure(Way("seeded", arm, "auto"), 8, 1, detours)
     assert sample.timing.headers["x-pdx-way"] == "seeded"
     assert len(sample.timing.token_ns) == 5
     with pytest.raises(PdxError, match="another way"):
-        measure(Way("seeded", arm, "auto"), 8, seed=2)
+        measure(Way("seeded", arm, "auto"), 8, 2, detours)
+
+
+def test_prompts_that_went_another_way_are_counted_and_must_be_rare(
+    arm: _Fixed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    often, rarely = Way("often", arm, "auto"), Way("rarely", arm, "auto")
+    detours, report = Detours(), Report("test")
+    monkeypatch.setattr(_Engine, "ways", itertools.cycle([*["after"] * (ATTEMPTS - 1), "seeded"]))
+    this_way(often, 8, 1, detours)
+    monkeypatch.setattr(_Engine, "ways", itertools.chain(["after"], itertools.repeat("seeded")))
+    for seed in range(3):
+        this_way(rarely, 8, seed, detours)
+    detours.judge(report)
+    assert [bar["holds"] for bar in report.bars.values()] == [False, True]
+    assert list(report.figures.values()) == [{"often": [ATTEMPTS, ATTEMPTS - 1], "rarely": [4, 1]}]
 
 
 def test_every_round_begins_with_another_way_and_only_one_runs() -> None:
