@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+from benchmarks.harness.leaving import leaving
 from benchmarks.harness.report import Report, options
 from benchmarks.harness.rig import REPOSITORY
 from pdx.launch.ports import free_ports
@@ -221,6 +222,7 @@ class Watch:
         return free
 
 
+@leaving()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pdx bench disconnect", description=__doc__)
     options(parser)

@@ -9,16 +9,19 @@ Each writes its own JSON into benchmarks/history/ and can be run alone; timings 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 from benchmarks.harness.report import Report
 from benchmarks.harness.rig import REPOSITORY
 from benchmarks.model import build
+from pdx.launch import guard
 
 TESTS = "tests"
 # Name -> flags of the full run. The cheap ones first: what fails there makes the rest a waste of time.
@@ -63,9 +66,15 @@ def _run(name: str, model: Path, *, quick: bool) -> bool:
     if name == TESTS:
         held = _run_tests()
     else:
-        held = not subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *flags], cwd=REPOSITORY).returncode
+        held = not _ended([sys.executable, "-m", f"benchmarks.{name}", *flags])
     print(f"{name}: {'holds' if held else 'fails'} after {time.monotonic() - started:.0f} s", flush=True)
     return held
+
+
+def _ended(command: list[str]) -> int:
+    """Its exit status. When we die it gets SIGTERM, at which benchmarks end what they have started."""
+    ends_with_us = partial(guard.die_with_parent, signal.SIGTERM)  # this process has one thread
+    return subprocess.run(command, cwd=REPOSITORY, preexec_fn=ends_with_us).returncode
 
 
 def _run_tests() -> bool:
@@ -73,7 +82,7 @@ def _run_tests() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", "-m", "prove", f"--junitxml={results}"]
-        report.equal("exit status of pytest", subprocess.run(command, cwd=REPOSITORY).returncode, 0)
+        report.equal("exit status of pytest", _ended(command), 0)
         if results.exists():  # else it has ended before all else, which its status says
             judge_tests(ElementTree.parse(results).getroot(), report)
     report.write()

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from benchmarks.harness.leaving import leaving
 from benchmarks.harness.measure import completion, prompt_of, stream
 from benchmarks.harness.part import Part
 from benchmarks.harness.relay import Relay
@@ -48,7 +49,7 @@ DAEMON_SETTINGS = {"arena": "512MiB", "linger_s": "600"}
 class Scratch:
     """A folder, a model and every arm started with them. Leaving the context stops all arms, whatever happened.
 
-    SIGTERM leaves it too: arms run in sessions of their own, and would outlive us.
+    SIGTERM and SIGHUP leave it too.
     """
 
     def __init__(self, model: Path) -> None:
@@ -58,7 +59,7 @@ class Scratch:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _leave))
+        self._stack.enter_context(leaving())
         return self
 
     def __exit__(
@@ -75,10 +76,6 @@ class Scratch:
         folder = self.folder / name
         folder.mkdir()
         return self._stack.enter_context(Rig(self.model, folder))
-
-
-def _leave(number: int, frame: object) -> None:
-    sys.exit(128 + number)
 
 
 class Arm:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from benchmarks.harness.leaving import leaving
 from pdx.errors import ConfigError
 
 # Segments leave as skbs of up to GSO bytes, and a token bucket must hold at least one. A bucket is also what an idle
@@ -64,6 +65,7 @@ class Wire:
     def __enter__(self) -> Wire:
         _check_able()
         with contextlib.ExitStack() as undo:
+            undo.enter_context(leaving())
             bridge = f"{self._tag}br"
             self._make(undo, f"link add {bridge} type bridge", f"link del {bridge}")
             _run("ip", f"addr add {self.outside}/24 dev {bridge}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks.harness.leaving import leaving
 from benchmarks.harness.part import Part
 from benchmarks.model import dtype_flags
 from pdx import config
@@ -56,7 +57,7 @@ class Reply:
 
 
 class Rig:
-    """Everything that one proof starts. Leaving the context ends all of it."""
+    """Everything that one proof starts. Leaving the context ends all of it; SIGTERM and SIGHUP leave it."""
 
     def __init__(self, model: Path, scratch: Path) -> None:
         self.model = model
@@ -68,11 +69,17 @@ class Rig:
         self._tools: list[DaemonClient] = []
         self._started = 0
         self.url = self.control = ""
+        self._leaving = contextlib.ExitStack()
 
     def __enter__(self) -> Rig:
+        self._leaving.enter_context(leaving())
         return self
 
     def __exit__(self, *_: object) -> None:
+        with self._leaving:
+            self._end()
+
+    def _end(self) -> None:
         for tool in self._tools:
             tool.close()
         for part in reversed(self.parts):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.harness.leaving import leaving
 from benchmarks.harness.report import HISTORY, Report
 from benchmarks.harness.rig import wait_until
 from benchmarks.soak.burst import BURST, ENGINES, Burst, Failed
@@ -148,6 +149,7 @@ class Soak:
         return left
 
 
+@leaving()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pdx bench soak", description=__doc__)
     parser.add_argument("--seed", type=int, help="of what is asked and what breaks (default: a random one)")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import aiohttp
 
+from benchmarks.harness.leaving import leaving
 from benchmarks.harness.report import Report, options
 from benchmarks.storm.clients import Clients, Tally
 from benchmarks.storm.fleet import Fleet, Host, Part, Router
@@ -165,6 +166,7 @@ async def _run(report: Report, scratch: Path, options: argparse.Namespace) -> No
         await idle_streams(report, scratch, client, streams=options.streams)
 
 
+@leaving()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pdx bench storm", description=__doc__)
     options(parser)

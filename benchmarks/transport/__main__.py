@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.harness.leaving import leaving
 from benchmarks.harness.measure import median, percentile, table
 from benchmarks.harness.report import Report, options
 from benchmarks.transport import sharing
@@ -176,6 +177,7 @@ def latencies(report: Report, opened: list[Pair], slabs: int) -> None:
             )
 
 
+@leaving()
 def main() -> int:
     parser = argparse.ArgumentParser(prog="pdx bench transport", description=__doc__.partition("\n")[0])
     options(parser)
