@@ -3,7 +3,9 @@
 A prefill engine and its pdxd live in one namespace, a decode engine and its pdxd in another; the wire between them is
 slowed to rho = production rate / link rate, with the production rate measured here first. What is exposed of every
 transfer is read from the daemons' traces (see `exposure`), and compared with what can't be hidden. Beside it: the same
-daemons pushing only after prefill (see `late`), and vLLM's NixlConnector over TCP on the same wire. Needs root.
+daemons pushing only after prefill (see `late`), and vLLM's NixlConnector over TCP on the same wire. That has no traces:
+its figure is the client's, from prefill's last byte to the first token, less a decode step, hence more than its
+transfer (its proxy, admission at decode). Needs root.
 The full run takes 12 to 35 minutes, as fast as the machine computes.
 """
 
@@ -216,7 +218,8 @@ def judge(points: list[Point], nixl: dict[float, float], plan: Plan, report: Rep
             f"{nixl[rho] * 1e3:.0f}" if rho in nixl and point.chunk == plan.nixl_chunk else "-",
         ))  # fmt: skip
     report.figures["columns"], report.figures["rows"] = COLUMNS, rows
-    table("Exposed after the last computed layer; late: pushed after prefill; NIXL: NixlConnector", COLUMNS, rows)
+    title = "Exposed after the last computed layer; late: pushed after prefill; NIXL: NixlConnector, to its client"
+    table(title, COLUMNS, rows)
 
 
 COLUMNS = (
