@@ -118,7 +118,7 @@ def intruder(rig: Rig, daemon: str) -> Iterator[Arena]:
     """The arena of a daemon, as any process of this user could map it."""
     content = ContentFingerprint(model="-", weights="-", weight_epoch="", dtype="-", block_tokens=1, hash_algorithm="-")
     layout = LayoutFingerprint(engine="-", attention="-", layers=1, page_bytes=1, block_tokens=1, packing="-",
-                               kv_groups=1, ranks=1)  # fmt: skip
+                               kv_groups=1, ranks=1, chunk_blocks=1)  # fmt: skip
     info = EngineInfo(engine_id="intruder", role="decode", model="-", content=content, layout=layout)
     hello = Attach(kind="worker", engine=info, pages=PageLayout(layers=1, page_bytes=1, chunk_blocks=1))
     with DaemonClient.attach(rig.settings_of(daemon), hello, start=False) as client:

@@ -45,6 +45,7 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     packing: str  # physical order of one page, e.g. "LBHNC K|V 3x64 bfloat16"
     kv_groups: AtLeastOne
     ranks: AtLeastOne  # among which its heads are split (tensor parallelism); a page is one rank's
+    chunk_blocks: AtLeastOne  # of one slot of the arena, which both sides of a handoff address alike
 
 
 def namespace_of(content: ContentFingerprint) -> bytes:

@@ -30,6 +30,8 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     context_tokens: int = 0  # a prompt and its answer have at most so many together; 0: not told
     sampling_defaults: dict[str, float] = {}  # by vLLM's names; what holds where a request says nothing
     adapters: dict[str, str] = {}  # digests of LoRA adapters that are served as models of these names
+    # vLLM's prefix caching is on. Where it is off, blocks are named otherwise (`keys.private_salt`).
+    shares_blocks: bool = True
     content: ContentFingerprint
     layout: LayoutFingerprint
 
@@ -42,6 +44,11 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         """The same engine with weights of this epoch."""
         content = msgspec.structs.replace(self.content, weight_epoch=epoch)
         return msgspec.structs.replace(self, content=content)
+
+    def completed_by(self, scheduler: EngineInfo) -> EngineInfo:
+        """The same engine with what only its scheduler's process knows: of all ranks' weights, and of caching."""
+        known = self.at(scheduler.content.weight_epoch)
+        return msgspec.structs.replace(known, shares_blocks=scheduler.shares_blocks)
 
 
 class LaneOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -32,7 +32,7 @@ from pdx.members import LaneOffer as LaneOffer
 from pdx.members import Role as Role
 from pdx.verbs import BlockHash, Space, Steer, Tenant
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 MAGIC = b"PDX"
 # 1 M tokens in 16-token blocks are 65,536 hashes of 32 bytes: 2 MiB, twice over for places.
 FRAME_BYTES_MAX = 8 << 20

@@ -41,7 +41,7 @@ class TorchPeer:
         layout, ranks = layout_of(engine.shards), engine.ranks
         fingerprint = LayoutFingerprint(
             engine="torch 1", attention="paged", layers=LAYERS, page_bytes=layout.page_bytes,
-            block_tokens=BLOCK_TOKENS, packing="", kv_groups=1, ranks=ranks,
+            block_tokens=BLOCK_TOKENS, packing="", kv_groups=1, ranks=ranks, chunk_blocks=1,
         )  # fmt: skip
         info = EngineInfo(engine_id=name, role=role, model="torch", content=CONTENT, layout=fingerprint)
         hellos = [

@@ -18,7 +18,7 @@ CONTENT = ContentFingerprint(
 )
 LAYOUT = LayoutFingerprint(
     engine="vllm 0.32.0", attention="CPU_ATTN/vec", layers=30, page_bytes=98304, block_tokens=128,
-    packing="LBHNC", kv_groups=1, ranks=1,
+    packing="LBHNC", kv_groups=1, ranks=1, chunk_blocks=4,
 )  # fmt: skip
 PAGES = PageLayout(layers=30, page_bytes=98304, chunk_blocks=2)
 PLACE = Place(slot_offset=4096, slot_blocks=2, position=1, header_offset=1280, generation=7)

@@ -14,7 +14,8 @@ ENGINE = EngineInfo(
         model="m", weights="w", weight_epoch="", dtype="bf16", block_tokens=16, hash_algorithm="sha"
     ),
     layout=LayoutFingerprint(
-        engine="e", attention="a", layers=2, page_bytes=4096, block_tokens=16, packing="L", kv_groups=1, ranks=1
+        engine="e", attention="a", layers=2, page_bytes=4096, block_tokens=16, packing="L", kv_groups=1, ranks=1,
+        chunk_blocks=2,
     ),
 )  # fmt: skip
 

@@ -132,7 +132,15 @@ def _info(name: str, role: Role, url: str) -> EngineInfo:
         model=MODEL, weights="mock", weight_epoch="", dtype="bf16", block_tokens=16, hash_algorithm="sha256_cbor/mock"
     )
     layout = LayoutFingerprint(
-        engine="mock", attention="mock", layers=2, page_bytes=4096, block_tokens=16, packing="L", kv_groups=1, ranks=1
+        engine="mock",
+        attention="mock",
+        layers=2,
+        page_bytes=4096,
+        block_tokens=16,
+        packing="L",
+        kv_groups=1,
+        ranks=1,
+        chunk_blocks=1,
     )
     return EngineInfo(
         engine_id=name, role=role, model=MODEL, url=url, context_tokens=1 << 20, content=content, layout=layout

@@ -23,7 +23,7 @@ CONTENT = ContentFingerprint(
 )
 LAYOUT = LayoutFingerprint(
     engine="simulated", attention="none", layers=32, page_bytes=64 << 10, block_tokens=BLOCK_TOKENS, packing="none",
-    kv_groups=1, ranks=1,
+    kv_groups=1, ranks=1, chunk_blocks=1,
 )  # fmt: skip
 SPACE = space_of(CONTENT, LAYOUT)
 

@@ -144,6 +144,6 @@ def _info(name: str, role: Role) -> EngineInfo:
     )
     layout = LayoutFingerprint(
         engine="sim", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=BLOCK_TOKENS,
-        packing="L", kv_groups=1, ranks=1,
+        packing="L", kv_groups=1, ranks=1, chunk_blocks=1,
     )  # fmt: skip
     return EngineInfo(engine_id=name, role=role, model=MODEL, url="http://sim", content=content, layout=layout)

@@ -84,6 +84,11 @@ class Slot:
         drains_under_holders = event == "drain" and self.holds
         return (self.state, event) in MOVES and not drains_under_holders
 
+    def unname(self, position: int) -> None:
+        """While the slot is being filled: no lookup will ever find this block. (If it is ready, the index forgets.)"""
+        if self.state is SlotState.FILLING:
+            self.keys = (*self.keys[:position], None, *self.keys[position + 1 :])
+
     def on(self, event: SlotEvent) -> None:
         """Raises IllegalTransition, changing nothing, if the table or a hold forbids it."""
         if not self.allows(event):

@@ -193,12 +193,14 @@ class Store:
         self.on_commit(claim.fresh_slots)
 
     def forget(self, lease: Lease, places: Iterable[Place]) -> list[BlockKey]:
-        """Takes these blocks, which lie in slots that `lease` holds, out of the index: their bytes are not right.
+        """No lookup finds these blocks, which lie in slots that `lease` holds, nor will: their bytes are not right.
 
         Returns those that lookups could have found. The slots stay as they are until their holds end.
         """
         held = {slot.run.offset: slot for slot in lease.slots}
         spots = [(held[place.slot_offset], place.position) for place in places if place.slot_offset in held]
+        for slot, position in spots:
+            slot.unname(position)  # it was read while it came, and may be whole before that is broken off
         return [key for slot, position in spots if (key := self.index.forget(slot, position)) is not None]
 
     def survey(self, which: Selection, *, now: float) -> Selected:
@@ -212,7 +214,7 @@ class Store:
         """
         found = self.survey(which, now=now)
         for slot, position in found.filling:
-            slot.keys = (*slot.keys[:position], None, *slot.keys[position + 1 :])
+            slot.unname(position)
         for slot, position in found.blocks:
             self.index.forget(slot, position)
         for slot in distinct(found.blocks):

@@ -105,7 +105,7 @@ class Sessions:
                 raise Refused(f"this daemon serves at most {ENGINES_MAX} engines")
             engine = Engine(hello.engine)
         if hello.kind == "worker":
-            told = hello.engine.at(engine.info.content.weight_epoch)  # only its scheduler knows of all ranks
+            told = hello.engine.completed_by(engine.info)
             if engine.workers and (engine.info, engine.pages) != (told, hello.pages):
                 raise Refused(f"the ranks of engine {name!r} differ in model or layout")
             session.rank, session.fence_offset = hello.rank, self._free_fence()
@@ -113,7 +113,7 @@ class Sessions:
             engine.info = told  # only workers have seen the real caches
         else:
             engine.scheduler = session
-            engine.info = engine.info.at(hello.engine.content.weight_epoch)
+            engine.info = engine.info.completed_by(hello.engine)
             engine.routers = frozenset(filter(None, (endpoint.strip() for endpoint in hello.router.split(","))))
         session.engine_id = name
         self.engines[name] = engine

@@ -140,13 +140,13 @@ def _offers(
 
     Of 16 and 16 there are 256 pairs, and a request has no time to look at each: engines of one kind fit alike.
     """
-    kinds: dict[tuple[bytes, str | None], list[Candidate]] = {}
+    kinds: dict[tuple[bytes, bool, str | None], list[Candidate]] = {}
     for decode in decodes:
         if decode.pairable:
-            kinds.setdefault((decode.space, decode.info.adapters.get(model)), []).append(decode)
+            kinds.setdefault(_kind(decode, model), []).append(decode)
     offers: list[tuple[Candidate, Sequence[Candidate]]] = []
     for prefill in prefills:
-        alike_ones = kinds.get((prefill.space, prefill.info.adapters.get(model)), [])
+        alike_ones = kinds.get(_kind(prefill, model), [])
         all_fit = prefill.space and prefill.pairable and not prefill.avoid and prefill.info.role == "prefill"
         fitting = alike_ones if all_fit else [decode for decode in alike_ones if fit(prefill, decode, model)]
         if fitting:
@@ -177,6 +177,11 @@ def unfit(snapshot: Snapshot, tried: Sequence[Candidate], model: str, *, like: C
     return frozenset(behind | strangers | {each.engine_id for each in tried})
 
 
+def _kind(engine: Candidate, model: str) -> tuple[bytes, bool, str | None]:
+    """What engines of a pair have in common."""
+    return engine.space, engine.info.shares_blocks, engine.info.adapters.get(model)
+
+
 def fit(prefill: Candidate, decode: Candidate, model: str) -> bool:
     """Whether KV that the one computes for this model can be read by the other."""
     if prefill.engine_id == decode.engine_id or not (prefill.pairable and decode.pairable):
@@ -186,5 +191,7 @@ def fit(prefill: Candidate, decode: Candidate, model: str) -> bool:
     if prefill.info.role == "both" and decode.info.role == "both":
         return False
     if prefill.space and prefill.space == decode.space:  # it names content and layout, and is sooner compared
-        return prefill.info.adapters.get(model) == decode.info.adapters.get(model)
+        return _kind(prefill, model) == _kind(decode, model)
+    if prefill.info.shares_blocks != decode.info.shares_blocks:
+        return False
     return alike(prefill, decode, model) and prefill.info.layout == decode.info.layout

@@ -79,7 +79,15 @@ def _info(url: str, models: list[_Model]) -> EngineInfo:
         model=models[0].id, weights=f"named: {url}", weight_epoch="", dtype="", block_tokens=0, hash_algorithm=""
     )
     layout = LayoutFingerprint(
-        engine="", attention="", layers=0, page_bytes=0, block_tokens=0, packing=f"named: {url}", kv_groups=0, ranks=0
+        engine="",
+        attention="",
+        layers=0,
+        page_bytes=0,
+        block_tokens=0,
+        packing=f"named: {url}",
+        kv_groups=0,
+        ranks=0,
+        chunk_blocks=0,
     )
     return EngineInfo(
         engine_id=f"named-{url.partition('//')[2]}",

@@ -2,7 +2,8 @@
 
 Keys are kept as digests and compared in constant time, all of them at every request, so that neither memory nor timing
 tells one. A key may have a tenant: then its requests carry that tenant's `cache_salt`, whatever the client says, and
-find only what the tenant has computed.
+find only what the tenant has computed. Salts of clients without a tenant are changed where there are tenants, to what
+no tenant is called by.
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ class Caller(msgspec.Struct, frozen=True):
 
     name: str
     tenant: str = ""
+    is_apart: bool = False  # has no tenant, where others have: its salts must be none of theirs
 
     def salted(self, body: dict[str, Any]) -> bool:
         """Puts the request under the caller's tenant; true if that changed it.
 
         A salt that the client gives divides the tenant further, as it would divide the whole cache.
         """
-        if not self.tenant:
-            return False
         own = body.get(SALT_FIELD)
+        if not self.tenant:
+            if not (self.is_apart and isinstance(own, str) and own):
+                return False
+            body[SALT_FIELD] = _behind(own)
+            return True
         body[SALT_FIELD] = f"{self.tenant}{_behind(own)}" if isinstance(own, str) and own else self.tenant
         return True
 
@@ -83,13 +88,15 @@ def read_keys(given: Sequence[str], file: str) -> ApiKeys:
             raise ConfigError(f"{file}:{number}: write NAME KEY, or NAME KEY TENANT; names of [A-Za-z0-9_.-]")
         if words[1] in keys:
             raise ConfigError(f"{file}:{number}: this key is there already")
-        keys[words[1]] = Caller(words[0], *words[2:])
+        keys[words[1]] = Caller(words[0], words[2] if len(words) == 3 else "")
     short = [caller.name for key, caller in keys.items() if len(key) < KEY_CHARS_MIN]
     if short:
         raise ConfigError(f"API keys have at least {KEY_CHARS_MIN} characters: {', '.join(short)} has not")
     if len(keys) > KEYS_MAX:
         raise ConfigError(f"{len(keys)} API keys; a router takes {KEYS_MAX}")
-    return ApiKeys(keys)
+    has_tenants = any(caller.tenant for caller in keys.values())
+    apart = {key: Caller(caller.name, is_apart=has_tenants) for key, caller in keys.items() if not caller.tenant}
+    return ApiKeys({**keys, **apart})
 
 
 class Origins:
@@ -125,7 +132,7 @@ def _lines(file: str) -> list[str]:
 
 
 def _behind(own: str) -> str:
-    """What a client's own salt adds to its tenant's name: itself, for operators to say, or else its digest.
+    """What a client's own salt adds to its tenant's name, or to none: itself, for operators to say, or else its digest.
 
     Neither ":" nor "=" is in a tenant's name: nobody's salt within one tenant is another tenant.
     """

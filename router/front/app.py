@@ -300,8 +300,8 @@ class Front:
             if not self._stripped_logged:
                 self._stripped_logged = True
                 _log.warning("a client sent kv_transfer_params; stripped, as always from now on (see the metrics)")
-        if caller is not None and caller.tenant:
-            if not body:
+        if caller is not None:
+            if caller.tenant and not body:
                 raise _Refused(403, "tenant", "your key has a tenant, and uploads can't be kept apart by tenant")
             changed |= caller.salted(public)
         given = client.headers.get("traceparent", "")

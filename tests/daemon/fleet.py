@@ -171,6 +171,7 @@ class BareEngine:
         fingerprint = LayoutFingerprint(
             engine="bare 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes,
             block_tokens=BLOCK_TOKENS, packing=layout, kv_groups=1, ranks=ranks,
+            chunk_blocks=PAGES.chunk_blocks,
         )  # fmt: skip
         info = EngineInfo(engine_id=name, role=role, model=model, url=url, content=content, layout=fingerprint)  # type: ignore[arg-type]
         self.daemon, self.name, self.step = daemon, name, 0

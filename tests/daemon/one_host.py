@@ -125,7 +125,7 @@ def engine(name: str) -> Engine:
     )
     layout = LayoutFingerprint(
         engine="e", attention="a", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=16, packing="L",
-        kv_groups=1, ranks=1,
+        kv_groups=1, ranks=1, chunk_blocks=PAGES.chunk_blocks,
     )  # fmt: skip
     return Engine(
         EngineInfo(engine_id=name, role="both", model="m", content=content, layout=layout), pages=PAGES,

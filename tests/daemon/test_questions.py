@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 from one_host import BUDGETS, HASHES, Host, engine, handle, name
+from test_steering import SPACE
 
 from pdx.daemon import questions
 from pdx.keys import tenant_of
-from pdx.wire import LetGo, LookUp, OpenLoad, OpenSend, SendEnded, SendOpened
+from pdx.wire import Filled, FilledEntry, LetGo, LookUp, OpenLoad, OpenSend, SendEnded, SendOpened
 
 
 @pytest.fixture
@@ -153,6 +154,19 @@ def test_a_spoilt_block_is_found_no_more(host: Host, spoilt: list[int]) -> None:
     opened = host.heard["P"][-1]
     assert isinstance(opened, SendOpened)
     assert [place is None for place in opened.places] == [True, False, True], "filled anew"
+
+
+def test_a_block_found_wrong_while_it_came_is_found_no_more(host: Host) -> None:
+    """Its last layer comes in the same turn, before the handoff that fails for it has been broken off."""
+    host.send()
+    host.fill([0, 1, 2], range(1))
+    assert host.ask(early=False) == "granted"
+    spoilt = LetGo(handoff_id=name(0), side="load", fence=0, ok=False, reason="a page differs", spoilt=[0])
+    host.handoffs.let_go("D", spoilt, host.now)
+    last = FilledEntry(handoff_id=name(0), blocks=[0, 1, 2])
+    host.handoffs.filled("P", Filled(step=1, step_started_ns=0, layer=1, filled_ns=0, entries=[last]), host.now)
+    host.tick()
+    assert [spot is None for spot in host.store.index.find(SPACE, HASHES)] == [True, False, False]
 
 
 def test_a_slot_whose_last_block_was_spoilt_is_free(host: Host) -> None:

@@ -31,7 +31,7 @@ CONTENT = ContentFingerprint(
 )
 LAYOUT = LayoutFingerprint(
     engine="vllm 0.32.0", attention="CPU_ATTN/vec", layers=2, page_bytes=4096, block_tokens=16, packing="LBHNC",
-    kv_groups=1, ranks=1,
+    kv_groups=1, ranks=1, chunk_blocks=1,
 )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def test_whose_key_it_is() -> None:
 
 def test_a_file_of_keys(tmp_path: Path) -> None:
     keys = read_keys([ALICE], key_file(tmp_path / "keys", f"# ours\n\nbob {BOB} team-b\n"))
-    assert keys.caller({"x-api-key": ALICE}) == Caller("key1")
+    assert keys.caller({"x-api-key": ALICE}) == Caller("key1", is_apart=True)
     assert keys.caller({"x-api-key": BOB}) == Caller("bob", "team-b")
 
 
@@ -73,6 +73,24 @@ def test_no_salt_leads_out_of_a_tenant() -> None:
     body = {"cache_salt": "mine"}
     assert not Caller("c").salted(body)
     assert body == {"cache_salt": "mine"}
+
+
+def test_no_salt_leads_into_a_tenant(tmp_path: Path) -> None:
+    """Of clients that have none, where others have one: from a key file's line, and from the command line."""
+    keys = read_keys([BOB], key_file(tmp_path / "keys", f"a {ALICE} acme\nc {'c' * 16}\n"))
+    for key in (BOB, "c" * 16):
+        caller = keys.caller({"x-api-key": key})
+        assert caller is not None
+        body: dict[str, Any] = {}
+        assert not caller.salted(body)
+        assert not body
+        salts = set()
+        for given in ("acme", "acme:x", ":acme", "acme/", "a" * 64):
+            body = {"cache_salt": given}
+            assert caller.salted(body)
+            assert body["cache_salt"][0] in ":="
+            salts.add(body["cache_salt"])
+        assert len(salts) == 5
 
 
 def test_origins() -> None:

@@ -58,6 +58,8 @@ PREFILL = candidate("p0", "prefill")
         (candidate("b0", "both"), True),
         (candidate("d0", "decode", layout=msgspec.structs.replace(LAYOUT, packing="other")), False),
         (candidate("d0", "decode", layout=msgspec.structs.replace(LAYOUT, ranks=2)), False),
+        (candidate("d0", "decode", layout=msgspec.structs.replace(LAYOUT, chunk_blocks=64)), False),
+        (candidate("d0", "decode", shares_blocks=False), False),
         (candidate("d0", "decode", content=msgspec.structs.replace(CONTENT, weights="cd34")), False),
         (candidate("d0", "decode", content=msgspec.structs.replace(CONTENT, weight_epoch="new")), False),
         (candidate("d0", "decode", pairable=False), False),
@@ -66,6 +68,8 @@ PREFILL = candidate("p0", "prefill")
 )
 def test_fit(decode: Candidate, fits: bool) -> None:
     assert fit(PREFILL, decode, "smol") is fits
+    pair = choose_pair((PREFILL, decode), "smol", policy="round_robin", turn=0)
+    assert (pair is not None) is fits
 
 
 def test_engines_of_both_roles_pair_only_with_dedicated_ones() -> None:

@@ -80,6 +80,7 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, chunk_t
         raise Refused(f"block hashes cover {hash_tokens} tokens, KV blocks {block_tokens}: make them equal")
     layers = _layers(kv_cache_config, specs)
     ranks = vllm_config.parallel_config.tensor_parallel_size
+    chunk_blocks = 1 << (max(1, chunk_tokens // block_tokens).bit_length() - 1)
     layout = LayoutFingerprint(
         engine=f"vllm {version}",
         attention=compat.attention_name(vllm_config, head_size=specs[0].head_size, block_tokens=block_tokens),
@@ -89,10 +90,10 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, chunk_t
         packing=", ".join(sorted({_packing(spec, kv_cache_config) for spec in specs})),
         kv_groups=len(specs),
         ranks=ranks,
+        chunk_blocks=chunk_blocks,
     )
     # Latents are the same on every rank: the first one writes them, all read them.
     shards = ranks if any(spec.head_size_v for spec in specs) else 1
-    chunk_blocks = 1 << (max(1, chunk_tokens // block_tokens).bit_length() - 1)
     try:
         pages = PageLayout(layers=len(layers) * shards, page_bytes=page_bytes, chunk_blocks=chunk_blocks, shards=shards)
     except ValueError as error:

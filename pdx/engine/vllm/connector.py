@@ -56,6 +56,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
         )
         lora = vllm_config.lora_config
         self._adapters = Adapters(self._settings.adapters, modules=lora.target_modules if lora else None)
+        self._shares = settings.shares(vllm_config)
         self._scheduler_side: SchedulerSide | None = None
         self._worker_side: WorkerSide | None = None
         self._report: Report | None = None
@@ -69,7 +70,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
                 hybrid=self._description.hybrid,
                 adapters=self._adapters,
                 offload=settings.offload_of(self._settings.config, vllm_config),
-                shares=settings.shares(vllm_config),
+                shares=self._shares,
                 lookup_s=self._settings.config.lookup_s,
             )
 
@@ -225,6 +226,7 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
             context_tokens=chosen.context_tokens,
             sampling_defaults=chosen.sampling_defaults,
             adapters=self._adapters.digests,
+            shares_blocks=self._shares,
             content=description.content,
             layout=description.layout,
         )

@@ -25,7 +25,7 @@ def attach(transfer: dict[str, Any], model: str) -> None:
         ),
         layout=LayoutFingerprint(
             engine="fake 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=16,
-            packing="L", kv_groups=1, ranks=1,
+            packing="L", kv_groups=1, ranks=1, chunk_blocks=PAGES.chunk_blocks,
         ),
     )  # fmt: skip
     settings = load(extra)
