@@ -64,7 +64,7 @@ class Pin(Shape, tag="pin", frozen=True, kw_only=True):
 
 
 class Pinned(Shape, tag="pinned", frozen=True, kw_only=True):
-    """`blocks` are held in the arena; of them `coming_blocks` are still on their way from the disk."""
+    """`blocks` are held in the arena; of them `coming_blocks` have yet to come from the disk, if there is room then."""
 
     name: str
     blocks: int

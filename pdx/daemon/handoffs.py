@@ -241,7 +241,7 @@ class Handoffs:
             self._end_grip(grip, promise, now)
         if self._tiering is not None:
             self._tiering.tick(now)
-        self._pins.tick(now)
+        self._pins.tick(now, room=not self._waiting)
         self._low_water.tick()
         self._serve_waiting(now)
         self._questions.tick(now)

@@ -1,25 +1,26 @@
 """Pins: an operator's leases on what the arena has of a prompt. Nothing evicts them; a deadline and a budget end them.
 
-A pin is a lease like an engine's, owned by a name. What is only on the disk comes up first, as for a request, and is
-held from then on. Pins live as long as this daemon. Nobody writes or reads by a pin, so when its time is over it is
-quiet at once.
+A pin has leases like an engine's, owned by a name. What is only on the disk comes up first, as for a request, and is
+held from then on: a lot at a time, for each block is work of the control thread, and other reads wait behind it. Pins
+live as long as this daemon. Nobody writes or reads by a pin, so when its time is over it is quiet at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
+from pdx.buffer.index import places_of
 from pdx.buffer.lease import Lease, Owner
 from pdx.buffer.selected import Selected
 from pdx.buffer.slots import Slot, SlotState
 from pdx.daemon.ports import Desk
 from pdx.daemon.prefixes import Prefixes
 from pdx.daemon.spaces import KnownSpaces
+from pdx.daemon.tiering import PROMISED_MAX
 from pdx.errors import Refused
 from pdx.keys import split_namespace
-from pdx.layout import Place
+from pdx.layout import PageLayout, Place
 from pdx.verbs import Pin, Pinned, Unpin, Unpinned
 
 PINS_MAX = 4096
@@ -29,13 +30,20 @@ PLACES_MAX = 1 << 18
 PinKey = tuple[bytes, str]  # (namespace, name): one tenant can't unpin what another has pinned
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Pin:
-    name: str
-    load: bytes  # under which blocks were asked for from below
-    lease: Lease
-    places: tuple[Place, ...]
-    positions: dict[Slot, list[int]]  # the same, by slot
+    key: PinKey
+    pages: PageLayout
+    expires_at: float
+    load: bytes  # under which its last lot was asked for from below
+    rest: list[bytes]  # of its blocks, those that have yet to be asked for
+    # By load: what the arena had, and each lot of the others.
+    parts: dict[bytes, tuple[Lease, tuple[Place, ...]]] = field(default_factory=dict)
+    positions: dict[Slot, list[int]] = field(default_factory=dict)  # of all parts, once it is entered
+
+    @property
+    def blocks(self) -> int:
+        return sum(len(places) for _, places in self.parts.values()) + len(self.rest)
 
 
 class Pins:
@@ -48,7 +56,9 @@ class Pins:
         self._pins: dict[PinKey, _Pin] = {}
         self._by_lease: dict[Lease, PinKey] = {}
         self._by_slot: dict[Slot, set[PinKey]] = {}
-        self._places = 0  # of all pins
+        self._coming: dict[PinKey, None] = {}  # those with a rest: the first of them is served
+        self._coming_bytes = 0  # of all rests
+        self._places = 0  # of all pins, and blocks of their rests
         self.used_bytes = 0  # by the slots of all pins
         self._numbers = 0
         self._missed: dict[bytes, set[int]] = {}  # load -> slots whose blocks did not come from below
@@ -66,31 +76,31 @@ class Pins:
         if former is None and len(self._pins) >= PINS_MAX:
             raise Refused(f"a daemon keeps at most {PINS_MAX} pins")
         kept = self._check_budget(what, kind.pages.unit_bytes, former=former, room=room)
-        self._numbers += 1
-        load = b"pin %d" % self._numbers
-        lease = partial(
-            self._prefixes.lease_leading, Owner("verb", what.name), namespace, kind.pages, kept, load=load,
-            engine_id="", now=now, ttl_s=what.ttl_s, room=room,
-        )  # fmt: skip
-        leased = lease()  # before its former blocks are let go, of which it may have some again
-        if former is not None:
-            self._end(key)
-            if leased is None or len(leased[1]) < len(kept):
-                less, leased = leased, lease()  # what it gave up has made room
-                if less is not None:
-                    self._desk.store.release(less[0])
-        if leased is None:
+        load = self._new_load()
+        pin = self._hold(key, kind.pages, kept, load, now, ttl_s=what.ttl_s, room=room)
+        if former is not None:  # let go after that, for it may have some of its blocks again
+            self._end(former)
+            if pin.blocks < len(kept):  # what it gave up has made room
+                less, pin = pin, self._hold(key, kind.pages, kept, load, now, ttl_s=what.ttl_s, room=room)
+                for lease, _ in less.parts.values():
+                    self._desk.store.release(lease)
+        if not pin.parts:
             return Pinned(name=what.name, blocks=0, used_bytes=self.used_bytes, budget_bytes=self.budget_bytes)
-        self._enter(key, load, *leased)
-        return self._described(self._pins[key], now)
+        self._pins[key] = pin
+        self._expect(pin, len(pin.rest))
+        if pin.rest:
+            self._coming[key] = None
+        for part in pin.parts.values():
+            self._count(pin, *part)
+        return self._described(pin, now)
 
     def unpin(self, what: Unpin) -> Unpinned:
         """Whatever the space: two models may have pins of one name."""
         blocks = 0
         for key, pin in list(self._pins.items()):
             if (split_namespace(key[0])[1], key[1]) == (what.tenant, what.name):
-                blocks += len(pin.places)
-                self._end(key)
+                blocks += pin.blocks
+                self._end(pin)
         return Unpinned(name=what.name, blocks=blocks)
 
     def expired(self, lease: Lease) -> bool:
@@ -98,58 +108,101 @@ class Pins:
         key = self._by_lease.get(lease)
         if key is None:
             return False
-        self._end(key)
+        self._end(self._pins[key])
         return True
 
-    def tick(self, now: float) -> None:
-        """Lets go of the slots into which nothing has come: they would count, and be of use to nobody."""
+    def tick(self, now: float, *, room: bool) -> None:
+        """Lets go of the slots into which nothing has come: they would count, and be of use to nobody.
+
+        Asks for the next lot of a pin whose last one has come. `room`: nobody more important waits for some.
+        """
         missed, self._missed = self._missed, {}
-        for key, pin in list(self._pins.items()) if missed else ():
-            if pin.load not in missed:
-                continue
-            places = tuple(place for place in pin.places if place.slot_offset not in missed[pin.load])
-            if not places:
-                self._end(key)
-                continue
-            ttl_s = max(0.0, pin.lease.expires_at - now)
-            lease = self._desk.store.lease(places, pin.lease.owner, now=now, ttl_s=ttl_s)
-            self._leave(key)
-            self._enter(key, pin.load, lease, places)
+        for pin in list(self._pins.values()) if missed else ():
+            for load in missed.keys() & pin.parts.keys():
+                self._shrink(pin, load, missed[load], now)
+            if not pin.parts:
+                self._end(pin)
+        if self._coming and room:
+            pin = self._pins[next(iter(self._coming))]
+            if not self._prefixes.waits(pin.load):
+                self._go_on(pin, now)
 
     def end_cleared(self, cleared: Selected) -> int:
         """Of the pins of these blocks, ends those of which lookups find nothing any more. How many there were."""
         touched = {key for slot, _ in (*cleared.blocks, *cleared.filling) for key in self._by_slot.get(slot, ())}
         ended = [key for key in touched if not any(self._found(self._pins[key]))]
         for key in ended:
-            self._end(key)
+            self._end(self._pins[key])
         return len(ended)
 
     def describe(self, now: float) -> list[Pinned]:
         return [self._described(pin, now) for pin in self._pins.values()]
 
     def _check_budget(self, what: Pin, unit_bytes: int, *, former: _Pin | None, room: bool) -> list[bytes]:
-        """The leading blocks that are kept somewhere."""
+        """The leading blocks that are kept somewhere; without room, of those only as many as the arena has."""
         store, namespace = self._desk.store, what.space + what.tenant
         found = self._prefixes.leading(namespace, what.block_hashes, block_tokens=0)
         hashes = what.block_hashes[: found.blocks if room else found.arena_blocks]
         held = {spot[0] for spot in store.index.find(namespace, hashes) if spot}
-        left = {slot for slot in former.lease.slots if len(self._by_slot[slot]) == 1} - held if former else set()
+        left = {slot for slot in former.positions if len(self._by_slot[slot]) == 1} - held if former else set()
         wanted_bytes = self.used_bytes + _size_bytes(held - self._by_slot.keys()) - _size_bytes(left)
+        wanted_bytes += self._coming_bytes - (len(former.rest) * former.pages.unit_bytes if former else 0)
         wanted_bytes += found.disk_blocks * unit_bytes if room else 0
         if wanted_bytes > self.budget_bytes:
             raise Refused(
                 f"pins would take {wanted_bytes} bytes of the arena, and may take {self.budget_bytes}: unpin others, "
                 "or raise pin_share"
             )
-        if self._places - (len(former.places) if former else 0) + found.blocks > PLACES_MAX:
+        if self._places - (former.blocks if former else 0) + len(hashes) > PLACES_MAX:
             raise Refused(f"pins hold at most {PLACES_MAX} blocks together, each counted by every pin that holds it")
-        return what.block_hashes[: found.blocks]
+        return hashes
+
+    def _hold(
+        self, key: PinKey, pages: PageLayout, kept: list[bytes], load: bytes, now: float, *, ttl_s: float, room: bool
+    ) -> _Pin:
+        """All that the arena has of these, and the first lot of the others. Nothing is counted yet."""
+        spots = self._desk.store.index.find(key[0], kept)
+        below = [block_hash for block_hash, spot in zip(kept, spots, strict=True) if spot is None] if room else []
+        pin = _Pin(key, pages, now + ttl_s, load, below)
+        here = places_of(spot for spot in spots if spot is not None)
+        if here:
+            lease = self._desk.store.lease(here, Owner("verb", key[1]), now=now, ttl_s=ttl_s)
+            pin.parts[b""] = lease, here
+        self._ask_below(pin, now)
+        return pin
+
+    def _ask_below(self, pin: _Pin, now: float) -> None:
+        """For the next of its rest. Where not all of them come, for want of room or of blocks, it gives up the rest."""
+        (namespace, name), lot = pin.key, pin.rest[:PROMISED_MAX]
+        found = self._prefixes.leading(namespace, lot, block_tokens=0).blocks
+        leased = self._prefixes.lease_leading(
+            Owner("verb", name), namespace, pin.pages, lot[:found], load=pin.load, engine_id="", now=now,
+            ttl_s=pin.expires_at - now, room=True,
+        )  # fmt: skip
+        if leased is not None:
+            pin.parts[pin.load] = leased
+        is_whole = leased is not None and len(leased[1]) == len(lot)
+        pin.rest = pin.rest[PROMISED_MAX:] if is_whole else []
+
+    def _go_on(self, pin: _Pin, now: float) -> None:
+        self._expect(pin, -len(pin.rest))
+        pin.load = self._new_load()
+        self._ask_below(pin, now)
+        self._expect(pin, len(pin.rest))
+        if pin.load in pin.parts:
+            self._count(pin, *pin.parts[pin.load])
+        if not pin.rest:
+            del self._coming[pin.key]
+
+    def _new_load(self) -> bytes:
+        self._numbers += 1
+        return b"pin %d" % self._numbers
 
     def _described(self, pin: _Pin, now: float) -> Pinned:
         ready, coming = self._found(pin)
         return Pinned(
-            name=pin.name, blocks=ready + coming, coming_blocks=coming,
-            size_bytes=_size_bytes(pin.lease.slots), ttl_s=max(0.0, pin.lease.expires_at - now),
+            name=pin.key[1], blocks=ready + coming + len(pin.rest), coming_blocks=coming + len(pin.rest),
+            size_bytes=_size_bytes(pin.positions), ttl_s=max(0.0, pin.expires_at - now),
             used_bytes=self.used_bytes, budget_bytes=self.budget_bytes,
         )  # fmt: skip
 
@@ -169,32 +222,57 @@ class Pins:
         key = slot.keys[position]
         return key is not None and self._desk.store.index.find(key[0], [key[1]])[0] == (slot, position)
 
-    def _end(self, key: PinKey) -> None:
-        self._prefixes.withdrawn(self._pins[key].load)
-        self._leave(key)
+    def _end(self, pin: _Pin) -> None:
+        del self._pins[pin.key]
+        self._coming.pop(pin.key, None)
+        self._expect(pin, -len(pin.rest))
+        for slot in pin.positions:
+            self._uncount(pin, slot)
+        for load, (lease, places) in reversed(pin.parts.items()):  # the head of a prompt is to count as used last
+            self._prefixes.withdrawn(load)
+            del self._by_lease[lease]
+            self._places -= len(places)
+            self._desk.end_lease(lease)
 
-    def _enter(self, key: PinKey, load: bytes, lease: Lease, places: tuple[Place, ...]) -> None:
-        slots = {slot.run.offset: slot for slot in lease.slots}
-        positions: dict[Slot, list[int]] = {slot: [] for slot in lease.slots}
-        for place in places:
-            positions[slots[place.slot_offset]].append(place.position)
-        self._pins[key] = _Pin(key[1], load, lease, places, positions)
-        self._by_lease[lease] = key
-        self._places += len(places)
-        self.used_bytes += _size_bytes(positions.keys() - self._by_slot.keys())
+    def _shrink(self, pin: _Pin, load: bytes, missed: Collection[int], now: float) -> None:
+        """This part lets go of the slots at these offsets, which no other has: each lot comes after the one before."""
+        lease, places = pin.parts[load]
         for slot in lease.slots:
-            self._by_slot.setdefault(slot, set()).add(key)
+            if slot.run.offset in missed:
+                del pin.positions[slot]
+                self._uncount(pin, slot)
+        left = tuple(place for place in places if place.slot_offset not in missed)
+        del self._by_lease[lease], pin.parts[load]
+        self._places -= len(places) - len(left)
+        if left:
+            ttl_s = max(0.0, pin.expires_at - now)
+            again = self._desk.store.lease(left, lease.owner, now=now, ttl_s=ttl_s)
+            self._by_lease[again] = pin.key
+            pin.parts[load] = again, left
+        self._desk.end_lease(lease)
 
-    def _leave(self, key: PinKey) -> None:
-        pin = self._pins.pop(key)
-        del self._by_lease[pin.lease]
-        self._places -= len(pin.places)
-        for slot in pin.lease.slots:
-            self._by_slot[slot].remove(key)
-            if not self._by_slot[slot]:
-                del self._by_slot[slot]
-                self.used_bytes -= slot.size_bytes
-        self._desk.end_lease(pin.lease)
+    def _expect(self, pin: _Pin, blocks: int) -> None:
+        """So many more are to come, whose room counts as used."""
+        self._places += blocks
+        self._coming_bytes += blocks * pin.pages.unit_bytes
+
+    def _count(self, pin: _Pin, lease: Lease, places: Sequence[Place]) -> None:
+        """One more part."""
+        self._by_lease[lease] = pin.key
+        self._places += len(places)
+        slots = {slot.run.offset: slot for slot in lease.slots}
+        for slot in lease.slots:
+            if slot not in self._by_slot:
+                self.used_bytes += slot.size_bytes
+            self._by_slot.setdefault(slot, set()).add(pin.key)
+        for place in places:
+            pin.positions.setdefault(slots[place.slot_offset], []).append(place.position)
+
+    def _uncount(self, pin: _Pin, slot: Slot) -> None:
+        self._by_slot[slot].remove(pin.key)
+        if not self._by_slot[slot]:
+            del self._by_slot[slot]
+            self.used_bytes -= slot.size_bytes
 
 
 def _size_bytes(slots: Iterable[Slot]) -> int:

@@ -110,6 +110,10 @@ class Prefixes:
         if self._tiering is not None:
             self._tiering.missed = missed
 
+    def waits(self, load: bytes) -> bool:
+        """Whether this load has something to get from below yet."""
+        return self._tiering is not None and self._tiering.waits(load)
+
     def withdrawn(self, load: bytes) -> None:
         """Nobody waits any more for what this load had yet to get from below."""
         if self._tiering is not None:

@@ -180,6 +180,10 @@ class Tiering:
             raise Refused("this daemon's tier can't be cleared")
         return self._tier
 
+    def waits(self, load: bytes) -> bool:
+        """Whether blocks are on their way up for this load."""
+        return load in self._by_load
+
     def withdrawn(self, load: bytes) -> None:
         """Nobody waits for this load's blocks any more. What nobody else wants, and has not begun, never does."""
         for promotion in self._by_load.pop(load, ()):

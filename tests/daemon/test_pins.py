@@ -9,6 +9,7 @@ import pytest
 from counted import lines_run
 from one_host import HASHES, PAGES, Host, engine
 from test_prefixes import MINE, OTHER, keep, leases, let_go, look_up
+from test_promotions import write_below
 from test_steering import ALICE, SPACE, clear, is_here, pin, unpin
 from test_tiering import crowd_out, keep_filled, watermark
 
@@ -26,6 +27,14 @@ def host(tier: MemoryTier) -> Host:
     host = Host(tier=tier)
     host.handoffs.spaces.met(engine("P"))
     return host
+
+
+def lots(host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Eight blocks of a prompt that are only below, and come up two at a time."""
+    monkeypatch.setattr(pins, "PROMISED_MAX", 2)
+    hashes = [b"%d" % n for n in range(8)]
+    write_below(host, tier, hashes)
+    return hashes
 
 
 def pressed(host: Host) -> None:
@@ -97,6 +106,75 @@ class TestPin:
         assert is_here(host) == [False, True, True]
         (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
         assert (described["blocks"], described["coming_blocks"]) == (2, 0)
+
+    def test_of_a_long_prompt_comes_up_in_lots(
+        self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each block is work of the control thread, for which everybody waits, and a read before those of others."""
+        hashes = lots(host, tier, monkeypatch)
+        keep_filled(host, hashes[5:7])
+        pinned = pin(host, hashes=hashes)
+        assert (pinned.blocks, pinned.coming_blocks, tier.stats().open_reads) == (8, 6, 2)
+        assert pinned.used_bytes == 4 * PAGES.unit_bytes, "what is here already is held at once"
+        assert pin(host, hashes=hashes).blocks == 8
+        came = []
+        for _ in range(4):
+            host.tick()
+            (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+            came.append((described["blocks"], described["coming_blocks"], tier.stats().open_reads))
+        assert came == [(8, 4, 2), (8, 2, 2), (8, 0, 0), (8, 0, 0)]
+        assert tier.stats().loaded == 6
+        pressed(host)
+        assert is_here(host, hashes) == [True] * 8
+        assert unpin(host) == 8
+        assert (leases(host), host.handoffs.pinned_bytes) == (0, 0)
+
+    def test_what_has_yet_to_come_counts(self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> None:
+        hashes = lots(host, tier, monkeypatch)
+        monkeypatch.setattr(pins.Pins, "budget_bytes", 10 * PAGES.unit_bytes)
+        pin(host, "long", hashes)
+        keep_filled(host, HASHES)
+        with pytest.raises(Refused, match="unpin others"):
+            pin(host, "more")
+        monkeypatch.setattr(pins, "PLACES_MAX", 9)
+        assert pin(host, "long", hashes).blocks == 8, "what moves does not count twice"
+        with pytest.raises(Refused, match="at most 9 blocks"):
+            pin(host, "more", HASHES[:2])
+        assert unpin(host, "long") == 8
+        assert pin(host, "more").blocks == 3
+        for _ in hashes:
+            host.tick()
+        assert is_here(host, hashes[6:]) == [False] * 2, "who is unpinned brings up no more"
+
+    def test_gives_up_what_is_nowhere_any_more_before_its_lot(
+        self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hashes = lots(host, tier, monkeypatch)
+        pin(host, hashes=hashes)
+        tier.remove((SPACE, hashes[5]))
+        for _ in hashes:
+            host.tick()
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert (described["blocks"], described["coming_blocks"]) == (5, 0)
+        assert clear(host).pins_ended == 1
+        assert (leases(host), len(host.store.slots)) == (0, 0)
+
+    def test_brings_up_no_more_while_others_wait_for_room(
+        self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hashes = lots(host, tier, monkeypatch)
+        pin(host, hashes=hashes, ttl_s=1000.0)
+        keep(host, [b"leased %d" % n for n in range(4)], MINE)
+        blocks = int(host.store.extents.capacity(PAGES) * host.store.handoff_share)
+        host.send(hashes=[b"large %d" % n for n in range(blocks)])
+        assert host.handoffs.reservations_waiting == 1
+        host.tick()
+        assert (tier.stats().open_reads, is_here(host, hashes).count(True)) == (0, 2)
+        host.tick(20.0)  # it has waited for long enough
+        assert host.handoffs.reservations_waiting == 0
+        for _ in hashes:
+            host.tick()
+        assert is_here(host, hashes) == [True] * 8
 
     def test_holds_none_that_was_cleared_on_its_way_up(self, host: Host, tier: MemoryTier) -> None:
         """Its slot would count, and no lookup would ever find it there."""
@@ -211,8 +289,9 @@ class TestPin:
         few, many = work_beside(10), work_beside(40)
         assert many < 1.5 * few, f"{few} lines beside 10 pins, {many} beside 40"
 
-    @pytest.mark.parametrize("seed", range(4))
-    def test_totals_add_up_whatever_is_asked(self, seed: int) -> None:
+    @pytest.mark.parametrize("seed", range(8))
+    def test_totals_add_up_whatever_is_asked(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pins, "PROMISED_MAX", 1 + seed % 4)
         chance, tier = random.Random(seed), MemoryTier(cap_bytes=20_000)
         host = Host(extents=1, tier=tier)
         host.handoffs.spaces.met(engine("P"))
@@ -235,7 +314,9 @@ class TestPin:
             assert host.handoffs.pinned_bytes == sum(slot.size_bytes for slot in held)
         for name in "abc":
             unpin(host, name)
-        assert host.handoffs.pinned_bytes == 0
+        pinned = host.handoffs._pins
+        assert (pinned.used_bytes, pinned._coming_bytes, pinned._places) == (0, 0, 0)
+        assert not (pinned._coming or pinned._by_slot or pinned._by_lease)
         tier.close(drain_s=0.0)
 
     def test_a_disk_larger_than_the_budget_stays_there(self, host: Host, tier: MemoryTier) -> None:
