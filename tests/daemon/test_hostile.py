@@ -117,7 +117,7 @@ def fingerprints() -> tuple[bytes, str]:
     )
     layout = LayoutFingerprint(
         engine="bare 1", attention="none", layers=PAGES.layers, page_bytes=PAGES.page_bytes, block_tokens=16,
-        packing="L", kv_groups=1, ranks=1, chunk_blocks=1,
+        packing="L", kv_groups=1, ranks=1, chunk_blocks=PAGES.chunk_blocks,
     )  # fmt: skip
     return namespace_of(content), layout_id(layout)
 
