@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pdx.transport.api import Copy, Span
+from pdx.transport.api import Copy, PutDone, Span
 from pdx.transport.side import GONE_S, MEMORY_BYTES, WAIT_S, MakePair, Side, arrivals_of, ends_of, losses_of
 
 Fault = Literal["cut", "reset", "stall", "corrupt"]
@@ -40,7 +40,9 @@ def check_fault(make_pair: MakePair, *, fault: Fault, seed: int) -> None:
         with Hazard(far.lane.endpoint, fault, after_bytes=rng.randrange(GREETINGS_BYTES + PUTS * carried_bytes)) as way:
             _stream(near, far, near.lane.connect(way.endpoint), rng, is_intact=fault != "corrupt")
         window = far.region.open_window([Span(0, 10)])
-        near.put(near.lane.connect(far.lane.endpoint), window, [Copy(0, 0, 10)], notice=b"and on")
+        ticket = near.put(near.lane.connect(far.lane.endpoint), window, [Copy(0, 0, 10)], notice=b"and on")
+        ended = near.wait_end(ticket)
+        assert isinstance(ended, PutDone), f"the put after it: {ended}"
         far.wait_arrived(b"and on")
 
 
