@@ -67,7 +67,8 @@ def test_the_pages_of_all_ranks_arrive_and_the_answer_is_that_of_an_engine_alone
     assert reply.headers.get("x-pdx-prefill") == "P0", reply.headers
     assert unleased(system.source, system.target)
     grown = system.counters() - before
-    assert (grown["loads_ok"], grown["loads_failed"], grown["commit_mismatches"]) == (1, 0, 0)
+    loads = (grown["loads_ok"], grown["loads_failed"], grown["commit_mismatches"])
+    assert loads == (1, 0, 0), (grown, reply.headers)
     pages = RANKS * LAYERS * -(-tokens // BLOCK_TOKENS)
     assert grown["pages_verified"] == grown["pages_landed"] == pages
     post(f"{system.decode.url}/reset_prefix_cache", {}, deadline_s=10)
