@@ -5,7 +5,7 @@ requests arrive by chance at twice that rate, whether earlier ones are answered 
 that takes everything in, which is the naive variant, and once at one that turns away who would wait for half of the
 limit, as it predicts. An answer counts if it is whole and comes within LIMIT_FACTOR times what a lone request takes.
 Both count what was asked within a window, whenever it was answered. Before the window the load lasts as long as the
-limit, so that no line is still being filled in it, and arrivals go on for as long behind it: none is emptied unseen.
+limit, so that no line is still being filled in it, and in the open loop for as long behind it: none is emptied unseen.
 Clients that are turned away do not come again here; those that wait do so much longer than the limit. Two kinds of
 load: one fills the prefill engine, the other the decode engine.
 """

@@ -81,6 +81,9 @@ class Soak:
         settings = {**SETTINGS, "transport": progress.transport, "key_file": str(key_file)}
         self.hosts = {n: Host(n, scratch / n, **settings) for n in "ab"}
         self.engines: dict[str, Engine] = {}
+
+    def start(self) -> None:
+        """Whatever comes of it, `close` is to follow."""
         for name in ENGINES:
             self.start_engine(name)
 
@@ -162,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on where FILE says, and keep it up to date")
     parser.add_argument("--json", type=Path, help=f"where to write (default: a new file in {HISTORY.name}/)")
     options = parser.parse_args(argv)
-    if options.minutes is None and options.handoffs is None and options.faults is None:
+    if not (options.minutes or options.handoffs or options.faults):
         options.minutes = MINUTES
     progress = Progress(options.seed if options.seed is not None else secrets.randbits(32), options.transport)
     if options.resume and options.resume.exists():
@@ -173,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     soak = Soak(scratch, progress)
     finding, interrupted = "", False
     try:
+        soak.start()
         while _done(progress, options) < 1.0:
             soak.burst()
             _tell(progress, options)

@@ -84,10 +84,15 @@ class Slot:
         drains_under_holders = event == "drain" and self.holds
         return (self.state, event) in MOVES and not drains_under_holders
 
-    def unname(self, position: int) -> None:
-        """While the slot is being filled: no lookup will ever find this block. (If it is ready, the index forgets.)"""
-        if self.state is SlotState.FILLING:
-            self.keys = (*self.keys[:position], None, *self.keys[position + 1 :])
+    def unname(self, position: int) -> BlockKey | None:
+        """While the slot is being filled: no lookup will ever find this block. Returns the name that it would have had.
+
+        Of a slot that is ready the index forgets.
+        """
+        if self.state is not SlotState.FILLING:
+            return None
+        key, self.keys = self.keys[position], (*self.keys[:position], None, *self.keys[position + 1 :])
+        return key
 
     def on(self, event: SlotEvent) -> None:
         """Raises IllegalTransition, changing nothing, if the table or a hold forbids it."""

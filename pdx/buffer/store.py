@@ -195,13 +195,13 @@ class Store:
     def forget(self, lease: Lease, places: Iterable[Place]) -> list[BlockKey]:
         """No lookup finds these blocks, which lie in slots that `lease` holds, nor will: their bytes are not right.
 
-        Returns those that lookups could have found. The slots stay as they are until their holds end.
+        Returns those that lookups could have found, or would have. The slots stay as they are until their holds end.
         """
         held = {slot.run.offset: slot for slot in lease.slots}
         spots = [(held[place.slot_offset], place.position) for place in places if place.slot_offset in held]
-        for slot, position in spots:
-            slot.unname(position)  # it was read while it came, and may be whole before that is broken off
-        return [key for slot, position in spots if (key := self.index.forget(slot, position)) is not None]
+        # One that was read while it came may be whole before that is broken off.
+        keys = (slot.unname(position) or self.index.forget(slot, position) for slot, position in spots)
+        return [key for key in keys if key is not None]
 
     def survey(self, which: Selection, *, now: float) -> Selected:
         """What `clear` would take now. Looks at what is named, else at all of the namespaces meant, and at leases."""

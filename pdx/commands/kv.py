@@ -69,8 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     prompt = argparse.ArgumentParser(add_help=False)
     prompt.add_argument("--model", default="", help="may be left out where there is only one")
     prompt.add_argument(
-        "--salt", default=None, metavar="SALT", help="the requests' cache_salt: an API key's TENANT, or TENANT:SALT"
-    )
+        "--salt", default=None, metavar="SALT",
+        help="the requests' cache_salt: an API key's TENANT or TENANT:SALT; :SALT of a key that has no tenant, where "
+        "others have one",
+    )  # fmt: skip
     way = prompt.add_mutually_exclusive_group()
     way.add_argument("--text", help="a prompt as in /v1/completions")
     way.add_argument("--chat", metavar="FILE", help="messages as in /v1/chat/completions, as a JSON list; - is stdin")

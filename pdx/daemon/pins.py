@@ -7,6 +7,7 @@ live as long as this daemon. Nobody writes or reads by a pin, so when its time i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ from pdx.errors import Refused
 from pdx.keys import split_namespace
 from pdx.layout import PageLayout, Place
 from pdx.verbs import Pin, Pinned, Unpin, Unpinned
+
+log = logging.getLogger("pdxd")
 
 PINS_MAX = 4096
 # Blocks of all pins together, each counted by every pin that holds it. `stats` looks at them all, which keeps the
@@ -61,6 +64,7 @@ class Pins:
         self._places = 0  # of all pins, and blocks of their rests
         self.used_bytes = 0  # by the slots of all pins
         self._numbers = 0
+        self._short: object = None  # how the store stood when there was no room for all of a lot
         self._missed: dict[bytes, set[int]] = {}  # load -> slots whose blocks did not come from below
         prefixes.hear_missed(lambda load, place: self._missed.setdefault(load, set()).add(place.slot_offset))
 
@@ -80,7 +84,7 @@ class Pins:
         pin = self._hold(key, kind.pages, kept, load, now, ttl_s=what.ttl_s, room=room)
         if former is not None:  # let go after that, for it may have some of its blocks again
             self._end(former)
-            if pin.blocks < len(kept):  # what it gave up has made room
+            if self._short or pin.blocks < len(kept):  # what it gave up has made room
                 less, pin = pin, self._hold(key, kind.pages, kept, load, now, ttl_s=what.ttl_s, room=room)
                 for lease, _ in less.parts.values():
                     self._desk.store.release(lease)
@@ -120,17 +124,19 @@ class Pins:
         for pin in list(self._pins.values()) if missed else ():
             for load in missed.keys() & pin.parts.keys():
                 self._shrink(pin, load, missed[load], now)
+            if pin.load in missed and pin.rest:  # no lookup gets past what is missing
+                self._give_up(pin)
             if not pin.parts:
                 self._end(pin)
-        if self._coming and room:
+        if self._coming and room and self._short != self._store_stands:
             pin = self._pins[next(iter(self._coming))]
             if not self._prefixes.waits(pin.load):
                 self._go_on(pin, now)
 
     def end_cleared(self, cleared: Selected) -> int:
-        """Of the pins of these blocks, ends those of which lookups find nothing any more. How many there were."""
+        """Of the pins of these blocks, ends those of which nothing is found any more, here or below. How many."""
         touched = {key for slot, _ in (*cleared.blocks, *cleared.filling) for key in self._by_slot.get(slot, ())}
-        ended = [key for key in touched if not any(self._found(self._pins[key]))]
+        ended = [key for key in touched if not self._is_of_use(self._pins[key])]
         for key in ended:
             self._end(self._pins[key])
         return len(ended)
@@ -172,7 +178,7 @@ class Pins:
         return pin
 
     def _ask_below(self, pin: _Pin, now: float) -> None:
-        """For the next of its rest. Where not all of them come, for want of room or of blocks, it gives up the rest."""
+        """For the next of its rest. Without room for all of them it goes on when there is; without one, it ends."""
         (namespace, name), lot = pin.key, pin.rest[:PROMISED_MAX]
         found = self._prefixes.leading(namespace, lot, block_tokens=0).blocks
         leased = self._prefixes.lease_leading(
@@ -181,8 +187,18 @@ class Pins:
         )  # fmt: skip
         if leased is not None:
             pin.parts[pin.load] = leased
-        is_whole = leased is not None and len(leased[1]) == len(lot)
-        pin.rest = pin.rest[PROMISED_MAX:] if is_whole else []
+        got = len(leased[1]) if leased is not None else 0
+        self._short = self._store_stands if got < found else None
+        if found < len(lot):
+            log.info("the last %d blocks of pin %r do not come: the next is kept no more", len(pin.rest) - got, name)
+            pin.rest = []
+        else:
+            pin.rest = pin.rest[got:]
+
+    @property
+    def _store_stands(self) -> tuple[int, int]:
+        """Another value when a claim that found no room may find some."""
+        return self._desk.store.freed, self._desk.store.index.changes
 
     def _go_on(self, pin: _Pin, now: float) -> None:
         self._expect(pin, -len(pin.rest))
@@ -192,7 +208,20 @@ class Pins:
         if pin.load in pin.parts:
             self._count(pin, *pin.parts[pin.load])
         if not pin.rest:
-            del self._coming[pin.key]
+            self._give_up(pin)
+            if not self._is_of_use(pin):
+                self._end(pin)
+
+    def _give_up(self, pin: _Pin) -> None:
+        """Nothing more of it is to come."""
+        self._expect(pin, -len(pin.rest))
+        pin.rest = []
+        self._coming.pop(pin.key, None)
+        self._short = None
+
+    def _is_of_use(self, pin: _Pin) -> bool:
+        """Whether lookups find, or will find, any of it."""
+        return any(self._found(pin)) or self._prefixes.leading(pin.key[0], pin.rest[:1], block_tokens=0).blocks > 0
 
     def _new_load(self) -> bytes:
         self._numbers += 1
@@ -249,6 +278,8 @@ class Pins:
             again = self._desk.store.lease(left, lease.owner, now=now, ttl_s=ttl_s)
             self._by_lease[again] = pin.key
             pin.parts[load] = again, left
+        else:
+            self._prefixes.withdrawn(load)
         self._desk.end_lease(lease)
 
     def _expect(self, pin: _Pin, blocks: int) -> None:

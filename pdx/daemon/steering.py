@@ -60,10 +60,10 @@ class Steering:
                 assert_never(what)
 
     def clear_what_can_be(self, space: bytes, now: float) -> None:
-        """All of this space in every tier; in the arena alone where the tier below can't be cleared."""
+        """All of this space that is known in any tier; in the arena alone where the tier below can't be cleared."""
         clear = Clear(spaces=[space])
         try:
-            self._clear(clear, now)
+            self._clear(clear, now, wholly=False)
         except Refused as error:
             log.warning("a reset clears the arena only: %s", error)
             self._clear(replace(clear, tier="arena"), now)
@@ -72,7 +72,7 @@ class Steering:
         block_tokens = self._spaces.get(what.space).content.block_tokens
         return self._prefixes.leading(what.space + what.tenant, what.block_hashes, block_tokens=block_tokens)
 
-    def _clear(self, what: Clear, now: float) -> Cleared:
+    def _clear(self, what: Clear, now: float, *, wholly: bool = True) -> Cleared:
         if what.block_hashes is not None and (what.tenant is None or what.spaces is None):
             raise Refused("a prompt's blocks have a tenant and a space: name them")
         spaces = None if what.spaces is None else frozenset(what.spaces)
@@ -88,17 +88,18 @@ class Steering:
         store, tiering = self._desk.store, self._tiering
         arena, disk = TierCleared(), TierCleared()
         if what.tier != "arena" and tiering is not None:
-            tiering.check_clearable()  # before anything has changed
-        pins_ended = 0
+            tiering.check_clearable(wholly=wholly)  # before anything has changed
+        taken = None
         if what.tier != "disk":
             taken = store.survey(which, now=now) if what.dry_run else store.clear(which, now=now)
             arena = _counted(taken)
             if not what.dry_run:
                 self._clear_under_way(which, now)
-                pins_ended = self._pins.end_cleared(taken)
         if what.tier != "arena" and tiering is not None:
             disk = tiering.survey(which) if what.dry_run else tiering.clear(which)
+        pins_ended = 0
         if not what.dry_run:
+            pins_ended = self._pins.end_cleared(taken) if taken is not None else 0
             self._desk.ports.counters["blocks_cleared"] += arena.blocks + disk.blocks
         return Cleared(arena=arena, disk=disk, pins_ended=pins_ended, dry_run=what.dry_run)
 

@@ -141,10 +141,15 @@ class Tiering:
         """Grows with all that may make `leading` say something else."""
         return self._tier.stats().changes
 
-    def check_clearable(self) -> None:
-        """Raises Refused if this tier can't tell all that its medium has, so that a later daemon may find more."""
+    def check_clearable(self, *, wholly: bool) -> None:
+        """Raises Refused if this tier can't be cleared.
+
+        `wholly`: nor if it can't tell all that its medium has, so that a later daemon may find more.
+        """
         unseen = self._sweeper().unseen
-        if unseen:
+        if unseen and not wholly:
+            log.warning("when this daemon started, %s: only what it found is cleared", unseen)
+        elif unseen:
             raise Refused(
                 f"when this daemon started, {unseen}: blocks there may be found again. Start it anew when the disk is "
                 "well, or on an empty folder, and clear again; --tier arena clears the arena alone"

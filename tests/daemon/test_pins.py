@@ -159,6 +159,55 @@ class TestPin:
         assert clear(host).pins_ended == 1
         assert (leases(host), len(host.store.slots)) == (0, 0)
 
+    def test_gives_up_the_rest_behind_a_block_that_does_not_come(
+        self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No lookup gets past it; the room that the rest counted for is others' at once."""
+        hashes = lots(host, tier, monkeypatch)
+        pin(host, hashes=hashes)
+        host.tick()
+        tier.remove((SPACE, hashes[2]))
+        for _ in hashes:
+            host.tick()
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert (described["blocks"], described["coming_blocks"]) == (3, 0)
+        monkeypatch.setattr(pins, "PLACES_MAX", 3 + len(HASHES))
+        keep_filled(host)
+        assert pin(host, "other").blocks == len(HASHES)
+
+    def test_goes_on_when_there_is_room_again(
+        self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Requests that run hold all of the arena for a while: nobody waits for room, and there is none."""
+        hashes = lots(host, tier, monkeypatch)
+        pin(host, hashes=hashes)
+        free = host.store.extents.capacity(PAGES) - 2
+        assert isinstance(keep(host, [b"leased %d" % n for n in range(free - 1)], MINE), SendOpened)
+        for _ in hashes:
+            host.tick()
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert (described["blocks"], described["coming_blocks"]) == (8, 5), "one more has found room"
+        let_go(host, MINE)
+        for _ in hashes:
+            host.tick()
+        assert is_here(host, hashes) == [True] * 8
+        assert unpin(host) == 8
+        assert leases(host) == 0
+
+    def test_outlives_a_clear_of_the_arena_while_more_is_to_come(
+        self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hashes = lots(host, tier, monkeypatch)
+        pin(host, hashes=hashes)
+        assert clear(host, tier="arena").pins_ended == 0
+        for _ in hashes:
+            host.tick()
+        assert is_here(host, hashes) == [False] * 2 + [True] * 6
+        assert pin(host, hashes=hashes).blocks == 8, "those of the arena are below yet"
+        assert clear(host).pins_ended == 1
+        host.tick()
+        assert (leases(host), len(host.store.slots)) == (0, 0), "what was on its way up is gone, too"
+
     def test_brings_up_no_more_while_others_wait_for_room(
         self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -167,6 +167,7 @@ def test_a_block_found_wrong_while_it_came_is_found_no_more(host: Host) -> None:
     host.handoffs.filled("P", Filled(step=1, step_started_ns=0, layer=1, filled_ns=0, entries=[last]), host.now)
     host.tick()
     assert [spot is None for spot in host.store.index.find(SPACE, HASHES)] == [True, False, False]
+    assert host.counters["blocks_spoilt"] == 1
 
 
 def test_a_slot_whose_last_block_was_spoilt_is_free(host: Host) -> None:

@@ -181,7 +181,10 @@ def test_a_reset_clears_the_arena_beside_a_disk_that_could_not_be_opened() -> No
     tier.close(drain_s=0.0)
 
 
-def test_a_reset_reaches_the_disk(tier: MemoryTier) -> None:
+@pytest.mark.parametrize("unseen", ["", "1 folders could not be read"])
+def test_a_reset_reaches_the_disk(tier: MemoryTier, unseen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what of it is known: what may come to light in a later life is no reason to leave that."""
+    monkeypatch.setattr(MemoryTier, "unseen", unseen)
     host = Host(tier=tier)
     engine = engine_of("P")
     host.handoffs.spaces.met(engine)
