@@ -155,13 +155,12 @@ class DaemonClient:
     def poll(self) -> list[Message]:
         """Messages that have arrived; never blocks. Malformed ones are dropped with a log line."""
         messages: list[Message] = []
-        while True:
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # in most steps there is nothing
             try:
                 messages.append(_decode(self._socket.recv(zmq.DONTWAIT)))
-            except zmq.Again:
-                return messages
             except WireError as error:
                 log.warning("dropped a message from pdxd: %s", error)
+        return messages
 
     def wait(self, timeout_s: float) -> list[Message]:
         """Like poll, but waits at most `timeout_s` for the first message."""
@@ -223,13 +222,18 @@ class Attachment:
     A thread of its own sleeps on the connection; when the daemon dies it finds or starts the next one, so that an
     engine that is idle comes back too, and a busy one does not stop for it. Of a client that it has handed over it
     touches the arena only, once the daemon is dead and its owner has let go: the next daemon may need that memory.
+
+    The owner is told by a number of that thread's, not by the connection: it asks several times a step, and a system
+    call lets go of the interpreter, which another thread may then keep for a millisecond while the step waits.
     """
 
     def __init__(self, config: Config, hello: Attach) -> None:
         self._config = config
         self._hello = hello
         self._client: DaemonClient | None = None
-        self._arrived: queue.SimpleQueue[DaemonClient] = queue.SimpleQueue()
+        self._number = 0  # of the client: so many before it have lost their daemon
+        self._lost = 0  # clients that have, in all
+        self._arrived: queue.SimpleQueue[tuple[int, DaemonClient]] = queue.SimpleQueue()
         self._keeper: threading.Thread | None = None
         self._lock = threading.Lock()  # of the client's arena, and of what has arrived
         self._held = True
@@ -245,7 +249,7 @@ class Attachment:
             self._keeper = threading.Thread(target=self._keep, args=(self._client.watched(),), name="pdx-keeper")
             self._keeper.daemon = True  # an engine that is ending must not wait for a daemon to come
             self._keeper.start()
-        if self._client is not None and not self._client.alive:
+        if self._client is not None and self._is_lost:
             log.warning("lost pdxd: serving without it")
             with self._lock:
                 self._client.close()
@@ -254,8 +258,12 @@ class Attachment:
             with self._lock:
                 if not self._arrived.empty():
                     log.warning("attached to pdxd again")
-                    self._client = self._arrived.get()
+                    self._number, self._client = self._arrived.get()
         return self._client
+
+    @property
+    def _is_lost(self) -> bool:
+        return self._lost > self._number
 
     def at(self, epoch: str) -> None:
         """The next daemon hears at once that the engine's weights are of this epoch."""
@@ -271,7 +279,7 @@ class Attachment:
         """Until the next `hold` the owner touches no arena."""
         with self._lock:
             self._held = False
-            if self._client is not None and not self._client.alive:
+            if self._client is not None and self._is_lost:
                 self._client.unmap()
 
     def close(self) -> None:
@@ -283,25 +291,26 @@ class Attachment:
             self._client.close()
             self._client = None
         while not self._arrived.empty():
-            self._arrived.get().close()
+            self._arrived.get()[1].close()
         self._stop_read.close()
 
     def _keep(self, watched: int) -> None:
         while not self._stopped_within(None, watched):
             os.close(watched)
+            self._lost += 1
             self._unmap_dead()
             fresh = self._attach_again()
             if fresh is None:
                 return
             watched = fresh.watched()
-            self._arrived.put(fresh)
+            self._arrived.put((self._lost, fresh))
         os.close(watched)
 
     def _unmap_dead(self) -> None:
         """All clients so far are dead ones'."""
         with self._lock:
             while not self._arrived.empty():  # nobody has taken it
-                self._arrived.get().close()
+                self._arrived.get()[1].close()
             if not self._held and self._client is not None:
                 self._client.unmap()
 
