@@ -24,6 +24,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -378,11 +379,18 @@ def judge_ways(lives: Sequence[Tax], report: Report) -> None:
 
 
 def live(number: int, model: Path, plan: Plan, lives: dict[str, list[Samples]], report: Report) -> Tax:
-    """Starts all arms, puts what they show under the name of each step, and ends them."""
+    """Starts all arms, puts what they show under the name of each step, and ends them.
+
+    In every other life the pair is started last: what memory an engine gets depends on who was there before.
+    """
+    cpus = {f"{name}-{core}": core for name in (BASE, "control") for core in (PREFILL_CPUS, DECODE_CPUS)}
     with Scratch(model) as scratch:
-        pair = pdx_pair(scratch, PDX, daemon_module="benchmarks.naive.polling", environment=HUGE_PAGES)
-        cpus = {f"{name}-{core}": core for name in (BASE, "control") for core in (PREFILL_CPUS, DECODE_CPUS)}
-        engines = plain_engines(scratch, "plain", cpus, environment=HUGE_PAGES)
+        start_pair = partial(pdx_pair, scratch, PDX, daemon_module="benchmarks.naive.polling", environment=HUGE_PAGES)
+        start_plain = partial(plain_engines, scratch, "plain", cpus, environment=HUGE_PAGES)
+        if number % 2:
+            engines, pair = start_plain(), start_pair()
+        else:
+            pair, engines = start_pair(), start_plain()
         plains = {BASE: (engines[0], engines[1]), "control": (engines[2], engines[3])}
         tax = Tax(pair, plains, plan, naive_rounds=plan.naive_rounds if number == 0 else 0)
         report.progress(f"life {number + 1} of {plan.lives} has begun")
