@@ -66,12 +66,16 @@ def test_answers_before_a_resumption_are_not_asked_of_these_daemons() -> None:
 
 
 class Broken:
-    """A soak whose first burst ends so."""
+    """A soak whose start or first burst ends so."""
 
-    def __init__(self, progress: Progress, error: BaseException) -> None:
+    def __init__(self, progress: Progress, error: BaseException, *, at_start: bool) -> None:
         self.progress, self.hosts, self.fds_grown, self.answered_before = progress, dict[str, object](), 0, 0
         self.closed = False
-        self._error = error
+        self._error, self._at_start = error, at_start
+
+    def start(self) -> None:
+        if self._at_start:
+            self.burst()
 
     def burst(self) -> None:
         self.progress.counts.update(COUNTS)
@@ -82,14 +86,15 @@ class Broken:
         return []
 
 
+@pytest.mark.parametrize("at_start", [True, False])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()], ids=repr)
 def test_a_run_that_was_broken_off_is_closed_and_has_not_passed(
-    error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    error: BaseException, at_start: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     soaks: list[Broken] = []
 
     def started(scratch: Path, progress: Progress) -> Broken:
-        soaks.append(Broken(progress, error))
+        soaks.append(Broken(progress, error, at_start=at_start))
         return soaks[-1]
 
     monkeypatch.setattr("benchmarks.soak.__main__.Soak", started)
