@@ -64,7 +64,7 @@ class Pins:
         self._places = 0  # of all pins, and blocks of their rests
         self.used_bytes = 0  # by the slots of all pins
         self._numbers = 0
-        self._short: object = None  # how the store stood when there was no room for all of a lot
+        self._short: tuple[int, int] | None = None  # how the store stood when there was no room for all of a lot
         self._missed: dict[bytes, set[int]] = {}  # load -> slots whose blocks did not come from below
         prefixes.hear_missed(lambda load, place: self._missed.setdefault(load, set()).add(place.slot_offset))
 

@@ -190,8 +190,8 @@ def fit(prefill: Candidate, decode: Candidate, model: str) -> bool:
         return False
     if prefill.info.role == "both" and decode.info.role == "both":
         return False
-    if prefill.space and prefill.space == decode.space:  # it names content and layout, and is sooner compared
-        return _kind(prefill, model) == _kind(decode, model)
     if prefill.info.shares_blocks != decode.info.shares_blocks:
         return False
+    if prefill.space and prefill.space == decode.space:  # it names content and layout, and is sooner compared
+        return prefill.info.adapters.get(model) == decode.info.adapters.get(model)
     return alike(prefill, decode, model) and prefill.info.layout == decode.info.layout

@@ -42,12 +42,10 @@ class Caller(msgspec.Struct, frozen=True):
         A salt that the client gives divides the tenant further, as it would divide the whole cache.
         """
         own = body.get(SALT_FIELD)
-        if not self.tenant:
-            if not (self.is_apart and isinstance(own, str) and own):
-                return False
-            body[SALT_FIELD] = _behind(own)
-            return True
-        body[SALT_FIELD] = f"{self.tenant}{_behind(own)}" if isinstance(own, str) and own else self.tenant
+        behind = _behind(own) if isinstance(own, str) and own else ""
+        if not self.tenant and not (self.is_apart and behind):
+            return False
+        body[SALT_FIELD] = self.tenant + behind
         return True
 
 
