@@ -51,6 +51,7 @@ class PutDone(msgspec.Struct, frozen=True):
     """The source bytes of this put may be reused. (That they have landed is the peer's to say, by its notice.)"""
 
     ticket: int
+    at_ns: int = 0  # when, on this process's monotonic clock; 0: when it is taken
 
 
 class PutFailed(msgspec.Struct, frozen=True):
@@ -66,6 +67,7 @@ class Arrived(msgspec.Struct, frozen=True):
 
     window: int
     notice: bytes
+    at_ns: int = 0  # as PutDone's
 
 
 class WindowClosed(msgspec.Struct, frozen=True):

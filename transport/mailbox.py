@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 
-from pdx.transport.api import Arrived, Event
+import msgspec
+
+from pdx.transport.api import Arrived, Event, PutDone
 
 # Only peers can fill the mailbox without limit (notices); past this their connections wait. 64 Ki notices of a few
 # hundred bytes are some 20 MiB, but one may have 64 KiB: so their bytes count too.
@@ -41,6 +44,8 @@ class Mailbox:
 
     def add_quietly(self, event: Event) -> None:
         """For events that can wait for a later announce(), which the caller owes."""
+        if isinstance(event, Arrived | PutDone):  # they may be taken later, and tell of rates
+            msgspec.structs.force_setattr(event, "at_ns", time.monotonic_ns())
         if isinstance(event, Arrived):
             with self._room:
                 self._notices_bytes += len(event.notice)

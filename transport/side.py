@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+import msgspec
+
 from pdx.transport.api import Arrived, Copy, Event, Lane, PeerLost, PutDone, PutFailed, Region, WindowClosed
 
 # It bounds a hang: on a busy machine a lane that is right may take many times as long as on an idle one.
@@ -85,12 +87,20 @@ class Side:
     def wait(self, what: str, is_reached: Callable[[list[Event]], bool], wait_s: float = WAIT_S) -> None:
         """Takes events until the condition holds; AssertionError after `wait_s`."""
         deadline_s = time.monotonic() + wait_s
-        self.events += self.lane.take_events()
+        self.take()
         while not is_reached(self.events):
             left_s = deadline_s - time.monotonic()
             assert left_s > 0, f"{what}: not within {wait_s:g} s; events so far: {self.events}"
             select.select([self.lane.fileno()], [], [], left_s)
-            self.events += self.lane.take_events()
+            self.take()
+
+    def take(self) -> None:
+        """What has come since. Times are looked at, and left out: events are compared."""
+        for event in self.lane.take_events():
+            if isinstance(event, PutDone | Arrived):
+                assert 0 <= event.at_ns <= time.monotonic_ns(), f"not this process's monotonic clock: {event}"
+                event = msgspec.structs.replace(event, at_ns=0)
+            self.events.append(event)
 
     def wait_end(self, ticket: int, wait_s: float = WAIT_S) -> PutDone | PutFailed:
         self.wait(f"end of ticket {ticket}", lambda events: bool(ends_of(events, ticket)), wait_s)

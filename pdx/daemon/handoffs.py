@@ -218,12 +218,12 @@ class Handoffs:
     def lane_events(self, scheme: str, events: Sequence[Event], now: float) -> None:
         for event in events:
             match event:
-                case PutDone(ticket):
-                    self._sending.put_ended(scheme, ticket, now, ok=True)
+                case PutDone(ticket, at_ns):
+                    self._sending.put_ended(scheme, ticket, now, at_ns=at_ns, ok=True)
                 case PutFailed(ticket, reason):
                     self._sending.put_ended(scheme, ticket, now, ok=False, reason=reason)
-                case Arrived(window, notice):
-                    self._receiving.arrived(window, notice, now)
+                case Arrived(window, notice, at_ns):
+                    self._receiving.arrived(window, notice, now, at_ns=at_ns)
                 case WindowClosed(window):
                     self._receiving.window_closed(window, now)
                 case PeerLost(channel, endpoint, reason):

@@ -130,8 +130,9 @@ class Desk:
     def stale(self, message: Message) -> None:
         self.ports.counters[f"stale_{type(message).__name__.lower()}"] += 1
 
-    def trace(self, key: HandoffKey, what: str, **details: object) -> None:
-        self.ports.tracer.note(key[0], what, self.ports.trace_clock_ns(), **details)
+    def trace(self, key: HandoffKey, what: str, *, at_ns: int = 0, **details: object) -> None:
+        """`at_ns`: when it happened, if not just now."""
+        self.ports.tracer.note(key[0], what, at_ns or self.ports.trace_clock_ns(), **details)
 
 
 def namespace_for(engine: Engine, tenant: bytes) -> bytes:

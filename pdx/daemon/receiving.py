@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pdx.buffer.claim import Claim
 from pdx.buffer.lease import Lease, Owner
@@ -98,7 +99,7 @@ class ReceivingHalves:
         namespace = namespace_for(engine, message.tenant) if engine is not None else b""
         record = Incoming((handle.handoff_id, handle.attempt), receiver, message, paired, namespace)
         self.records[record.key] = record
-        context = {"traceparent": handle.traceparent} if handle.traceparent else {}
+        context: dict[str, Any] = {"traceparent": handle.traceparent} if handle.traceparent else {}
         self._desk.trace(record.key, "reserve", blocks=receiver.blocks, **context)
         mismatch = self._mismatch(message, handle.decode_engine, engine)
         if not mismatch and paired is None and self._lanes.region(message.lane) is None:
@@ -163,7 +164,8 @@ class ReceivingHalves:
 
     # --- from the lanes ---
 
-    def arrived(self, window: int, notice: bytes, now: float) -> None:
+    def arrived(self, window: int, notice: bytes, now: float, *, at_ns: int = 0) -> None:
+        """`at_ns`: see Arrived."""
         record = self._windows.get(window)
         try:
             landed = _decode_notice(notice)
@@ -181,11 +183,12 @@ class ReceivingHalves:
             if landed.digests:
                 start = place.digest_offset(pages, landed.layer)
                 memory[start : start + DIGEST_BYTES] = landed.digests[n * DIGEST_BYTES :][:DIGEST_BYTES]
-        self.pages_landed(record, landed.layer, landed.blocks, now)
+        self.pages_landed(record, landed.layer, landed.blocks, now, at_ns=at_ns)
 
-    def pages_landed(self, record: Incoming, layer: int, blocks: Sequence[int], now: float) -> None:
+    def pages_landed(self, record: Incoming, layer: int, blocks: Sequence[int], now: float, *, at_ns: int = 0) -> None:
         """Bytes and checksums of these pages are in the slots: let the engine see them, and count."""
-        self._desk.trace(record.key, "landed", layer=layer, pages=len(blocks), block=min(blocks, default=-1))
+        block = min(blocks, default=-1)
+        self._desk.trace(record.key, "landed", at_ns=at_ns, layer=layer, pages=len(blocks), block=block)
         shard = layer // record.reserve.pages.shard_layers
         for block, layers in record.receiver.landed(layer, blocks, now=now):
             if record.paired is None:  # in shared slots the prefill workers raise it, and may be further already

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
 
@@ -114,7 +114,7 @@ class SendingHalves:
         )
         record = Outgoing(key, sender, engine.pages, engine, message)
         self.records[key] = self._by_handoff[handle.handoff_id] = record
-        context = {"traceparent": handle.traceparent} if handle.traceparent else {}
+        context: dict[str, Any] = {"traceparent": handle.traceparent} if handle.traceparent else {}
         self._desk.trace(key, "open_send", blocks=sender.blocks, prompt_tokens=message.prompt_tokens, **context)
         return record
 
@@ -264,11 +264,12 @@ class SendingHalves:
                 actions = []
         self.act(record, actions, now)
 
-    def put_ended(self, scheme: str, ticket: int, now: float, *, ok: bool, reason: str = "") -> None:
+    def put_ended(self, scheme: str, ticket: int, now: float, *, ok: bool, reason: str = "", at_ns: int = 0) -> None:
+        """`at_ns`: see PutDone."""
         record, put = self._puts.pop((scheme, ticket), (None, None))
         if record is not None and put is not None:
-            self.links.ended(put, now, ok=ok)
-            self._desk.trace(record.key, "sent" if ok else "put_failed")
+            self.links.ended(put, at_ns / 1e9 if at_ns else now, ok=ok)
+            self._desk.trace(record.key, "sent" if ok else "put_failed", at_ns=at_ns)
             self.act(record, record.sender.put_ended(ok=ok, reason=reason, now=now), now)
 
     def channel_lost(self, scheme: str, channel: int, reason: str, now: float) -> None:

@@ -26,6 +26,7 @@ from pdx.daemon.flush import flush
 from pdx.daemon.handoffs import Handoffs
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.daemon.lanes import Lanes
+from pdx.daemon.lanewatch import LaneWatch
 from pdx.daemon.listening import BURST, listening, new_context
 from pdx.daemon.name import daemon_name
 from pdx.daemon.peers import Peers
@@ -93,9 +94,10 @@ class Service:
         self._config = config
         self._store = store
         self._lanes = lanes
+        self._poller = zmq.Poller()
+        self._watch = LaneWatch(lanes, self._poller)
         self._tier = tier
         self._context = new_context()
-        self._poller = zmq.Poller()
         self._counters: Counter[str] = Counter()
         self._tracer = Tracer()
         self._hellos: dict[int, socket.socket] = {}  # connections that have not said hello yet
@@ -120,8 +122,6 @@ class Service:
         )  # fmt: skip
         for bound in (self._clients, self._peer_socket, self._allow.socket):
             self._poller.register(bound, zmq.POLLIN)
-        for lane in lanes:
-            self._poller.register(lane.fileno(), zmq.POLLIN)
         if tier is not None:
             self._poller.register(tier.fileno(), zmq.POLLIN)
         self._poller.register(self._door.listener, zmq.POLLIN)
@@ -176,14 +176,14 @@ class Service:
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def _step(self, timeout_s: float) -> None:
+        timeout_s = self._watch.begin(self._handoffs, timeout_s)
         ready = dict(self._poller.poll(round(timeout_s * 1000)))
         now = time.monotonic()
         looped, self._to_self = self._to_self, []
         for message in looped:
             self._handoffs.peer_message(message, now)  # type: ignore[arg-type]
-        for lane in self._lanes:
-            if lane.fileno() in ready:
-                self._handoffs.lane_events(lane.scheme, lane.take_events(), now)
+        for scheme, events in self._watch.take(ready):
+            self._handoffs.lane_events(scheme, events, now)
         if self._clients in ready:
             self._take_clients(now)
         if self._allow.socket in ready:

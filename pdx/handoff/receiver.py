@@ -51,6 +51,7 @@ class Receiver:
         self._incarnation = incarnation
         self._whole = (1 << layers) - 1
         self._landed: dict[int, int] = {}  # wanted block -> bitmap of layers
+        self._pages_missing = 0
         self.begun = False  # the first page is here, or none is to come
         self._commit: Commit | None = None
         self._checking = False
@@ -65,6 +66,7 @@ class Receiver:
         """One claim for all blocks stands; `wanted` are to come. Not `windowed`: the sender fills our slots itself."""
         self.state = after(RECEIVING, self.state, "claimed")
         self._landed = {block: 0 for block in wanted}
+        self._pages_missing = len(self._landed) * self._layers
         self.begun = not self._landed
         self._window_open = windowed
         self._progress_at = now
@@ -93,6 +95,7 @@ class Receiver:
             if block not in self._landed:
                 continue
             self.begun = True
+            self._pages_missing -= not self._landed[block] >> layer & 1
             bits = self._landed[block] = self._landed[block] | 1 << layer
             missing = ~bits >> first
             leading = (missing & -missing).bit_length() - 1
@@ -103,7 +106,7 @@ class Receiver:
         """Asks for the final comparison once COMMIT and every page are in. Call after landed(); commit() does it."""
         if self.state is not Receiving.GRANTED or self._commit is None or self._checking:
             return []
-        if any(bits != self._whole for bits in self._landed.values()):
+        if self._pages_missing:
             return []
         self._checking = True
         return [CheckCommit(self._commit.checksum)]
@@ -208,12 +211,21 @@ class Receiver:
         return []
 
     @property
+    def hurried(self) -> bool:
+        """Whether the next page is waited for: by an engine that asks early, or that loads; to compare with COMMIT; or
+        it may be one of the last. Or a window's end is."""
+        if self.state is Receiving.GRANTED:
+            is_last = self._pages_missing <= len(self._landed)
+            return not self.begun or self._engine == "loading" or self._commit is not None or is_last
+        return self._window_open
+
+    @property
     def wanted(self) -> frozenset[int]:
         return frozenset(self._landed)
 
     @property
     def pages_landed(self) -> int:
-        return sum(bits.bit_count() for bits in self._landed.values())
+        return len(self._landed) * self._layers - self._pages_missing
 
     def __repr__(self) -> str:
         return (

@@ -204,6 +204,13 @@ class Sender:
         return []
 
     @property
+    def hurried(self) -> bool:
+        """Whether the end of a put under way is waited for: others have no room, COMMIT follows, or all is to end."""
+        if self.state is Sending.DRAINING:
+            return True
+        return bool(self._open) and (bool(self._ready) or self.pages_put == len(self._wanted) * self._layers)
+
+    @property
     def wanted(self) -> frozenset[int]:
         return self._wanted
 

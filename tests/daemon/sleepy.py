@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from pdx.daemon import main, service
+from pdx.daemon import lanewatch, main, service
 
 if __name__ == "__main__":
-    service.TICK_S = 3600.0
+    service.TICK_S = lanewatch.LANES_S = 3600.0
     sys.exit(main.main())

@@ -31,6 +31,39 @@ def test_no_page_is_awaited_twice_or_after_the_end() -> None:
     assert not receiver.awaits(0, [2])
 
 
+def test_it_is_in_a_hurry_only_while_something_follows_from_the_next_page() -> None:
+    receiver = Receiver(HANDLE, blocks=3, layers=4, lease_epoch=4, incarnation=2, now=0.0)
+    assert not receiver.hurried, "nothing comes before the grant"
+    receiver.claimed([0, 1, 2], GRANT, windowed=True, now=0.0)
+    assert receiver.hurried, "an early question waits for the first page"
+    receiver.landed(0, [0, 1, 2], now=0.1)
+    assert not receiver.hurried
+    receiver.landed(1, [0, 1, 2], now=0.1)
+    receiver.landed(2, [0, 1], now=0.1)
+    assert not receiver.hurried
+    assert receiver.engine_opened()
+    assert receiver.hurried, "an engine reads what has landed"
+    receiver.engine_let_go(ok=True, reason="")
+    assert not receiver.hurried
+    receiver.landed(2, [2, 2], now=0.1)
+    assert receiver.hurried, "the last pages"
+    assert receiver.pages_landed == 9
+    receiver.landed(3, [0, 1, 2], now=0.1)
+    receiver.commit(Commit(**IDS, pages=12, checksum=77))
+    receiver.checked(ok=True, now=0.2)
+    assert receiver.hurried, "the end of its window"
+    receiver.window_closed()
+    assert not receiver.hurried
+
+
+def test_it_is_in_a_hurry_once_commit_is_here() -> None:
+    receiver = Receiver(HANDLE, blocks=3, layers=4, lease_epoch=4, incarnation=2, now=0.0)
+    receiver.claimed([0, 1, 2], GRANT, windowed=True, now=0.0)
+    receiver.landed(0, [0, 1, 2], now=0.1)
+    receiver.commit(Commit(**IDS, pages=12, checksum=77))
+    assert receiver.hurried
+
+
 def test_a_handoff_has_begun_with_its_first_page_or_when_none_is_to_come() -> None:
     receiver = make_receiver()
     receiver.landed(0, [7], now=0.1)

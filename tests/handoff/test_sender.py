@@ -45,6 +45,37 @@ def test_commit_waits_for_every_page_and_every_put() -> None:
     assert sender.engine_let_go(ok=True, reason="") == [do.Ended("")]
 
 
+def test_it_is_in_a_hurry_only_while_something_follows_from_the_end_of_a_put() -> None:
+    sender = make_sender()
+    assert not sender.hurried, "the grant does not come by a lane"
+    sender.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
+    sender.filled(0, [0, 1, 2], now=0.1)
+    assert not sender.hurried, "the next layer is yet to be computed"
+    sender.filled(1, [0, 1, 2], now=0.1)
+    assert sender.hurried, "COMMIT follows"
+    sender.put_ended(ok=True, reason="", now=0.2)
+    assert sender.hurried
+    sender.put_ended(ok=True, reason="", now=0.2)
+    assert not sender.hurried
+    failing = make_sender()
+    failing.granted(has=[], wanted=[0, 1, 2], lease_epoch=4, now=0.0)
+    failing.filled(0, [0, 1, 2], now=0.1)
+    failing.fail("x", tell_peer=True)
+    assert failing.hurried, "its slots are free when the put has ended"
+
+
+def test_it_is_in_a_hurry_while_pages_wait_for_room_among_puts() -> None:
+    sender = Sender(
+        HANDLE, request_id="r", blocks=8, layers=2, page_bytes=OPEN_BYTES // PUTS_OPEN, incarnation=1, now=0
+    )
+    sender.claimed(PLACES * 3, frozenset(range(8)), RESERVE, now=0.0)
+    sender.granted(has=[], wanted=range(8), lease_epoch=4, now=0.0)
+    sender.filled(0, range(PUTS_OPEN), now=0.1)
+    assert not sender.hurried
+    sender.filled(0, range(PUTS_OPEN, 8), now=0.1)
+    assert sender.hurried
+
+
 def test_what_is_filled_costs_the_same_in_a_long_prompt() -> None:
     """Most of its pages are filled while its first block is whole, and its last is not."""
 

@@ -41,7 +41,7 @@ def test_breaks_after_bytes() -> None:
     tickets = []
     for _ in range(3):
         tickets.append(near.put(channel, window, [Copy(0, 0, 1000)]))
-        near.events += near.lane.take_events()
+        near.take()
     near.wait_lost(channel)
     assert [type(near.wait_end(ticket)) for ticket in tickets] == [PutDone, PutDone, PutFailed]
     assert faulty.break_count == 1
@@ -57,7 +57,7 @@ def chaos(seed: int) -> list[Event]:
     for index in range(100):
         channel = near.lane.connect(far.lane.endpoint)
         tickets.append(near.put(channel, window, [Copy(0, 0, 1000)], notice=b"%d" % index))
-        near.events += near.lane.take_events()
+        near.take()
     for ticket in tickets:
         near.wait_end(ticket)
     faulty.abort()
