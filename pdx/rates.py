@@ -36,7 +36,7 @@ class Busy:
         self._ended_at = 0.0
 
     def ended(self, *, began_at: float, now: float) -> float:
-        """The seconds of a piece of work, those before the end of the last one not counted. Call it as they end."""
+        """The seconds of a piece of work, those before the end of the last one not counted. About as they end."""
         seconds = max(0.0, now - max(began_at, self._ended_at))
-        self._ended_at = now
+        self._ended_at = max(self._ended_at, now)
         return seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import select
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ from held_fabric import wait_until
 from lane_pairs import KEY
 
 from pdx.transport import mailbox, reactor
-from pdx.transport.api import Copy, Span
+from pdx.transport.api import Arrived, Copy, PutDone, Span, WindowClosed
 from pdx.transport.frames import NOTICE_BYTES_MAX
 from pdx.transport.link_messages import Ask, Granted, Landed
 from pdx.transport.side import Side, arrivals_of
@@ -40,6 +41,18 @@ def put_many(near: Side, far: Side) -> int:
     tickets = [near.put(channel, window, [Copy(0, 0, 0)], notice=b"%d" % number) for number in range(PUTS)]
     near.wait_end(tickets[-1])
     return channel
+
+
+def test_ends_and_arrivals_know_when_they_were_however_late_they_are_taken() -> None:
+    box = mailbox.Mailbox()
+    began_ns = time.monotonic_ns()
+    for event in (PutDone(1), Arrived(2, b"n"), WindowClosed(2)):
+        box.add(event)
+    ended_ns = time.monotonic_ns()
+    done, arrived, closed = box.take()
+    assert isinstance(done, PutDone) and isinstance(arrived, Arrived) and closed == WindowClosed(2)
+    assert began_ns <= done.at_ns <= arrived.at_ns <= ended_ns
+    box.close()
 
 
 def test_peers_wait_until_there_is_room() -> None:
