@@ -19,6 +19,7 @@ READ_AHEAD_BYTES = 256 << 10
 # Longer bodies are written in pieces: in one write they would hold up the loop, hence every other stream.
 PIECE_BYTES = 256 << 10
 HEAD_BYTES_MAX = 64 << 10
+SEGMENT_BYTES = 256 << 10  # what event loops hand over at once
 
 
 class UpstreamError(PdxError):
@@ -122,11 +123,12 @@ class EngineConnection(asyncio.Protocol):
     def _reset(self) -> None:
         self.status = 0
         self.content_type = "application/json"
+        self.retry_after_s = 0
         self._parser = httptools.HttpResponseParser(self)
         self._has_head, self._complete, self._keeps_open, self._until_closed = False, False, False, True
         self._sent = self._paused = False
         self._chunks: deque[bytes] = deque()
-        self._held_bytes = self._head_bytes = 0
+        self._held_bytes = self._head_bytes = self._framing_bytes = 0
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -140,6 +142,13 @@ class EngineConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._complete:  # nobody has asked for more
             self._fail("broken")
+            return
+        # Since the last head or piece of body: the parser keeps a header until it is whole, however long it is. (What
+        # comes at once may be its end, and some body.)
+        self._framing_bytes += len(data)
+        if self._framing_bytes > HEAD_BYTES_MAX + SEGMENT_BYTES:
+            self._fail("broken")
+            self._wake()
             return
         try:
             self._parser.feed_data(data)
@@ -169,6 +178,10 @@ class EngineConnection(asyncio.Protocol):
 
     # --- the parser's side ------------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        if self._complete:  # nobody has asked for a second one
+            raise ValueError("two answers to one request")  # as in `on_header`
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > HEAD_BYTES_MAX:
@@ -178,14 +191,18 @@ class EngineConnection(asyncio.Protocol):
                 self.content_type = value.decode("latin-1")
             case b"content-length" | b"transfer-encoding":
                 self._until_closed = False
+            case b"retry-after" if value.isdigit() and len(value) < 10:  # in seconds; dates are not passed on
+                self.retry_after_s = int(value)
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
         self._has_head = self.status >= 200  # 100 Continue and its like come before the answer
         if self._has_head:
+            self._framing_bytes = 0
             self.resume_writing()  # who has answered may read no more: `send` is to look
 
     def on_body(self, data: bytes) -> None:
+        self._framing_bytes = 0
         self._chunks.append(data)
         self._held_bytes += len(data)
         if self._held_bytes > READ_AHEAD_BYTES and not self._paused and self._transport is not None:

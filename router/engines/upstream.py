@@ -193,6 +193,7 @@ class Reply:
         self._connection = connection
         self.status = connection.status
         self.content_type = connection.content_type
+        self.retry_after_s = connection.retry_after_s
 
     async def read(self, bytes_max: int = ANSWER_BYTES_MAX) -> bytes:
         """The whole body, if it has not more bytes."""

@@ -137,7 +137,7 @@ class Record:
         what = _HEARD.get(type(event))
         if isinstance(event, PrefillAnswered) and event.status != 200:
             what = "prefill_failed"
-        if isinstance(event, DecodeAnswered) and event.status >= 400:
+        if isinstance(event, DecodeAnswered) and event.status >= 300:
             what = "decode_failed"
         if what is not None:
             side = "prefill" if what.startswith(("prefill", "handoff")) else "decode" if "decode" in what else ""

@@ -56,13 +56,16 @@ class DecodeAnswered(msgspec.Struct, frozen=True):
     body: bytes
     streaming: bool = False
     snapshot: Snapshot | None = None  # who is there now, should it have to be repeated
+    retry_after_s: int = 0  # the engine's own word; 0: none
 
 
 # Not implemented, no such HTTP: what the client wants, which no other engine has either.
 NEVER_STATUSES = frozenset((501, 505))
-# Neither these nor 503 say that something is wrong with an engine: vLLM says 503 when its own queue is full
+# Neither these nor 503 and 429 say that something is wrong with an engine: vLLM says 503 when its own queue is full
 # (--max-num-queued-reqs), and of one that is dead /health says so.
-UNJUDGED_STATUSES = NEVER_STATUSES | {503}
+UNJUDGED_STATUSES = NEVER_STATUSES | {429, 503}
+# The client's fault, or the engine's own: it has another key or lacks an adapter, or a gateway before it says so.
+DOUBTFUL_STATUSES = frozenset((401, 403, 404, 408, 425, 429))
 
 
 class DecodeFailed(msgspec.Struct, frozen=True):

@@ -49,9 +49,9 @@ from pdx.router.request.actions import (
 )
 from pdx.router.request.journey import Journey
 from pdx.router.request.servable import CHAT, COMPLETIONS
-from pdx.router.request.usage import EventStream
+from pdx.router.request.usage import EventStream, only_comments
 from pdx.router.request_log import line_of
-from pdx.router.standing.blame import Blame
+from pdx.router.standing.blame import Blame, answered
 
 # Writing the last bytes to a client that no longer reads must end too.
 CLOSE_S = 5.0
@@ -109,7 +109,7 @@ class Conductor:
                 async with asyncio.timeout(timeout_s):
                     await self._run(await self._begins())
             except TimeoutError:
-                self._blame.overdue = True
+                self._blame.deadline_passed(timeout_s, time.monotonic())
                 await self._drop_all()
                 if self._journey.state == "ended":
                     raise  # all is said, but the client does not take it
@@ -221,7 +221,7 @@ class Conductor:
             for over in counts:
                 over()
             judge(task)
-            sent(_answered(task))
+            sent(answered(task))
 
         self._calls[side] = task = asyncio.create_task(hearing)
         task.add_done_callback(ended)
@@ -310,20 +310,24 @@ class Conductor:
             self._note(action.engine, error)
             told = self._events.error
             if told is not None and (told.code < 500 or told.code in NEVER_STATUSES):
-                return DecodeAnswered(told.code, told.body)
+                return DecodeAnswered(told.code, told.body, snapshot=self._outside.snapshot())
             return self._failed(error, self._outside.snapshot())
         self._content_type = reply.content_type
-        return DecodeAnswered(reply.status, body, snapshot=self._outside.snapshot() if reply.status >= 500 else None)
+        snapshot = self._outside.snapshot() if reply.status >= 300 else None
+        return DecodeAnswered(reply.status, body, snapshot=snapshot, retry_after_s=reply.retry_after_s)
 
     async def _pump(self) -> Event:
         assert self._response is not None
         gaps, last = self._outside.metrics.itl_s.of(self._model), time.monotonic()
         try:
+            self._blame.waits(last)
             while passed := await self._next_events():
                 now = time.monotonic()
+                self._blame.heard(now, says=not only_comments(passed))
                 gaps.observe(now - last)
                 last = now
                 await self._response.write(passed)
+                self._blame.waits(time.monotonic())
         except UpstreamError as error:
             return StreamFinished() if self._events.done else self._failed(error)
         cut = self._client.path in (CHAT, COMPLETIONS) and not self._events.done
@@ -437,12 +441,3 @@ class Conductor:
         metrics.held_back.inc(journey.held_back)
         if self._outside.request_log is not None:
             self._outside.request_log.add(line_of(self._record.row(), journey.reply))
-
-
-def _answered(task: asyncio.Task[Event]) -> bool:
-    """Whether it took the time that a first token takes."""
-    if task.cancelled() or task.exception() is not None:
-        return False
-    event = task.result()
-    whole = isinstance(event, DecodeAnswered) and not event.streaming
-    return isinstance(event, PrefillAnswered | DecodeAnswered) and not whole and event.status == 200

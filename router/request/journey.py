@@ -13,11 +13,12 @@ engines are asked at once, the answer is decode's. *After*: decode is asked when
 token itself; what was to be seeded ends here if the token's text can't be shown by itself,
 or if decode will refuse the rest.
 
-Its rules: an error that the client caused (4xx) reaches the client as the engine put it. An error of prefill costs
-the handoff, never the request: the chosen decode engine computes the prompt itself. An error of decode before its
-first byte is repeated on other engines, `retries` times and as long as the router's budget lasts, after a seed with
-prompt and seed. Once the client has bytes that nobody can continue, the stream ends with an error event. Whoever
-leaves early cancels the handoff at both daemons. Who finds every fitting engine full lines up (`admission`).
+Its rules: an error that the client caused (4xx) reaches the client as the engine put it; where it may be the engine's
+own, others are asked first. An error of prefill costs the handoff, never the request: the chosen decode engine computes
+the prompt itself. An error of decode before its first byte, a redirect among them, is repeated on other engines,
+`retries` times and as long as the router's budget lasts, after a seed with prompt and seed. Once the client has bytes
+that nobody can continue, the stream ends with an error event. Whoever leaves early cancels the handoff at both daemons.
+Who finds every fitting engine full lines up (`admission`).
 
 A journey belongs to the task that serves its client's connection.
 """
@@ -32,10 +33,10 @@ from pdx.errors import IllegalTransition
 from pdx.handoff.handle import TransferHandle, mint
 from pdx.router.choice import policy
 from pdx.router.choice.policy import Candidate, Pair, Snapshot
-from pdx.router.front.replies import REFUSALS, as_event, error_body, words_of
+from pdx.router.front.replies import REFUSALS, as_event, error_body
 from pdx.router.line.retries import RetryBudget
 from pdx.router.request.actions import (
-    NEVER_STATUSES,
+    DOUBTFUL_STATUSES,
     Action,
     Answer,
     Begin,
@@ -60,6 +61,7 @@ from pdx.router.request.actions import (
     Write,
 )
 from pdx.router.request.prefill_reply import PrefillReply
+from pdx.router.request.refusals import last_word, may_be_engines, no_answer
 from pdx.router.request.request import Request
 from pdx.router.request.room import roomy, soon, soon_in_s
 from pdx.router.request.seed import Seed, own_answer
@@ -284,7 +286,7 @@ class Journey:
     # --- prefill ----------------------------------------------------------------------------------------------
 
     def _on_prefill(self, event: PrefillAnswered) -> list[Action]:
-        if 400 <= event.status < 500 and not self._beside:
+        if 400 <= event.status < 500 and event.status not in DOUBTFUL_STATUSES and not self._beside:
             self._move("reject")
             return [*self._end_handoff("client_error"), Answer(status=event.status, body=event.body)]
         reply = PrefillReply.read(event.body, with_ids=self._request.path in WITH_IDS) if event.status == 200 else None
@@ -346,13 +348,10 @@ class Journey:
     # --- decode -----------------------------------------------------------------------------------------------
 
     def _on_decode(self, event: DecodeAnswered) -> list[Action]:
-        if event.status >= 500 and event.status not in NEVER_STATUSES:
-            return self._retry(f"decode_{event.status}", event.snapshot)
-        if event.status >= 400 and self._opened:
-            return self._give_up("client_error", _no_answer("the engine refused to go on: " + words_of(event.body)))
+        if may_be_engines(event.status):
+            return self._retry(f"decode_{event.status}", event.snapshot, last_word(event, opened=self._opened))
         if event.status >= 400:
-            self._move("answer")
-            return [*self._end_handoff("client_error"), Answer(status=event.status, body=event.body)]
+            return self._give_up("client_error", last_word(event, opened=self._opened))
         if self._seed is not None and event.streaming != self.streams:
             return self._retry("decode_bad_reply", event.snapshot)
         if event.streaming:
@@ -374,13 +373,14 @@ class Journey:
     def _on_decode_failure(self, event: DecodeFailed) -> list[Action]:
         if self.state in ("streaming", "overtaking"):
             told = event.words or event.reason
-            return self._give_up(f"decode_{event.reason}", _no_answer(f"the engine broke off: {told}"))
+            return self._give_up(f"decode_{event.reason}", no_answer(f"the engine broke off: {told}"))
         return self._retry(f"decode_{event.reason}", event.snapshot)
 
-    def _retry(self, reason: str, snapshot: Snapshot | None) -> list[Action]:
+    def _retry(self, reason: str, snapshot: Snapshot | None, last: Answer | None = None) -> list[Action]:
+        """`last`: what the client gets if there is nobody else."""
         other = self._another(snapshot)
         if other is None:
-            return self._give_up(reason, _no_answer(f"no engine could answer: {reason}"))
+            return self._give_up(reason, last or no_answer(f"no engine could answer: {reason}"))
         self._move("retry")
         self.repeats += 1
         self.reason = reason
@@ -439,7 +439,3 @@ class Journey:
             self.state = MOVES[self.state, move]
         except KeyError:
             raise IllegalTransition(f"journey: {move} in state {self.state}") from None
-
-
-def _no_answer(message: str) -> Answer:
-    return Answer(status=502, body=error_body(502, message))

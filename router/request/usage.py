@@ -71,7 +71,7 @@ class EventStream:
             end = len(held)
         passed, self._rest = held[:end], held[end:]
         if not self._began:
-            self._began = _COMMENTS.fullmatch(passed) is None
+            self._began = not only_comments(passed)
             if not self._began:
                 return b""
         if b"error" in passed or self.error is not None:
@@ -107,6 +107,11 @@ class EventStream:
             return event
         assert self.cached_tokens is not None
         return head + prefix + with_cached_tokens(data, self.cached_tokens)
+
+
+def only_comments(events: bytes) -> bool:
+    """Whether they say nothing: servers keep their clients awake so, also while they can't go on."""
+    return events[:1] in b":\r\n" and _COMMENTS.fullmatch(events) is not None
 
 
 def with_cached_tokens(body: bytes, cached_tokens: int) -> bytes:

@@ -2,7 +2,10 @@
 
 An engine that answers with a failure (HTTP 500) may have met what no engine can serve. It is to blame if decode has an
 answer from another one then. If others fail as well, and nobody answers, none is; if no other was asked, that proves
-nothing.
+nothing. What may be the client's fault as well (HTTP 401) is the engine's only if another one serves the request.
+
+A stream is judged at its end: also at its deadline, if the engine has said nothing for long while we waited for it. The
+time in which a client takes what there is does not count.
 
 Owned by the request's task; the tasks of its calls report here when they are done.
 """
@@ -10,6 +13,7 @@ Owned by the request's task; the tasks of its calls report here when they are do
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +21,7 @@ from contextlib import ExitStack
 from pdx.router.choice.policy import Candidate, Pair
 from pdx.router.outside import Outside
 from pdx.router.request.actions import (
+    DOUBTFUL_STATUSES,
     UNJUDGED_STATUSES,
     DecodeAnswered,
     DecodeFailed,
@@ -25,20 +30,28 @@ from pdx.router.request.actions import (
     PrefillFailed,
     StreamFinished,
 )
+from pdx.router.request.refusals import may_be_engines
 from pdx.router.standing.standing import Ticket
 from pdx.wire import ONE_REQUEST
 
+STALL_S = 30.0  # without a token, or half of the deadline if that is shorter
+PROBE_S = 1.0  # a stream that still goes on goes well: its first events may all be of one step
+
 
 class Blame:
-    """Tells `Standing`. `overdue`: the request's deadline has passed, so that a silent engine is to blame."""
+    """Tells `Standing`."""
 
     def __init__(self, outside: Outside, model: str) -> None:
-        self.overdue = False
         self._outside = outside
         self._model = model
         self._watching = ExitStack()
         self._handoff: tuple[Pair, Ticket, asyncio.Future[str]] | None = None
         self._stream: tuple[Candidate, Ticket] | None = None
+        self._overdue = self._stalled = False
+        self._goes_well_at = math.inf  # when a stream that is a probe has gone on for long enough
+        self._silent_s = 0.0  # in which we have waited for the stream's next token, but for the present wait
+        self._waits_since: float | None = None  # None: the client is to take what there is
+        self._doubtful = False  # one of the failures told may be the client's fault
         self._told_failures: list[tuple[Candidate, Ticket]] | None = []  # None: whose fault they are is known
 
     def call_began(self, engine: Candidate) -> Callable[[asyncio.Task[Event]], None]:
@@ -48,20 +61,42 @@ class Blame:
         def done(task: asyncio.Task[Event]) -> None:
             if _serves(task):
                 self._told_failures_judged(ok=False)
-            if _streams(task):  # judged at the stream's end, but for what a probe was to find out
-                self._stream = (engine, self._outside.standing.call_went(engine.engine_id, ticket, time.monotonic()))
+            if _streams(task):
+                self._stream, self._goes_well_at = (engine, ticket), time.monotonic() + PROBE_S
             elif _tells_failure(task) and self._told_failures is not None:
                 self._told_failures.append((engine, ticket))
+                self._doubtful |= _status(task) in DOUBTFUL_STATUSES
             else:
-                self._judge(engine, ticket, False if self.overdue and task.cancelled() else _went_well(task))
+                self._judge(engine, ticket, False if self._overdue and task.cancelled() else _went_well(task))
 
         return done
+
+    def waits(self, now: float) -> None:
+        """For the engine to go on with its stream."""
+        self._waits_since = now
+
+    def heard(self, now: float, *, says: bool) -> None:
+        """From the stream; the client is to take it now. `says`: more than comments."""
+        waited_s = now - self._waits_since if self._waits_since is not None else 0.0
+        self._waits_since = None
+        self._silent_s = 0.0 if says else self._silent_s + waited_s
+        if says and now >= self._goes_well_at and self._stream is not None:  # what a probe was to find out
+            engine, ticket = self._stream
+            self._stream = (engine, self._outside.standing.call_went(engine.engine_id, ticket, now))
+            self._goes_well_at = math.inf
+
+    def deadline_passed(self, timeout_s: float, now: float) -> None:
+        """The request's, `timeout_s` after its start. Who is silent is to blame; in a stream, who is so for long."""
+        self._overdue = True
+        if self._waits_since is not None:
+            self._stalled = self._silent_s + now - self._waits_since >= min(STALL_S, timeout_s / 2)
 
     def stream_ended(self, pump: asyncio.Task[Event] | None) -> None:
         """None: it was not heard to the end. Does nothing the second time."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            self._judge(*stream, None if pump is None else _went_well(pump))
+            given_up = False if self._stalled else None
+            self._judge(*stream, given_up if pump is None or pump.cancelled() else _went_well(pump))
 
     def handoff_began(self, pair: Pair, handoff_id: bytes) -> asyncio.Future[str]:
         """Its result is a daemon's word that the handoff has failed."""
@@ -77,7 +112,7 @@ class Blame:
         """`outcome`: of the journey's handoff. One that was given up for other reasons says nothing about daemons."""
         self.stream_ended(None)
         told = self._told_failures or ()
-        self._told_failures_judged(ok=False if len(told) == 1 else None, proved=False)
+        self._told_failures_judged(ok=False if len(told) == 1 and not self._doubtful else None, proved=False)
         self._handoff_ended(outcome)
 
     def _handoff_ended(self, outcome: str) -> None:
@@ -118,7 +153,8 @@ def _went_well(task: asyncio.Task[Event]) -> bool | None:
         return None
     match task.result():
         case PrefillAnswered() | DecodeAnswered() as answered:
-            return None if answered.status in UNJUDGED_STATUSES else answered.status < 500
+            unjudged = answered.status in UNJUDGED_STATUSES or answered.status in DOUBTFUL_STATUSES
+            return None if unjudged else not may_be_engines(answered.status)
         case StreamFinished():
             return True
         case PrefillFailed() | DecodeFailed() as failed:
@@ -128,16 +164,37 @@ def _went_well(task: asyncio.Task[Event]) -> bool | None:
 
 
 def _tells_failure(task: asyncio.Task[Event]) -> bool:
-    """Whether the engine has answered, and that it has failed."""
-    if _went_well(task) is not False:
-        return False
-    event = task.result()
-    return event.code > 0 if isinstance(event, DecodeFailed) else isinstance(event, PrefillAnswered | DecodeAnswered)
+    """Whether the engine has answered, and that it has failed, or what may mean so."""
+    status = _status(task)
+    if status in DOUBTFUL_STATUSES:
+        return status not in UNJUDGED_STATUSES
+    return status > 0 and _went_well(task) is False
+
+
+def _status(task: asyncio.Task[Event]) -> int:
+    """What the engine has answered; 0 if it has not."""
+    if task.cancelled() or task.exception() is not None:
+        return 0
+    match task.result():
+        case PrefillAnswered() | DecodeAnswered() as answered:
+            return answered.status
+        case DecodeFailed() as failed:
+            return failed.code
+    return 0
 
 
 def _serves(task: asyncio.Task[Event]) -> bool:
     """Whether it has ended with the client's answer, or its beginning. Prefill's says less: it is asked less."""
     return bool(_went_well(task)) and isinstance(task.result(), DecodeAnswered)
+
+
+def answered(task: asyncio.Task[Event]) -> bool:
+    """Whether it took the time that a first token takes."""
+    if task.cancelled() or task.exception() is not None:
+        return False
+    event = task.result()
+    whole = isinstance(event, DecodeAnswered) and not event.streaming
+    return isinstance(event, PrefillAnswered | DecodeAnswered) and not whole and event.status == 200
 
 
 def _streams(task: asyncio.Task[Event]) -> bool:

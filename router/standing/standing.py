@@ -66,7 +66,7 @@ class Standing:
         _tell(breaker, before, "the breaker of engine %s is %s", engine_id)
 
     def call_went(self, engine_id: str, ticket: Ticket, now: float) -> Ticket:
-        """The first of a stream has come. The ticket for its end."""
+        """A stream has gone on for a while. The ticket for its end."""
         breaker, number = ticket
         before = breaker.state
         number = breaker.went(number, now=now)

@@ -96,8 +96,9 @@ class FakeEngine:
 
     `fault` is one of "", "400", "500", "hang", "reset", "bad_reply", "break" (after the first event), "stall" (the
     same, without an end), "part" (in the middle of the first event), "short" (an orderly end after the first event),
-    "error" and "late_error" (vLLM's: an error event, and [DONE], as the first or as the second event), "501", "503" or
-    "late" (it breaks when all has been said).
+    "error" and "late_error" (vLLM's: an error event, and [DONE], as the first or as the second event), "late" (it
+    breaks when all has been said), "endless" (it goes on as fast as it is read) or another status, which comes with
+    `fault_headers`.
     """
 
     def __init__(self, engine_id: str, role: Role, **changed: Any) -> None:
@@ -110,6 +111,7 @@ class FakeEngine:
         self.headers: list[Mapping[str, str]] = []
         self.dropped = 0
         self.fault_code = 500  # of "error" and "late_error"
+        self.fault_headers: dict[str, str] = {}
         self.padding = ""  # of a whole answer's text
         self.streamed = b""
         self.url = ""
@@ -161,10 +163,11 @@ class FakeEngine:
         match self.fault:
             case "400":
                 return web.json_response({"error": {"message": "too long", "code": 400}}, status=400)
-            case "501" | "503":
-                return web.json_response({"error": {"message": "not now, or never"}}, status=int(self.fault))
             case "500":
                 return web.json_response({"error": {"message": "engine core died"}}, status=500)
+            case code if code.isdigit():
+                told = {"error": {"message": f"not now, or never: {self.engine_id}"}}
+                return web.json_response(told, status=int(code), headers=self.fault_headers)
             case "bad_reply":
                 return web.json_response({"choices": []})
             case "hang":
@@ -228,6 +231,8 @@ class FakeEngine:
                 break
             await response.write(frame)
             self.streamed += frame
+            while self.fault == "endless":
+                await response.write(frames[0] * 1000)
         if self.fault == "late":
             await asyncio.sleep(0.05)  # not in one packet with what was said
             assert request.transport is not None

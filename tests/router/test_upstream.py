@@ -11,7 +11,7 @@ import pytest
 from engine_fakes import FakeEngine, fleet, until, within
 
 from pdx.router.engines import upstream as code
-from pdx.router.engines.connection import HEAD_BYTES_MAX, READ_AHEAD_BYTES
+from pdx.router.engines.connection import HEAD_BYTES_MAX, READ_AHEAD_BYTES, SEGMENT_BYTES
 from pdx.router.engines.upstream import Upstream, UpstreamError
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello"
@@ -151,6 +151,56 @@ async def test_what_is_cut_or_no_http_is_broken(answer: bytes) -> None:
         with pytest.raises(UpstreamError, match="broken") as failed:
             await ask(upstream, url)
         assert not failed.value.unreachable
+
+
+@pytest.mark.parametrize(
+    "start", [b"HTTP/1.1 200 OK\r\nX-Long: ", CHUNKED[:-2] + b"X-Long: ", b"HTTP/1.1 200 ", b"HTTP/1.1 100 C\r\n\r\n"]
+)
+@within(10)
+async def test_a_header_without_an_end_is_broken_off(start: bytes) -> None:
+    """The parser shows none before its end."""
+
+    async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        piece = start * 4096 if b"100" in start else b"x" * (1 << 16)
+        writer.write(start)
+        for _ in range(64):
+            writer.write(piece)
+            await writer.drain()
+        await reader.read()
+
+    async with serving(server) as (upstream, url, _):
+        with pytest.raises(UpstreamError, match="broken"):
+            await ask(upstream, url)
+
+
+@within(10)
+async def test_a_long_answer_in_one_piece_with_its_head_is_no_long_head() -> None:
+    size = HEAD_BYTES_MAX + 3 * SEGMENT_BYTES
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size
+
+    async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(head + bytes(size))
+        await writer.drain()
+
+    async with serving(server) as (upstream, url, _):
+        assert len((await ask(upstream, url))[2]) == size
+
+
+@pytest.mark.parametrize("first", [WHOLE, CHUNKED])
+@within(10)
+async def test_two_answers_to_one_request_are_not_one(first: bytes) -> None:
+    async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(first + b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nevil!")
+        await writer.drain()
+        await reader.read()
+
+    async with serving(server) as (upstream, url, connections):
+        for count in (1, 2):
+            assert (await ask(upstream, url))[2] == b"hello"
+            assert connections == [count], "the connection is not used again"
 
 
 @within(10)
