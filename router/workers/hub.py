@@ -21,6 +21,9 @@ from pdx.router.workers.merging import Totals
 from pdx.router.workers.texts import read_text
 from pdx.wire import ROUTER, decoder_of
 
+HUNG_ASK_S = 5.0  # a worker may be busy for seconds, with a large body say
+HUNG_ASKS = 2  # in a row: one may be lost when all of the host was stopped for a while
+
 _decode = decoder_of(ROUTER)
 
 
@@ -101,11 +104,16 @@ class AddedUp:
         self._places = places
         self._own = own
         self._totals = Totals()
+        self._unanswered: dict[str, int] = {}
 
-    async def refresh(self) -> None:
+    async def refresh(self) -> list[str]:
+        """Asks them all. The names of those that have not answered HUNG_ASKS times, each once."""
         paths = sorted(self._places.folder.glob("metrics-*"))
-        texts = await asyncio.gather(*(read_text(path) for path in paths))
-        self._totals.heard({path.name: text for path, text in zip(paths, texts, strict=True)})
+        texts = await asyncio.gather(*(read_text(path, HUNG_ASK_S) for path in paths))
+        said = {path.name: text for path, text in zip(paths, texts, strict=True)}
+        self._totals.heard({name: text or b"" for name, text in said.items()})
+        self._unanswered = {name: self._unanswered.get(name, 0) + 1 for name, text in said.items() if text is None}
+        return [name for name, asks in self._unanswered.items() if asks == HUNG_ASKS]
 
     def text(self) -> bytes:
         return self._totals.added(self._own.render(Moment()))

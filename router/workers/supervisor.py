@@ -3,12 +3,14 @@
 It forks before there is any loop or thread, and holds nothing but their ids: what it was told at its start is what a
 worker that follows a dead one is told. Its own death, however sudden, ends all of them by the pipe that they watch. A
 killed worker takes its connections with it, and up to REFRESH_S of its counters; a killed hub those of ended workers.
+A worker that hangs is killed when the hub says so, and whatever has not ended in time after a signal.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import select
 import shutil
@@ -29,15 +31,17 @@ from pdx.addresses import authority, family_of
 from pdx.errors import ConfigError
 from pdx.router.engines.control import ControlSocket
 from pdx.router.metrics import Metrics
-from pdx.router.service import Options, serve
-from pdx.router.workers.hub import AddedUp, Hub, Places
+from pdx.router.service import CLOSE_S, Options, serve
+from pdx.router.workers.hub import HUNG_ASK_S, HUNG_ASKS, AddedUp, Hub, Places
 from pdx.router.workers.texts import serve_text
 
 RESTARTS_MAX = 10  # within RESTARTS_S, of all together: then something is wrong that starting anew does not mend
 RESTARTS_S = 60.0
-REFRESH_S = 1.0  # how much of its counters a killed worker takes with it
+REFRESH_S = 1.0  # how much of its counters a killed worker takes with it, if none hangs (HUNG_ASK_S)
 HUB_START_S = 30.0  # it binds three sockets, in milliseconds: one that takes longer hangs
 HUB_LOOK_S = 0.1  # while it starts: how late a signal is seen
+LOOK_S = 1.0  # how late it is seen what the hub says
+END_S = 2.0  # whoever is to end, and hears of it, needs milliseconds for what is not draining or closing
 HUB = -1
 STOPS = (signal.SIGINT, signal.SIGTERM)
 WATCHED = {*STOPS, signal.SIGCHLD}
@@ -60,6 +64,9 @@ class Workers:
         self._lives = 0
         self._restarts: list[float] = []
         self._stopping = False
+        self._kill_at = math.inf  # who has not ended by then never will
+        self._sockets: dict[int, tuple[str, int]] = {}  # worker -> its metrics socket's name, its process id
+        self._hub_says: int | None = None  # a pipe of such names, a line each: nobody answers there any more
 
     def run(self) -> int:
         """Starts them and waits until all have ended. Exit status: theirs, if it was not asked for.
@@ -72,11 +79,13 @@ class Workers:
         self._start_hub()
         status = 0
         while self._pids:
-            received = signal.sigwait(WATCHED)
-            if received != signal.SIGCHLD:
-                self._stop(received)
+            left_s = max(0.0, self._kill_at - time.monotonic())
+            received = signal.sigtimedwait(WATCHED, min(left_s, LOOK_S))
+            if received is not None and received.si_signo != signal.SIGCHLD:
+                self._stop(received.si_signo)
             for who, ended in self._ended():
                 status = self._on_end(who, ended) or status
+            self._kill_hung()
         return max(status, 0) or (1 if status else 0)
 
     def _ended(self) -> Iterator[tuple[int, int]]:
@@ -97,16 +106,37 @@ class Workers:
         if ended == EXIT_CONFIG or not self._may_restart():
             self._stop(signal.SIGTERM)
             return ended or 1
-        _log.warning("%s has ended (%d): starting it anew", "the hub" if who == HUB else f"worker {who}", ended)
+        _log.warning("%s has ended (%d): starting it anew", _name_of(who), ended)
         if who == HUB:
             self._start_hub()
         else:
             self._start_worker(who)
         return 0
 
+    def _kill_hung(self) -> None:
+        """Those that the hub names, whom others then replace; after a signal whoever is left when its time is over."""
+        if self._stopping:
+            if self._pids and time.monotonic() >= self._kill_at:
+                _log.warning("%s did not end in time: killed", ", ".join(map(_name_of, self._pids.values())))
+                self._kill_at = math.inf
+                self._pass_on(signal.SIGKILL)
+            return
+        hung = self._hung()
+        for worker, (name, pid) in self._sockets.items():
+            if name in hung and pid in self._pids:
+                _log.warning("%s hangs: asked %d times, no answer in %g s", _name_of(worker), HUNG_ASKS, HUNG_ASK_S)
+                os.kill(pid, signal.SIGKILL)
+
+    def _hung(self) -> list[str]:
+        if self._hub_says is None or not select.select([self._hub_says], [], [], 0)[0]:
+            return []
+        return os.read(self._hub_says, select.PIPE_BUF).decode().split()
+
     def _stop(self, number: int) -> None:
         """A second signal is passed on like the first. The hub goes on for the workers, as long as they drain."""
         again, self._stopping = self._stopping, True
+        given_s = END_S if again else self._options.drain_s + CLOSE_S + END_S
+        self._kill_at = min(self._kill_at, time.monotonic() + given_s)
         self._pass_on(number, to_hub=again or len(self._pids) == 1)
 
     def _pass_on(self, number: int, *, to_hub: bool = True) -> None:
@@ -128,12 +158,14 @@ class Workers:
 
         def hub() -> None:
             os.close(reader)
-            uvloop.run(_serve_hub(self._options, self._places, ready=writer, life=self._life))
+            uvloop.run(_serve_hub(self._options, self._places, says=writer, life=self._life))
 
         pid = self._fork(HUB, hub)
         os.close(writer)
         endpoint = _said(reader)
-        os.close(reader)
+        if self._hub_says is not None:
+            os.close(self._hub_says)
+        self._hub_says = reader
         if endpoint is None:
             os.kill(pid, signal.SIGKILL)
         if endpoint and not self._lives:
@@ -157,7 +189,7 @@ class Workers:
             publish=self._options.publish if first else "",
             life=self._life,
         )
-        self._fork(worker, lambda: uvloop.run(serve(options)))
+        self._sockets[worker] = metrics.name, self._fork(worker, lambda: uvloop.run(serve(options)))
 
     def _fork(self, who: int, child: Callable[[], None]) -> int:
         pid = os.fork()
@@ -175,6 +207,9 @@ def lead(options: Options, count: int) -> int:
         held = stack.enter_context(socket.socket(family_of(options.host)))
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
+            with socket.socket(family_of(options.host)) as alone:  # which finds out another router's workers, too
+                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                alone.bind((options.host, options.port))
             held.bind((options.host, options.port))
         except OSError as error:
             where = authority(options.host, options.port)
@@ -187,7 +222,8 @@ def lead(options: Options, count: int) -> int:
         return Workers(options, count, Places(Path(folder)), life=life, alive=alive).run()
 
 
-async def _serve_hub(options: Options, places: Places, *, ready: int, life: int) -> None:
+async def _serve_hub(options: Options, places: Places, *, says: int, life: int) -> None:
+    """`says`: a pipe for where daemons are to connect, and then the names of sockets at which nobody answers."""
     metrics = Metrics()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -209,19 +245,23 @@ async def _serve_hub(options: Options, places: Places, *, ready: int, life: int)
         stack.callback(hub.close)
         added = AddedUp(places, metrics)
         await serve_text(stack, places.metrics, added.text)
-        os.write(ready, control.endpoint.encode())
-        os.close(ready)
+        os.write(says, control.endpoint.encode())
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(hub.run()), tasks.create_task(_refresh(added))]
+            running = [tasks.create_task(hub.run()), tasks.create_task(_refresh(added, says))]
             await stop.wait()
             for task in running:
                 task.cancel()
 
 
-async def _refresh(added: AddedUp) -> None:
+async def _refresh(added: AddedUp, says: int) -> None:
     while True:
-        await added.refresh()
+        for name in await added.refresh():
+            os.write(says, f"{name}\n".encode())
         await asyncio.sleep(REFRESH_S)
+
+
+def _name_of(who: int) -> str:
+    return "the hub" if who == HUB else f"worker {who}"
 
 
 def _said(reader: int) -> str | None:

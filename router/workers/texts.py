@@ -24,14 +24,17 @@ async def serve_text(stack: AsyncExitStack, path: Path, text: Callable[[], bytes
     await stack.enter_async_context(await asyncio.start_unix_server(answer, path))
 
 
-async def read_text(path: Path) -> bytes:
-    """What is served there; nothing if nobody answers within ASK_S."""
-    with suppress(OSError, TimeoutError):
-        async with asyncio.timeout(ASK_S):
+async def read_text(path: Path, deadline_s: float = ASK_S) -> bytes | None:
+    """What is served there; nothing if nobody is there. None: whoever is there does not answer in time."""
+    try:
+        async with asyncio.timeout(deadline_s):
             reader, writer = await asyncio.open_unix_connection(path)
             with closing(writer):
                 return await _whole(reader)
-    return b""
+    except TimeoutError:
+        return None
+    except OSError:
+        return b""
 
 
 async def _whole(reader: asyncio.StreamReader) -> bytes:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import IO
 
 import aiohttp
 import pytest
@@ -26,17 +27,17 @@ from pdx.curve import lock
 from pdx.launch import processes
 from pdx.router.engines.control import ControlSocket
 from pdx.router.metrics import Metrics
-from pdx.router.workers.hub import Hub, Places
+from pdx.router.workers.hub import AddedUp, Hub, Places
 from pdx.router.workers.merging import Totals, added
-from pdx.router.workers.texts import read_text, serve_text
+from pdx.router.workers.texts import END, read_text, serve_text
 from pdx.wire import MAGIC, WIRE_VERSION
 
 REACHED_S = 20.0
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 
 
-def started(command: list[str], **environment: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment})
+def started(command: list[str], *, out: IO[bytes] | None = None, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, start_new_session=True, stdout=out, env={**os.environ, **environment})
 
 
 @asynccontextmanager
@@ -199,6 +200,94 @@ def test_a_hub_that_hangs_at_its_start_is_ended(start_s: float, lives: int) -> N
                 os.kill(left, signal.SIGKILL)
 
 
+HANGING_WORKER = """
+import os, sys
+from pdx.router.request.settings import Settings
+from pdx.router.service import Options, serve
+from pdx.router.workers import hub, supervisor
+
+async def told(options):
+    print(f"{options.worker} {os.getpid()} {options.own_metrics}", flush=True)
+    await serve(options)
+
+supervisor.serve = told
+hub.HUNG_ASK_S, drain_s = map(float, sys.argv[1:])
+options = Options(settings=Settings(cluster_key=bytes(32)), port=0, control="tcp://127.0.0.1:0", drain_s=drain_s)
+sys.exit(supervisor.lead(options, 2))
+"""
+
+
+@asynccontextmanager
+async def hanging_worker(out: Path, *, ask_s: float, drain_s: float) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """A router of two workers, of which the second is stopped while it serves. Its workers' lives are told in `out`."""
+    with tempfile.TemporaryDirectory() as scratch, out.open("wb") as file:  # pytest's own are too long for sockets
+        command = [sys.executable, "-c", HANGING_WORKER, str(ask_s), str(drain_s)]
+        process = started(command, out=file, TMPDIR=scratch)
+        try:
+            await until(lambda: len(lives(out)) == 2, "both have begun")
+            _, pid, metrics = next(life for life in lives(out) if life[0] == "1")
+            await until(Path(metrics).exists, "it serves")
+            os.kill(int(pid), signal.SIGSTOP)
+            yield process
+        finally:
+            for left in processes.of_sessions({process.pid}):
+                os.kill(left, signal.SIGKILL)
+            process.wait(10)
+
+
+def lives(out: Path) -> list[list[str]]:
+    return [line.split() for line in out.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+@within(40)
+async def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
+    async with hanging_worker(tmp_path / "out", ask_s=0.2, drain_s=1.0) as process:
+        await until(lambda: len(lives(tmp_path / "out")) == 3, "another begins", REACHED_S)
+        (_, stopped, _), (_, other, metrics) = (life for life in lives(tmp_path / "out") if life[0] == "1")
+        assert stopped != other
+        assert int(stopped) not in processes.of_sessions({process.pid})
+        await until(Path(metrics).exists, "it serves")
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 20) == 0
+        assert processes.of_sessions({process.pid}) == []
+
+
+@pytest.mark.parametrize(("signals", "drain_s"), [([signal.SIGTERM], 0.1), ([signal.SIGTERM, signal.SIGINT], 60.0)])
+def test_a_worker_that_hangs_keeps_nobody_from_ending(
+    signals: list[signal.Signals], drain_s: float, tmp_path: Path
+) -> None:
+    @within(40)
+    async def run() -> None:
+        async with hanging_worker(tmp_path / "out", ask_s=60.0, drain_s=drain_s) as process:
+            for number in signals:
+                process.send_signal(number)
+            assert await asyncio.to_thread(process.wait, 20) == 0
+            assert processes.of_sessions({process.pid}) == []
+
+    run()
+
+
+@within(20)
+async def test_one_answer_missed_is_no_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdx.router.workers.hub.HUNG_ASK_S", 0.05)
+    silent = asyncio.Event()
+    texts = [b"", END, b"", b"", b""]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        text = texts.pop(0)
+        if not text:
+            await silent.wait()
+        writer.write(text)
+        writer.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        places = Places(Path(folder))
+        added_up = AddedUp(places, Metrics())
+        async with await asyncio.start_unix_server(answer, places.metrics_of(1, 2)):
+            assert [await added_up.refresh() for _ in range(5)] == [[], [], [], ["metrics-1-2"], []]
+            silent.set()
+
+
 @within(20)
 async def test_the_hub_tells_a_daemon_of_another_version_so() -> None:
     """Workers never see its frames: the hub can't read them."""
@@ -222,9 +311,10 @@ async def test_the_hub_tells_a_daemon_of_another_version_so() -> None:
     assert value(generate_latest(metrics.registry), "pdx_router_bad_frames_total") == 1
 
 
-@pytest.mark.parametrize("flag", ["--port", "--control"])
-def test_a_taken_port_is_one_line(flag: str, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+@pytest.mark.parametrize(("flag", "shared"), [("--port", False), ("--port", True), ("--control", False)])
+def test_a_taken_port_is_one_line(flag: str, shared: bool, tmp_path: Path) -> None:
+    """`shared`: as another router's workers have it."""
+    with socket.create_server(("127.0.0.1", 0), reuse_port=shared) as taken:
         port = taken.getsockname()[1]
         flags = {"--port": "0", "--control": "tcp://127.0.0.1:0", "--workers": "2"}
         flags[flag] = str(port) if flag == "--port" else f"tcp://127.0.0.1:{port}"
