@@ -157,6 +157,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         list[str], Meta(description="web pages of this origin may ask; * is all (default: none)", title="ORIGIN")
     ] = []
     max_body: Annotated[str, Meta(description="largest body of a request, e.g. 64MiB", title="SIZE")] = "32MiB"
+    max_bodies: Annotated[
+        str,
+        Meta(description="bodies of all requests under way; beyond that 503, but one always has room", title="SIZE"),
+    ] = "1GiB"
     keep_alive_s: Annotated[
         Seconds, Meta(description="a connection without a whole request head for so long is closed")
     ] = 60.0
@@ -177,6 +181,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 )
         if parse_size(self.max_body, key="max_body") < 1024:
             raise ConfigError(f"max_body {self.max_body}: no request is as small")
+        parse_size(self.max_bodies, key="max_bodies")
 
 
 class Resolved(msgspec.Struct, frozen=True):

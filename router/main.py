@@ -78,6 +78,7 @@ def options_of(found: Resolved) -> Options:
         pass_keys=config.pass_api_key,
         origins=Origins(config.cors_origin),
         body_bytes_max=parse_size(config.max_body, key="max_body"),
+        bodies_bytes_max=parse_size(config.max_bodies, key="max_bodies"),
         request_timeout_s=config.request_timeout_s,
         public_metrics=config.public_metrics,
     )

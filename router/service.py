@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from pdx.addresses import authority
+from pdx.config import is_loopback
 from pdx.errors import ConfigError
 from pdx.router.choice.knowledge import Knowledge
 from pdx.router.engines.control import Control, ControlSocket, SharedControl
@@ -162,7 +163,10 @@ async def running(options: Options) -> AsyncIterator[Router]:
             request_log=_request_log(options, stack),
         )
         named = Named(directory, prefills=options.prefills, decodes=options.decodes)
-        front = Front(outside, options.settings, options.door, missing=named.missing, all_metrics=options.all_metrics)
+        front = Front(
+            outside, options.settings, options.door,
+            missing=named.missing, all_metrics=options.all_metrics, on_loopback=is_loopback(options.host),
+        )  # fmt: skip
         if options.own_metrics:
             await serve_text(stack, Path(options.own_metrics), front.own_metrics)
         http = await _listen(stack, _front_runner(front, options), options.host, options.port, shared=bool(options.hub))

@@ -15,9 +15,11 @@ import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
+from pdx.config import is_loopback
 from pdx.errors import ConfigError
 
 KEY_CHARS_MIN = 16  # shorter ones can be guessed
@@ -115,6 +117,17 @@ class Origins:
             return {}
         allowed = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
         return {**shown, **allowed, "Access-Control-Allow-Headers": wanted_headers or "Content-Type"}
+
+
+def names_loopback(headers: Mapping[str, str]) -> bool:
+    """Whether a client calls this host by a name of the loopback.
+
+    A web page whose own name was made to lead here (DNS rebinding) does not: its browser says that name.
+    """
+    try:
+        return is_loopback(urlsplit(f"//{headers.get('Host', '')}").hostname or "")
+    except ValueError:
+        return False
 
 
 def _lines(file: str) -> list[str]:

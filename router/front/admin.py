@@ -19,7 +19,6 @@ import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -36,11 +35,11 @@ from pdx.admin import (
     Report,
     UnpinRequest,
 )
-from pdx.config import is_loopback
 from pdx.errors import Refused
 from pdx.router.engines.daemons import Daemons
 from pdx.router.engines.upstream import Upstream, UpstreamError
 from pdx.router.front import daemon_metrics
+from pdx.router.front.access import names_loopback
 from pdx.router.front.answers import as_json, refusal
 from pdx.router.front.drains import Drains
 from pdx.router.live import dashboard
@@ -176,7 +175,7 @@ class Admin:
             and not hmac.compare_digest(given, f"Bearer {self._token}".encode())
         ):
             return refusal(401, "this port wants the token of the cluster key")
-        if not self._token and not is_loopback(_host_of(request)):
+        if not self._token and not names_loopback(request.headers):
             return refusal(403, "this port is for names of the loopback only")
         if request.method == "POST" and request.content_type != "application/json":
             return refusal(415, "send JSON, and say so")
@@ -192,14 +191,6 @@ def _chosen(
         if not silent:
             raise
         raise Refused(f"{error}; {len(silent)} daemons have not said what they have") from error
-
-
-def _host_of(request: web.Request) -> str:
-    """As the client calls us, without the port; empty if that is no name."""
-    try:
-        return urlsplit(f"//{request.host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _all(infos: dict[str, list[SpaceInfo]]) -> list[SpaceInfo]:

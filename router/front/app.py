@@ -22,9 +22,9 @@ from aiohttp import web
 from pdx.handoff.handle import HANDOFF_ID_BYTES
 from pdx.router.choice.policy import Asked, Snapshot, choose_pair, serving
 from pdx.router.choice.prompts import Reading
-from pdx.router.front.access import ApiKeys, Caller, Origins
+from pdx.router.front.access import ApiKeys, Caller, Origins, names_loopback
 from pdx.router.front.answers import as_json, refusal
-from pdx.router.front.bodies import decoded
+from pdx.router.front.bodies import Budget, NoRoom, Share, decoded
 from pdx.router.front.forms import field_of
 from pdx.router.front.replies import REFUSALS
 from pdx.router.line.admission import Wish
@@ -40,6 +40,7 @@ from pdx.router.request_log import refused_line
 from pdx.router.workers.texts import read_text
 
 BODY_BYTES_MAX = 32 << 20  # a million token ids as JSON are 8 MiB; images travel as base64 in chat messages
+BODIES_BYTES_MAX = 1 << 30  # of all requests under way
 BODY_S = 60.0  # 32 MiB at 5 Mbit/s
 MOMENT_S = 0.001  # for so long engines stay as they were seen, if no request comes or ends
 # Administration of single engines: through a router it would reach one of many, by chance.
@@ -72,6 +73,7 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
     pass_keys: bool = False  # to the engines, although this router has checked them
     origins: Origins = Origins(())
     body_bytes_max: int = BODY_BYTES_MAX
+    bodies_bytes_max: int = BODIES_BYTES_MAX  # together; one of the largest always has room
     request_timeout_s: float = 600.0
     public_metrics: bool = True  # /metrics at the front too
 
@@ -87,14 +89,18 @@ class Front:
         *,
         missing: Callable[[], list[str]] = list,
         all_metrics: str = "",
+        on_loopback: bool = False,
     ) -> None:
-        """`missing`: what /readyz says of engines that are expected; `all_metrics`: where those of all workers are."""
+        """`missing`: what /readyz says of engines that are expected; `all_metrics`: where those of all workers are;
+        `on_loopback`: only this host reaches it, so that without keys it answers to names of the loopback only."""
         self.metrics = outside.metrics
         self._outside = outside
         self._settings = settings
         self._door = door
         self._missing = missing
         self._all_metrics = all_metrics
+        self._local_only = on_loopback and not door.keys
+        self._bodies = Budget(max(door.bodies_bytes_max, door.body_bytes_max))
         self._turn = 0
         self._stripped_logged = False
         self._passed = PASSED_HEADERS if door.keys and not door.pass_keys else (*PASSED_HEADERS, *KEY_HEADERS)
@@ -155,7 +161,11 @@ class Front:
     def _caller(self, client: web.BaseRequest, path: str) -> Caller | None:
         """None where nobody needs a key."""
         keys = self._door.keys
-        if not keys or path in OPEN_PATHS:
+        if path in OPEN_PATHS:
+            return None
+        if self._local_only and not names_loopback(client.headers):
+            raise _Refused(403, "host", "without API keys (--api-key) this router answers to localhost only")
+        if not keys:
             return None
         caller = keys.caller(client.headers)
         if caller is None:
@@ -188,8 +198,9 @@ class Front:
         self._outside.under_way += 1
         ends_at = time.monotonic() + self._door.request_timeout_s
         reading: Reading | None = None
+        share = Share(self._bodies)
         try:
-            raw = await self._read(client)
+            raw = await self._read(client, share)
             body, named = self._read_body(client, raw)
             _refuse_state(client.path, body)
             model = self._model_of(named)
@@ -219,6 +230,7 @@ class Front:
         finally:
             if reading is not None:
                 reading.drop()
+            share.give_back()
             self._outside.metrics.in_flight.dec()
             self._outside.under_way -= 1
 
@@ -256,18 +268,20 @@ class Front:
             asked=asked,
         )
 
-    async def _read(self, client: web.BaseRequest) -> bytes:
+    async def _read(self, client: web.BaseRequest, share: Share) -> bytes:
         """The whole body. A client that stops in the middle must not stay for ever."""
-        if client.content.is_eof():
-            return await client.read()
         try:
+            if client.content.is_eof():
+                return await share.read(client)
             async with asyncio.timeout(min(BODY_S, self._door.request_timeout_s)):
                 if client.headers.get("Expect", "").lower() == "100-continue":
                     await client.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                     client.writer.output_size = 0  # no byte of the answer yet
-                return await client.read()
+                return await share.read(client)
         except TimeoutError:
             raise _Refused(408, "slow_body", "the body did not arrive in time") from None
+        except NoRoom:
+            raise _Refused(503, "no_room", "the bodies of other requests fill this router; ask again later") from None
 
     def _read_body(self, client: web.BaseRequest, raw: bytes) -> tuple[dict[str, Any], object]:
         """And the model that it names. An upload's is empty, but for that."""

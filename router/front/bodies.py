@@ -1,4 +1,4 @@
-"""Clients' JSON, decoded within bounds.
+"""Clients' bodies: read within a budget of all requests together, and their JSON decoded within bounds.
 
 A body of a few MiB can be millions of empty objects: to make them takes seconds and a gigabyte, and whatever looks
 through them afterwards takes longer. So they are counted before it is decoded.
@@ -10,12 +10,51 @@ import re
 from typing import Any
 
 import msgspec
+from aiohttp import web
 
 CONTAINERS_MAX = 100_000  # lists and objects: of chats, tools and schemas
 STRINGS_MAX = 400_000
+BUFFERED_BYTES = 1 << 20  # of one body, before it is counted: the larger, the fewer pauses
 ITEMS_MAX = 2_200_000  # of all lists and objects together: two million token ids
 # Nothing is tried twice: of a body of nothing but escapes too.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+
+class NoRoom(Exception):
+    """The bodies of requests under way are as much as they may be."""
+
+
+class Budget:
+    """How many bytes the bodies of all requests under way may have together. Belongs to the event loop's thread."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.free = bytes_max
+
+
+class Share:
+    """What one request has of it, until it gives that back."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._taken = 0
+
+    async def read(self, client: web.BaseRequest) -> bytes:
+        """The whole body, paid for as it comes. Raises NoRoom, and HTTPRequestEntityTooLarge."""
+        client.content.set_read_chunk_size(BUFFERED_BYTES)
+        body = bytearray()  # a list of parts would cost 40 bytes for each, which may have one
+        while part := await client.content.readany():
+            if len(body) + len(part) > client.client_max_size:
+                raise web.HTTPRequestEntityTooLarge(client.client_max_size)
+            if len(part) > self._budget.free:
+                raise NoRoom
+            self._budget.free -= len(part)
+            self._taken += len(part)
+            body += part
+        return bytes(body)
+
+    def give_back(self) -> None:
+        self._budget.free += self._taken
+        self._taken = 0
 
 
 def decoded(raw: bytes) -> dict[str, Any]:

@@ -164,6 +164,28 @@ async def test_web_pages() -> None:
 
 
 @within(20)
+async def test_a_page_whose_name_leads_to_the_loopback_reaches_nothing() -> None:
+    """DNS rebinding: its browser takes this router for the page's own host, and sends what it likes."""
+    d = FakeEngine("d0", "decode")
+    async with fleet(d) as router:
+        for host in ("rebound.example", "rebound.example:8000", "127.0.0.1.rebound.example", "[::1", ""):
+            status, answer, _ = await router.ask(PROMPT, headers={"Host": host})
+            assert (status, "--api-key" in answer["error"]["message"]) == (403, True)
+            async with router.client.get(router.published.http + "/v1/models", headers={"Host": host}) as reply:
+                assert reply.status == 403
+        assert not d.requests
+        assert await router.metric('pdx_router_refused_total{reason="host"}') == 10
+        for host in ("localhost", "localhost:1", "LOCALHOST", "127.0.0.1", "127.1.2.3:1", "[::1]:1", "[::1]"):
+            assert (await router.ask(PROMPT, headers={"Host": host}))[0] == 200
+        for path in ("/health", "/readyz", "/metrics"):  # probes and scrapers call hosts as they like
+            async with router.client.get(router.published.http + path, headers={"Host": "rebound.example"}) as reply:
+                assert reply.status == 200
+    async with fleet(d, keys=KEYS) as router:  # which no page of others knows
+        headers = {"Host": "front.example", "x-api-key": ALICE}
+        assert (await router.ask(PROMPT, headers=headers))[0] == 200
+
+
+@within(20)
 async def test_metrics_only_where_operators_are() -> None:
     """They tell the names of keys to whom can read them."""
     line = "pdx_router_inflight 0.0"

@@ -66,6 +66,7 @@ def test_a_list_in_a_variable() -> None:
         ({"request_timeout_s": 0}, "request_timeout_s: 0: expected `float` > 0"),
         ({"decode": ["ftp://x"]}, "ftp://x: an engine's address begins with http://"),
         ({"max_body": "many"}, "max_body: 'many' is not a size"),
+        ({"max_bodies": "many"}, "max_bodies: 'many' is not a size"),
         ({"handoff_grant_s": -1}, "handoff_grant_s"),
     ],
 )
@@ -155,9 +156,9 @@ def test_every_setting_reaches_the_server() -> None:
         "publish": "x", "prefill": ["http://p:1"], "decode": ["http://d:1"], "policy": "least_loaded",
         "journey": "paired", "max_waiting": 1, "max_wait_s": 1, "request_timeout_s": 2, "prefill_timeout_s": 3,
         "handoff_grant_s": 4, "api_key": ["k" * 20], "pass_api_key": True, "cors_origin": ["https://a"],
-        "max_body": "1MiB", "keep_alive_s": 5, "workers": 2, "max_in_flight_prefill": 1, "max_in_flight_decode": 1,
-        "retries": 1, "queue_size": 1, "queue_timeout_s": 1, "cb_failure_threshold": 1, "drain_s": 1,
-        "request_log": "x", "public_metrics": False,
+        "max_body": "1MiB", "max_bodies": "2GiB", "keep_alive_s": 5, "workers": 2, "max_in_flight_prefill": 1,
+        "max_in_flight_decode": 1, "retries": 1, "queue_size": 1, "queue_timeout_s": 1, "cb_failure_threshold": 1,
+        "drain_s": 1, "request_log": "x", "public_metrics": False,
     }  # fmt: skip
     plain, changed = options_of(resolved({})), options_of(resolved(flags))
     for struct, other in ((plain, changed), (plain.settings, changed.settings), (plain.door, changed.door)):

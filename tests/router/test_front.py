@@ -286,7 +286,7 @@ async def test_a_body_that_stops_in_the_middle() -> None:
     async with fleet(*pair(), request_timeout_s=0.3) as router:
         host, port = router.published.http.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert b" 408 " in await reader.readline()
         writer.close()
         assert await router.metric("pdx_router_inflight") == 0

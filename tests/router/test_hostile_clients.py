@@ -63,7 +63,9 @@ async def connected(router: Fleet) -> AsyncIterator[tuple[asyncio.StreamReader, 
 
 
 def post(path: str = "/v1/completions", headers: str = "", body: bytes = b"{}") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+    )
     return head.encode() + body
 
 
@@ -75,7 +77,7 @@ NO_HTTP = {
     "a long line": b"GET /" + b"a" * 50_000 + b" HTTP/1.1\r\n\r\n",
     "two lengths": post(headers="Content-Length: 5\r\n"),
     "two framings": post(headers="Transfer-Encoding: chunked\r\n"),
-    "a negative length": b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    "a negative length": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
     "a folded header": post(headers="X-A: 1\r\n folded: yes\r\n"),
 }
 
@@ -138,7 +140,7 @@ async def test_a_slow_head_is_cut() -> None:
 
         assert await raw(router, b"") == b""
         await dribble(b"")
-        await dribble(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        await dribble(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
 
 @within(20)
@@ -170,7 +172,9 @@ async def test_a_body_that_is_not_encoded_as_it_says(encoding: str, caplog: pyte
 @within(20)
 async def test_a_body_that_goes_on_as_no_http_is_answered_at_once(end: bytes) -> None:
     async with attacked() as (router, _, _), connected(router) as (reader, writer):
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n")
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+        )
         await until(lambda: router.outside.under_way == 1, "its body is read")
         writer.write(end)
         answer = await reader.read()  # to the end: the connection is closed
@@ -193,6 +197,38 @@ async def test_bodies_that_are_too_much() -> None:
                 assert reply.status == 400
         assert await router.metric('pdx_router_refused_total{reason="not_json"}') >= 4
         assert not p.requests
+
+
+@within(20)
+async def test_bodies_that_are_too_much_together() -> None:
+    """Those that are read, and those of requests under way; however they end, the next has all the room."""
+    whole = json.dumps(PROMPT).encode().ljust(1 << 20)  # bytes: all that there is
+    async with attacked(body_bytes_max=1 << 20, bodies_bytes_max=1 << 20, request_timeout_s=5.0) as (router, p, _):
+
+        async def sent(body: bytes) -> tuple[int, str]:
+            async with router.client.post(router.published.http + "/v1/completions", data=io.BytesIO(body)) as reply:
+                return reply.status, reply.headers.get("Retry-After", "")
+
+        async def is_full() -> bool:
+            return await sent(whole) == (503, "1")
+
+        async with connected(router) as (_, writer):
+            writer.write(post(body=whole)[: 700 << 10])
+            await until(is_full, "what it has sent takes the room")
+            assert await router.metric('pdx_router_refused_total{reason="no_room"}') >= 1
+            assert (await router.ask(PROMPT))[0] == 200, "there is room for a small one"
+        await until(lambda: router.outside.under_way == 0, "it has left")
+        assert (await sent(whole))[0] == 200
+        p.fault = "hang"
+        asked = asyncio.create_task(sent(whole))
+        count = len(p.requests)
+        await until(lambda: len(p.requests) > count, "it was asked")
+        assert await is_full()
+        asked.cancel()
+        await until(lambda: router.outside.under_way == 0, "it has left")
+        p.fault = ""
+        for body, status in ((b"[" * (1 << 20), 400), (whole + b" ", 413), (whole, 200)):
+            assert (await sent(body))[0] == status
 
 
 @pytest.mark.parametrize(
