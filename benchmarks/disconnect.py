@@ -125,8 +125,8 @@ class Place:
         body = json.dumps({"model": "m", "prompt": [1, 2, 3], "max_tokens": 8, "stream": True}).encode()
         where = urlsplit(self.url)
         client = socket.create_connection((where.hostname, where.port))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         return client
 
 
