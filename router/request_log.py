@@ -68,7 +68,7 @@ def line_of(row: RequestRow, reply: PrefillReply | None) -> RequestLine:
         ttft_s=None if first_us is None else first_us / 1e6,
         duration_s=row.steps[-1].at_us / 1e6,
         prompt_tokens=len(reply.prompt_token_ids) or None if reply is not None else None,
-        cached_tokens=reply.cached_tokens if reply is not None else None,
+        cached_tokens=reply.cached.tokens if reply is not None and reply.cached is not None else None,
     )
 
 

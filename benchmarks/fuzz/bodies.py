@@ -40,7 +40,8 @@ REQUESTS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 _USAGE = {
-    "prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7, "prompt_tokens_details": {"cached_tokens": 1}
+    "prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7,
+    "prompt_tokens_details": {"cached_tokens": 1, "created_cache_tokens": 3},
 }  # fmt: skip
 _HEAD = {"id": "1", "object": "o", "created": 9, "model": "m"}
 ANSWERS: tuple[dict[str, Any], ...] = (

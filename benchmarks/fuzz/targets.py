@@ -21,7 +21,7 @@ from pdx.router.choice.knowledge import Knowledge
 from pdx.router.choice.prompts import Prompts
 from pdx.router.request import seedable, servable
 from pdx.router.request.prefill_reply import PrefillReply
-from pdx.router.request.usage import EventStream, with_cached_tokens
+from pdx.router.request.usage import Cached, EventStream, with_cached
 from pdx.transport import frames
 from pdx.transport.api import Span
 from pdx.transport.link_messages import Ask, Bye, Drained, Granted, Landed, MessageStream, Shut, Unknown, encode
@@ -152,7 +152,7 @@ def _of_http() -> Iterable[Target]:
     yield Target("prefill's answer", answers, PrefillReply.read, values=ANSWERS)
     yield Target(
         "decode's answer", answers,
-        lambda body: (SEED.merged(body), CHAT_SEED.merged(body), with_cached_tokens(body, 3)), values=ANSWERS,
+        lambda body: (SEED.merged(body), CHAT_SEED.merged(body), with_cached(body, Cached(3, 1))), values=ANSWERS,
     )  # fmt: skip
     events = tuple(b"data: " + answer + b"\n\n" for answer in answers)
     yield Target(
@@ -201,7 +201,7 @@ def _request(raw: bytes) -> None:
 
 def _stream(data: bytes) -> None:
     for seed in (None, SEED, CHAT_SEED):
-        stream = EventStream(3, seed)
+        stream = EventStream(Cached(3, 1), seed)
         half = len(data) // 2
         stream.feed(data[:half])
         stream.feed(data[half:])

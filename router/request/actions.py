@@ -8,6 +8,7 @@ from pdx.router.choice.policy import NOTHING_ASKED, Asked, Candidate, Pair, Snap
 from pdx.router.choice.prompt import Prompt
 from pdx.router.line.admission import TurnedAwayWhy
 from pdx.router.request.seed import Seed
+from pdx.router.request.usage import Cached
 
 # --- events ---------------------------------------------------------------------------------------------------
 
@@ -127,7 +128,7 @@ class CallDecode(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: Candidate
     body: bytes
-    cached_tokens: int | None = None  # prefill's number, to be shown in a stream instead of decode's
+    cached: Cached | None = None  # prefill's numbers, to be shown in a stream instead of decode's
     seed: Seed | None = None  # the client has this token already, or gets it before decode's
     waits: bool = False  # its answer waits for prefill's
     prompt: Prompt | None = None  # which it is to compute
@@ -138,9 +139,9 @@ class DropPrefill(msgspec.Struct, frozen=True):
 
 
 class ShowCached(msgspec.Struct, frozen=True):
-    """CallDecode.cached_tokens, for a call under way."""
+    """CallDecode.cached, for a call under way."""
 
-    cached_tokens: int
+    cached: Cached
 
 
 class EndHandoff(msgspec.Struct, frozen=True, kw_only=True):

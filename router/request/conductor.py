@@ -175,7 +175,7 @@ class Conductor:
             case DropPrefill():
                 await self._drop("prefill")
             case ShowCached():
-                self._events.cached_tokens = action.cached_tokens
+                self._events.cached = action.cached
             case EndHandoff():
                 self._end_handoff(action)
             case Answer():
@@ -195,7 +195,7 @@ class Conductor:
             case CloseStream():
                 assert self._response is not None
                 if action.body:
-                    await self._response.write(action.body)
+                    await self._response.write(self._events.before_ours() + action.body)
                 await self._response.write_eof()
 
     # --- the calls under way ----------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ class Conductor:
             return PrefillFailed("timeout")
 
     async def _decode(self, action: CallDecode, call: Call) -> Event:
-        self._events = EventStream(action.cached_tokens, action.seed)
+        self._events = EventStream(action.cached, action.seed)
         try:
             reply = await self._decode_call.enter_async_context(call)
             if reply.status == 200 and reply.content_type.startswith("text/event-stream"):

@@ -77,7 +77,7 @@ from pdx.router.request.servable import (
 )
 from pdx.router.request.settings import Settings
 from pdx.router.request.states import HEARD, MOVES, State
-from pdx.router.request.usage import with_cached_tokens
+from pdx.router.request.usage import with_cached
 
 Way = Literal["seeded", "paired", "after", "alone"]
 
@@ -271,15 +271,15 @@ class Journey:
 
     def _call(self, body: dict[str, Any]) -> CallDecode:
         assert self.decode is not None
-        cached = self.reply.cached_tokens if self.reply else None
+        cached = self.reply.cached if self.reply else None
         return CallDecode(
-            engine=self.decode, body=msgspec.json.encode(body), cached_tokens=cached, seed=self._seed,
+            engine=self.decode, body=msgspec.json.encode(body), cached=cached, seed=self._seed,
             waits=self._beside,
         )  # fmt: skip
 
     def _call_alone(self, engine: Candidate) -> CallDecode:
         self.decode, self.way = engine, "alone"
-        self.reply = None  # its number of cached tokens is not this engine's
+        self.reply = None  # its numbers of cached tokens are not this engine's
         prompt = self._begin.asked.prompt if self._begin is not None else None
         return CallDecode(engine=engine, body=self._request.raw, prompt=prompt)
 
@@ -297,7 +297,7 @@ class Journey:
         if beside:
             self._move("prefilled")
             self.reply = reply
-            return ended if reply.cached_tokens is None else [*ended, ShowCached(reply.cached_tokens)]
+            return ended if reply.cached is None else [*ended, ShowCached(reply.cached)]
         return ended + (self._on_seed(reply, event.body) if self.way == "seeded" else self._decode_after(reply))
 
     def _on_seed(self, reply: PrefillReply, body: bytes) -> list[Action]:
@@ -367,8 +367,8 @@ class Journey:
         """Decode's whole answer as the client gets it."""
         if self._seed is not None:
             return self._seed.merged(body)
-        cached = self.reply.cached_tokens if self.reply else None
-        return body if cached is None else with_cached_tokens(body, cached)
+        cached = self.reply.cached if self.reply else None
+        return body if cached is None else with_cached(body, cached)
 
     def _on_decode_failure(self, event: DecodeFailed) -> list[Action]:
         if self.state in ("streaming", "overtaking"):

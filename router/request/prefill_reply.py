@@ -7,11 +7,12 @@ from typing import Any
 import msgspec
 
 from pdx.router.request.seed import Seed
+from pdx.router.request.usage import Cached
 
 
 class PrefillReply(msgspec.Struct, frozen=True):
     prompt_token_ids: list[int]
-    cached_tokens: int | None
+    cached: Cached | None
     handed_over: bool  # prefill's connector took part; without it decode would wait for what never comes
     seed: Seed | None = None
 
@@ -26,11 +27,8 @@ class PrefillReply(msgspec.Struct, frozen=True):
         ids = answer.prompt_token_ids or (answer.choices[0].prompt_token_ids if answer.choices else None)
         if not ids and with_ids:
             return None
-        usage = answer.usage or {}
-        details = usage.get("prompt_tokens_details")
-        cached = details.get("cached_tokens") if isinstance(details, dict) else usage.get("cache_read_input_tokens")
         handed_over = bool((answer.kv_transfer_params or {}).get("pdx"))
-        return cls(ids or [], cached if isinstance(cached, int) else None, handed_over, _seed(answer))
+        return cls(ids or [], Cached.of(answer.usage or {}), handed_over, _seed(answer))
 
 
 class _Message(msgspec.Struct):

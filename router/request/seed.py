@@ -91,8 +91,9 @@ class Seed(msgspec.Struct, frozen=True, kw_only=True):
         usage["prompt_tokens"] -= 1
         usage["completion_tokens"] += 1
         details, ours = usage.get("prompt_tokens_details"), self.usage.get("prompt_tokens_details")
-        if details and ours and "cached_tokens" in details:
-            details["cached_tokens"] = ours.get("cached_tokens")
+        for told in ("cached_tokens", "created_cache_tokens"):
+            if details and ours and told in details:
+                details[told] = ours.get(told)
 
     def shifted(self, logprobs: dict[str, Any]) -> dict[str, Any]:
         """Decode's log-probs with offsets that count from where this token begins; chat's have none."""

@@ -1,6 +1,7 @@
-"""Cuts decode's stream into events, and rewrites one number in them: usage.prompt_tokens_details.cached_tokens.
+"""Cuts decode's stream into events, and rewrites what usage says in them of caches.
 
-(In Anthropic's usage it is cache_read_input_tokens, and what is not cached is input_tokens.)
+That is prompt_tokens_details' cached_tokens and created_cache_tokens; in Anthropic's usage cache_read_input_tokens and
+cache_creation_input_tokens, and input_tokens is what neither counts.
 To the decode engine the whole prompt looks cached, since its KV came by handoff. What the client wants to know is how
 much prefill did not have to compute. Every byte but the usage event's passes unchanged, except where a stream goes on
 from a seed: then `seed` says what changes.
@@ -9,6 +10,7 @@ from a seed: then `seed` says what changes.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 
@@ -19,11 +21,33 @@ EVENT_BYTES_MAX = 1 << 20
 _DATA = b"data: "
 # vLLM's are the first of each; a named engine may be any server of the same API.
 _SEPARATORS = (b"\n\n", b"\r\n\r\n")
+_BEGUN = max(map(len, _SEPARATORS)) - 1  # so much of one may be there before the rest of it comes
 _DONES = tuple(line + separator for line in (DONE.rstrip(), b"data:[DONE]") for separator in _SEPARATORS)
 _ERROR = re.compile(rb'(?:\A|(?<=\n\n)|(?<=\r\n\r\n))(?:(?P<named>event: ?error\r?\n)|data: ?(?=\{"error"))')
-_COMMENTS = re.compile(rb"(?:(?::[^\n]*)?\r?\n)*")
+_COMMENTS = re.compile(rb"(?::[^\n]*\n|\r?\n)*+")  # each line in one way only, else it takes time exponential in them
 _DATA_LINE = re.compile(rb"^data: ?(.*)$", re.MULTILINE)
 _LAST = tuple(separator + done for done in _DONES for separator in _SEPARATORS)
+_READ, _CREATION = "cache_read_input_tokens", "cache_creation_input_tokens"
+
+
+class Cached(msgspec.Struct, frozen=True):
+    """Tokens of a prompt that an engine had in its prefix cache, and that it put there: together at most the prompt.
+
+    `created`: None where the engine does not tell it. vLLM does of chats and messages, not of completions.
+    """
+
+    tokens: int
+    created: int | None = None
+
+    @classmethod
+    def of(cls, usage: dict[str, Any]) -> Cached | None:
+        """None if it does not tell."""
+        details = usage.get("prompt_tokens_details")
+        if isinstance(details, dict):
+            tokens, created = details.get("cached_tokens"), details.get("created_cache_tokens")
+        else:
+            tokens, created = usage.get(_READ), usage.get(_CREATION)
+        return cls(tokens, created if isinstance(created, int) else None) if isinstance(tokens, int) else None
 
 
 class EngineError(msgspec.Struct, frozen=True):
@@ -50,44 +74,58 @@ class EngineError(msgspec.Struct, frozen=True):
 class EventStream:
     """Cuts a stream into whole server-sent events, so that one broken off never reaches the client in part.
 
-    `cached_tokens` may still become known while the stream passes. `done`: its [DONE] has passed; the client has all,
-    however the connection ends. `error`: the engine has said in the stream that it can't go on; vLLM does, also of what
-    a client has done wrong, and then says [DONE] all the same. What came before has passed, the rest never does.
+    `cached`, prefill's, may still become known while the stream passes. `done`: its [DONE] has passed; the client has
+    all, however the connection ends. `error`: the engine has said in the stream that it can't go on; vLLM does, also of
+    what a client has done wrong, and then says [DONE] all the same. What came before has passed, the rest never does.
     """
 
-    def __init__(self, cached_tokens: int | None, seed: Seed | None = None) -> None:
-        self.cached_tokens = cached_tokens
+    def __init__(self, cached: Cached | None, seed: Seed | None = None) -> None:
+        self.cached = cached
         self._continuation = Continuation(seed) if seed is not None else None
-        self._rest = b""
+        self._rest = bytearray()  # without a separator
+        self._open = False  # the last bytes passed are a part of an event
         self._began = seed is not None  # before, servers may send comments, which are no answer yet
         self.done = False
         self.error: EngineError | None = None
 
     def feed(self, chunk: bytes) -> bytes:
         """The events that are whole by now."""
-        held = self._rest + chunk
-        end = max(at + len(each) if (at := held.rfind(each)) >= 0 else 0 for each in _SEPARATORS)
+        held, fresh = self._rest, max(0, len(self._rest) - _BEGUN)
+        held += chunk
+        end = max(at + len(each) if (at := held.rfind(each, fresh)) >= 0 else 0 for each in _SEPARATORS)
         if not end and len(held) > EVENT_BYTES_MAX:
             end = len(held)
-        passed, self._rest = held[:end], held[end:]
+        if not end:
+            return b""
+        passed = bytes(held[:end])
+        del held[:end]
         if not self._began:
             self._began = not only_comments(passed)
             if not self._began:
                 return b""
         if b"error" in passed or self.error is not None:
             passed = self._up_to_error(passed)
+        if passed:
+            self._open = not passed.endswith(_SEPARATORS)
         # Within an event's JSON newlines are escaped, so that only the event itself can look like this.
         self.done |= passed in _DONES or passed.endswith(_LAST)
         if self._continuation is not None:
             return self._continuation.events(passed)
-        if self.cached_tokens is None or not _tells(passed):
+        if self.cached is None or not _tells(passed):
             return passed
         return b"\n\n".join(self._rewritten(event) for event in passed.split(b"\n\n"))
 
     def finish(self) -> bytes:
         """What is left when the engine has ended the stream in order."""
-        rest, self._rest = self._rest, b""
-        return b"" if self.error is not None else rest
+        rest, self._rest = bytes(self._rest), bytearray()
+        if self.error is not None:
+            return b""
+        self._open |= bool(rest)
+        return rest
+
+    def before_ours(self) -> bytes:
+        """What must pass before an event of the router's own, lest it become a part of the engine's last one."""
+        return b"\n\n" if self._open else b""
 
     def _up_to_error(self, events: bytes) -> bytes:
         if self.error is not None:
@@ -105,8 +143,8 @@ class EventStream:
         prefix, data = event[len(head) : len(head) + len(_DATA)], event[len(head) + len(_DATA) :]
         if prefix != _DATA or not _tells(data):
             return event
-        assert self.cached_tokens is not None
-        return head + prefix + with_cached_tokens(data, self.cached_tokens)
+        assert self.cached is not None
+        return head + prefix + with_cached(data, self.cached)
 
 
 def only_comments(events: bytes) -> bool:
@@ -114,18 +152,22 @@ def only_comments(events: bytes) -> bool:
     return events[:1] in b":\r\n" and _COMMENTS.fullmatch(events) is not None
 
 
-def with_cached_tokens(body: bytes, cached_tokens: int) -> bytes:
-    """The JSON object with this number where it has one; anything else unchanged."""
+def with_cached(body: bytes, cached: Cached) -> bytes:
+    """The JSON object with these numbers, null if not known, where it has such ones; anything else unchanged."""
     try:
         answer = msgspec.json.decode(body)
         usage = answer["usage"]
-        if "cache_read_input_tokens" in usage:
-            prompt_tokens = usage["input_tokens"] + usage["cache_read_input_tokens"]
-            new = {"input_tokens": prompt_tokens - cached_tokens, "cache_read_input_tokens": cached_tokens}
-            details = usage
+        new: dict[str, int | None]
+        if _READ in usage:
+            details, new = usage, {_READ: cached.tokens}
+            prompt_tokens = usage["input_tokens"] + usage[_READ] + (usage.get(_CREATION) or 0)
+            if _CREATION in usage:
+                new[_CREATION] = cached.created
+            new["input_tokens"] = max(0, prompt_tokens - cached.tokens - (new.get(_CREATION) or 0))
         else:
-            new = {"cached_tokens": cached_tokens}
-            details = usage["prompt_tokens_details"]
+            details, new = usage["prompt_tokens_details"], {"cached_tokens": cached.tokens}
+            if "created_cache_tokens" in details:
+                new["created_cache_tokens"] = cached.created
         if all(details[key] == value for key, value in new.items()):
             return body
     except (msgspec.MsgspecError, ValueError, RecursionError, KeyError, TypeError):

@@ -96,9 +96,9 @@ class FakeEngine:
 
     `fault` is one of "", "400", "500", "hang", "reset", "bad_reply", "break" (after the first event), "stall" (the
     same, without an end), "part" (in the middle of the first event), "short" (an orderly end after the first event),
-    "error" and "late_error" (vLLM's: an error event, and [DONE], as the first or as the second event), "late" (it
-    breaks when all has been said), "endless" (it goes on as fast as it is read) or another status, which comes with
-    `fault_headers`.
+    "cut" (an orderly end within the second event, with `padding` in it), "error" and "late_error" (vLLM's: an error
+    event, and [DONE], as the first or as the second event), "late" (it breaks when all has been said), "endless" (it
+    goes on as fast as it is read) or another status, which comes with `fault_headers`.
     """
 
     def __init__(self, engine_id: str, role: Role, **changed: Any) -> None:
@@ -112,7 +112,7 @@ class FakeEngine:
         self.dropped = 0
         self.fault_code = 500  # of "error" and "late_error"
         self.fault_headers: dict[str, str] = {}
-        self.padding = ""  # of a whole answer's text
+        self.padding = ""  # of a whole answer's text, or of the event that is cut
         self.streamed = b""
         self.url = ""
         self.runner: web.AppRunner | None = None
@@ -229,8 +229,12 @@ class FakeEngine:
                 await asyncio.Event().wait()
             if self.fault == "short" and number == 1:
                 break
+            if self.fault == "cut" and number == 1:
+                frame = frame[:10] + self.padding.encode()
             await response.write(frame)
             self.streamed += frame
+            if self.fault == "cut" and number == 1:
+                break
             while self.fault == "endless":
                 await response.write(frames[0] * 1000)
         if self.fault == "late":

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from engine_fakes import FakeEngine, fleet, handle_of, until, verified, within
 
+from pdx.router.request.usage import EVENT_BYTES_MAX
 from pdx.wire import HandoffFailed, encode
 
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
@@ -248,6 +249,19 @@ async def test_decode_breaks_after_the_first_byte(fault: str) -> None:
         assert events[1].startswith(b"event: error\ndata: ")
         assert json.loads(events[1].split(b"data: ")[1])["error"]["code"] == 502
         assert events[2:] == [b""]  # no [DONE], and nothing of the event that was cut
+
+
+@pytest.mark.parametrize("padding", ["", "x" * EVENT_BYTES_MAX], ids=["the last of it", "more than is held"])
+@within(20)
+async def test_decode_ends_within_an_event(padding: str) -> None:
+    """Where a part of it has been passed on, the error is an event of its own all the same."""
+    p, d = pair()
+    d.fault, d.padding = "cut", padding
+    async with fleet(p, d) as router:
+        async with router.post("/v1/completions", {**PROMPT, "stream": True}) as reply:
+            said, _, error = (await reply.read()).rpartition(b"\n\nevent: error\ndata: ")
+        assert said == d.streamed
+        assert json.loads(error)["error"]["code"] == 502
 
 
 @within(20)

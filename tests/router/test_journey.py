@@ -63,6 +63,7 @@ from pdx.router.request.actions import (
 from pdx.router.request.journey import Journey
 from pdx.router.request.settings import JourneyName
 from pdx.router.request.states import MOVES
+from pdx.router.request.usage import Cached
 
 
 def test_a_pair_serves() -> None:
@@ -76,7 +77,7 @@ def test_a_pair_serves() -> None:
     assert handle.budgets.total_s == 33.0
     (told,) = machine.on(PREFILLED)
     assert isinstance(told, CallDecode)
-    assert (told.engine, told.cached_tokens, json.loads(told.body)["prompt"]) == (D0, 2, [1, 2, 3])
+    assert (told.engine, told.cached, json.loads(told.body)["prompt"]) == (D0, Cached(2), [1, 2, 3])
     assert machine.on(DecodeAnswered(200, b"{}")) == [Answer(status=200, body=b"{}")]
     assert (machine.state, machine.outcome, machine.by_pair) == ("ended", "ok", True)
     assert machine.way == "after"
@@ -95,7 +96,7 @@ def test_chat_token_ids_lie_on_top() -> None:
     machine = journey({"model": "smol", "messages": []}, "/v1/chat/completions")
     (told,) = through(machine, begin(P0, D0), PrefillAnswered(200, CHAT_IDS))
     assert json.loads(told.body)["kv_transfer_params"]["prompt_token_ids"] == [1, 2, 3]
-    assert told.cached_tokens is None
+    assert told.cached is None
 
 
 def test_ids_stand_for_a_text_only_where_they_were_made() -> None:
@@ -146,7 +147,7 @@ def test_prefill_fails_and_decode_computes_itself(event: Event, reason: str) -> 
     ended, call = through(machine, begin(P0, D0, D1), event)
     assert (ended.handoff_id, ended.reason) == (ID, reason)
     assert (ended.pair.prefill, ended.pair.decode) == (P0, D0)
-    assert (call.engine, json.loads(call.body), call.cached_tokens) == (D0, BODY, None)
+    assert (call.engine, json.loads(call.body), call.cached) == (D0, BODY, None)
     assert (machine.reason, machine.outcome, machine.by_pair) == (reason, reason, False)
     assert kinds(machine.on(DecodeAnswered(200, b""))) == [Answer]
     assert machine.outcome == reason  # of the handoff, not of the request
@@ -238,7 +239,7 @@ def test_a_first_token_that_is_all(stream: bool) -> None:
 def test_a_token_that_can_not_be_shown_is_left_to_decode(reply: PrefillAnswered, unseeded: str) -> None:
     machine = journey(STREAMED, wish="auto")
     (call,) = through(machine, begin(P0, D0), reply)
-    assert (json.loads(call.body)["prompt"], call.seed, call.cached_tokens) == ([1, 2, 3], None, 2)
+    assert (json.loads(call.body)["prompt"], call.seed, call.cached) == ([1, 2, 3], None, Cached(2))
     assert (machine.state, machine.way, machine.unseeded) == ("decoding", "after", unseeded)
 
 
@@ -276,7 +277,7 @@ def test_both_are_asked_at_once(body: dict[str, Any], wish: JourneyName) -> None
     asked = json.loads(decode.body)
     assert asked["kv_transfer_params"]["pdx_early"] is True
     assert {k: v for k, v in asked.items() if k != "kv_transfer_params"} == body
-    assert machine.on(SEED) == [ShowCached(2)]
+    assert machine.on(SEED) == [ShowCached(Cached(2))]
     assert machine.on(DecodeAnswered(200, b"1", streaming=True)) == [PassOn(b"1")]
     assert machine.on(StreamFinished()) == [CloseStream()]
     assert (machine.way, machine.outcome) == ("paired", "ok")
@@ -301,11 +302,12 @@ def test_anthropics_messages_are_paired_since_no_ids_come_back(wish: JourneyName
     asked, told = json.loads(prefill.body), json.loads(decode.body)
     assert (asked["max_tokens"], asked["stream"], told["max_tokens"]) == (1, False, 9)
     assert told["kv_transfer_params"]["pdx_early"] is True
-    reply = b'{"content":[],"usage":{"input_tokens":8,"cache_read_input_tokens":2},%b}' % SENT
-    assert machine.on(PrefillAnswered(200, reply)) == [ShowCached(2)]
-    whole = b'{"usage":{"input_tokens":1,"cache_read_input_tokens":9}}'
+    usage = {"input_tokens": 2, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 6}
+    reply = b'{"content":[],"usage":%b,%b}' % (json.dumps(usage).encode(), SENT)
+    assert machine.on(PrefillAnswered(200, reply)) == [ShowCached(Cached(2, 6))]
+    whole = b'{"usage":{"input_tokens":1,"cache_read_input_tokens":0,"cache_creation_input_tokens":9}}'
     (answer,) = machine.on(DecodeAnswered(200, whole))
-    assert json.loads(answer.body)["usage"] == {"input_tokens": 8, "cache_read_input_tokens": 2}
+    assert json.loads(answer.body)["usage"] == usage
 
 
 def test_prefills_number_is_in_a_whole_paired_answer() -> None:
@@ -323,7 +325,7 @@ def test_decode_overtakes_prefill() -> None:
     assert kinds(machine.on(StreamFinished())) == [DropPrefill, EndHandoff, CloseStream]
     assert machine.outcome == "not_needed"
     machine = journey(wish="paired")
-    assert through(machine, begin(P0, D0), first, SEED) == [ShowCached(2)]
+    assert through(machine, begin(P0, D0), first, SEED) == [ShowCached(Cached(2))]
     assert machine.state == "streaming"
     machine = journey(wish="paired")
     assert kinds(through(machine, begin(P0, D0), first, PrefillFailed("timeout"))) == [EndHandoff]

@@ -101,6 +101,21 @@ def test_any_cut_of_decodes_stream_gives_the_same() -> None:
         assert (b"".join(got) + cut.finish()).decode() == "".join(event + "\n\n" for event in ours)
 
 
+def test_what_went_into_the_cache_is_prefills_number_too() -> None:
+    """Decode counts the seed into its prompt, and has computed that itself."""
+    seed = seed_of(role="assistant", usage={"prompt_tokens_details": {"cached_tokens": 96, "created_cache_tokens": 0}})
+    usage = {"prompt_tokens": 101, "completion_tokens": 1}
+    for theirs, ours in (
+        ({"cached_tokens": 0, "created_cache_tokens": 96}, {"cached_tokens": 96, "created_cache_tokens": 0}),
+        ({"cached_tokens": 0}, {"cached_tokens": 96}),
+    ):
+        answer = {"choices": [{"message": {"content": ""}}], "usage": {**usage, "prompt_tokens_details": theirs}}
+        merged = seed.merged(json.dumps(answer).encode())
+        assert merged is not None
+        shown = {"prompt_tokens": 100, "completion_tokens": 2, "prompt_tokens_details": ours}
+        assert json.loads(merged)["usage"] == shown
+
+
 def test_events_of_another_shape_pass() -> None:
     goes_on = Continuation(seed_of())
     for event in (

@@ -1,16 +1,17 @@
-"""Streams cut into events, and the one number that is rewritten."""
+"""Streams cut into events, and the numbers that are rewritten."""
 
 from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdx.router.request.usage import EVENT_BYTES_MAX, EventStream, with_cached_tokens
+from pdx.router.request.usage import EVENT_BYTES_MAX, Cached, EventStream, with_cached
 
 USAGE = {"choices": [], "usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 8, "x": 1}}}
 DELTA = b'data: {"choices":[{"text":"say \\"cached_tokens\\" \xf0\x9f\x99\x82"}]}\n\n'
@@ -30,12 +31,12 @@ def passed(stream: EventStream, chunks: list[bytes]) -> bytes:
 @given(st.integers(0, 10_000))
 def test_bytes_pass_unchanged_however_they_come(seed: int) -> None:
     assert passed(EventStream(None), cut(STREAM, seed)) == STREAM
-    assert passed(EventStream(8), cut(STREAM, seed)) == STREAM  # the number is right already
+    assert passed(EventStream(Cached(8)), cut(STREAM, seed)) == STREAM  # the number is right already
 
 
 @given(st.integers(0, 10_000))
 def test_only_the_number_changes(seed: int) -> None:
-    events = passed(EventStream(5), cut(STREAM, seed)).split(b"\n\n")
+    events = passed(EventStream(Cached(5)), cut(STREAM, seed)).split(b"\n\n")
     theirs = STREAM.split(b"\n\n")
     assert [events[0], events[1], events[3], events[4]] == [theirs[0], theirs[1], theirs[3], theirs[4]]
     USAGE_5 = {"choices": [], "usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 5, "x": 1}}}
@@ -52,15 +53,39 @@ def test_a_part_of_an_event_is_held_back() -> None:
 
 
 def test_an_endless_event_is_passed_on() -> None:
-    stream = EventStream(5)
+    stream = EventStream(Cached(5))
     assert stream.feed(b"x" * EVENT_BYTES_MAX) == b""
     assert stream.feed(b"y") == b"x" * EVENT_BYTES_MAX + b"y"
 
 
+def test_events_of_many_pieces_are_whole() -> None:
+    """Whoever copies and searches all that he holds at each piece doesn't come to an end here."""
+    stream, event = EventStream(None), b"data: " + b"x" * (EVENT_BYTES_MAX - 8) + b"\n\n"
+    for _ in range(2):
+        assert not any(stream.feed(event[at : at + 1]) for at in range(len(event) - 1))
+        assert stream.feed(b"\n") == event
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_what_of_ours_follows_a_part_of_an_event_begins_anew(end: bytes) -> None:
+    stream = EventStream(None)
+    assert stream.before_ours() == b""
+    stream.feed(b"data: 1" + end + b"data: 2")
+    assert stream.before_ours() == b"", "the part is held back"
+    stream.feed(b"x" * EVENT_BYTES_MAX)
+    assert stream.before_ours() == b"\n\n"
+    assert stream.feed(b"y") == b""
+    assert stream.before_ours() == b"\n\n"
+    stream.feed(end + b"z")
+    assert stream.before_ours() == b""
+    assert stream.finish() == b"z"
+    assert stream.before_ours() == b"\n\n"
+
+
 def test_answers_of_another_shape_stay() -> None:
     for body in (b"", b"[]", b"{", b'{"usage":null}', b'{"usage":{"prompt_tokens_details":null}}', b'{"usage":{}}'):
-        assert with_cached_tokens(body, 5) == body
-    changed = json.loads(with_cached_tokens(json.dumps(USAGE).encode(), 0))
+        assert with_cached(body, Cached(5)) == body
+    changed = json.loads(with_cached(json.dumps(USAGE).encode(), Cached(0)))
     assert changed["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "x": 1}
 
 
@@ -87,7 +112,7 @@ def test_streams_of_other_servers(end: bytes, done: bytes) -> None:
     """They may end lines with CR LF, and leave the space out."""
     events = b'data: {"a": 1}' + end + b'data:{"b": 2}' + end + done + end
     for seed in range(20):
-        stream, seen = EventStream(3), []
+        stream, seen = EventStream(Cached(3)), []
         for chunk in cut(events, seed):
             seen.append(stream.feed(chunk))
             assert not seen[-1] or seen[-1].endswith(end), "whole events only"
@@ -109,10 +134,39 @@ def anthropic(cached: int) -> bytes:
 
 @given(st.integers(0, 10_000))
 def test_anthropics_usage(seed: int) -> None:
-    assert passed(EventStream(2), cut(anthropic(9), seed)) == anthropic(2)
+    assert passed(EventStream(Cached(2)), cut(anthropic(9), seed)) == anthropic(2)
     whole = {"usage": {"input_tokens": 1, "cache_read_input_tokens": 9}}
-    assert json.loads(with_cached_tokens(json.dumps(whole).encode(), 0))["usage"] == {
+    assert json.loads(with_cached(json.dumps(whole).encode(), Cached(0)))["usage"] == {
         "input_tokens": 10, "cache_read_input_tokens": 0
+    }  # fmt: skip
+
+
+def test_what_went_into_the_cache_is_prefills_number_too() -> None:
+    """Decode has computed the prompt of 100 itself; of prefill's numbers, all that decode tells is shown."""
+
+    def shown(usage: dict[str, Any], cached: Cached) -> Any:
+        body = json.dumps({"usage": usage}).encode()
+        whole = json.loads(with_cached(body, cached))["usage"]
+        event = b"event: message_delta\ndata: " + body + b"\n\n"
+        assert json.loads(EventStream(cached).feed(event).partition(b"data: ")[2])["usage"] == whole
+        return whole
+
+    told = {"input_tokens": 4, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 96}
+    for cached, numbers in (
+        (Cached(96, 0), (4, 96, 0)),
+        (Cached(32, 64), (4, 32, 64)),
+        (Cached(96), (4, 96, None)),
+        (Cached(96, 9), (0, 96, 9)),  # more than there is
+    ):
+        assert tuple(shown(told, cached)[key] for key in told) == numbers
+        details = {"cached_tokens": 0, "created_cache_tokens": 96}
+        usage = shown({"prompt_tokens": 100, "prompt_tokens_details": details}, cached)
+        assert usage["prompt_tokens"] == 100
+        assert tuple(usage["prompt_tokens_details"][key] for key in details) == numbers[1:]
+    silent = {"input_tokens": 100, "cache_read_input_tokens": 0}
+    assert shown(silent, Cached(32, 64)) == {"input_tokens": 68, "cache_read_input_tokens": 32}
+    assert shown({"prompt_tokens_details": {"cached_tokens": 0}}, Cached(32, 64)) == {
+        "prompt_tokens_details": {"cached_tokens": 32}
     }  # fmt: skip
 
 
@@ -153,6 +207,14 @@ def test_comments_before_the_first_event_are_no_beginning() -> None:
     assert stream.feed(b": keep-alive\n\n: keep-alive\n\n") == b""
     assert stream.feed(DELTA) == DELTA
     assert stream.feed(b": keep-alive\n\n") == b": keep-alive\n\n"
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_many_comments_before_the_first_event(at_once: bool) -> None:
+    """Whoever can read such a line in two ways doesn't come to an end here."""
+    stream, lines = EventStream(None), [b": ping\r\n"] * 5000
+    told = [stream.feed(chunk) for chunk in ([b"".join(lines) + DELTA] if at_once else [*lines, DELTA])]
+    assert told == [b""] * (len(told) - 1) + [b"".join(lines) + DELTA]
 
 
 @pytest.mark.parametrize(
