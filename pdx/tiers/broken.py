@@ -32,6 +32,9 @@ class BrokenFiles:
     def remove(self, name: str) -> None:
         raise self._error()
 
+    def leave(self, names: Sequence[str]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -21,13 +21,14 @@ from pdx.buffer.selection import Selection
 from pdx.errors import BadBlock, ClosedTier, TierBroken, TierUnusable
 from pdx.layout import round_up
 from pdx.tiers import sealed
-from pdx.tiers.adopt import adopt
+from pdx.tiers.adopt import adopt, bequeath
 from pdx.tiers.broken import BrokenFiles
 from pdx.tiers.crew import Crew, Inbox
 from pdx.tiers.deletions import Deletions
-from pdx.tiers.folder import FOLDER_UNITS, Files, Folder, LeftBehind, errno_name, unusable
+from pdx.tiers.folder import FOLDER_UNITS, NO_WRITES, SHORTAGES, Files, Folder, LeftBehind, part_of, unusable
 from pdx.tiers.health import Health, State
 from pdx.tiers.ledger import EntryState, Ledger
+from pdx.tiers.sore import Sore
 from pdx.tiers.sweep import Swept, survey, sweep
 from pdx.tiers.tier import (
     End,
@@ -51,8 +52,6 @@ WRITERS = 2
 # At 2 MiB each an eighth of a second of a 1 GB/s disk. More would only hold slots that others could use.
 OPEN_READS_MAX = 64
 OPEN_WRITES_MAX = 64
-# What this process or its machine lacks now: says nothing of the block that was asked for, nor of the disk.
-_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 STALL_S = 30.0  # a call to the kernel that takes this long will not come back in time for anybody
 _CLOSE_S = 5.0  # for calls under way when the tier closes; a disk that takes longer hangs
 # Of a disk that hung. Within the blocks that are charged for the folders; if it stays behind, the next life deletes it.
@@ -90,6 +89,8 @@ class DiskTier:
             group_of=sealed.labels_of,
         )  # fmt: skip
         self.health = Health() if health is None else health
+        self._sore = Sore()
+        self.ledger.is_stuck = lambda name: self._sore.rests(part_of(name), now=clock())
         self._stall_s = stall_s
         self._clock = clock
         self._open: dict[int, Job] = {}
@@ -104,6 +105,7 @@ class DiskTier:
         self._counts = dict.fromkeys(("loaded", "missed", "written", "failed", "refused", "bad_blocks", "io_errors"), 0)
         self._state_changes = 0
         self._errno = 0  # of the last one
+        self._undeleted_why = ""  # the last one
         self._probe: Job | None = None  # under way, since:
         self._probe_began_at = 0.0
         self._is_closed = False
@@ -219,12 +221,16 @@ class DiskTier:
         for crew in crews:
             crew.wait_idle(max(0.0, deadline - time.monotonic()))
         self._withdraw_all("the tier was closed")
+        self._settle_all()
+        for name in self._deletions.take_all():
+            self._writes.add(Job(name, 0, None))
+        self._writes.wait_idle(max(0.0, deadline - time.monotonic()))
+        left = [job.name for job in self._writes.withdraw_all()]
         have_ended = [crew.close(_CLOSE_S) for crew in crews]
         self._settle_all()
         if all(have_ended):  # else the folder stays locked: a call that hangs may still write
-            for name in self._deletions.take_all():
-                self._work.run(Job(name, 0, None))
-            self._settle_all()
+            if self.health.state is not State.HUNG:  # lest we wait for it
+                bequeath(self.files, [*left, *self._deletions.take_all()])
             self.files.close()
         self._inbox.close()
 
@@ -248,6 +254,8 @@ class DiskTier:
             return Failed(job.ticket, "this block is just being written or deleted")
         file_bytes = sealed.file_bytes(request.key, request.meta, bytes_of(request.pages))
         size_bytes = round_up(file_bytes, self._unit_bytes) + self._unit_bytes
+        if self._sore.rests(part_of(job.name), now=self._clock()):
+            return Failed(job.ticket, "its folder takes no writes, though others do")
         if size_bytes > self.ledger.cap_bytes:
             return Failed(job.ticket, f"{size_bytes} bytes are more than the whole tier may take")
         victims = self.ledger.reserve(job.name, size_bytes, now=self._clock())
@@ -306,34 +314,37 @@ class DiskTier:
         if job.error is None:
             return Written(job.ticket, job.seconds)
         again = isinstance(job.error, OSError) and job.error.errno != errno.EFBIG  # which it will be the next time, too
-        return Failed(job.ticket, _sentence(job.error), _errno(job.error), again)
+        return Failed(job.ticket, job.why, job.errno, again)
 
     def _settle_read(self, job: Job) -> End:
         self._open_reads -= 1
-        is_short = _errno(job.error) in _SHORTAGES
+        is_short = job.errno in SHORTAGES
         is_sick = job.error is not None and not isinstance(job.error, BadBlock | FileNotFoundError)
         if job.error is not None:
             self._counts["bad_blocks" if isinstance(job.error, BadBlock) else "io_errors"] += 1
             became = "can't be read now" if is_short else "is gone"
-            log.warning("a block of the disk tier %s: %s: %s", became, job.name, _sentence(job.error))
+            log.warning("a block of the disk tier %s: %s: %s", became, job.name, job.why)
         if job.error is not None and not is_short:
             self._condemn(job.name)
         if self.ledger.end_read(job.name):
             self._deletions.add(job.name)
         if not is_short and self.health.read(ok=not is_sick):
-            self._changed(f"reads fail one after the other: {_sentence(job.error)}", _errno(job.error))
+            self._changed(f"reads fail one after the other: {job.why}", job.errno)
         if job.error is None:
             return Loaded(job.ticket, job.meta, job.seconds)
-        return Missed(job.ticket, _sentence(job.error))
+        return Missed(job.ticket, job.why)
 
     def _settle_deletion(self, job: Job) -> None:
-        self._deletions.ended(job.name, deleted=bool(job.deleted), now=self._clock())
+        remaining = self._deletions.ended(job.name, deleted=bool(job.deleted), now=self._clock())
         if job.deleted:
             self.ledger.delete(job.name)
-            return
-        # It stays doomed, and charged, and is tried again. No judgement on the disk: one bad folder is one bad folder.
-        self._counts["io_errors"] += 1
-        log.warning("a file of the disk tier can't be deleted now: %s: %s", job.name, _sentence(job.error))
+        else:
+            # It stays doomed, and charged, and is tried again. No judgement on the disk: it may be one bad folder.
+            self._counts["io_errors"] += 1
+            self._undeleted_why = job.why
+        if remaining:
+            why = self._undeleted_why
+            log.warning("%d files of the disk tier (%r) can't be deleted now: %s", remaining, self.files, why)
 
     def _settle_unbegun(self, job: Job, reason: str, *, again: bool = False) -> None:
         self._open.pop(job.ticket, None)
@@ -367,22 +378,25 @@ class DiskTier:
         self._writes.go_on()
 
     def _judge_write(self, job: Job) -> None:
-        has_changed = self.health.wrote(ok=job.error is None, now=self._clock())
+        now = self._clock()
+        culprit = next((victim for victim in job.victims if victim not in job.deleted), job.name)
+        sore = self._sore.wrote(part_of(culprit), ok=job.error is None, now=now)
+        if sore is not None:
+            log.warning("folder %s of the disk tier (%r) takes no writes: it is left alone for now", sore, self.files)
+        has_changed = self.health.wrote(ok=job.error is None, now=now)
         if job.error is None:
             if has_changed:
                 self._changed("it takes writes again", 0)
             return
         self._counts["io_errors"] += 1
         if has_changed:
-            self._changed(f"a write failed: {_sentence(job.error)}", _errno(job.error))
+            self._changed(f"a write failed: {job.why}", job.errno)
         self._withdraw_writes("the disk takes no writes now", again=True)
 
     def _look_after_health(self) -> None:
         now = self._clock()
-        if self.health.tick(now):
-            self._deletions.again()
-        else:
-            self._deletions.tick(now)
+        self.health.tick(now)
+        self._deletions.tick(now)
         if self._is_stuck(now) and self.health.hangs(now=now):
             self._changed(f"a call has not come back for {self._stall_s:g} s", 0)
             self._withdraw_all("the disk hangs", again=True)
@@ -397,10 +411,13 @@ class DiskTier:
     def _settle_probe(self, job: Job) -> None:
         self._probe = None
         now = self._clock()
-        if job.error is not None:
-            log.warning("the disk tier (%r) is asked again later: %s", self.files, _sentence(job.error))
-        elif now - self._probe_began_at <= self._stall_s and not self._is_stuck(now) and self.health.answered():
-            self._changed("it answers again", 0)
+        is_late = now - self._probe_began_at > self._stall_s or self._is_stuck(now)
+        takes_writes = job.allocated_bytes is not None or job.errno not in NO_WRITES
+        if job.error is not None and takes_writes:
+            log.warning("the disk tier (%r) is asked again later: %s", self.files, job.why)
+        elif not is_late and self.health.answered(takes_writes=takes_writes, now=now):
+            again = "it answers again" if takes_writes else f"it answers again: {job.why}"
+            self._changed(again, job.errno)
             self._deletions.again()
 
     def _changed(self, reason: str, error_number: int) -> None:
@@ -430,13 +447,3 @@ class DiskTier:
                 assert_never(end)
         self._events.append(end)
         self._inbox.announce()
-
-
-def _sentence(error: Exception | None) -> str:
-    if isinstance(error, OSError):
-        return f"{error.strerror} ({errno_name(error.errno)})"
-    return str(error)
-
-
-def _errno(error: Exception | None) -> int:
-    return (error.errno or 0) if isinstance(error, OSError) else 0

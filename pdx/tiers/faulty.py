@@ -57,6 +57,9 @@ class FaultyFiles:
         self._pass("remove")
         self._files.remove(name)
 
+    def leave(self, names: Sequence[str]) -> None:
+        self._files.leave(names)
+
     def close(self) -> None:
         self._files.close()
 

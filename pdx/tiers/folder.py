@@ -2,7 +2,9 @@
 
     lock            held while a process owns the folder
     tmp/PID-N       being written; what a killed process left here is removed when the folder is opened
-    ab/abcdef...    published by rename, under the first two digits of its name
+    ab/...cdefab    published by rename, under the last two digits of its name, which no two names need share
+    ab/abcdef...    where earlier versions put it; read and deleted there
+    tmp/left        names of files that were to be deleted when the folder was closed: those older than it are doomed
 
 Nothing is synced to the medium: a kernel crash may leave torn files, and readers verify every byte they use anyway.
 Losing a cached block costs less than a flush per block would. O_DIRECT where the file system can, so that the host's
@@ -19,7 +21,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -31,12 +33,17 @@ log = logging.getLogger(__name__)
 _FOLDERS = [f"{number:02x}" for number in range(256)]
 # Each folder takes a unit of the file system when it is made; beyond that, names are charged to their files.
 FOLDER_UNITS = len(_FOLDERS) + 8
-_UNIT_NAME = f"{_FOLDERS[0]}-unit"  # none of a tier's: what a crash leaves of it is overwritten
+_UNIT_NAME = f"unit-{_FOLDERS[0]}"  # none of a tier's: what a crash leaves of it is overwritten
 # What no setting is to blame for: the medium fails, has gone, is full or, as file systems become by errors, read-only.
 _BROKEN = {
     errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.EUCLEAN,
     errno.EBADMSG, errno.ENOMEDIUM, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO,
 }  # fmt: skip
+# What this process or its machine lacks now: says nothing of the block that was asked for, nor of the disk.
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+# How a medium that answers says that it takes no writes. By any other error it may be one that can't be reached yet.
+NO_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_LEFT = "left"
 _IOV_MAX = 1024  # buffers per call: Linux's limit
 
 
@@ -46,10 +53,11 @@ class Found:
     size_bytes: int
     allocated_bytes: int
     written_at_ns: int
+    is_doomed: bool = False  # an earlier life was to delete it: nobody is to find it any more
 
 
 class LeftBehind(OSError):
-    """A write failed, and what it had written can't be deleted: its bytes stay taken."""
+    """A write failed, and what it had written can't be deleted: its bytes stay taken until its name is removed."""
 
 
 class Files(Protocol):
@@ -84,7 +92,10 @@ class Files(Protocol):
         """
 
     def remove(self, name: str) -> None:
-        """No-op if there is no such file."""
+        """And what a write of this name has left behind. No-op if there is nothing."""
+
+    def leave(self, names: Sequence[str]) -> None:
+        """The last call before `close`: these are still to be deleted, and doomed in the next life."""
 
     def close(self) -> None: ...
 
@@ -100,6 +111,8 @@ class Folder:
         self.stranded_bytes = 0
         self._left_out = 0
         self._lock = lock
+        self._old: set[str] = set()  # names of files that lie where earlier versions put them
+        self._behind: dict[str, list[Path]] = {}  # by name: what failed writes could not delete
         self._numbers = itertools.count()
 
     @classmethod
@@ -129,19 +142,25 @@ class Folder:
             raise unusable(path, error) from error
 
     def scan(self) -> list[Found]:
-        found: list[Found] = []
+        found: dict[str, Found] = {}
+        left, left_at_ns = self._read_left()
         unread = self._left_out = 0
         for folder in _FOLDERS:
             try:
                 with os.scandir(self.path / folder) as entries:
-                    found += self._found_in(folder, entries)
+                    for file in self._found_in(folder, entries):
+                        is_doomed = file.name in left and file.written_at_ns <= left_at_ns
+                        twin_bytes = found[file.name].allocated_bytes if file.name in found else 0  # at its old place
+                        found[file.name] = replace(
+                            file, allocated_bytes=file.allocated_bytes + twin_bytes, is_doomed=is_doomed
+                        )
             except OSError as error:
                 unread += 1
                 if unread == len(_FOLDERS):
                     raise
                 log.warning("%s/%s is left out of the disk tier: %s", self.path, folder, errno_name(error.errno))
         self._left_out += unread
-        return found
+        return list(found.values())
 
     @property
     def unseen(self) -> str:
@@ -162,13 +181,14 @@ class Folder:
                 status = os.fstat(fd)
                 # Some file systems (ZFS) say what a file takes some seconds later, and until then that it is nothing.
                 allocated_bytes = max(status.st_blocks * 512, status.st_size)
-            os.rename(temporary, self._published(name))
+            os.rename(temporary, self.path / part_of(name) / name)
         except (OSError, BadBlock) as error:
             if not is_made:  # a medium that is read-only now would not delete it either, and strand what is not there
                 raise
             try:
                 temporary.unlink(missing_ok=True)
             except OSError as second:
+                self._behind.setdefault(name, []).append(temporary)
                 raise LeftBehind(second.errno, f"{second.strerror}, after: {error}") from error
             raise
         return allocated_bytes
@@ -184,7 +204,22 @@ class Folder:
             return head_bytes
 
     def remove(self, name: str) -> None:
-        self._published(name).unlink(missing_ok=True)
+        for temporary in self._behind.get(name, ()):
+            temporary.unlink(missing_ok=True)
+        self._behind.pop(name, None)
+        (self.path / part_of(name) / name).unlink(missing_ok=True)
+        if name in self._old:
+            self._published(name).unlink(missing_ok=True)
+            self._old.discard(name)
+
+    def leave(self, names: Sequence[str]) -> None:
+        record = self.path / "tmp" / _LEFT
+        if not names:
+            record.unlink(missing_ok=True)
+            return
+        draft = record.with_name(f"{_LEFT}-{os.getpid()}")  # so that a crash leaves none or all
+        draft.write_text("\n".join(names))
+        draft.rename(record)
 
     def close(self) -> None:
         """Idempotent."""
@@ -199,9 +234,12 @@ class Folder:
         found = []
         for entry in entries:
             try:
-                if not entry.name.startswith(folder) or not entry.is_file(follow_symlinks=False):
+                is_old = part_of(entry.name) != folder
+                if (is_old and not entry.name.startswith(folder)) or not entry.is_file(follow_symlinks=False):
                     continue  # none of ours
                 status = entry.stat(follow_symlinks=False)
+                if is_old:
+                    self._old.add(entry.name)
             except OSError as error:
                 self._left_out += 1
                 log.warning("%s is left out of the disk tier: %s", entry.path, errno_name(error.errno))
@@ -231,17 +269,31 @@ class Folder:
             size_bytes = self.unit_bytes
             try:
                 size_bytes = leftover.lstat().st_blocks * 512
-                leftover.unlink()
+                if leftover.name == _LEFT:
+                    self.stranded_bytes += size_bytes  # for this life
+                else:
+                    leftover.unlink()
             except OSError as error:
                 self.stranded_bytes += size_bytes
                 log.warning("%s can't be deleted: %s", leftover, errno_name(error.errno))
+
+    def _read_left(self) -> tuple[set[str], int]:
+        """Names that an earlier life was to delete, and when it said so. What was written since is another matter."""
+        record = self.path / "tmp" / _LEFT
+        try:
+            return set(record.read_text(errors="replace").split()), record.stat().st_mtime_ns
+        except FileNotFoundError:
+            return set(), 0
+        except OSError as error:
+            log.warning("%s can't be read: what it tells to delete is found again: %s", record, errno_name(error.errno))
+            return set(), 0
 
     @property
     def _direct_flag(self) -> int:
         return os.O_DIRECT if self.is_direct else 0
 
     def _published(self, name: str) -> Path:
-        return self.path / name[:2] / name
+        return self.path / (name[:2] if name in self._old else part_of(name)) / name
 
     def _transfer(self, call: _Vectored, fd: int, buffers: Sequence[memoryview]) -> bool:
         """Whether it went through the page cache."""
@@ -267,6 +319,11 @@ def unusable(path: Path, error: OSError) -> TierUnusable:
     """Whose fault it is that this folder can't be a tier."""
     complaint = f"{path} can't hold a disk tier: {error.strerror} ({errno_name(error.errno)})"
     return TierBroken(complaint, error.errno) if error.errno in _BROKEN else TierUnusable(complaint)
+
+
+def part_of(name: str) -> str:
+    """The folder of a published file: it may fail while others do not. Names differ at their ends, if not before."""
+    return name[-2:]
 
 
 def errno_name(number: int | None) -> str:

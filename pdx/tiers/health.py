@@ -41,6 +41,7 @@ MOVES: dict[tuple[State, HealthEvent], State] = {
     (State.PAUSED, "hang"): State.HUNG,
     (State.TRYING, "hang"): State.HUNG,
     (State.HUNG, "answer"): State.WELL,
+    (State.HUNG, "write_error"): State.PAUSED,
     (State.HUNG, "read_errors"): State.OFF,
 }
 
@@ -96,11 +97,12 @@ class Health:
         self._probed_at = now
         return True
 
-    def answered(self) -> bool:
-        """A medium that hung has done, in time, what it was asked for."""
+    def answered(self, *, takes_writes: bool, now: float) -> bool:
+        """A medium that hung has done, in time, what it was asked for; or said, in time, that it takes no writes."""
         if self.state is not State.HUNG:
             return False
-        self.on("answer")
+        self.on("answer" if takes_writes else "write_error")
+        self._paused_until = now + self._pause_s
         self._read_errors = 0
         return True
 

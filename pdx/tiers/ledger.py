@@ -15,7 +15,7 @@ from pdx.buffer.evict import Policy
 from pdx.errors import IllegalTransition, IntegrityError
 
 Group = tuple[str, str]  # what two names have in common if they are of one group
-EntryEvent = Literal["publish", "give_up", "doom", "spare", "delete"]
+EntryEvent = Literal["publish", "give_up", "strand", "doom", "spare", "delete"]
 
 
 class EntryState(StrEnum):
@@ -28,6 +28,7 @@ class EntryState(StrEnum):
 MOVES: dict[tuple[EntryState, EntryEvent], EntryState] = {
     (EntryState.WRITING, "publish"): EntryState.KEPT,
     (EntryState.WRITING, "give_up"): EntryState.GONE,
+    (EntryState.WRITING, "strand"): EntryState.DOOMED,
     (EntryState.KEPT, "doom"): EntryState.DOOMED,
     (EntryState.DOOMED, "spare"): EntryState.KEPT,
     (EntryState.DOOMED, "delete"): EntryState.GONE,
@@ -63,6 +64,7 @@ class Ledger:
         self.changes = 0  # grows with all that may make `finds` say something else
         # Hears of each name that `finds` finds from now on (True), or no longer; not of those that are adopted.
         self.told: Callable[[str, bool], None] = lambda name, found: None
+        self.is_stuck: Callable[[str], bool] = lambda name: False  # what can't be deleted now is no victim
         self._group_of = group_of
         self._entries: dict[str, Entry] = {}
         self._groups: dict[Group, dict[str, None]] = {}  # the names of all entries; none is empty
@@ -127,8 +129,8 @@ class Ledger:
     ) -> list[str]:
         """A write's end: which of its victims are deleted, and what it really takes (None: it failed).
 
-        A failed write is forgotten, unless it is stranded: what it left behind can't be deleted and stays charged.
-        Returns the victims that were spared and condemned meanwhile: they are to be deleted.
+        A failed write is forgotten, unless it is stranded: what it left behind could not be deleted and stays charged.
+        Returns what is to be deleted: that, and the victims that were spared and condemned meanwhile.
         """
         entry = self._entries[name]
         condemned = []
@@ -146,9 +148,11 @@ class Ledger:
         self._overlap_bytes -= entry.overlap_bytes
         entry.victims, entry.overlap_bytes = (), 0
         if published_bytes is None:
-            if not is_stranded:
-                self._move(entry, "give_up")
-                self._forget(entry)
+            if is_stranded:
+                self._move(entry, "strand")
+                return [*condemned, name]
+            self._move(entry, "give_up")
+            self._forget(entry)
             return condemned
         self._charged_bytes += published_bytes - entry.charged_bytes
         entry.charged_bytes = published_bytes
@@ -245,7 +249,7 @@ class Ledger:
         short_bytes = self.used_bytes + wanted_bytes - self.cap_bytes
         victims: list[str] = []
         for victim in self.policy.victims() if short_bytes > 0 else ():
-            if self._entries[victim].readers:
+            if self._entries[victim].readers or self.is_stuck(victim):
                 continue
             victims.append(victim)
             short_bytes -= self._entries[victim].charged_bytes

@@ -4,6 +4,7 @@ Write-through writes a block when it is committed: it survives the daemon, and e
 it when its slot is about to be evicted: what nobody asks for twice may never touch the disk, but a claim that is in a
 hurry evicts blocks that are nowhere else. Either way writing is a favour: past its bound a wish is dropped. But one
 that the medium could not grant now waits until it can: a disk that is full for a minute must not cost a chain's middle.
+One that fails again though others were written since has failed by itself, and is refused: each try pauses the medium.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class Spill:
         self._writing: set[Key] = set()
         self._pressed: set[Key] = set()  # of those that wait or are being written
         self._refused: set[Key] = set()
+        self._written = 0
+        self._failed: dict[Key, int] = {}  # their writes failed; how many had been written before the first time
+        self._unwritable: set[Key] = set()  # of these, refused, whatever becomes of the medium
 
     def committed(self, keys: Iterable[Key]) -> None:
         """These blocks are whole and found in memory from now on."""
@@ -58,6 +62,8 @@ class Spill:
         """The block has left memory: there is nothing to write any more."""
         self._forget(key)
         self._refused.discard(key)
+        self._failed.pop(key, None)
+        self._unwritable.discard(key)
 
     def refused(self, key: Key) -> None:
         """The tier does not take this block."""
@@ -65,7 +71,7 @@ class Spill:
         self._note_refusal(key)
 
     def well(self) -> None:
-        """The tier takes again what it did not."""
+        """The tier takes again what it did not; but not what failed by itself."""
         self._refused.clear()
 
     def wanted(self) -> list[Key]:
@@ -86,10 +92,13 @@ class Spill:
         """The block whose slot is free of this write now, and whether the tier has it."""
         key = self._open.pop(end.ticket)
         self._writing.remove(key)
-        if isinstance(end, Failed) and end.again:
+        if isinstance(end, Failed) and end.again and not (end.errno and self._fails_by_itself(key)):
             self._put_back(key, last=end.errno != 0)
             return key, False
         is_written = isinstance(end, Written)
+        if is_written:
+            self._written += 1
+            self._failed.pop(key, None)
         self.written_back += is_written and key in self._pressed
         self._pressed.discard(key)
         if not is_written:
@@ -102,7 +111,7 @@ class Spill:
 
     def is_refused(self, key: Key) -> bool:
         """The tier did not take it, since it came into memory or the tier was sick: waiting for it is of no use."""
-        return key in self._refused
+        return key in self._refused or key in self._unwritable
 
     def __len__(self) -> int:
         """Blocks that wait or are being written."""
@@ -112,7 +121,7 @@ class Spill:
         return f"<Spill {self.mode}: {len(self._waiting)} waiting, {len(self._open)} open, {self.dropped} dropped>"
 
     def _add(self, key: Key) -> None:
-        if self.is_coming(key):
+        if self.is_coming(key) or key in self._unwritable:
             return
         self._waiting[key] = None
         if len(self._waiting) > self._backlog_max:
@@ -124,6 +133,15 @@ class Spill:
         self._waiting.move_to_end(key, last=last)
         if len(self._waiting) > self._backlog_max:
             self._drop()
+
+    def _fails_by_itself(self, key: Key) -> bool:
+        """A medium that takes nothing at all says nothing of this key, however often it is tried."""
+        if len(self._failed) >= self._backlog_max:  # as with those that are refused
+            self._failed.clear()
+            self._unwritable.clear()
+        if self._failed.setdefault(key, self._written) < self._written:
+            self._unwritable.add(key)
+        return key in self._unwritable
 
     def _note_refusal(self, key: Key) -> None:
         if len(self._refused) >= self._backlog_max:

@@ -14,7 +14,7 @@ from typing import assert_never
 from pdx.errors import BadBlock
 from pdx.layout import ALIGN_BYTES, round_up
 from pdx.tiers import sealed
-from pdx.tiers.folder import Files
+from pdx.tiers.folder import Files, errno_name
 from pdx.tiers.tier import Read, Request, Write
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,18 @@ class Job:
     meta: bytes = b""
     seconds: float = 0.0
     error: Exception | None = None
+
+    @property
+    def why(self) -> str:
+        """Of `error`, for people."""
+        if isinstance(self.error, OSError):
+            return f"{self.error.strerror} ({errno_name(self.error.errno)})"
+        return str(self.error)
+
+    @property
+    def errno(self) -> int:
+        """Of the system call that failed; 0 if none did."""
+        return (self.error.errno or 0) if isinstance(self.error, OSError) else 0
 
 
 class Work:
@@ -102,7 +114,7 @@ class Work:
         block[:] = os.urandom(ALIGN_BYTES)
         written = bytes(block)
         try:
-            self._files.write(job.name, [block])
+            job.allocated_bytes = self._files.write(job.name, [block])
             block[:] = bytes(ALIGN_BYTES)
             self._files.read(job.name, head=block, rest=[])
         finally:

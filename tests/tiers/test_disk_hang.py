@@ -13,7 +13,7 @@ from tier_folder import OpenTier, block_files
 from pdx.tiers.conformance import User, buffers, key_of, payload_of
 from pdx.tiers.disk import DiskTier
 from pdx.tiers.faulty import FaultyFiles
-from pdx.tiers.health import PROBE_S, READ_ERRORS_MAX
+from pdx.tiers.health import PAUSE_S, PROBE_S, READ_ERRORS_MAX
 from pdx.tiers.sealed import name_of
 from pdx.tiers.tier import Event, Loaded, Missed, Read, StateChanged, Written
 
@@ -106,6 +106,38 @@ def test_a_probe_that_fails_is_repeated(hung: Hung) -> None:
     del hung.files.errors["write"]
     hung.after(PROBE_S)
     assert [event.state for event in hung.idle() if isinstance(event, StateChanged)] == ["well"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_probe_that_is_told_of_no_room_has_an_answer(hung: Hung, number: int, tmp_path: Path) -> None:
+    """Else a disk that others have filled would be read no more, and no clear could free it."""
+    hung.files.gate.set()
+    hung.idle()
+    hung.files.errors["write"] = number
+    hung.after(PROBE_S)
+    (changed,) = hung.idle()
+    assert isinstance(changed, StateChanged) and (changed.state, changed.errno) == ("paused", number)
+    assert hung.finds
+    assert isinstance(User(hung.tier).read(key_of(1))[0], Loaded)
+    hung.tier.remove(key_of(1))
+    hung.idle()
+    assert block_files(tmp_path / "tier") == []
+    del hung.files.errors["write"]
+    hung.after(PAUSE_S)
+    assert isinstance(User(hung.tier).write(key_of(2)), Written)
+    assert hung.tier.stats().state == "well"
+
+
+def test_what_was_cleared_while_it_hung_goes_when_it_is_paused(hung: Hung, tmp_path: Path) -> None:
+    hung.files.gate.set()
+    hung.idle()
+    hung.tier.remove(key_of(1))
+    hung.files.errors["write"] = errno.ENOSPC
+    hung.after(PROBE_S)
+    hung.idle()
+    hung.idle()
+    assert hung.tier.stats().state == "paused"
+    assert block_files(tmp_path / "tier") == []
 
 
 def test_a_probe_that_hangs_is_the_only_one_and_comes_too_late(hung: Hung) -> None:

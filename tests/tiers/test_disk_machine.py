@@ -41,7 +41,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     def file_of(self, number: int) -> Path:
         name = sealed.name_of(key_of(number))
-        return self.path / name[:2] / name
+        return self.path / name[-2:] / name
 
     @rule(number=NUMBERS)
     def write(self, number: int) -> None:

@@ -45,7 +45,7 @@ def test_reads_that_fail_one_after_the_other_switch_it_off_for_good() -> None:
     assert not health.wrote(ok=False, now=0.0)
     assert not health.hangs(now=0.0)
     assert not health.wants_probe(now=1e9)
-    assert not health.answered()
+    assert not health.answered(takes_writes=True, now=0.0)
     assert not health.tick(1e9)
     assert health.state is State.OFF
 
@@ -59,8 +59,15 @@ def test_what_hung_is_asked_now_and_then_and_is_well_when_it_answers(state: Stat
     assert not health.hangs(now=101.0)
     assert not health.wrote(ok=False, now=101.0)
     assert [health.wants_probe(now=now) for now in (159.9, 160.0, 219.9, 220.0)] == [False, True, False, True]
-    assert health.answered()
+    assert health.answered(takes_writes=True, now=0.0)
     assert (health.state, health.finds, health.wants_probe(now=1e9)) == (State.WELL, True, False)
+
+
+def test_what_hung_and_then_says_that_it_takes_no_writes_is_paused() -> None:
+    health = Health(pause_s=30)
+    health.hangs(now=0.0)
+    assert health.answered(takes_writes=False, now=100.0)
+    assert (health.state, health.finds, health.tick(129.9), health.tick(130.0)) == (State.PAUSED, True, False, True)
 
 
 def test_what_comes_back_rotten_from_a_hang_is_off() -> None:
@@ -68,4 +75,4 @@ def test_what_comes_back_rotten_from_a_hang_is_off() -> None:
     health.hangs(now=0.0)
     assert [health.read(ok=False) for _ in range(READ_ERRORS_MAX)][-1]
     assert health.state is State.OFF
-    assert not health.answered()
+    assert not health.answered(takes_writes=True, now=0.0)

@@ -166,6 +166,20 @@ def test_what_a_failed_write_left_behind_stays_charged() -> None:
     ledger = Ledger(cap_bytes=100, policy=Lru())
     ledger.adopt("old", 60)
     assert ledger.reserve("new", 80) == ("old",)
-    ledger.settle("new", deleted=["old"], published_bytes=None, is_stranded=True)
+    assert ledger.settle("new", deleted=["old"], published_bytes=None, is_stranded=True) == ["new"]
     assert (ledger.used_bytes, ledger.finds("new"), ledger.reserve("next", 30)) == (80, False, None)
+    assert ledger.leaving == 1
+    ledger.check_integrity()
+    ledger.delete("new")
+    assert (ledger.used_bytes, ledger.leaving, ledger.reserve("new", 30)) == (0, 0, ())
+    ledger.check_integrity()
+
+
+def test_what_cannot_be_deleted_now_is_no_victim() -> None:
+    ledger = Ledger(cap_bytes=100, policy=Lru())
+    for name in ("stuck", "old"):
+        ledger.adopt(name, 50)
+    ledger.is_stuck = lambda name: name == "stuck"
+    assert ledger.reserve("new", 50) == ("old",)
+    assert ledger.reserve("next", 50) is None
     ledger.check_integrity()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import count
+
 from pdx.tiers.spill import Spill, WriteMode
 from pdx.tiers.tier import Failed, Written
 
@@ -102,3 +104,29 @@ def test_a_refusal_holds_until_the_block_comes_anew_or_the_tier_is_well_again() 
     assert not spill.is_refused(third)
     spill.well()
     assert not spill.is_refused(second)
+
+
+def test_what_fails_again_while_others_are_written_is_refused_until_it_has_left() -> None:
+    spill = Spill(WriteMode.THROUGH)
+    bad, good = keys(b"a", b"b")
+    spill.committed([bad, good])
+    tickets = count()
+
+    def write(key: tuple[bytes, bytes], *, ok: bool) -> None:
+        ticket = next(tickets)
+        spill.submitted(key, ticket)
+        spill.on(Written(ticket, 0.1) if ok else Failed(ticket, "EIO", 5, again=True))
+
+    for _ in range(5):
+        write(bad, ok=False)
+        assert spill.wanted() == [good, bad], "the whole medium may be full: nothing is said of this block"
+    write(good, ok=True)
+    write(bad, ok=False)
+    spill.well()
+    spill.committed([bad])
+    assert (spill.wanted(), spill.is_refused(bad)) == ([], True)
+    spill.gone(bad)
+    spill.committed([bad])
+    assert (spill.wanted(), spill.is_refused(bad)) == ([bad], False)
+    write(bad, ok=False)
+    assert spill.wanted() == [bad], "its failures are counted anew"

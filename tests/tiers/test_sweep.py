@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 from tier_folder import OpenTier
 
@@ -9,6 +11,7 @@ from pdx.buffer.evict import Lru
 from pdx.buffer.selection import Selection
 from pdx.keys import SPACE_BYTES, TENANT_BYTES
 from pdx.tiers.conformance import User, buffers, key_of
+from pdx.tiers.deletions import AGAIN_S
 from pdx.tiers.ledger import Ledger
 from pdx.tiers.sealed import labels_of, name_of
 from pdx.tiers.sweep import survey, sweep
@@ -103,4 +106,39 @@ def test_a_write_waits_for_few_deletions(open_tier: OpenTier, monkeypatch: pytes
         tier.take_events()
     assert not tier.survey(Selection()).leaving
     assert files.calls["remove"] == 10
+    tier.check_integrity()
+
+
+def test_a_disk_that_deletes_nothing_is_asked_for_one_file_now_and_then(
+    open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else each cleared file would be tried, and told, twice a minute: for as long as the disk is read-only."""
+    monkeypatch.setattr("pdx.tiers.deletions.AT_ONCE", 4)
+    now = [0.0]
+    tier, files = open_tier(writers=1, clock=lambda: now[0])
+    user = User(tier)
+    for number in range(40):
+        assert isinstance(user.write(key_of(number)), Written)
+
+    def settle() -> None:
+        for _ in range(45):
+            assert tier._writes.wait_idle(5.0)
+            tier.take_events()
+
+    files.errors["remove"] = errno.EROFS
+    tier.sweep(Selection())
+    settle()
+    calls = files.calls["remove"]
+    assert calls < 10
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["40"]
+    caplog.clear()
+    for attempt in range(3):
+        now[0] += AGAIN_S
+        settle()
+        assert files.calls["remove"] == calls + attempt + 1
+    assert len(caplog.records) == 3
+    del files.errors["remove"]
+    now[0] += AGAIN_S
+    settle()
+    assert not tier.survey(Selection()).leaving
     tier.check_integrity()
