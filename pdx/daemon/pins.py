@@ -18,7 +18,7 @@ from pdx.buffer.slots import Slot, SlotState
 from pdx.daemon.ports import Desk
 from pdx.daemon.prefixes import Prefixes
 from pdx.daemon.spaces import KnownSpaces
-from pdx.daemon.tiering import PROMISED_MAX
+from pdx.daemon.tiering import PROMISED_MAX, Load
 from pdx.errors import Refused
 from pdx.keys import split_namespace
 from pdx.layout import PageLayout, Place
@@ -31,6 +31,7 @@ PINS_MAX = 4096
 # control thread for a quarter of a second at the worst.
 PLACES_MAX = 1 << 18
 PinKey = tuple[bytes, str]  # (namespace, name): one tenant can't unpin what another has pinned
+_HERE: Load = "", b""  # stands for what the arena had
 
 
 @dataclass(eq=False)
@@ -38,10 +39,10 @@ class _Pin:
     key: PinKey
     pages: PageLayout
     expires_at: float
-    load: bytes  # under which its last lot was asked for from below
+    load: Load  # under which its last lot was asked for from below
     rest: list[bytes]  # of its blocks, those that have yet to be asked for
     # By load: what the arena had, and each lot of the others.
-    parts: dict[bytes, tuple[Lease, tuple[Place, ...]]] = field(default_factory=dict)
+    parts: dict[Load, tuple[Lease, tuple[Place, ...]]] = field(default_factory=dict)
     positions: dict[Slot, list[int]] = field(default_factory=dict)  # of all parts, once it is entered
 
     @property
@@ -65,7 +66,7 @@ class Pins:
         self.used_bytes = 0  # by the slots of all pins
         self._numbers = 0
         self._short: tuple[int, int] | None = None  # how the store stood when there was no room for all of a lot
-        self._missed: dict[bytes, set[int]] = {}  # load -> slots whose blocks did not come from below
+        self._missed: dict[Load, set[int]] = {}  # load -> slots whose blocks did not come from below
         prefixes.hear_missed(lambda load, place: self._missed.setdefault(load, set()).add(place.slot_offset))
 
     @property
@@ -164,7 +165,7 @@ class Pins:
         return hashes
 
     def _hold(
-        self, key: PinKey, pages: PageLayout, kept: list[bytes], load: bytes, now: float, *, ttl_s: float, room: bool
+        self, key: PinKey, pages: PageLayout, kept: list[bytes], load: Load, now: float, *, ttl_s: float, room: bool
     ) -> _Pin:
         """All that the arena has of these, and the first lot of the others. Nothing is counted yet."""
         spots = self._desk.store.index.find(key[0], kept)
@@ -173,7 +174,7 @@ class Pins:
         here = places_of(spot for spot in spots if spot is not None)
         if here:
             lease = self._desk.store.lease(here, Owner("verb", key[1]), now=now, ttl_s=ttl_s)
-            pin.parts[b""] = lease, here
+            pin.parts[_HERE] = lease, here
         self._ask_below(pin, now)
         return pin
 
@@ -182,7 +183,7 @@ class Pins:
         (namespace, name), lot = pin.key, pin.rest[:PROMISED_MAX]
         found = self._prefixes.leading(namespace, lot, block_tokens=0).blocks
         leased = self._prefixes.lease_leading(
-            Owner("verb", name), namespace, pin.pages, lot[:found], load=pin.load, engine_id="", now=now,
+            Owner("verb", name), namespace, pin.pages, lot[:found], load=pin.load, now=now,
             ttl_s=pin.expires_at - now, room=True,
         )  # fmt: skip
         if leased is not None:
@@ -190,8 +191,8 @@ class Pins:
         got = len(leased[1]) if leased is not None else 0
         self._short = self._store_stands if got < found else None
         if found < len(lot):
-            log.info("the last %d blocks of pin %r do not come: the next is kept no more", len(pin.rest) - got, name)
-            pin.rest = []
+            log.info("the last %d blocks of pin %r do not come: the next is kept no more", len(pin.rest) - found, name)
+            pin.rest = pin.rest[got:found]
         else:
             pin.rest = pin.rest[got:]
 
@@ -223,9 +224,9 @@ class Pins:
         """Whether lookups find, or will find, any of it."""
         return any(self._found(pin)) or self._prefixes.leading(pin.key[0], pin.rest[:1], block_tokens=0).blocks > 0
 
-    def _new_load(self) -> bytes:
+    def _new_load(self) -> Load:
         self._numbers += 1
-        return b"pin %d" % self._numbers
+        return "", b"pin %d" % self._numbers
 
     def _described(self, pin: _Pin, now: float) -> Pinned:
         ready, coming = self._found(pin)
@@ -263,7 +264,7 @@ class Pins:
             self._places -= len(places)
             self._desk.end_lease(lease)
 
-    def _shrink(self, pin: _Pin, load: bytes, missed: Collection[int], now: float) -> None:
+    def _shrink(self, pin: _Pin, load: Load, missed: Collection[int], now: float) -> None:
         """This part lets go of the slots at these offsets, which no other has: each lot comes after the one before."""
         lease, places = pin.parts[load]
         for slot in lease.slots:

@@ -15,7 +15,7 @@ from pdx.daemon.costs import Costs
 from pdx.daemon.grips import Grip, Grips
 from pdx.daemon.ports import Desk, namespace_for
 from pdx.daemon.sessions import Engine
-from pdx.daemon.tiering import Tiering
+from pdx.daemon.tiering import Load, Tiering
 from pdx.errors import Refused
 from pdx.layout import PageLayout, Place
 from pdx.verbs import Found
@@ -42,7 +42,7 @@ class Prefixes:
             wanted = self._costs.worthwhile(engine, message, arena_blocks=here, room=room)
             leased = self.lease_leading(
                 Owner("session", engine_id), namespace, engine.pages, wanted,
-                load=load, engine_id=engine_id, now=now, ttl_s=ports.lease_s, room=room,
+                load=(engine_id, load), now=now, ttl_s=ports.lease_s, room=room,
             )  # fmt: skip
             if leased is not None:
                 lease, places = leased
@@ -82,8 +82,7 @@ class Prefixes:
         pages: PageLayout,
         hashes: Sequence[bytes],
         *,
-        load: bytes,
-        engine_id: str,
+        load: Load,
         now: float,
         ttl_s: float,
         room: bool,
@@ -97,7 +96,7 @@ class Prefixes:
         places, leases = ([], []) if read is None else (list(read.places), [read.lease])
         rest = hashes[len(places) :]
         if self._tiering is not None and rest and room:
-            more, ready = self._tiering.promote(namespace, pages, rest, load=load, engine_id=engine_id, now=now)
+            more, ready = self._tiering.promote(namespace, pages, rest, load=load, now=now)
             places += more
             leases += ready
         lease = store.lease(places, owner, now=now, ttl_s=ttl_s) if places else None
@@ -105,16 +104,16 @@ class Prefixes:
             store.release(each)
         return None if lease is None else (lease, tuple(places))
 
-    def hear_missed(self, missed: Callable[[bytes, Place], None]) -> None:
+    def hear_missed(self, missed: Callable[[Load, Place], None]) -> None:
         """From now on, of blocks that were to come from below for a load without an engine, and don't."""
         if self._tiering is not None:
             self._tiering.missed = missed
 
-    def waits(self, load: bytes) -> bool:
+    def waits(self, load: Load) -> bool:
         """Whether this load has something to get from below yet."""
         return self._tiering is not None and self._tiering.waits(load)
 
-    def withdrawn(self, load: bytes) -> None:
+    def withdrawn(self, load: Load) -> None:
         """Nobody waits any more for what this load had yet to get from below."""
         if self._tiering is not None:
             self._tiering.withdrawn(load)
@@ -151,7 +150,7 @@ class Prefixes:
     def ended(self, grip: Grip, message: LetGo, now: float) -> bool:
         """The engine touches these slots no more; its lease is about to end. Whether they are kept."""
         if grip.side == "load":
-            self.withdrawn(grip.handoff_id)
+            self.withdrawn((grip.engine_id, grip.handoff_id))
             if grip.from_arena:
                 self._costs.ended(grip, message, grip.lease.slots[0].layout, now)
             return False

@@ -41,6 +41,9 @@ FIRST_LOT = 8  # blocks that a tier is asked for at once, and twice as many each
 # nobody is answered meanwhile. What a prompt has below these is computed.
 PROMISED_MAX = 256
 
+# Who waits for blocks: an engine, and the name that it has chosen for this load. Without an engine: a pin of ours.
+Load = tuple[str, bytes]
+
 log = logging.getLogger("pdxd")
 
 
@@ -51,7 +54,7 @@ class _Promotion:
     key: Key
     claim: Claim
     pages: PageLayout
-    asked_by: dict[bytes, str] = field(default_factory=dict)  # load -> engine id: those who wait for it
+    asked_by: dict[Load, None] = field(default_factory=dict)  # those who wait for it
     began_at: float = 0.0  # once the tier has it
 
     @property
@@ -75,7 +78,7 @@ class Tiering:
         self._writes_refused = False  # since the last end of one
         self._spoilt: set[Key] = set()  # being written, and found wrong meanwhile
         self._promotions: dict[Key, _Promotion] = {}  # the latest of each block
-        self._by_load: dict[bytes, dict[_Promotion, None]] = {}  # of these, what each waits for
+        self._by_load: dict[Load, dict[_Promotion, None]] = {}  # of these, what each waits for
         self.queued_bytes = 0  # of these: blocks on their way up
         self._queue: OrderedDict[_Promotion, None] = OrderedDict()  # of all of them, not submitted yet
         self._reads: dict[int, _Promotion] = {}  # by ticket
@@ -83,16 +86,16 @@ class Tiering:
         self._lost = 0
         self._busy = Busy()  # with reads
         self.reads = CostModel()  # what they cost
-        self.missed: Callable[[bytes, Place], None] = lambda load, place: None  # hears of what a pin does not get
+        self.missed: Callable[[Load, Place], None] = lambda load, place: None  # hears of what a pin does not get
         desk.store.on_commit = self._committed
         desk.store.on_evict = self._evicted
 
     def promote(
-        self, namespace: bytes, pages: PageLayout, hashes: Sequence[bytes], *, load: bytes, engine_id: str, now: float
+        self, namespace: bytes, pages: PageLayout, hashes: Sequence[bytes], *, load: Load, now: float
     ) -> tuple[list[Place], list[Lease]]:
         """Places of these blocks, each of which the tier has, and which are filled one after the other from now on.
 
-        Fewer where the arena has no room. If one does not come, `engine_id` hears LOAD_ENDED for `load`. The leases
+        Fewer where the arena has no room. If one does not come, the engine hears LOAD_ENDED. The leases
         keep what has come already: release them once the places are under a lease of your own.
         """
         places, ready = [], []
@@ -109,11 +112,11 @@ class Tiering:
             promotion = self._coming(key)
             if promotion is None:
                 break
-            promotion.asked_by[load] = engine_id
+            promotion.asked_by[load] = None
             self._by_load.setdefault(load, {})[promotion] = None
             places.append(promotion.place)
         self._submit_reads(now)
-        if engine_id:  # of lookups' hits, those that come from below
+        if load[0]:  # of lookups' hits, those that come from below
             self._desk.ports.counters["blocks_promoted"] += len(places) - len(ready)
         return places, ready
 
@@ -185,11 +188,11 @@ class Tiering:
             raise Refused("this daemon's tier can't be cleared")
         return self._tier
 
-    def waits(self, load: bytes) -> bool:
+    def waits(self, load: Load) -> bool:
         """Whether blocks are on their way up for this load."""
         return load in self._by_load
 
-    def withdrawn(self, load: bytes) -> None:
+    def withdrawn(self, load: Load) -> None:
         """Nobody waits for this load's blocks any more. What nobody else wants, and has not begun, never does."""
         for promotion in self._by_load.pop(load, ()):
             del promotion.asked_by[load]
@@ -336,11 +339,12 @@ class Tiering:
 
     def _tell(self, promotion: _Promotion, reason: str) -> None:
         """Everybody who waits, once: of what a load had yet to get, it takes no more then. A pin takes what it gets."""
-        for load, engine_id in list(promotion.asked_by.items()):
+        for load in list(promotion.asked_by):
+            engine_id, handoff_id = load
             if not engine_id:
                 self.missed(load, promotion.place)
                 continue
-            self._desk.ports.to_engine(engine_id, LoadEnded(handoff_id=load, reason=f"disk: {reason}"))
+            self._desk.ports.to_engine(engine_id, LoadEnded(handoff_id=handoff_id, reason=f"disk: {reason}"))
             self.withdrawn(load)
 
     # --- down ---

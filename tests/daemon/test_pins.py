@@ -19,7 +19,7 @@ from pdx.keys import SPACE_BYTES
 from pdx.tiers import memory
 from pdx.tiers.memory import MemoryTier
 from pdx.verbs import Clear, Pin
-from pdx.wire import SendOpened
+from pdx.wire import LoadEnded, SendOpened
 
 
 @pytest.fixture
@@ -80,6 +80,21 @@ class TestPin:
         assert described["size_bytes"] == 2 * PAGES.unit_bytes, "the slot into which nothing came is free"
         assert len(host.store.slots) == len(host.store.index)
         unpin(host)
+        assert leases(host) == 0
+
+    def test_hears_what_does_not_come_whatever_engines_call_their_loads(self, host: Host, tier: MemoryTier) -> None:
+        keep_filled(host)
+        crowd_out(host)
+        pin(host)
+        assert len(look_up(host, HASHES[1:], called=b"pin 1")) == 2
+        for block_hash in HASHES[:2]:
+            tier.remove((SPACE, block_hash))
+        host.tick()
+        assert host.heard["P"] == [LoadEnded(handoff_id=b"pin 1", reason="disk: unknown")]
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert described["blocks"] == 1
+        unpin(host)
+        let_go(host, b"pin 1", side="load", ok=False)
         assert leases(host) == 0
 
     def test_of_which_nothing_comes_ends(self, host: Host, tier: MemoryTier) -> None:
@@ -193,6 +208,26 @@ class TestPin:
         assert is_here(host, hashes) == [True] * 8
         assert unpin(host) == 8
         assert leases(host) == 0
+
+    def test_waits_for_room_for_what_is_there_before_a_gap(
+        self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hashes = lots(host, tier, monkeypatch)
+        pin(host, hashes=hashes)
+        tier.remove((SPACE, hashes[3]))
+        free = host.store.extents.capacity(PAGES) - 2
+        for called, blocks in ((MINE, range(2)), (OTHER, range(2, free))):
+            assert isinstance(keep(host, [b"leased %d" % n for n in blocks], called), SendOpened)
+        for _ in hashes:
+            host.tick()
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert (described["blocks"], described["coming_blocks"]) == (3, 1)
+        let_go(host, MINE, ok=False)
+        for _ in hashes:
+            host.tick()
+        (described,) = host.handoffs.kept(host.now)["pinned"]["pins"]
+        assert (described["blocks"], described["coming_blocks"]) == (3, 0)
+        assert is_here(host, hashes[:4]) == [True] * 3 + [False]
 
     def test_outlives_a_clear_of_the_arena_while_more_is_to_come(
         self, host: Host, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
