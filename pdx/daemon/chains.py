@@ -5,11 +5,14 @@ the tier hears of it from here. But an answer is kept in lots, each a claim of i
 be older, and go first. So what the leases of one request held is remembered, by the request's name, and all of it
 counts as new when it has grown by an eighth, for it must not be gone through for every block; or when it has been quiet
 for a while, and its last lot is down in the tier.
+
+A chain may have a hundred thousand blocks, and an engine that dies many chains: what is to count as used, or as new,
+stands in a line, and some blocks of it are gone through in each turn.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -22,6 +25,8 @@ GROWN_BY = 8  # a part of it that is new: so each new block costs eight old ones
 QUIET_S = 5.0  # without a lot: an engine that is slower makes few
 CHAINS_MAX = 4096  # as many requests as engines have in flight
 BLOCKS_MAX = 1 << 17  # in all chains together: their slots take 50 MB if they have left the arena
+BLOCKS_A_TURN = 512  # 2 us each of the control thread
+SLOTS_IN_LINE_MAX = BLOCKS_MAX  # what comes when there are more stays as old as it is
 
 _Name = tuple[str, str]  # engine id, request id
 
@@ -35,6 +40,14 @@ class _Chain:
     looked_at: float = 0.0
 
 
+@dataclass(eq=False)
+class _Use:
+    """One of a chain."""
+
+    slots: list[Slot]  # the head first: those that have yet to count
+    has_grown: bool  # all of it counts as new in the arena, too
+
+
 class Chains:
     """Owned by the control thread."""
 
@@ -44,6 +57,8 @@ class Chains:
         self._chains: OrderedDict[_Name, _Chain] = OrderedDict()  # the one that grew last comes last
         self._grown: OrderedDict[_Name, _Chain] = OrderedDict()  # of these; the one looked at last comes last
         self._blocks = 0
+        self._line: deque[_Use] = deque()
+        self._slots_in_line = 0
 
     def ended(self, grip: Grip, now: float) -> None:
         """A lease of an engine has ended, and what it held has just become idle in the arena, in chain order."""
@@ -53,7 +68,7 @@ class Chains:
         chain = self._chains.get(name)
         is_whole = grip.side == "load" or chain is None or slots[0] is next(iter(chain.slots))
         if is_whole:
-            self._used_below(slots)
+            self._enqueue(slots, has_grown=False)
         if not grip.request_id:
             return
         chain = self._chains.setdefault(name, _Chain())
@@ -68,7 +83,23 @@ class Chains:
         while len(self._chains) > CHAINS_MAX or self._blocks > BLOCKS_MAX:
             self._forget(next(iter(self._chains)))
 
-    def tick(self, now: float) -> None:
+    def tick(self) -> None:
+        """Some of what stands in line. The end of a chain first: its head counts last, as if all had come at once."""
+        room = BLOCKS_A_TURN
+        while self._line and room > 0:
+            use, lot = self._line[0], deque[Slot]()
+            while use.slots and room > 0:
+                lot.appendleft(use.slots.pop())
+                room -= lot[0].blocks
+            self._slots_in_line -= len(lot)
+            if not use.slots:
+                self._line.popleft()
+            if use.has_grown:  # which is no use: nobody has asked for it again
+                self._store.policy.grown([slot for slot in lot if slot.unused and slot.indexed])
+            if self._tiering is not None:
+                self._tiering.used(lot)
+
+    def look(self, now: float) -> None:
         """All of a chain that has been quiet: but not before its last lot is below, which would be newer there."""
         while self._grown:
             name, chain = next(iter(self._grown.items()))
@@ -101,15 +132,14 @@ class Chains:
         self._blocks += new_blocks
 
     def _renew(self, chain: _Chain) -> None:
-        """All of it counts as new. Growing is no use: nobody has asked for it again."""
-        idle = [slot for slot in chain.slots if slot.unused and slot.indexed]
-        self._store.policy.grown(idle)
-        self._used_below(chain.slots)
+        """All of it is to count as new."""
+        self._enqueue(chain.slots, has_grown=True)
         chain.new_blocks = 0
 
-    def _used_below(self, slots: Iterable[Slot]) -> None:
-        if self._tiering is not None:
-            self._tiering.used(slots)
+    def _enqueue(self, slots: Iterable[Slot], *, has_grown: bool) -> None:
+        if (has_grown or self._tiering is not None) and self._slots_in_line < SLOTS_IN_LINE_MAX:
+            self._line.append(_Use(list(slots), has_grown))
+            self._slots_in_line += len(self._line[-1].slots)
 
     def _forget(self, name: _Name) -> None:
         chain = self._chains.pop(name)

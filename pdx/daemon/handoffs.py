@@ -242,6 +242,7 @@ class Handoffs:
         if self._tiering is not None:
             self._tiering.tick(now)
         self._pins.tick(now, room=not self._waiting)
+        self._chains.tick()
         self._low_water.tick()
         self._serve_waiting(now)
         self._questions.tick(now)
@@ -349,7 +350,7 @@ class Handoffs:
         for record in list(self._sending.records.values()):
             self._sending.act(record, record.sender.tick(now=now), now)
         self._receiving.tick(now)
-        self._chains.tick(now)
+        self._chains.look(now)
         self._questions.look(now)
         for lease in self._desk.store.expire(now):
             self._lease_expired(lease, now)

@@ -260,7 +260,8 @@ class Tiering:
 
     def used(self, slots: Iterable[Slot]) -> None:
         """Their blocks are one chain, which was used here, or has grown. Below that is to count as well."""
-        if isinstance(self._tier, Ordered):
+        stats = self._tier.stats()
+        if isinstance(self._tier, Ordered) and stats.blocks and stats.state != "off":
             self._tier.used([key for slot in slots for key in slot.keys if key is not None])
 
     def is_coming(self, slots: Iterable[Slot]) -> bool:

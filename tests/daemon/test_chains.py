@@ -12,6 +12,7 @@ from test_tiering import host_space, keep_filled
 
 from pdx.buffer.selection import Selection
 from pdx.config import Eviction
+from pdx.daemon import chains
 from pdx.daemon.chains import QUIET_S
 from pdx.tiers.memory import MemoryTier
 from pdx.tiers.tier import Key, TierStats
@@ -184,6 +185,60 @@ def test_a_long_answer_is_not_gone_through_for_every_block() -> None:
     tier.close(drain_s=0.0)
 
 
+def test_what_is_done_with_chains_at_once_is_bounded(
+    host: Host, narrow: CountingTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody waits for the control thread meanwhile."""
+    monkeypatch.setattr(chains, "BLOCKS_A_TURN", 5, raising=False)
+    for n in range(3):
+        keep_filled(host, [b"%d/%d" % (n, m) for m in range(5)], b"lot", request=f"r{n}")
+    names = narrow.names
+    host.handoffs.engine_gone("P", host.now)
+    assert narrow.names == names
+    counted = []
+    for _ in range(5):
+        before = narrow.names
+        host.tick()
+        counted.append(narrow.names - before)
+    assert counted == [5, 5, 5, 0, 0]
+
+
+def test_a_chain_that_counts_in_parts_goes_from_its_end(
+    host: Host, narrow: CountingTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chains, "BLOCKS_A_TURN", 5, raising=False)
+    keep_filled(host, CHAIN)
+    assert len(look_up(host, CHAIN)) == 12
+    names = narrow.names
+    host.handoffs.let_go("P", LetGo(handoff_id=MINE, side="load", fence=1, ok=True), host.now)
+    assert narrow.names == names
+    for _ in range(3):
+        host.tick()
+    assert narrow.names >= names + 12
+    others(host, 12, b"x")
+    assert below(host, narrow) == [True] * 8 + [False] * 4
+
+
+def test_of_a_tier_that_has_nothing_nothing_is_used(host: Host, narrow: CountingTier) -> None:
+    narrow.paused = True
+    keep_filled(host, CHAIN)
+    look_up(host, CHAIN)
+    let_go(host, side="load")
+    assert narrow.names == 0
+
+
+def test_who_stands_in_line_is_bounded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "BLOCKS_A_TURN", 0)
+    monkeypatch.setattr(chains, "SLOTS_IN_LINE_MAX", 10)
+    for _ in range(20):
+        keep_filled(host, CHAIN[:4])
+    waiting = host.handoffs._chains
+    assert waiting._slots_in_line == sum(len(use.slots) for use in waiting._line) < 10 + 4
+    monkeypatch.setattr(chains, "BLOCKS_A_TURN", 20)
+    quiet(host)
+    assert (waiting._slots_in_line, len(waiting._line)) == (0, 0)
+
+
 def test_a_chain_waits_for_its_last_lot_to_be_below(host: Host, narrow: CountingTier) -> None:
     in_lots(host, CHAIN[:10], blocks=1, request="chat")
     narrow.paused = True
@@ -208,12 +263,12 @@ def test_who_keeps_nothing_has_no_chain(host: Host) -> None:
 
 
 def test_chains_are_forgotten(host: Host) -> None:
-    chains = host.handoffs._chains
+    known = host.handoffs._chains
     for n in range(20):
         keep_filled(host, [b"%d" % n], MINE, request=f"r{n}")
-    assert len(chains._chains) == 20
+    assert len(known._chains) == 20
     host.handoffs.engine_gone("P", host.now)
-    assert (len(chains._chains), len(chains._grown), chains._blocks) == (0, 0, 0)
+    assert (len(known._chains), len(known._grown), known._blocks) == (0, 0, 0)
 
 
 def test_the_oldest_chains_are_forgotten_for_new_ones(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
