@@ -45,12 +45,13 @@ class HoldingsTeller:
     def __init__(self, me: DaemonRef, index: Index, tier: Tier | None) -> None:
         self._me = me
         self._tiers: dict[int, int] = {}  # name -> bits
+        self._shown = ARENA_BIT | DISK_BIT  # of these: a disk that hangs finds nothing of what it has
         self._changed: dict[int, None] = {}
         self._conversations: dict[str, _Conversation] = {}
         self._due_at = 0.0
         index.told = self._in_arena
         if isinstance(tier, Watched):
-            for name in tier.watch(self._on_disk):
+            for name in tier.watch(self._on_disk, self._on_all_of_disk):
                 self._on_disk(name, True)
 
     def __repr__(self) -> str:
@@ -100,7 +101,8 @@ class HoldingsTeller:
         for _ in range(PARTS_A_TURN):
             if conversation.is_behind or not conversation.part:
                 return
-            if not self._tell(router, conversation, conversation.part, send):
+            names = [name for name in conversation.part if self._tiers.get(name, 0) & self._shown]
+            if (names or not conversation.number) and not self._tell(router, conversation, names, send):
                 return  # the same part again in the next turn
             conversation.part = list(islice(conversation.rest, PART_NAMES))
 
@@ -110,7 +112,7 @@ class HoldingsTeller:
             incarnation=self._me.incarnation,
             number=conversation.number,
             names=struct.pack(f">{len(names)}Q", *names),
-            tiers=bytes(self._tiers.get(name, 0) for name in names),
+            tiers=bytes(self._tiers.get(name, 0) & self._shown for name in names),
         )
         taken = send(router, message)
         conversation.number += taken
@@ -123,6 +125,12 @@ class HoldingsTeller:
 
     def _on_disk(self, name: str, found: bool) -> None:
         self._note(short_name_of(name), DISK_BIT, found)
+
+    def _on_all_of_disk(self, found: bool) -> None:
+        """Each name of it changes: routers hear of all that there is anew, in parts."""
+        self._shown = ARENA_BIT | DISK_BIT if found else ARENA_BIT
+        for conversation in self._conversations.values():
+            conversation.is_behind = True
 
     def _note(self, name: int, bit: int, found: bool) -> None:
         tiers = self._tiers.get(name, 0)

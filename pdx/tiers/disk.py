@@ -109,7 +109,7 @@ class DiskTier:
         self._probe: Job | None = None  # under way, since:
         self._probe_began_at = 0.0
         self._is_closed = False
-        self._told: Callable[[str, bool], None] = lambda name, found: None
+        self._told_all: Callable[[bool], None] = lambda finds: None
         self._found_before = self.health.finds
         self._inbox: Inbox[Job] = Inbox()
         self._work = Work(files, sealer, done=self._inbox.add, write_failed=lambda: self._writes.hold())
@@ -191,10 +191,12 @@ class DiskTier:
         """Files are deleted by the tier's threads; one that hangs or can't write keeps them for its next life."""
         return sweep(self.ledger, which, now=self._clock(), condemn=self._condemn)
 
-    def watch(self, told: Callable[[str, bool], None]) -> list[str]:
-        self._told = told
-        self.ledger.told = lambda name, found: told(name, found and self.health.finds)
-        return [entry.name for entry in self.ledger.found()] if self.health.finds else []
+    def watch(self, told: Callable[[str, bool], None], told_all: Callable[[bool], None]) -> list[str]:
+        self._told_all = told_all
+        self.ledger.told = told
+        if not self.health.finds:
+            told_all(False)
+        return [entry.name for entry in self.ledger.found()]
 
     def take_events(self) -> list[Event]:
         self._settle_all()
@@ -425,8 +427,7 @@ class DiskTier:
         self._errno = error_number
         if self.health.finds != self._found_before:
             self._found_before = self.health.finds
-            for entry in self.ledger.found():
-                self._told(entry.name, self.health.finds)
+            self._told_all(self.health.finds)
         state = self.health.state
         level = logging.INFO if state is State.WELL else logging.ERROR
         log.log(level, "the disk tier (%r) is %s: %s", self.files, state, reason)

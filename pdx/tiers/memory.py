@@ -79,7 +79,7 @@ class MemoryTier:
     def sweep(self, which: Selection) -> Swept:
         return sweep(self.ledger, which, now=self._clock(), condemn=self._condemn)
 
-    def watch(self, told: Callable[[str, bool], None]) -> list[str]:
+    def watch(self, told: Callable[[str, bool], None], told_all: Callable[[bool], None]) -> list[str]:
         self.ledger.told = told
         return [entry.name for entry in self.ledger.found()]
 

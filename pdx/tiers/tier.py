@@ -123,9 +123,10 @@ class TierStats:
 class Watched(Protocol):
     """What a tier can do that knows its names."""
 
-    def watch(self, told: Callable[[str, bool], None]) -> list[str]:
-        """The names of all blocks that contains() finds now. From now on `told` hears, on the thread that calls the
-        tier, of each name that it finds (True) or no longer finds. One watcher."""
+    def watch(self, told: Callable[[str, bool], None], told_all: Callable[[bool], None]) -> list[str]:
+        """The names of all blocks that it has. From now on `told` hears, on the thread that calls the tier, of each
+        name that it has (True) or no longer has; and `told_all` when contains() finds none of them any more (False),
+        at once if that is so now, or all of them again. One watcher."""
 
 
 @runtime_checkable

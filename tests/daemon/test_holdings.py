@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from counted import growth
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -12,7 +17,14 @@ from pdx.daemon import holdings
 from pdx.daemon.holdings import HoldingsTeller
 from pdx.keys import short_names, space_of, tenant_of
 from pdx.router.choice.knowledge import Found, Knowledge
+from pdx.tiers.conformance import buffers, key_of
+from pdx.tiers.disk import DiskTier
+from pdx.tiers.faulty import FaultyFiles
+from pdx.tiers.folder import Folder
+from pdx.tiers.folder import Found as FoundFile
 from pdx.tiers.memory import MemoryTier
+from pdx.tiers.sealed import name_of
+from pdx.tiers.tier import StateChanged, Write
 from pdx.wire import ARENA_BIT, DISK_BIT, Holdings
 
 KEYS = [(b"n" * 24, b"%032d" % n) for n in range(12)]
@@ -46,6 +58,7 @@ class HoldingsMachine(RuleBasedStateMachine):
         self.teller = HoldingsTeller(HERE, self.index, None)
         self.links = {"r0": Link(), "r1": Link()}
         self.truth = dict.fromkeys(NAMES, 0)
+        self.disk_finds = True
         self.now = 0.0
 
     @rule(block=st.sampled_from(range(len(KEYS))), arena=st.booleans(), found=st.booleans())
@@ -56,6 +69,12 @@ class HoldingsMachine(RuleBasedStateMachine):
         else:
             self.teller._on_disk("0" * 32 + f"{NAMES[block]:016x}" + "0" * 16, found)
         self.truth[NAMES[block]] = self.truth[NAMES[block]] | bit if found else self.truth[NAMES[block]] & ~bit
+
+    @rule(finds=st.booleans())
+    def the_disk_hangs_or_answers(self, finds: bool) -> None:
+        if finds != self.disk_finds:
+            self.disk_finds = finds
+            self.teller._on_all_of_disk(finds)
 
     @rule(router=st.sampled_from(["r0", "r1"]), takes=st.booleans(), loses=st.booleans())
     def a_link_changes(self, router: str, takes: bool, loses: bool) -> None:
@@ -87,7 +106,8 @@ class HoldingsMachine(RuleBasedStateMachine):
         for _ in range(3 + round(2 * holdings.ANEW_S / holdings.TURN_S)):
             self.a_turn()
         for link in self.links.values():
-            for name, tiers in self.truth.items():
+            for name, kept in self.truth.items():
+                tiers = kept if self.disk_finds else kept & ARENA_BIT
                 found = link.knowledge.found([name], 0.0).get(DAEMON, Found())
                 assert (found.blocks, found.arena_blocks) == (bool(tiers), bool(tiers & ARENA_BIT))
 
@@ -117,6 +137,36 @@ def test_a_beginning_comes_in_parts_and_changes_between_them() -> None:
     assert len(link.knowledge) == count - 2
     assert [message.number for message in sent] == list(range(len(sent)))
     assert max(len(message.names) for message in sent) <= 8 * holdings.PART_NAMES
+
+
+def test_a_disk_that_hangs_is_one_word(tmp_path: Path) -> None:
+    """It may have a million blocks, and everybody waits for the control thread."""
+    with ExitStack() as ends:
+        assert growth(lambda blocks: hang_of(blocks, tmp_path / f"{blocks}", ends)) < 1.5
+
+
+def hang_of(blocks: int, path: Path, ends: ExitStack) -> Callable[[], object]:
+    """The turn in which a disk of so many blocks is found to hang; routers know of them all."""
+    now = [0.0]
+    files = FaultyFiles(Folder.open(path))
+    found = [FoundFile(name_of((b"n" * 24, b"%032d" % n)), 8192, 8192, 1) for n in range(blocks)]
+    files.scan = lambda: found  # type: ignore[method-assign]
+    tier = DiskTier(files, cap_bytes=1 << 30, clock=lambda: now[0], readers=1, writers=1)
+    teller, link = HoldingsTeller(HERE, Index(), tier), Link()
+    teller.tick(["r"], link.send, 0.0)
+    assert len(link.knowledge) == blocks
+    ends.callback(tier.close, drain_s=5.0)
+    files.gate.clear()
+    ends.callback(files.gate.set)
+    assert tier.submit(Write(key_of(1), buffers())) is not None
+    assert files.waiting.acquire(timeout=5.0)
+    now[0] += 31.0
+
+    def turn() -> None:
+        (event,) = tier.take_events()
+        assert isinstance(event, StateChanged) and event.state == "hung"
+
+    return turn
 
 
 def test_an_unchanged_daemon_says_nothing_and_a_router_that_leaves_is_forgotten() -> None:

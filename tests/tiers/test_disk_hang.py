@@ -208,13 +208,16 @@ def test_a_medium_that_gives_back_other_bytes_has_not_answered(hung: Hung, monke
 
 def test_a_watcher_hears_of_all_that_is_found_again(hung: Hung) -> None:
     told: list[tuple[str, bool]] = []
-    assert hung.tier.watch(lambda name, found: told.append((name, found))) == []
+    finds: list[bool] = []
+    assert hung.tier.watch(lambda name, found: told.append((name, found)), finds.append) == [name_of(key_of(1))]
+    assert finds == [False]
     hung.files.gate.set()
     hung.idle()
-    assert told == []
+    assert (told, finds) == ([], [False])
     hung.after(PROBE_S)
     hung.idle()
-    assert told == [(name_of(key_of(1)), True)]
+    assert (told, finds) == ([], [False, True])
     hung.tier.remove(key_of(1))
-    assert told[1:] == [(name_of(key_of(1)), False)]
-    assert hung.tier.watch(lambda name, found: None) == []
+    assert told == [(name_of(key_of(1)), False)]
+    assert hung.tier.watch(lambda name, found: None, finds.append) == []
+    assert finds == [False, True]

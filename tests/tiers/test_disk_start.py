@@ -89,7 +89,7 @@ def test_a_file_of_somebody_elses_is_none_of_ours(open_tier: OpenTier, tmp_path:
     stranger = tmp_path / "tier/ab" / "ab".ljust(64, "z")
     stranger.write_bytes(bytes(2 * ALIGN_BYTES))
     tier, _ = open_tier()
-    assert tier.watch(lambda name, found: None) == []
+    assert tier.watch(lambda name, found: None, lambda finds: None) == []
     assert stranger.exists()
 
 
