@@ -88,12 +88,14 @@ def _check_states(slots: Mapping[int, Slot], policy: ByTenant, quotas: Quotas) -
         _require(slot.state is SlotState.READY or slot.holds > 0, "{} has no lease", slot)
         _require(slot.indexed > 0 or slot.holds > 0, "{} is of no use to anybody", slot)
     unused = {slot for slot in slots.values() if slot.unused and slot.indexed}
-    _require(set(policy.victims()) == unused and len(policy) == len(unused), "the policy has not what nobody uses")
+    _require(set(policy) == unused and len(policy) == len(unused), "the policy has not what nobody uses")
+    for layout, own in policy.layouts():
+        _require(all(slot in unused and slot.layout == layout for slot in own), "an order is not of {}'s slots", layout)
     of_tenants: dict[bytes, set[Slot]] = {tenant: set() for tenant, _ in policy.orders()}
     for slot in unused:
         if quotas.limit_bytes(slot.tenant) is not None:
             of_tenants.setdefault(slot.tenant, set()).add(slot)
-    orders = {tenant: set(own.victims()) for tenant, own in policy.orders()}
+    orders = {tenant: set(own) for tenant, own in policy.orders()}
     _require(orders == of_tenants, "tenants' orders have not what nobody uses of theirs")
     _require(orders.keys() <= quotas.tenants().keys(), "orders of tenants that have nothing are kept")
 

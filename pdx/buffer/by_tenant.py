@@ -6,18 +6,21 @@ the more there are. Each order is the same policy's, over what it was told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+from pdx.buffer.by_layout import ByLayout
 from pdx.buffer.evict import Policy
 from pdx.buffer.quota import Quotas
 from pdx.buffer.slots import Slot
+from pdx.layout import PageLayout
 
 
 class ByTenant:
     """See Policy: what it says is everybody's order."""
 
-    def __init__(self, everybody: Policy[Slot], quotas: Quotas) -> None:
-        self._everybody = everybody
+    def __init__(self, everybody: Policy[Slot], quotas: Quotas, layouts: Collection[PageLayout] = ()) -> None:
+        """`layouts`: see ByLayout."""
+        self._everybody = ByLayout(everybody, layouts)
         self._quotas = quotas
         self._own: dict[bytes, Policy[Slot]] = {}
 
@@ -59,14 +62,25 @@ class ByTenant:
     def victims(self) -> Iterator[Slot]:
         return self._everybody.victims()
 
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._everybody)
+
+    def victims_for(self, layout: PageLayout) -> Iterator[Slot]:
+        """All, for a claim of this layout."""
+        return self._everybody.victims_for(layout)
+
     def victims_of(self, tenant: bytes) -> Iterator[Slot]:
         """Those of one that has a limit."""
         own = self._own.get(tenant)
         return iter(()) if own is None else own.victims()
 
     def orders(self) -> Iterator[tuple[bytes, Policy[Slot]]]:
-        """All that are kept beside everybody's."""
+        """Tenants', which are kept beside everybody's."""
         return iter(self._own.items())
+
+    def layouts(self) -> Iterator[tuple[PageLayout, Policy[Slot]]]:
+        """Layouts', the same."""
+        return self._everybody.orders()
 
     def __len__(self) -> int:
         return len(self._everybody)

@@ -33,7 +33,13 @@ class Policy(Protocol[Item]):
         """It is gone because room was needed. Policies that age, age here."""
 
     def victims(self) -> Iterator[Item]:
-        """All idle items, the first to go first. The owner removes items only after it has finished iterating."""
+        """All idle items, the first to go first, for who wants room: policies that age, age here, too.
+
+        The owner removes items only after it has finished iterating.
+        """
+
+    def __iter__(self) -> Iterator[Item]:
+        """All idle items, in no order: to look changes nothing."""
 
     def another(self) -> Policy[Item]:
         """An empty one of the same kind."""
@@ -65,6 +71,9 @@ class Lru(Generic[Item]):
         self.removed(item)
 
     def victims(self) -> Iterator[Item]:
+        return iter(self._items)
+
+    def __iter__(self) -> Iterator[Item]:
         return iter(self._items)
 
     def another(self) -> Self:

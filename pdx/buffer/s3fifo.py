@@ -76,7 +76,12 @@ class S3Fifo(Generic[Item]):
         self._main.pop(item, None)
 
     def victims(self) -> Iterator[Item]:
-        """What eviction after eviction would choose. Walks the queues as they are, and only as far as it is asked."""
+        """What eviction after eviction would choose. Walks the queues only as far as it is asked.
+
+        Up to the first of them the queues move on: who wants room and gets none yet asks again, and what is in its way
+        may have chances left for as many walks.
+        """
+        self._age()
         small, main = iter(self._small.items()), iter(self._main.items())
         small_left, main_left = len(self._small), len(self._main)
         moved: deque[tuple[Item, _Record, int]] = deque()  # behind main's end, with the chances they have left
@@ -97,6 +102,9 @@ class S3Fifo(Generic[Item]):
                     continue
             if record.is_idle:
                 yield item
+
+    def __iter__(self) -> Iterator[Item]:
+        return (item for queue in (self._small, self._main) for item, record in queue.items() if record.is_idle)
 
     def another(self) -> S3Fifo[Item]:
         return S3Fifo(self._name_of)

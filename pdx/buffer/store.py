@@ -63,7 +63,7 @@ class Store:
         self.slots: dict[int, Slot] = {}  # all that are not free, by offset
         self.leases: dict[int, Lease] = {}  # all that have not ended, by id
         self.quotas = Quotas() if quotas is None else quotas
-        self.policy = ByTenant(Lru() if policy is None else policy, self.quotas)
+        self.policy = ByTenant(Lru() if policy is None else policy, self.quotas, self.extents.pools)
         self._tenant_of = tenant_of
         self.freed = 0  # grows with each slot that may go from now on, or has gone
         self.evicted_blocks = 0
@@ -334,7 +334,7 @@ class Store:
         for slot in own:
             self._evict(slot)
         missing = blocks - extents.free(pages)
-        for slot in first_to_go(self.policy.victims(), extents, self.slots, pages, missing):
+        for slot in first_to_go(self.policy.victims_for(pages), extents, self.slots, pages, missing):
             self._evict(slot)
         return True
 

@@ -236,7 +236,7 @@ class Ledger:
         _require({group: set(names) for group, names in self._groups.items()} == groups, "groups are not of the names")
         found = {entry.name for entry in self.found()}
         _require(sum(entry.state is EntryState.KEPT for entry in entries) == self._kept, "kept names are counted wrong")
-        _require(set(self.policy.victims()) == found, "the policy's names are not those that are found")
+        _require(set(self.policy) == found, "the policy's names are not those that are found")
         _require(len(self.policy) == len(found), "the policy counts wrong")
         victims = [victim for entry in entries for victim in entry.victims]
         _require(len(victims) == len(set(victims)), "a victim makes room for two")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
 from test_store import ENGINE, NAMESPACE, OTHER, PAGES, TTL_S, cache, cached, claim, hashes
 
+from pdx.buffer import by_layout
 from pdx.buffer.arena import Arena
 from pdx.buffer.claim import Claim
 from pdx.buffer.evict import Lru
+from pdx.buffer.lease import Lease
+from pdx.buffer.policies import POLICIES
 from pdx.buffer.quota import Quotas
 from pdx.buffer.slots import Slot
 from pdx.buffer.store import Store
+from pdx.config import Eviction
 from pdx.errors import Refused
 
 BLOCKS = 60  # in the arena
@@ -104,6 +109,50 @@ def test_an_extent_of_another_layout_is_found_once(arena: Arena) -> None:
     assert cached(store, hashes(0, 15)) == 15
     assert store.index.find(NAMESPACE, hashes(15, 30)) == [None] * 15
     assert len(store.index) == BLOCKS - 15
+    store.check_integrity()
+
+
+def test_others_that_stay_are_not_all_looked_at(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of each of their extents is leased: none of them makes room for another layout."""
+    monkeypatch.setattr(by_layout, "OTHERS_MAX", 5, raising=False)
+    store = store_of(arena)
+    fill(store, NAMESPACE, 0, 45)
+    for number in (14, 29, 44):
+        assert store.read(ENGINE, NAMESPACE, hashes(number, number + 1), now=0.0, ttl_s=TTL_S) is not None
+    units = store.extents.units(OTHER)
+    for number in range(units):
+        cache(store, hashes(100 + number, 101 + number), pages=OTHER)
+    Counting.seen.clear()
+    claim(store, hashes(200, 202), pages=OTHER)
+    assert len(Counting.seen) == 5 + 2
+    names = hashes(100, 100 + units)
+    assert [spot is not None for spot in store.index.find(NAMESPACE, names)] == [False] * 2 + [True] * (units - 2)
+    assert cached(store, hashes(0, 45)) == 45
+    store.check_integrity()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(10))
+def test_all_that_can_go_goes_whatever_is_looked_at_first(
+    arena: Arena, seed: int, policy: Eviction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim finds no room only if there is none."""
+    chance = random.Random(seed)
+    monkeypatch.setattr(by_layout, "OTHERS_MAX", 1, raising=False)
+    store = Store(arena, extent_bytes=64 << 10, handoff_share=0.9, policy=POLICIES[policy]())
+    leases: list[Lease] = []
+    for _ in range(300):
+        if leases and chance.random() < 0.5:
+            store.release(leases.pop(chance.randrange(len(leases))))
+        pages, first = chance.choice((PAGES, OTHER)), chance.randrange(100)
+        names = hashes(first, first + chance.randrange(1, 9))
+        claimed = store.claim(ENGINE, repr(pages).encode(), pages, names, tail=False, now=0.0, ttl_s=TTL_S)
+        if claimed is not None:
+            store.commit(claimed)
+            leases.append(claimed.lease)
+        store.check_integrity()
+    for lease in leases:
+        store.release(lease)
     store.check_integrity()
 
 

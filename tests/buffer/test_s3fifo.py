@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from counted import growth
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,6 +81,33 @@ def test_used_items_age() -> None:
     raise AssertionError("an item that nobody uses stayed for ever")
 
 
+def test_who_asks_again_for_room_finds_what_it_found_at_once() -> None:
+    """What was used goes round until its chances are over: hundreds of thousands, and everybody waits."""
+
+    def second_look(items: int) -> Callable[[], object]:
+        policy = fifo()
+        names = [str(number) for number in range(items)]
+        use(policy, *4 * names)
+        first = next(policy.victims())
+
+        def look() -> None:
+            assert next(policy.victims()) == first
+
+        return look
+
+    assert growth(second_look) < 1.5
+
+
+def test_who_only_looks_takes_nobodys_chances() -> None:
+    policy = fifo()
+    use(policy, "old", "old", "young")
+    assert sorted(policy) == ["old", "young"]
+    policy.removed("young")
+    assert list(policy) == ["old"]
+    policy.touched(["young", "new"])
+    assert list(policy.victims()) == ["new", "old", "young"]
+
+
 def test_ghosts_are_bounded() -> None:
     policy = fifo()
     for number in range(10 * GHOSTS_MIN):
@@ -154,6 +182,7 @@ def test_victims_are_exactly_the_idle_items(calls: list[tuple[str, int]], maker:
         elif name in idle:
             policy.evicted(name)
             idle.discard(name)
+        assert set(policy) == idle
         victims = list(policy.victims())
         assert len(victims) == len(set(victims)) == len(policy)
         assert set(victims) == idle

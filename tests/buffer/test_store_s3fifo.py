@@ -12,7 +12,7 @@ from pdx.buffer.policies import POLICIES
 class S3StoreMachine(StoreMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.store.policy = ByTenant(POLICIES["s3fifo"](), self.store.quotas)
+        self.store.policy = ByTenant(POLICIES["s3fifo"](), self.store.quotas, self.store.extents.pools)
 
 
 TestS3Store = S3StoreMachine.TestCase
