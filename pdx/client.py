@@ -7,20 +7,14 @@ cache in between.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
 import queue
 import random
 import select
 import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
-from typing import IO
 
 import msgspec
 import zmq
@@ -29,9 +23,11 @@ from pdx import config as configuration
 from pdx import joining
 from pdx.buffer.arena import Arena
 from pdx.config import Config
-from pdx.errors import ConfigError, DaemonGone, PdxError, Refused, WireError
+from pdx.errors import ConfigError, DaemonGone, PdxError, Refused, TooLarge, WireError
+from pdx.starting import CONNECT_RETRY_S, connect
 from pdx.voice import Voice
 from pdx.wire import (
+    FRAME_BYTES_MAX,
     TO_ATTACH,
     TO_ENGINE,
     Answer,
@@ -48,9 +44,9 @@ from pdx.wire import (
 log = logging.getLogger("pdx.client")
 
 ANSWER_BYTES_MAX = 64 << 10
-LAST_BYTES = 64 << 10  # of a log: its last line is in them
 SEND_QUEUE_MAX = 10_000
-CONNECT_RETRY_S = 0.05
+# Plain numbers: an operation on an enum's flags takes a microsecond, and every step has several.
+EVENTS, READABLE, WRITABLE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
 REATTACH_DEADLINE_S = 5.0  # a try; a daemon with a large arena may take several
 
@@ -61,7 +57,8 @@ _decode = decoder_of(TO_ENGINE)
 class DaemonClient:
     """One process's connection to the host's pdxd. One thread only.
 
-    A `worker` speaks in every layer of a forward pass, so it has a voice. All others, and all answers, go by ZeroMQ.
+    A `worker` speaks in every layer of a forward pass, so it has a voice. All others, and all answers, go by ZeroMQ,
+    which says nothing when a connection ends: it then has room for no message, so that is what is looked for.
     """
 
     def __init__(
@@ -72,6 +69,7 @@ class DaemonClient:
         self._voice = Voice(connection)
         self._worker = worker
         self._asked = 0
+        self.cut_off = False  # the daemon may live: it does not hear us, and never will on this connection
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity_of(attached.daemon.incarnation, attached.session))
@@ -100,7 +98,7 @@ class DaemonClient:
         run_dir = configuration.ensure_run_dir(config.run_path)
         deadline = time.monotonic() + deadline_s
         while True:
-            connection = _connect(run_dir, config, deadline, start=start and config.start_daemon, again=again)
+            connection = connect(run_dir, config, deadline, start=start and config.start_daemon, again=again)
             try:
                 connection.settimeout(max(0.1, deadline - time.monotonic()))
                 connection.send(encode(hello))
@@ -141,25 +139,32 @@ class DaemonClient:
         return self._voice.alive
 
     def send(self, message: Message) -> None:
-        """Queues a message; never blocks. Raises DaemonGone if the daemon died or stopped reading long ago."""
+        """Queues a message; never blocks. Raises DaemonGone if the daemon died, stopped reading long ago or closed the
+        connection, TooLarge if it would do so because of this message."""
         if self._worker:
             self._voice.send(message)
             return
         if not self.alive:
             raise DaemonGone("pdxd has died")
+        frame = encode(message)
+        if len(frame) > FRAME_BYTES_MAX:
+            raise TooLarge(f"{type(message).__name__} of {len(frame)} bytes is over the limit of {FRAME_BYTES_MAX}")
         try:
-            self._socket.send(encode(message), zmq.DONTWAIT)
+            self._socket.send(frame, zmq.DONTWAIT)
         except zmq.Again as error:
+            self.cut_off = True
             raise DaemonGone("pdxd does not read its messages") from error
 
     def poll(self) -> list[Message]:
         """Messages that have arrived; never blocks. Malformed ones are dropped with a log line."""
         messages: list[Message] = []
-        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # in most steps there is nothing
+        while (events := int(self._socket.getsockopt(EVENTS))) & READABLE:  # in most steps there is nothing
             try:
                 messages.append(_decode(self._socket.recv(zmq.DONTWAIT)))
             except WireError as error:
                 log.warning("dropped a message from pdxd: %s", error)
+        if not (events & WRITABLE or self._worker):
+            self.cut_off = True
         return messages
 
     def wait(self, timeout_s: float) -> list[Message]:
@@ -223,6 +228,8 @@ class Attachment:
     engine that is idle comes back too, and a busy one does not stop for it. Of a client that it has handed over it
     touches the arena only, once the daemon is dead and its owner has let go: the next daemon may need that memory.
 
+    A client that was cut off, or is to be left, is closed by its owner, and another one found for it in the same way.
+
     The owner is told by a number of that thread's, not by the connection: it asks several times a step, and a system
     call lets go of the interpreter, which another thread may then keep for a millisecond while the step waits.
     """
@@ -233,6 +240,7 @@ class Attachment:
         self._client: DaemonClient | None = None
         self._number = 0  # of the client: so many before it have lost their daemon
         self._lost = 0  # clients that have, in all
+        self._left = -1  # the last one that its owner has closed
         self._arrived: queue.SimpleQueue[tuple[int, DaemonClient]] = queue.SimpleQueue()
         self._keeper: threading.Thread | None = None
         self._lock = threading.Lock()  # of the client's arena, and of what has arrived
@@ -254,12 +262,25 @@ class Attachment:
             with self._lock:
                 self._client.close()
                 self._client = None
+        elif self._client is not None and self._client.cut_off:
+            log.warning("pdxd has closed the connection")
+            self.leave()
         if self._client is None:
             with self._lock:
                 if not self._arrived.empty():
                     log.warning("attached to pdxd again")
                     self._number, self._client = self._arrived.get()
         return self._client
+
+    def leave(self) -> None:
+        """Closes the live client, if there is one, as if its daemon had died. Its owner touches no arena meanwhile."""
+        if self._client is None or self._is_lost:
+            return
+        with self._lock:
+            self._client.close()
+            self._client = None
+        self._left = self._number
+        self._stop_write.send(b"!")
 
     @property
     def _is_lost(self) -> bool:
@@ -328,107 +349,20 @@ class Attachment:
         return None
 
     def _stopped_within(self, timeout_s: float | None, watched: int = -1) -> bool:
-        """True if told to stop; False when the time is over, or `watched` has ended."""
+        """True if told to stop; False when the time is over, or `watched` has ended or is to be left."""
         waiting = select.poll()
         waiting.register(self._stop_read, select.POLLIN)
         if watched >= 0:
             waiting.register(watched, select.POLLIN)
-        ready = waiting.poll(None if timeout_s is None else timeout_s * 1000)
-        return any(descriptor == self._stop_read.fileno() for descriptor, _ in ready)
+        while self._left != self._lost or watched < 0:
+            ready = waiting.poll(None if timeout_s is None else timeout_s * 1000)
+            told = any(descriptor == self._stop_read.fileno() for descriptor, _ in ready)
+            if not told or not self._stop_read.recv(1):
+                return told
+        return False
 
 
 def _close(connection: socket.socket, descriptors: list[int]) -> None:
     connection.close()
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _connect(run_dir: Path, config: Config, deadline: float, *, start: bool, again: bool) -> socket.socket:
-    """Connects to the daemon's socket, starting the daemon at most once."""
-    started = False
-    pause = select.poll()
-    while True:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        connection.settimeout(max(0.1, deadline - time.monotonic()))  # behind a daemon that accepts nothing
-        try:
-            connection.connect(str(run_dir / configuration.SOCKET_NAME))
-        except OSError:
-            connection.close()
-        else:
-            return connection
-        if start:
-            with (run_dir / configuration.LOCK_NAME).open("a") as lock:
-                if _locked(lock):
-                    # Nobody is a daemon here, or about to be one.
-                    if started:
-                        raise ConfigError(f"pdxd could not start: {_last_line(run_dir / configuration.LOG_NAME)}")
-                    left = configuration.left_flags(run_dir) if again else None
-                    _start_daemon(run_dir, configuration.flags_of(config) if left is None else left, lock)
-                    started = True
-        if time.monotonic() > deadline:
-            raise DaemonGone(f"no pdxd answers in {run_dir} ({configuration.chooser_of(run_dir)})")
-        pause.poll(CONNECT_RETRY_S * 1000)
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _start_daemon(run_dir: Path, flags: list[str], lock: IO[str]) -> None:
-    """Starts a daemon that is no child of ours and inherits the lock, so that nobody else starts one meanwhile."""
-    place = [f"--run-dir={run_dir}", f"--lock-fd={lock.fileno()}"]
-    command = [sys.executable, "-m", "pdx.daemon.main", *place, *flags]
-    with (run_dir / configuration.LOG_NAME).open("ab") as log_file:
-        try:
-            subprocess.run(
-                [sys.executable, "-I", "-S", "-c", _DETACH, _cores(), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                cwd="/",
-                env=_daemon_environment(),
-                pass_fds=[lock.fileno()],
-                check=True,
-            )
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise DaemonGone(f"no process for pdxd could be started: {error}") from error
-
-
-# Forks, so that the daemon is adopted by init and an engine has no zombie to reap; leaves the terminal's session.
-_DETACH = (
-    "import os, sys; os.fork() and os._exit(0); os.setsid(); "
-    "os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execv(sys.argv[2], sys.argv[2:])"
-)
-
-
-def _cores() -> str:
-    """Those of our parent, beside ours. vLLM pins its CPU workers, which compute and spin: a daemon that had only the
-    core of one of them was seen to wait for minutes with something to do."""
-    cores = os.sched_getaffinity(0)
-    with contextlib.suppress(ProcessLookupError):  # our parent has ended
-        cores |= os.sched_getaffinity(os.getppid())
-    return ",".join(map(str, sorted(cores)))
-
-
-_WORKERS_OWN = ("LD_PRELOAD", "OMP_", "GOMP_", "KMP_")
-
-
-def _daemon_environment() -> dict[str, str]:
-    """The environment, with a path by which the child finds this very package, and without what a CPU worker has set
-    for its own threads: a preloaded libgomp binds the daemon to the core on which that worker spins."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_WORKERS_OWN)}
-    return environment | configuration.import_path()
-
-
-def _last_line(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - LAST_BYTES))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-    except OSError:
-        return "no log"
-    return lines[-1].removeprefix("pdxd: ") if lines else "empty log"

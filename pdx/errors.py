@@ -24,6 +24,10 @@ class WireError(PdxError):
     """The other side sent bytes that are no message of ours. Drop them, count a strike against the peer."""
 
 
+class TooLarge(PdxError):
+    """A message has no room in a frame: who sent it would lose the connection. Serve its request without pdx."""
+
+
 class VersionMismatch(WireError):
     """The other side speaks another wire version. Upgrade one of the two; nothing was decoded."""
 

@@ -36,7 +36,7 @@ WIRE_VERSION = 4
 MAGIC = b"PDX"
 # 1 M tokens in 16-token blocks are 65,536 hashes of 32 bytes: 2 MiB, twice over for places.
 FRAME_BYTES_MAX = 8 << 20
-
+BLOCKS_MAX = 1 << 17  # that one message names: what answers it, 43 bytes a block and less, finds room in a frame too
 
 # What is added up: sums of such numbers stay far below what MessagePack can carry.
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]

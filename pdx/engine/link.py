@@ -1,14 +1,18 @@
 """One process's line to pdxd, with the daemon's comings and goings made visible.
 
 Whatever was agreed with one incarnation of the daemon means nothing to the next: places lie in another arena, handoffs
-are unknown. So callers compare `incarnation` with the one they know, and messages to a dead daemon are simply lost.
+are unknown. So callers compare `line` with the one they know, and messages to a dead daemon are simply lost.
 """
 
 from __future__ import annotations
 
+import logging
+
 from pdx.client import Attachment, DaemonClient
-from pdx.errors import DaemonGone
+from pdx.errors import DaemonGone, TooLarge
 from pdx.wire import Message
+
+log = logging.getLogger("pdx.engine")
 
 
 class Link:
@@ -16,6 +20,7 @@ class Link:
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
+        self.too_large = 0  # messages, or all of a request's, that were not sent because of their size
 
     def client(self) -> DaemonClient | None:
         """Raises ConfigError, Refused or DaemonGone only on the first call. Unmaps a dead daemon's arena."""
@@ -24,6 +29,10 @@ class Link:
     def at(self, epoch: str) -> None:
         """See `Attachment.at`."""
         self._attachment.at(epoch)
+
+    def leave(self) -> None:
+        """See `Attachment.leave`."""
+        self._attachment.leave()
 
     def hold(self) -> None:
         """See `Attachment.hold`."""
@@ -34,10 +43,11 @@ class Link:
         self._attachment.let_go()
 
     @property
-    def incarnation(self) -> int:
-        """Of the daemon attached to; 0: none."""
+    def line(self) -> tuple[int, int]:
+        """The incarnation of the daemon attached to, and our session there; zeros: none. What was agreed on one line
+        means nothing on another."""
         client = self.client()
-        return client.attached.daemon.incarnation if client is not None else 0
+        return (client.attached.daemon.incarnation, client.attached.session) if client is not None else (0, 0)
 
     @property
     def arena_bytes(self) -> int:
@@ -46,7 +56,7 @@ class Link:
         return client.attached.arena_bytes if client is not None else 0
 
     def send(self, message: Message) -> bool:
-        """False if there is no daemon to take it."""
+        """False if there is no daemon to take it, or it is too large for any."""
         client = self.client()
         if client is None:
             return False
@@ -54,7 +64,16 @@ class Link:
             client.send(message)
         except DaemonGone:
             return False
+        except TooLarge as error:
+            self.refuse(str(error))
+            return False
         return True
+
+    def refuse(self, reason: str) -> None:
+        """Counts what is served without pdx because of its size; tells of the first one."""
+        if not self.too_large:
+            log.warning("served without pdx: %s", reason)
+        self.too_large += 1
 
     def take(self, timeout_s: float = 0.0) -> list[Message]:
         """Messages that have arrived, waiting at most `timeout_s` for the first."""

@@ -314,6 +314,10 @@ class MemoryAttachment:
         """The next daemon hears at once that the engine's weights are of this epoch."""
         self._epoch = epoch
 
+    def leave(self) -> None:
+        """As if the daemon had died. Another client is there at once."""
+        self.close()
+
     def hold(self) -> None:
         """An arena of this process: nobody else needs its memory."""
 

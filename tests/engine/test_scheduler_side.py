@@ -16,7 +16,7 @@ from pdx.engine.link import Link
 from pdx.engine.vllm.scheduler_side import SchedulerSide
 from pdx.engine.vllm.steps import LoadResult, Report
 from pdx.layout import Place
-from pdx.wire import LoadEnded, LoadOpened, LookUp, OpenLoad, Renew, SendEnded, SendOpened
+from pdx.wire import BLOCKS_MAX, LoadEnded, LoadOpened, LookUp, OpenLoad, OpenSend, Renew, SendEnded, SendOpened
 
 HANDOFF = (1).to_bytes(16, "big")
 IDLE = Scheduled({}, {})
@@ -277,3 +277,46 @@ def test_orders_end_with_the_load_that_they_were_for(daemon: MemoryDaemon, sched
     scheduler.reported(Report(1, {"l": LoadResult(True, 3, 0, "", [])}))
     step = scheduler.step(IDLE)  # type: ignore[arg-type]
     assert (step.dropping, step.finishing) == ([], [])
+
+
+@pytest.mark.parametrize("evicted", [True, False])
+def test_a_load_is_there_until_the_engine_has_blocks(
+    daemon: MemoryDaemon, scheduler: SchedulerSide, evicted: bool
+) -> None:
+    """Its own cache may have all when vLLM asks, and none of it when there is room for the request."""
+    scheduler.on_new_request(send_request(daemon))
+    scheduler.on_new_request(load_request(daemon))
+    assert scheduler.matched_tokens("l", 10) == (0, False)
+    assert daemon.let_go == []
+    if evicted:
+        assert scheduler.matched_tokens("l", 0) == (10, True)
+        scheduler.allocated("l", [[7, 8, 9]], 10)
+        assert len(scheduler.step(IDLE).loads) == 1  # type: ignore[arg-type]
+    else:
+        scheduler.allocated("l", [[7, 8, 9]], 0)
+        assert [(m.side, m.ok, m.reason) for m in daemon.let_go] == [("load", True, "the engine has it all")]
+
+
+def test_prompts_that_no_message_can_name_are_served_without_pdx(
+    daemon: MemoryDaemon, scheduler: SchedulerSide
+) -> None:
+    request = send_request(daemon)
+    request.prompt_token_ids = [0] * ((BLOCKS_MAX * BLOCK_TOKENS) + 1)
+    scheduler.on_new_request(request)
+    assert scheduler.matched_tokens("s", 0) == (0, False)
+    assert daemon.received == []
+    assert [scheduler.take_counts() for _ in range(2)] == [{"too_large": 1}, {}]
+
+
+def test_long_names_are_not_told(daemon: MemoryDaemon, scheduler: SchedulerSide) -> None:
+    for number, request in enumerate((send_request(daemon), send_request(daemon), load_request(daemon))):
+        request.request_id = "x" * 300 + str(number)
+        request.kv_transfer_params["pdx_handle"] = daemon.handle(max(1, number))
+        scheduler.on_new_request(request)
+    names = [message.request_id for message in daemon.received if isinstance(message, OpenSend | OpenLoad)]
+    assert len(set(names)) == len(names) == 2, "the second has the first one's handle"
+    assert max(map(len, names)) < 300
+    assert scheduler.matched_tokens("x" * 300 + "0", 0) == (0, False)
+    for number in range(3):
+        scheduler.finished("x" * 300 + str(number))
+    assert not scheduler._names._ours and not scheduler._names._theirs

@@ -402,3 +402,21 @@ def test_weights_that_can_t_be_seen_are_like_no_others() -> None:
     watch.mark()
     assert watch.look(0) == Seen(0, "x")
     assert watch.look(1) == Seen(1, "y")
+
+
+def test_a_reset_keeps_from_nothing_what_has_computed_nothing(daemon: MemoryDaemon, engine: Side) -> None:
+    """vLLM's flow of an update resets twice, with requests in its queue. What they have asked is asked anew; a handle
+    that was asked with is spent."""
+    assert engine.engine.scheduler is not None
+    ask(engine)
+    waiting = engine.engine.add(Request("waits", TEXT, max_tokens=5))
+    spent = engine.engine.add(sending(daemon, prompt(3, 24), 2))
+    engine.engine.scheduler.reset()
+    sent = engine.engine.add(sending(daemon, prompt(2, 24)))
+    engine.engine.scheduler.reset()
+    run(engine.engine)
+    assert [request.result is None for request in (waiting, spent, sent)] == [True, True, False]
+    assert [m.request_id for m in daemon.received if isinstance(m, LookUp)].count("waits") == 2
+    assert [m.request_id for m in daemon.received if isinstance(m, OpenSend)] == ["p2", "p1"]
+    engine.engine.forget_prefixes()
+    assert ask(engine)[0] <= SOME, "what the one that had waited computed is found"

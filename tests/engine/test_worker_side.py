@@ -214,3 +214,40 @@ def test_nothing_happens_between_steps(daemon: MemoryDaemon, clock: Clock) -> No
     assert worker.take_ended() is None
     assert daemon.received == []
     worker.close()
+
+
+def test_what_ends_before_there_is_an_arena_is_let_go_when_there_is_one(daemon: MemoryDaemon, clock: Clock) -> None:
+    """The scheduler has said that it is saved, and speaks of it no more."""
+    places = opened(daemon, 1)
+    worker = worker_of(daemon, LAYOUT, clock)
+    attachment = worker._link._attachment
+    attachment.daemon = None  # type: ignore[attr-defined]
+    worker.begin(Step(1, daemon.ref.incarnation, 4, saves=[Save(HANDOFF, [(0, (2,), places[0])], last=True, pages=3)]))
+    worker.end()
+    assert daemon.let_go == []
+    attachment.daemon = daemon  # type: ignore[attr-defined]
+    for number in (2, 3):
+        worker.begin(Step(number, daemon.ref.incarnation, 0))
+        worker.end()
+    assert [(m.handoff_id, m.ok, m.fence) for m in daemon.let_go] == [(HANDOFF, False, 1)], "once"
+    assert daemon.fence(daemon.clients[-1]) >= 1
+
+
+def test_a_worker_leaves_the_daemon_that_its_scheduler_has_lost_and_no_other(clock: Clock) -> None:
+    """It lives, and has taken the engine's rights to slots for gone."""
+    daemon = MemoryDaemon(LARGE, blocks=4)
+    worker, places = filled_worker(daemon, clock)
+    here, first = daemon.ref.incarnation, worker._link.client()
+    daemon.arena.set_watermark(places[3].header_offset, 2)
+    worker.begin(Step(2, here, 0, loads=[Load("r", places, [[5, 6, 7, 8]], 9.0, here)], left=(1, here + 1)))
+    assert worker._link.client() is first
+    worker.begin(Step(3, 0, 0, loads=[Load("s", places, [[1, 2, 3, 4]], 9.0, here)], left=(2, here)))
+    worker.load()
+    worker.end()
+    report = worker.take_ended()
+    assert report is not None and {load.reason for load in report.loads.values()} == {"pdxd is gone"}
+    assert len(report.loads) == 2
+    second = worker._link.client()
+    assert second is not first
+    worker.begin(Step(4, here, 0, left=(2, here)))
+    assert worker._link.client() is second

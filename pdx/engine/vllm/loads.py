@@ -6,6 +6,10 @@ worker's report ends it, because only the worker knows that it touches neither s
 LOAD_ENDED merely ask it to stop. Of several ranks each reports once, perhaps in different steps; the last one ends it.
 Whatever fails, vLLM recomputes, and this request never comes back here.
 
+What a look-up has found for a request that waits in the queue may be given up again: it has *lapsed*, and is looked up
+anew when its turn has come. So is what could not be asked for at first. While that takes a few turns, vLLM asks for all
+others that wait, too; those are told to come again.
+
 An *early* request came beside prefill's, not after its reply. Its answer may take as long as prefill's queue and comes
 by itself; until then vLLM has given it no blocks.
 """
@@ -19,10 +23,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pdx.engine.link import Link
 from pdx.engine.plan import fits, promised_tokens
+from pdx.engine.vllm.names import Names
 from pdx.engine.vllm.pace import Pace
 from pdx.engine.vllm.prompts import Prompt, new_id
 from pdx.engine.vllm.sends import ANSWER_MARGIN_S, GRANT_S_MAX, HANDLE_IN_USE
 from pdx.engine.vllm.steps import Load, LoadResult, Report
+from pdx.engine.vllm.unread import Unread
 from pdx.layout import PageLayout, Place, blocks_for
 from pdx.wire import LetGo, LoadEnded, LoadOpened, LookUp, OpenLoad
 
@@ -33,6 +39,9 @@ log = logging.getLogger("vllm.pdx")
 
 ASK_AGAIN_S = 0.005  # an idle engine asks us every 1.5 ms; the daemon need not hear it each time
 EARLY_ASK_AGAIN_S = 1.0  # the answer comes by itself; this is for one that was lost
+# Look-ups that are out anew at once: for the request that is admitted next, and one more. What the others of the queue
+# would be given before their turn would be taken from them again.
+ANEW_MAX = 2
 TOTAL_S_MAX = 600.0  # a handle's budget, before anybody verified it, may not exceed this
 
 
@@ -54,7 +63,8 @@ class _Load:
     places: list[Place] | None = None
     first: int = 0  # block of the prompt from which on we load; the engine has those before
     loading: bool = False
-    lapsed: bool = False  # what a look-up had found was given up again: look it up anew when its turn has come
+    covered: bool = False  # by what the engine has itself, when it asked last
+    lapsed: bool = False  # what a look-up had found was given up again, or it was not sent: see above
     result: LoadResult | None = None  # of the ranks that have reported
     fence: int = 0  # the last step in which one of them touched our slots
 
@@ -74,10 +84,16 @@ class Loads:
         block_tokens: int,
         lookup_s: float,
         pace: Pace,
+        names: Names,
+        unread: Unread,
         ranks: int = 1,
         hybrid: bool = False,
     ) -> None:
         self._link = link
+        self._names = names
+        self._unread = unread
+        self._anew: list[_Load] = []  # look-ups sent at their request's turn, of which some are answered
+        self._is_silent = False  # a look-up has had no answer in time, and nothing has come since
         self._pace = pace
         self._ranks = ranks
         self._layout = layout
@@ -96,8 +112,40 @@ class Loads:
             log.warning("request %s is served without handoff: %s", request.request_id, HANDLE_IN_USE)
             return
         load = _Load(request.request_id, prompt, now + self._patience_s(prompt), request.num_tokens)
-        if self._ask(load):
+        load.lapsed = not prompt.handle and self._unread.full
+        if load.lapsed or self._ask(load):
             self._loads[load.request_id] = self._asked[load.handoff_id] = load
+
+    def ask_anew(self, request_id: str, now: float) -> bool:
+        """vLLM's question for a request whose look-up has lapsed: sends another, if not too many are out, and says so.
+
+        Of a daemon that does not answer nothing is awaited: the request is computed.
+        """
+        load = self._loads.get(request_id)
+        if load is None or not load.lapsed:
+            return False
+        self._anew = [one for one in self._anew if self._is_out(one, now)]
+        if self._is_silent or self._unread.full:
+            self._remove(load)
+            return False
+        if len(self._anew) >= ANEW_MAX:
+            return False
+        self._remove(load)
+        load.lapsed = False
+        load.prompt = replace(load.prompt, handoff_id=new_id())
+        load.deadline = now + self._patience_s(load.prompt)
+        if not self._ask(load):
+            return False
+        self._loads[request_id] = self._asked[load.handoff_id] = load
+        self._anew.append(load)
+        return True
+
+    def _is_out(self, load: _Load, now: float) -> bool:
+        """A look-up without an answer. If that is late, so would be others'."""
+        if load.places is not None or load.lapsed or self._asked.get(load.handoff_id) is not load:
+            return False
+        self._is_silent = self._is_silent or now >= load.deadline
+        return now < load.deadline
 
     def undecided(self, request_id: str, now: float) -> bool:
         """True while the daemon has not answered for good. Asks again where it said "wait"."""
@@ -105,14 +153,9 @@ class Loads:
         if load is None or load.places is not None:
             return False
         if load.lapsed:
-            self._remove(load)
-            load.lapsed = False
-            load.prompt = replace(load.prompt, handoff_id=new_id())
-            load.deadline = now + self._patience_s(load.prompt)
-            if not self._ask(load):
-                return False
-            self._loads[request_id] = self._asked[load.handoff_id] = load
+            return True
         if now >= load.deadline:
+            self._is_silent = self._is_silent or not load.prompt.handle
             self._end(load, ok=False, reason="no answer from pdxd")
             return False
         if load.ask_again_at is not None and now >= load.ask_again_at:
@@ -121,7 +164,7 @@ class Loads:
         return True
 
     def lapsed(self, request_id: str) -> bool:
-        """Whether what was found for it has been given up, so that `undecided` asks again."""
+        """Whether nothing of it is out: see `ask_anew`."""
         load = self._loads.get(request_id)
         return load is not None and load.lapsed
 
@@ -130,15 +173,14 @@ class Loads:
         return load is not None and load.ask_again_at is not None
 
     def promised(self, request_id: str, local_tokens: int) -> int:
-        """Tokens that can be loaded beyond the `local_tokens` that the engine has itself. Repeatable."""
+        """Tokens that can be loaded beyond the `local_tokens` that the engine has itself. Repeatable: until it has
+        blocks for the request, it may lose what it has."""
         load = self._loads.get(request_id)
         if load is None or load.places is None or load.loading:
             return 0
         promised = self._promised(load)
-        if promised > local_tokens:
-            return promised - local_tokens
-        self._end(load, ok=True, reason="the engine has it all")
-        return 0
+        load.covered = promised <= local_tokens
+        return max(0, promised - local_tokens)
 
     def allocated(
         self, request_id: str, tables: Sequence[list[int]], external_tokens: int, *, incarnation: int
@@ -151,7 +193,11 @@ class Loads:
         if load is None or load.loading:
             return
         if external_tokens == 0:  # perhaps before the daemon has answered: vLLM does not always wait for that
-            self._end(load, ok=False, reason="the engine wants no external KV for this request")
+            self._end(
+                load,
+                ok=load.covered,
+                reason="the engine has it all" if load.covered else "the engine wants no external KV for this request",
+            )
             return
         assert load.places is not None
         promised = self._promised(load)
@@ -164,6 +210,8 @@ class Loads:
         load.loading = True
 
     def opened(self, message: LoadOpened, now: float) -> None:
+        self._is_silent = False
+        self._unread.answered(message.request_id)
         load = self._loads.get(message.request_id)
         if load is None or load.places is not None:
             if message.status == "granted" and load is None:
@@ -186,13 +234,14 @@ class Loads:
 
         Always answered: our last word may be lost. What is not in `_loads` has been reported: its steps are over.
         """
+        self._is_silent = False
         load = self._asked.get(message.handoff_id)
         if load is None:
             self._let_go(message.handoff_id, fence=0, ok=False, reason="ended before")
             return
         if not (load.prompt.handle or load.loading):  # it waits for its turn in the queue, and is looked up anew then
             self._let_go(load.handoff_id, fence=0, ok=True, reason="not its turn yet")
-            load.places, load.lapsed = None, True
+            load.places, load.covered, load.lapsed = None, False, True
             return
         log.warning("KV of %s stops coming: %s", load.request_id, message.reason)
         if load.loading:
@@ -261,6 +310,8 @@ class Loads:
         """The daemon is gone. The worker notices by itself and reports; what it does not have yet ends here."""
         self._loads = {request_id: load for request_id, load in self._loads.items() if load.loading}
         self._asked = {load.handoff_id: load for load in self._loads.values()}
+        self._is_silent = False
+        self._unread.lost()
 
     @property
     def live(self) -> Iterable[bytes]:
@@ -277,20 +328,23 @@ class Loads:
         return grant_s + (_total_s(prompt) if prompt.early else 0.0) + ANSWER_MARGIN_S
 
     def _ask(self, load: _Load) -> bool:
-        prompt = load.prompt
+        prompt, name = load.prompt, self._names.of(load.request_id)
         if not prompt.handle:
-            return self._link.send(
+            sent = self._link.send(
                 LookUp(
-                    request_id=load.request_id,
+                    request_id=name,
                     handoff_id=prompt.handoff_id,
                     block_hashes=prompt.block_hashes,
                     tenant=prompt.tenant,
                     tokens_per_s=self._pace.tokens_per_s,
                 )
             )
+            if sent:
+                self._unread.sent(load.request_id)
+            return sent
         return self._link.send(
             OpenLoad(
-                request_id=load.request_id,
+                request_id=name,
                 handle=prompt.handle,
                 block_hashes=prompt.block_hashes,
                 prompt_tokens=prompt.tokens,

@@ -12,20 +12,35 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from pdx.config import LOOKUP_S, Offload
 from pdx.engine.link import Link
 from pdx.engine.vllm import prompts
 from pdx.engine.vllm.adapters import Adapters
 from pdx.engine.vllm.epoch import Epoch
 from pdx.engine.vllm.loads import Loads, log
+from pdx.engine.vllm.names import Names
 from pdx.engine.vllm.pace import Pace
 from pdx.engine.vllm.prompts import Prompt
 from pdx.engine.vllm.sends import Sends
 from pdx.engine.vllm.steps import Report, Step
 from pdx.engine.vllm.tainted import OwnCache, Tainted
+from pdx.engine.vllm.unread import Unread
 from pdx.errors import HandleError, Refused
 from pdx.layout import PageLayout
-from pdx.wire import LoadEnded, LoadOpened, Message, Renew, Reset, Role, SendEnded, SendOpened, WeightEpoch
+from pdx.wire import (
+    BLOCKS_MAX,
+    LoadEnded,
+    LoadOpened,
+    Message,
+    Renew,
+    Reset,
+    Role,
+    SendEnded,
+    SendOpened,
+    WeightEpoch,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -70,12 +85,15 @@ class SchedulerSide:
         self._hybrid = hybrid
         self._adapters = adapters or Adapters({})
         self._clock = clock
-        self._incarnation = link.incarnation
-        self._sends = Sends(link, layout=layout, block_tokens=block_tokens)
+        self._line = link.line
+        self._lines_left = 0, 0  # see `Step`
+        self._names = Names()
+        unread = Unread()
+        self._sends = Sends(link, layout=layout, block_tokens=block_tokens, names=self._names, unread=unread)
         self._pace = Pace(block_tokens=block_tokens)
         self._loads = Loads(
-            link, layout=layout, block_tokens=block_tokens, lookup_s=lookup_s, pace=self._pace, ranks=ranks,
-            hybrid=hybrid,
+            link, layout=layout, block_tokens=block_tokens, lookup_s=lookup_s, pace=self._pace, names=self._names,
+            unread=unread, ranks=ranks, hybrid=hybrid,
         )  # fmt: skip
         self._step = 0
         self._wait_left_s = WAIT_A_STEP_S
@@ -94,6 +112,7 @@ class SchedulerSide:
         # Requests that wait for the epoch, and until when, once their turn has come: a pause may last for minutes.
         self._held: dict[str, tuple[Request, float | None]] = {}
         self._unfinished: dict[str, Request] = {}
+        self._queued: dict[str, bool] = {}  # those that never had blocks: have they used their handle, good for once?
         self._tainted = Tainted()
 
     def bind(self, own: OwnCache) -> None:
@@ -107,6 +126,7 @@ class SchedulerSide:
         self._hear()
         self._waiting.add(request.request_id)
         self._unfinished[request.request_id] = request
+        self._queued[request.request_id] = False
         if self._epoch.name is None:
             self._held[request.request_id] = request, None
         elif self._epoch.name == self._told:
@@ -124,10 +144,10 @@ class SchedulerSide:
                 self._held[request_id] = request, until
                 return None, False
             del self._held[request_id]
-        if self._loads.lapsed(request_id):
-            self._unasked.add(request_id)
         if self._undecided(request_id):
-            if request_id in self._unasked:
+            if self._loads.lapsed(request_id) and self._loads.ask_anew(request_id, self._clock()):
+                self._unasked.add(request_id)
+            if request_id in self._unasked and not self._loads.lapsed(request_id):
                 self._wait_for_answer(request_id)
             if self._undecided(request_id):
                 return None, False
@@ -136,9 +156,10 @@ class SchedulerSide:
 
     def allocated(self, request_id: str, tables: Sequence[list[int]], external_tokens: int) -> None:
         """`tables`: the request's block ids, by KV group."""
+        self._queued.pop(request_id, None)
         if self._tainted.admitted(request_id):
             self._sends.drop(request_id, "it shares blocks that were computed with other weights")
-        self._loads.allocated(request_id, tables, external_tokens, incarnation=self._incarnation)
+        self._loads.allocated(request_id, tables, external_tokens, incarnation=self._line[0])
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """The request ended in any way. Returns what its reply's kv_transfer_params may say."""
@@ -148,9 +169,12 @@ class SchedulerSide:
         self._asked_since.discard(request_id)
         self._unfinished.pop(request_id, None)
         self._held.pop(request_id, None)
+        self._queued.pop(request_id, None)
         self._tainted.finished(request_id)
         self._loads.finished(request_id)
-        return self._sends.finished(request_id)
+        result = self._sends.finished(request_id)
+        self._names.forget(request_id)
+        return result
 
     # --- steps ------------------------------------------------------------------------------------------------
 
@@ -176,7 +200,7 @@ class SchedulerSide:
             self._pace.planned(self._step, prompt_tokens=self._prompt_tokens(scheduled), now=self._clock())
         return Step(
             number=self._step,
-            incarnation=self._incarnation,
+            incarnation=self._line[0],
             tokens=scheduled.total_num_scheduled_tokens,
             saves=saves,
             loads=work.starting,
@@ -184,6 +208,7 @@ class SchedulerSide:
             dropping=work.dropping,
             epoch=self._epoch.states,
             asked=self._epoch.asked,
+            left=self._lines_left,
             timed=timed,
         )
 
@@ -218,8 +243,9 @@ class SchedulerSide:
         return True
 
     def take_counts(self) -> dict[str, int]:
-        forgotten, self._sends.blocks_forgotten = self._sends.blocks_forgotten, 0
-        return {"blocks_forgotten": forgotten} if forgotten else {}
+        counts = {"blocks_forgotten": self._sends.blocks_forgotten, "too_large": self._link.too_large}
+        self._sends.blocks_forgotten = self._link.too_large = 0
+        return {name: count for name, count in counts.items() if count}
 
     def close(self) -> None:
         self._link.close()
@@ -227,11 +253,14 @@ class SchedulerSide:
     # --- the epoch --------------------------------------------------------------------------------------------
 
     def _part(self, reason: str) -> None:
-        """From all that is under way, and from what requests that are here have computed."""
+        """From all that is under way, and from what requests that are here have computed. Open `_held` afterwards."""
         log.warning("%s: KV of before is neither loaded nor kept any more", reason)
         self._sends.end_all(reason)
         self._loads.end_all(reason)
-        self._tainted.begin(self._unfinished)
+        self._tainted.begin([request_id for request_id in self._unfinished if request_id not in self._queued])
+        for request_id, request in self._unfinished.items():  # these have computed nothing yet, and ask anew
+            if request_id in self._queued:
+                self._held.setdefault(request_id, (request, None))
 
     def _tell(self) -> None:
         """Before any other message: what the daemon is asked for is of the epoch that it knows."""
@@ -249,10 +278,15 @@ class SchedulerSide:
         """Asks for all that this request may send, load or keep."""
         sends = self._role != "decode" and prompts.asks_for(request, prompts.SEND_FLAG)
         loads = self._role != "prefill" and prompts.asks_for(request, prompts.LOAD_FLAG)
+        if self._is_too_large(request):
+            return
         salt = self._salt(request)
         if salt is None:
             return
-        handed = self._read(request, salt) if sends or loads else None
+        unused = (sends or loads) and not self._queued.get(request.request_id)
+        handed = self._read(request, salt) if unused else None
+        if handed and request.request_id in self._queued:
+            self._queued[request.request_id] = True
         keeps = self._offload != "off"
         own = prompts.blocks_of(request, salt=salt, block_tokens=self._block_tokens) if keeps else None
         now = self._clock()
@@ -268,6 +302,12 @@ class SchedulerSide:
             self._unasked.add(request.request_id)
             if self._unread_resets:
                 self._asked_since.add(request.request_id)
+
+    def _is_too_large(self, request: Request) -> bool:
+        if request.num_prompt_tokens <= BLOCKS_MAX * self._block_tokens:
+            return False
+        self._link.refuse(f"a request of {request.num_prompt_tokens} tokens has too many blocks")
+        return True
 
     def _look_at_adapters(self) -> None:
         """Whether their files are those of the start: once a step for each, however many requests use it."""
@@ -314,9 +354,11 @@ class SchedulerSide:
             self._wait_left_s = until - time.monotonic()
 
     def _hear(self, timeout_s: float = 0.0) -> None:
-        incarnation = self._link.incarnation
-        if incarnation != self._incarnation:
-            self._incarnation, self._told = incarnation, None
+        line = self._link.line
+        if line != self._line:
+            if self._line[0]:
+                self._lines_left = self._lines_left[0] + 1, self._line[0]
+            self._line, self._told = line, None
             self._resets = self._unread_resets | self._resets
             self._unread_resets = {}
             self._sends.lost()
@@ -326,9 +368,13 @@ class SchedulerSide:
             self._heard(message)
 
     def _heard(self, message: Message) -> None:
-        if isinstance(message, SendOpened | SendEnded | LoadOpened) and message.request_id in self._asked_since:
-            self._unread_resets.clear()
-            self._asked_since.clear()
+        if isinstance(message, SendOpened | SendEnded | LoadOpened):
+            request_id = self._names.back(message.request_id)
+            if request_id != message.request_id:
+                message = msgspec.structs.replace(message, request_id=request_id)
+            if request_id in self._asked_since:
+                self._unread_resets.clear()
+                self._asked_since.clear()
         match message:
             case SendOpened():
                 self._sends.opened(message)

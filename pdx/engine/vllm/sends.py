@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from pdx.engine.link import Link
 from pdx.engine.plan import NO_BLOCK, SendPlan, fits
+from pdx.engine.vllm.names import Names
 from pdx.engine.vllm.prompts import Prompt, blocks_of
 from pdx.engine.vllm.steps import Save
+from pdx.engine.vllm.unread import Unread
 from pdx.errors import Refused
 from pdx.layout import PageLayout
-from pdx.wire import Finished, Keep, LetGo, OpenSend, SendEnded, SendOpened
+from pdx.wire import BLOCKS_MAX, Finished, Keep, LetGo, OpenSend, SendEnded, SendOpened
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -66,8 +68,10 @@ class _Followed:
 class Sends:
     """All outgoing requests of one engine. Owned by the scheduler's thread."""
 
-    def __init__(self, link: Link, *, layout: PageLayout, block_tokens: int) -> None:
+    def __init__(self, link: Link, *, layout: PageLayout, block_tokens: int, names: Names, unread: Unread) -> None:
         self._link = link
+        self._names = names
+        self._unread = unread
         self._layout = layout
         self._block_tokens = block_tokens
         self._sends: dict[str, _Send] = {}
@@ -84,9 +88,10 @@ class Sends:
             log.warning("request %s is served without handoff: %s", request.request_id, HANDLE_IN_USE)
             return False
         message: OpenSend | Keep
+        name = self._names.of(request.request_id)
         if prompt.handle:
             message = OpenSend(
-                request_id=request.request_id,
+                request_id=name,
                 handle=prompt.handle,
                 block_hashes=prompt.block_hashes,
                 prompt_tokens=prompt.tokens,
@@ -95,7 +100,7 @@ class Sends:
             )
         else:
             message = Keep(
-                request_id=request.request_id,
+                request_id=name,
                 handoff_id=prompt.handoff_id,
                 block_hashes=prompt.block_hashes,
                 tenant=prompt.tenant,
@@ -103,6 +108,8 @@ class Sends:
             )
         if not self._link.send(message):
             return False
+        if not prompt.handle:
+            self._unread.sent(request.request_id)
         grant_s = min(prompt.budgets.grant_s, GRANT_S_MAX)
         send = _Send(request, prompt, now + grant_s + ANSWER_MARGIN_S)
         self._sends[request.request_id] = self._asked[send.handoff_id] = send
@@ -147,6 +154,7 @@ class Sends:
         return False
 
     def opened(self, message: SendOpened) -> None:
+        self._unread.answered(message.request_id)
         send = self._sends.get(message.request_id)
         if send is None or send.plan is not None or send.handoff_id != message.handoff_id:
             self._let_go(message.handoff_id, fence=0, ok=False, reason="request is gone")
@@ -167,6 +175,7 @@ class Sends:
 
     def ended(self, message: SendEnded) -> None:
         """The daemon wants no more pages, or never wanted any. It is always answered: our last word may be lost."""
+        self._unread.answered(message.request_id)
         if message.handoff_id:
             send = self._asked.get(message.handoff_id)
         else:
@@ -222,6 +231,9 @@ class Sends:
             offered = int(min(known, followed.tokens))
             if offered < (followed.next + 1) * self._block_tokens:
                 continue
+            if self._unread.full:
+                break
+            offered = min(offered, (followed.next + BLOCKS_MAX) * self._block_tokens)
             lot = blocks_of(
                 request, salt=followed.salt, block_tokens=self._block_tokens, first=followed.next, tokens=offered,
                 origin=followed.origin,
@@ -251,6 +263,7 @@ class Sends:
         """
         self._sends.clear()
         self._asked.clear()
+        self._unread.lost()
         self._step = 0
         for followed in self._followed.values():
             followed.next, followed.origin = 0, b""

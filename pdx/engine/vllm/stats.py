@@ -18,6 +18,7 @@ COUNTERS = {
     "checksum_mismatches": "Pages whose checksum did not match.",
     "digest_mismatches": "Pages whose blake3 digest did not match.",
     "blocks_forgotten": "Blocks that could not be saved: some layers had forgotten them.",
+    "too_large": "Requests and messages that pdx does not carry because of their size.",
     "messages_lost": "Messages to a daemon that was gone.",
 }
 

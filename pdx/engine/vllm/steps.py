@@ -47,6 +47,9 @@ class Step:
     # By rank, the state of its weights that all this was planned for; "" if left out. None: not known, nothing moves.
     epoch: dict[int, str] | None = field(default_factory=dict)
     asked: int = 0  # how often the scheduler has asked so far: a worker that sees a new number looks at its weights
+    # How many lines to a pdxd the scheduler has lost, and the incarnation of the last. A worker that is attached there
+    # leaves, too, once for each: pdxd takes an engine's processes back together.
+    left: tuple[int, int] = (0, 0)
     timed: bool = False  # the scheduler wants to hear when this step is over, whatever ends in it
 
 

@@ -69,6 +69,8 @@ class WorkerSide:
         self._began_at = 0.0
         self._incarnation = 0  # of the daemon of this step, or of the last one
         self._is_attached = False  # in this step
+        self._left = 0  # lines that the scheduler had lost, as far as we have followed: see `Step`
+        self._unsaid: dict[int, list[LetGo]] = {}  # by the incarnation to which this rank is yet to be attached
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -83,10 +85,13 @@ class WorkerSide:
         self._link.hold()
         self._look(step)
         current = step.epoch is not None and step.epoch.get(self._rank, "") == self._watch.state
+        left = self._follow(*step.left)
         client = self._link.client()
         self._is_attached = client is not None
         if client is not None:
             self._incarnation = client.attached.daemon.incarnation
+            for let_go in self._unsaid.pop(self._incarnation, []) if self._unsaid else ():
+                self._link.send(let_go)
         self._mover.begin(client, step.number, loads=bool(step.loads))
         self._step, self._timed = step, step.timed
         self._saving = None
@@ -96,10 +101,12 @@ class WorkerSide:
             written = step.saves if self._writes and current else []
             self._saving = _saving(step, written, self._layers.group_of, self._gaps)
             self._gaps.difference_update(save.handoff_id for save in step.saves if save.last)
-        else:  # one that ends here is not heard of again
-            self._gaps.update(save.handoff_id for save in step.saves if not save.last)
+        elif step.saves:
+            self._miss(step)
         for load in step.loads:
-            if current:
+            if load.incarnation == left:
+                self._refuse_load(load, GONE)
+            elif current:
                 self._take_load(load)
             else:
                 self._refuse_load(load, OTHER_WEIGHTS)
@@ -164,6 +171,32 @@ class WorkerSide:
     def close(self) -> None:
         self._mover.close()
         self._link.close()
+
+    # --- the daemon -------------------------------------------------------------------------------------------
+
+    def _follow(self, lost: int, incarnation: int) -> int | None:
+        """Leaves the daemon that the scheduler has lost, and says its incarnation: what was granted there before this
+        step has gone, whoever comes back to it."""
+        if lost <= self._left:
+            return None
+        self._left = lost
+        client = self._link.client()
+        if client is None or client.attached.daemon.incarnation != incarnation:
+            return None
+        for loading in self._loading.values():
+            loading.reason = loading.reason or GONE
+        self._link.leave()
+        self._incarnation = 0
+        return incarnation
+
+    def _miss(self, step: Step) -> None:
+        """This rank can't touch the arena. It lets go all the same as soon as it is attached: nobody else would."""
+        self._gaps.update(save.handoff_id for save in step.saves if not save.last)
+        ended = [save for save in step.saves if save.last]
+        self._gaps.difference_update(save.handoff_id for save in ended)
+        if ended and not self._gone(step.incarnation):
+            unsaid = self._unsaid.get(step.incarnation, [])
+            self._unsaid = {step.incarnation: unsaid + [_let_go(save, step.number, whole=False) for save in ended]}
 
     # --- weights ----------------------------------------------------------------------------------------------
 
