@@ -13,7 +13,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 
 from pdx.buffer.index import Index
 from pdx.buffer.slots import BlockKey
@@ -25,6 +26,7 @@ from pdx.wire import ARENA_BIT, DISK_BIT, DaemonRef, Holdings
 TURN_S = 0.05  # between messages of changes: how old what routers know may be
 PART_NAMES = 512  # of a message: half a millisecond of this thread, two of the router's
 PARTS_A_TURN = 16  # of a beginning: 160,000 blocks a second
+NAMED_A_TURN = 2048  # a name is a digest, of 1 us: 40,000 blocks a second, and a clear may take them all
 ANEW_S = 1.0  # between two beginnings of one conversation
 
 Send = Callable[[str, Holdings], bool]  # router endpoint; whether the message was taken
@@ -47,6 +49,7 @@ class HoldingsTeller:
         self._tiers: dict[int, int] = {}  # name -> bits
         self._shown = ARENA_BIT | DISK_BIT  # of these: a disk that hangs finds nothing of what it has
         self._changed: dict[int, None] = {}
+        self._nameless: dict[BlockKey, bool] = {}  # of the arena: whether each is found now, which is to be noted
         self._conversations: dict[str, _Conversation] = {}
         self._due_at = 0.0
         index.told = self._in_arena
@@ -72,10 +75,12 @@ class HoldingsTeller:
         if not routers:  # a conversation that nobody hears would have its changes kept for ever
             self._conversations.clear()
             self._changed.clear()
-            return
         if now < self._due_at:
             return
         self._due_at = now + TURN_S
+        self._name_some()
+        if not routers:
+            return
         self._conversations = {router: self._conversations.get(router, _Conversation()) for router in routers}
         changed, self._changed = list(self._changed), {}
         for router, conversation in self._conversations.items():
@@ -84,6 +89,15 @@ class HoldingsTeller:
             elif not conversation.is_behind:
                 self._tell_changes(router, conversation, changed, send)
             self._tell_parts(router, conversation, send)
+
+    def _name_some(self) -> None:
+        """Notes what is found in the arena. Names of one namespace cost less together."""
+        keys = list(islice(self._nameless, NAMED_A_TURN))
+        for namespace, group in groupby(keys, key=itemgetter(0)):
+            of_one = list(group)
+            names = short_names(namespace, [block_hash for _, block_hash in of_one])
+            for key, name in zip(of_one, names, strict=True):
+                self._note(name, ARENA_BIT, self._nameless.pop(key))
 
     def _begin(self, conversation: _Conversation, now: float) -> None:
         conversation.number, conversation.is_behind = 0, False
@@ -119,9 +133,7 @@ class HoldingsTeller:
         return taken
 
     def _in_arena(self, key: BlockKey, found: bool) -> None:
-        namespace, block_hash = key
-        (name,) = short_names(namespace, [block_hash])
-        self._note(name, ARENA_BIT, found)
+        self._nameless[key] = found
 
     def _on_disk(self, name: str, found: bool) -> None:
         self._note(short_name_of(name), DISK_BIT, found)

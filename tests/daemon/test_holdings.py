@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 from counted import growth
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -123,6 +124,8 @@ def test_a_beginning_comes_in_parts_and_changes_between_them() -> None:
     keys = [(b"n" * 24, b"%032d" % n) for n in range(count)]
     for key in keys:
         index.told(key, True)
+    while teller._nameless:
+        teller._name_some()
     link, sent = Link(), []
 
     def send(router: str, message: Holdings) -> bool:
@@ -137,6 +140,34 @@ def test_a_beginning_comes_in_parts_and_changes_between_them() -> None:
     assert len(link.knowledge) == count - 2
     assert [message.number for message in sent] == list(range(len(sent)))
     assert max(len(message.names) for message in sent) <= 8 * holdings.PART_NAMES
+
+
+def test_what_many_blocks_are_called_is_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are digests, and a clear takes all blocks at once."""
+    named: list[int] = []
+
+    def counted(namespace: bytes, hashes: list[bytes]) -> list[int]:
+        named.append(len(hashes))
+        return short_names(namespace, hashes)
+
+    monkeypatch.setattr(holdings, "short_names", counted)
+    monkeypatch.setattr(holdings, "NAMED_A_TURN", 4, raising=False)
+    index = Index()
+    teller, link = HoldingsTeller(HERE, index, None), Link()
+    for found in (True, False):
+        for key in KEYS:
+            index.told(key, found)
+        assert not named
+        for turn in range(4):
+            teller.tick(["r"] * found, link.send, turn + 9.0 * (not found))
+        assert named == [4, 4, 4], "whether or not a router hears of it"
+        named.clear()
+        assert len(link.knowledge) == len(KEYS)
+    teller.tick(["r"], link.send, 20.0)
+    index.told(KEYS[0], True)
+    index.told(KEYS[0], False)
+    teller.tick(["r"], link.send, 21.0)
+    assert named == [1], "once for all that has become of it"
 
 
 def test_a_disk_that_hangs_is_one_word(tmp_path: Path) -> None:

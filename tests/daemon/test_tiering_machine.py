@@ -156,6 +156,7 @@ class TieringMachine(RuleBasedStateMachine):
             for name, spot, is_below in zip(SHORT, here, below, strict=True)
             if spot or is_below
         }
+        self.teller._name_some()
         assert self.teller._tiers == kept
 
     @invariant()
