@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 
 from pdx.buffer.by_tenant import ByTenant
@@ -22,11 +22,12 @@ def check_accounts(
     index: Index,
     policy: ByTenant,
     quotas: Quotas,
+    cleared: Collection[Slot],
 ) -> None:
     """Raises IntegrityError with the first thing that is wrong."""
     _check_units(extents, slots)
     _check_holds(slots, leases)
-    _check_states(slots, policy, quotas)
+    _check_states(slots, policy, quotas, cleared)
     _check_index(slots, index)
     _check_quotas(slots, quotas)
 
@@ -81,13 +82,15 @@ def _check_holds(slots: Mapping[int, Slot], leases: Mapping[int, Lease]) -> None
         _require(slot.copies == copies[slot], "{} is in {} leases to copy it", slot, copies[slot])
 
 
-def _check_states(slots: Mapping[int, Slot], policy: ByTenant, quotas: Quotas) -> None:
+def _check_states(slots: Mapping[int, Slot], policy: ByTenant, quotas: Quotas, cleared: Collection[Slot]) -> None:
     for offset, slot in slots.items():
         _require(slot.run.offset == offset, "{} is listed at {:#x}", slot, offset)
         _require(slot.state is not SlotState.FREE, "{} is still listed", slot)
         _require(slot.state is SlotState.READY or slot.holds > 0, "{} has no lease", slot)
-        _require(slot.indexed > 0 or slot.holds > 0, "{} is of no use to anybody", slot)
-    unused = {slot for slot in slots.values() if slot.unused and slot.indexed}
+        _require(slot.indexed > 0 or slot.holds > 0 or slot in cleared, "{} is of no use to anybody", slot)
+    for slot in cleared:
+        _require(slots.get(slot.run.offset) is slot and slot.idle and not slot.indexed, "{} is not cleared", slot)
+    unused = {slot for slot in slots.values() if slot.unused and (slot.indexed or slot in cleared)}
     _require(set(policy) == unused and len(policy) == len(unused), "the policy has not what nobody uses")
     for layout, own in policy.layouts():
         _require(all(slot in unused and slot.layout == layout for slot in own), "an order is not of {}'s slots", layout)

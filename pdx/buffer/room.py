@@ -8,8 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pdx.buffer.extents import Extent, Extents, is_clearable
+from pdx.buffer.quota import Quotas
 from pdx.buffer.slots import Slot
+from pdx.errors import Refused
 from pdx.layout import PageLayout
+
+
+def check_possible(pages: PageLayout, blocks: int, allowed: int, quotas: Quotas, tenant: bytes) -> None:
+    """Raises Refused if this tenant never gets so many blocks at once, of which one prompt may have `allowed`."""
+    if blocks > allowed:
+        raise Refused(
+            f"a prompt of {blocks} blocks of {pages.block_bytes} bytes never fits: one handoff may take {allowed} "
+            "of this arena; raise arena or handoff_share"
+        )
+    if quotas.never_fits(tenant, blocks * pages.unit_bytes):
+        raise Refused(
+            f"a prompt of {blocks} blocks of {pages.block_bytes} bytes never fits: one tenant may take "
+            f"{quotas.limit_bytes(tenant)} bytes of this arena; raise arena or tenant_share"
+        )
 
 
 def first_to_go(

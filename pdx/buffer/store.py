@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from pdx.buffer.arena import Arena
@@ -25,7 +25,7 @@ from pdx.buffer.figures import figures, slot_counts
 from pdx.buffer.index import Index, Spot, distinct, places_of
 from pdx.buffer.lease import Lease, LeaseState, Owner
 from pdx.buffer.quota import Quotas
-from pdx.buffer.room import first_to_go, own_to_go
+from pdx.buffer.room import check_possible, first_to_go, own_to_go
 from pdx.buffer.selected import Selected, selected
 from pdx.buffer.selection import Selection
 from pdx.buffer.slots import BlockKey, Slot, SlotEvent, SlotState
@@ -33,6 +33,7 @@ from pdx.errors import IllegalTransition, Refused
 from pdx.layout import PageLayout, Place
 
 POISON = 0xDB
+DROPPED_AT_ONCE = 256  # slots: 4 us each of the thread that owns the store
 _GENERATION_MAX = (1 << 32) - 1  # a header has 32 bits for it; 0 means never claimed
 
 NewSlot = Callable[..., Slot]  # of a run and its keys
@@ -62,6 +63,7 @@ class Store:
         self.index = Index()
         self.slots: dict[int, Slot] = {}  # all that are not free, by offset
         self.leases: dict[int, Lease] = {}  # all that have not ended, by id
+        self.cleared: dict[Slot, None] = {}  # idle slots of which lookups find nothing, and which are to be freed
         self.quotas = Quotas() if quotas is None else quotas
         self.policy = ByTenant(Lru() if policy is None else policy, self.quotas, self.extents.pools)
         self._tenant_of = tenant_of
@@ -95,7 +97,8 @@ class Store:
         if len(set(block_hashes)) < len(block_hashes):
             raise Refused("a prompt names each of its blocks once")
         tenant = self._tenant_of(namespace)
-        self._check_possible(pages, len(block_hashes) + tail, tenant)
+        allowed = int(self.extents.capacity(pages) * self.handoff_share)
+        check_possible(pages, len(block_hashes) + tail, allowed, self.quotas, tenant)
         found = self._find_ready(namespace, pages, block_hashes) + [None] * tail
         fresh = frozenset(index for index, spot in enumerate(found) if spot is None)
         shared = distinct(spot for spot in found if spot)
@@ -211,6 +214,7 @@ class Store:
         """No lookup finds these blocks from now on, nor when they are being filled and are whole some day.
 
         Who holds their slots goes on; the room is free when the last hold ends and no other block of the slot is found.
+        Of slots that nobody holds some are free at once, and the others by `drop_cleared`, or if a claim wants room.
         """
         found = self.survey(which, now=now)
         for slot, position in found.filling:
@@ -218,12 +222,18 @@ class Store:
         for slot, position in found.blocks:
             self.index.forget(slot, position)
         for slot in distinct(found.blocks):
-            if slot.unused and not slot.indexed:
+            if slot.idle and not slot.indexed:
+                self.cleared[slot] = None
+            elif slot.unused and not slot.indexed:
                 self.policy.removed(slot)
-                if slot.idle:
-                    self.extents.wake(slot.run)
-                    self._drop(slot)
+        self.drop_cleared()
         return found
+
+    def drop_cleared(self) -> None:
+        """Frees some of what was cleared: DROPPED_AT_ONCE slots."""
+        for slot in list(islice(self.cleared, DROPPED_AT_ONCE)):
+            self.extents.wake(slot.run)
+            self._drop(slot)
 
     def hide(self, claim: Claim, which: Selection) -> None:
         """No lookup will find these of the claim's fresh blocks."""
@@ -289,24 +299,11 @@ class Store:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless units, holds, states and index add up. Takes time linear in all of them."""
-        check_accounts(self.extents, self.slots, self.leases, self.index, self.policy, self.quotas)
+        check_accounts(self.extents, self.slots, self.leases, self.index, self.policy, self.quotas, self.cleared)
 
     def __repr__(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in slot_counts(self.slots).items())
         return f"<Store {states} slots, {len(self.leases)} leases, {len(self.index)} blocks indexed>"
-
-    def _check_possible(self, pages: PageLayout, blocks: int, tenant: bytes) -> None:
-        allowed = int(self.extents.capacity(pages) * self.handoff_share)
-        if blocks > allowed:
-            raise Refused(
-                f"a prompt of {blocks} blocks of {pages.block_bytes} bytes never fits: one handoff may take {allowed} "
-                "of this arena; raise arena or handoff_share"
-            )
-        if self.quotas.never_fits(tenant, blocks * pages.unit_bytes):
-            raise Refused(
-                f"a prompt of {blocks} blocks of {pages.block_bytes} bytes never fits: one tenant may take "
-                f"{self.quotas.limit_bytes(tenant)} bytes of this arena; raise arena or tenant_share"
-            )
 
     def _find_ready(self, namespace: bytes, pages: PageLayout, block_hashes: Sequence[bytes]) -> list[Spot | None]:
         found = self.index.find(namespace, block_hashes)
@@ -444,6 +441,7 @@ class Store:
             size_bytes = slot.size_bytes
             self.arena.memory[slot.run.offset : slot.run.offset + size_bytes] = bytes([POISON]) * size_bytes
         del self.slots[slot.run.offset]
+        self.cleared.pop(slot, None)
         self.quotas.credit(slot.tenant, slot.size_bytes)
         self.policy.forgotten(slot)
         self.extents.give(slot.run)

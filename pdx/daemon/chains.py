@@ -99,6 +99,11 @@ class Chains:
             if self._tiering is not None:
                 self._tiering.used(lot)
 
+    @property
+    def pending(self) -> bool:
+        """Whether anything stands in line."""
+        return bool(self._line)
+
     def look(self, now: float) -> None:
         """All of a chain that has been quiet: but not before its last lot is below, which would be newer there."""
         while self._grown:

@@ -243,6 +243,7 @@ class Handoffs:
             self._tiering.tick(now)
         self._pins.tick(now, room=not self._waiting)
         self._chains.tick()
+        self._desk.store.drop_cleared()
         self._low_water.tick()
         self._serve_waiting(now)
         self._questions.tick(now)
@@ -258,6 +259,11 @@ class Handoffs:
     @property
     def fences_pending(self) -> bool:
         return self._grips.pending
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the next turn has something to do that this one has left, though nothing comes."""
+        return self._chains.pending or bool(self._desk.store.cleared)
 
     def steer(self, what: Steer, now: float) -> Result:
         """A verb of an operator. Raises Refused, changing nothing."""

@@ -24,7 +24,7 @@ class LowWater:
         """One round, if there is less room than there should be."""
         missing = self._line.missing(self._store.extents.free_share, refilling=self._refilling)
         self._refilling = missing > 0
-        if self._refilling:
+        if self._refilling and not self._store.cleared:  # else room comes, of what is of no use
             going = self._next_to_go(missing)
             self._store.evict(going if self._tiering is None else self._tiering.send_down(going))
 

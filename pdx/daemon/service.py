@@ -137,7 +137,7 @@ class Service:
     def run(self) -> str:
         """Returns why it has ended."""
         while not self._stops:
-            pending = self._handoffs.fences_pending or self._to_self
+            pending = self._handoffs.fences_pending or self._handoffs.has_more or self._to_self
             self._step(0.0 if self._to_self else FENCE_TICK_S if pending else TICK_S)
             if self._lingered_out():
                 return f"no engine for {self._config.linger_s:g} s"

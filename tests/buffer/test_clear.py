@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import pytest
 from test_store import PAGES, TTL_S, WIRE, cache, cached, claim, hashes
 
 from pdx.buffer.arena import Arena
@@ -62,6 +63,31 @@ def test_a_part_of_a_slot_leaves_no_room(store: Store) -> None:
     assert (len(cleared.blocks), cleared.held) == (2, 2)
     assert cached(store, hashes(0, 4)) == 2
     assert store.clear(which, now=0.0).blocks == ()
+
+
+def test_of_many_slots_some_are_free_at_once_and_nothing_is_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arena has hundreds of thousands, and everybody waits."""
+    monkeypatch.setattr("pdx.buffer.store.DROPPED_AT_ONCE", 4, raising=False)
+    for number in range(20):
+        cache(store, hashes(number, number + 1))
+    copied = store.lease_to_copy([slot.places[0] for slot in store.slots.values()][:2], WIRE, now=0.0, ttl_s=TTL_S)
+    assert len(store.clear(ALL, now=0.0).blocks) == 20
+    store.check_integrity()
+    assert (cached(store, hashes(0, 20)), len(store.slots), len(store.cleared)) == (0, 16, 14)
+    assert store.extents.reachable(PAGES) == 58
+    cache(store, hashes(0, 1))
+    store.drop_cleared()
+    store.check_integrity()
+    assert (cached(store, hashes(0, 1)), len(store.slots)) == (1, 13)
+    store.release(copied)
+    assert claim(store, hashes(100, 154)).fresh
+    store.check_integrity()
+    assert (len(store.cleared), cached(store, hashes(0, 1))) == (5, 1), "who wants room has it of them"
+    store.drop_cleared()
+    store.drop_cleared()
+    assert not store.cleared
 
 
 def test_by_space_tenant_and_age(store: Store) -> None:

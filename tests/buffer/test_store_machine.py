@@ -67,6 +67,8 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             for lease, _ in list(self.held.values()):
                 self.end(lease)
+            while self.store.cleared:
+                self.store.drop_cleared()
             assert all(slot.state is SlotState.READY and slot.indexed for slot in self.store.slots.values())
             for layout in LAYOUTS:
                 self.claim_everything(layout)
@@ -245,12 +247,14 @@ class StoreMachine(RuleBasedStateMachine):
         surveyed = self.store.survey(which, now=self.now)
         assert self.snapshot() == before
         used_bytes = self.store.stats()["used_bytes"]
+        freed = set(self.store.cleared)
         cleared = self.store.clear(which, now=self.now)
         assert cleared == surveyed
         assert len(self.store.index) == found - len(cleared.blocks)
         if not cleared.held:
             # Whole slots: of one of which a part was cleared before, more becomes free than is cleared now.
-            freed = {slot for slot, _ in cleared.blocks if not slot.indexed}
+            freed |= {slot for slot, _ in cleared.blocks if not slot.indexed}
+            freed -= self.store.cleared.keys()  # soon
             assert self.store.stats()["used_bytes"] == used_bytes - sum(slot.size_bytes for slot in freed)
             assert not freed & set(self.store.slots.values())
         again = self.store.survey(which, now=self.now)

@@ -11,6 +11,7 @@ from test_prefixes import OTHER, leases, let_go, look_up
 from test_steering import SPACE, clear, pin
 from test_tiering import bytes_at, crowd_out, keep_filled, pattern
 
+from pdx.buffer import store
 from pdx.buffer.policies import POLICIES
 from pdx.buffer.water import Waterline
 from pdx.config import Eviction
@@ -73,6 +74,22 @@ def test_what_is_about_to_go_stays_until_the_tier_has_it(host: Host, tier: SlowT
         assert is_here(host)
         host.tick()
     assert is_below(tier)
+
+
+def test_nothing_goes_for_room_while_what_was_cleared_has_yet_to_go(
+    host: Host, tier: SlowTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier.pace = 0
+    fill_up(host)
+    monkeypatch.setattr(store, "DROPPED_AT_ONCE", 1)
+    more = [b"more %d/%d" % (number, n) for number in range(ROOM // 2, ROOM + 1) for n in range(2)]
+    assert clear(host, tier="arena", spaces=[SPACE], tenant=b"", block_hashes=more).arena.blocks > ROOM * LINE.high
+    tier.pace = 100
+    while host.store.cleared:
+        assert host.handoffs.has_more
+        host.tick()
+    host.tick()
+    assert (host.store.evicted_blocks, is_here(host), host.handoffs.has_more) == (0, True, False)
 
 
 def test_room_is_made_up_to_the_high_mark_and_all_of_it_is_found_again(host: Host, tier: SlowTier) -> None:
