@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: its adapters can't be asked for")
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("fresh_daemon")]
 
+from daemon.fleet import until  # noqa: E402
 from memory_connector import the_daemon  # noqa: E402
 from vllm.config import LoRAConfig  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
@@ -18,8 +21,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole  #
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm_engine import BLOCK_TOKENS, LAYERS, Engine, kv_cache_config, vllm_config, write_model  # noqa: E402
 
-from pdx.engine.vllm import settings  # noqa: E402
-from pdx.engine.vllm.adapters import NO_ADAPTER, Adapters  # noqa: E402
+from pdx.engine.vllm import asking, settings  # noqa: E402
+from pdx.engine.vllm.adapters import NO_ADAPTER, SETTLED_S, Adapters  # noqa: E402
 from pdx.errors import ConfigError, Refused  # noqa: E402
 
 
@@ -82,6 +85,101 @@ def test_an_adapter_that_changed_has_no_name(tmp_path: Path, change: str) -> Non
         adapters.salt(asked("a", path))
     if change not in ("removed", "dangling"):
         assert Adapters({"a": path}).digests != adapters.digests
+
+
+def test_a_folder_is_listed_only_if_other_files_may_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is asked for in every step."""
+    path = write_adapter(tmp_path / "one")
+    adapters, listings = Adapters({"a": path}), []
+    monkeypatch.setattr(
+        Path, "iterdir", lambda folder, listed=Path.iterdir: (listings.append(folder), listed(folder))[1]
+    )
+    for _ in range(2):
+        assert adapters.salt(asked("a", path))
+    assert len(listings) == 2, "it changed a moment ago, and may have again"
+    later = time.time() + 2 * SETTLED_S
+    monkeypatch.setattr(time, "time", lambda: later)
+    for _ in range(3):
+        assert adapters.salt(asked("a", path))
+    assert len(listings) == 3
+    (tmp_path / "one" / "notes").write_bytes(b"")
+    assert adapters.salt(asked("a", path))
+    assert len(listings) == 4
+    (tmp_path / "one" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(Refused, match="have changed"):
+        adapters.salt(asked("a", path))
+
+
+@pytest.mark.parametrize("change", ["in place", "renamed", "removed"])
+def test_a_file_that_changed_in_a_folder_that_did_not_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    path = write_adapter(tmp_path / "one")
+    adapters, later = Adapters({"a": path}), time.time() + 2 * SETTLED_S
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert adapters.salt(asked("a", path))
+    file = tmp_path / "one" / "adapter_model.safetensors"
+    match change:
+        case "in place":
+            file.write_bytes(b"WEIGHTS")
+        case "renamed":
+            (tmp_path / "other").write_bytes(b"weights")
+            (tmp_path / "other").rename(file)
+        case "removed":
+            file.unlink()
+    with pytest.raises(Refused, match="have changed"):
+        adapters.salt(asked("a", path))
+
+
+def test_only_adapters_that_compute_in_a_step_are_looked_at(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {name: write_adapter(tmp_path / name) for name in ("a", "b")}
+    engine = Engine(model_dir, "kv_both", adapters=paths)
+    for name in paths:
+        engine.add(name, list(range(200)), {}, adapter=asked(name, paths[name]))
+    looked: list[str] = []
+    monkeypatch.setattr(Adapters, "_has_changed", lambda _, adapter: looked.append(adapter.path))
+    computing = engine.step().num_scheduled_tokens
+    assert len(computing) < len(paths), "the first has all of this step's tokens"
+    assert looked == [paths[name] for name in computing]
+    engine.run()
+
+
+def test_a_file_system_that_hangs_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows what is there: nothing is used or saved, and only the first question waits."""
+    path = write_adapter(tmp_path / "one")
+    monkeypatch.setattr(asking, "LOCAL", ())
+    adapters, hangs, asks = Adapters({"a": path}), threading.Event(), threading.Semaphore(0)
+
+    def hang(*_: object) -> bool:
+        asks.release()
+        assert hangs.wait(60)
+        return False
+
+    monkeypatch.setattr(Adapters, "_has_changed", hang)
+    try:
+        with pytest.raises(Refused, match="can't be looked at"):
+            adapters.salt(asked("a", path))
+        assert asks.acquire(timeout=60)
+        for _ in range(3):
+            assert adapters.changed(["a"]) == {"a"}
+            with pytest.raises(Refused, match="can't be looked at"):
+                adapters.salt(asked("a", path))
+        assert not asks.acquire(blocking=False)
+    finally:
+        hangs.set()
+    until(lambda: not adapters.changed(["a"]), "it answers again")
+
+
+def test_files_that_are_linked_from_elsewhere_are_asked_for_where_they_lie(tmp_path: Path) -> None:
+    here, proc = str(tmp_path / "here"), str(tmp_path / "there")
+    Path(here).touch()
+    Path(proc).symlink_to("/proc/self/status")
+    assert not asking.all_local([proc])
+    assert not asking.all_local([here, proc])
+    with pytest.raises(OSError, match="nowhere"):
+        asking.all_local([here, str(tmp_path / "nowhere")])
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ what is loaded later, or replaced, is served without pdx.
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pdx.engine.vllm.asking import Asking, all_local
 from pdx.engine.vllm.weights import WEIGHT_SUFFIXES
 from pdx.errors import Refused
 
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 NO_ADAPTER = b""
+
+# A folder that changed so short a time ago may have changed again since, at what its file system calls the same time.
+SETTLED_S = 2.0
 
 _Stamp = tuple[tuple[str, int, int, int, int], ...]
 
@@ -42,6 +48,8 @@ class Adapters:
         """
         only = b"" if modules is None else repr(sorted(modules)).encode()
         self._adapters = {name: _read(name, path, only) for name, path in paths.items()}
+        self._asking: Asking[set[str]] = Asking(direct=self._are_local())
+        self._listed: dict[str, os.stat_result] = {}  # by path: the folder as it was when it had the start's files
 
     @property
     def digests(self) -> dict[str, str]:
@@ -51,20 +59,57 @@ class Adapters:
     def salt(self, asked: LoRARequest | None) -> bytes:
         """What a block's name needs beside its hash: NO_ADAPTER for the model itself.
 
-        Raises Refused for an adapter that is not, or no longer, the one that the engine was started with.
+        Raises Refused for an adapter that is not, or no longer, the one that the engine was started with; and for one
+        whose files can't be looked at in time, for then nobody knows.
         """
         if asked is None:
             return NO_ADAPTER
         adapter = self._adapters.get(asked.lora_name)
         if adapter is None or adapter.path != asked.lora_path or asked.load_inplace:
             raise Refused(f"adapter {asked.lora_name!r} is none that this engine was started with")
-        try:
-            changed = _stamp(adapter.path) != adapter.stamp
-        except OSError:  # gone, or not to be read any more
-            changed = True
+        changed = self._asking.ask(lambda: self._changed([adapter]))
+        if changed is None:
+            raise Refused(f"the files of adapter {asked.lora_name!r} can't be looked at: their file system is slow")
         if changed:
             raise Refused(f"the files of adapter {asked.lora_name!r} have changed: restart the engine")
         return adapter.salt
+
+    def changed(self, names: Iterable[str]) -> set[str]:
+        """Of these, which were those of the start, the ones that are not now, as far as can be known in time."""
+        adapters = {name: self._adapters[name] for name in names}
+        changed = self._asking.ask(lambda: self._changed(adapters.values()))
+        return {name for name, adapter in adapters.items() if changed is None or adapter.path in changed}
+
+    def _are_local(self) -> bool:
+        """A folder that is linked from elsewhere later, or a file, has changed."""
+        try:
+            return all_local(
+                f"{adapter.path}/{name}" for adapter in self._adapters.values() for name in (".", *_names(adapter))
+            )
+        except OSError:
+            return False
+
+    def _changed(self, adapters: Iterable[_Adapter]) -> set[str]:
+        """Paths of those that have. See `Asking` for the thread."""
+        return {adapter.path for adapter in adapters if self._has_changed(adapter)}
+
+    def _has_changed(self, adapter: _Adapter) -> bool:
+        """Asks for the times of the folder and its files; lists it only if other files may be there."""
+        try:
+            return self._differs(adapter)
+        except OSError:  # gone, or not to be read any more
+            return True
+
+    def _differs(self, adapter: _Adapter) -> bool:
+        folder = os.stat(adapter.path)
+        listed = self._listed.get(adapter.path)
+        if listed is not None and _is_same(folder, listed):
+            return any(_of(name, os.stat(f"{adapter.path}/{name}")) != (name, *rest) for name, *rest in adapter.stamp)
+        if _stamp(adapter.path) != adapter.stamp:
+            return True
+        if time.time() - folder.st_ctime > SETTLED_S:
+            self._listed[adapter.path] = folder
+        return False
 
 
 def _read(name: str, path: str, only: bytes) -> _Adapter:
@@ -94,6 +139,18 @@ def _stamp(path: str) -> _Stamp:
     stamps = []
     for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else ():
         if file.name == CONFIG_NAME or file.suffix in WEIGHT_SUFFIXES:
-            status = file.stat()
-            stamps.append((file.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+            stamps.append(_of(file.name, file.stat()))
     return tuple(stamps)
+
+
+def _names(adapter: _Adapter) -> list[str]:
+    return [name for name, *_ in adapter.stamp]
+
+
+def _of(name: str, status: os.stat_result) -> tuple[str, int, int, int, int]:
+    return name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _is_same(folder: os.stat_result, listed: os.stat_result) -> bool:
+    """Whether its entries are still those that it had."""
+    return (folder.st_dev, *_of("", folder)) == (listed.st_dev, *_of("", listed))

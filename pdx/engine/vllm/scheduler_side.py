@@ -9,7 +9,7 @@ told the new epoch ahead of whatever is asked of it next. While the epoch is not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -187,7 +187,7 @@ class SchedulerSide:
         self._waiting.difference_update(scheduled.num_scheduled_tokens)
         self._tainted.stepped(scheduled.preempted_req_ids or ())
         if self._adapters.digests:
-            self._look_at_adapters()
+            self._look_at_adapters(scheduled.num_scheduled_tokens)
         if self._hybrid:
             self._offer_now(scheduled)
         saves = self._sends.saves(self._step, scheduled)
@@ -309,24 +309,26 @@ class SchedulerSide:
         self._link.refuse(f"a request of {request.num_prompt_tokens} tokens has too many blocks")
         return True
 
-    def _look_at_adapters(self) -> None:
-        """Whether their files are those of the start: once a step for each, however many requests use it."""
-        unchanged: dict[tuple[str, str], bool] = {}
-        for request in self._sends.adapted:
-            asked = request.lora_request
-            assert asked is not None
-            name = asked.lora_name, asked.lora_path
-            if name not in unchanged:
-                unchanged[name] = self._salt(request) is not None
-            if not unchanged[name]:
-                self._sends.drop(request.request_id, "its adapter's files have changed")
+    def _look_at_adapters(self, request_ids: Iterable[str]) -> None:
+        """Whether their files are those of the start: once a step for each that computes in it, of which vLLM allows a
+        few, however many requests use it."""
+        adapted = {
+            request.request_id: request.lora_request.lora_name
+            for request in self._sends.adapted(request_ids)
+            if request.lora_request is not None
+        }
+        changed = self._adapters.changed(set(adapted.values())) if adapted else ()
+        for request_id, name in adapted.items():
+            if name in changed:
+                self._sends.drop(request_id, "its adapter's files have changed")
 
     def _salt(self, request: Request) -> bytes | None:
         """Of its adapter. None: what the request computes has no name, and it is served as if there were no pdxd."""
         try:
             return self._adapters.salt(request.lora_request)
         except Refused as error:
-            log.warning("request %s is served without pdx: %s", request.request_id, error)
+            # As text: a log's handler may keep the record, and an error knows all that was on the stack.
+            log.warning("request %s is served without pdx: %s", request.request_id, str(error))
             return None
 
     def _read(self, request: Request, salt: bytes) -> Prompt | None:

@@ -130,11 +130,16 @@ class Sends:
         for send in list(self._sends.values()):
             self._end(send, reason)
 
-    @property
-    def adapted(self) -> Iterable[Request]:
-        """Requests with an adapter that are saved, or followed."""
-        sends = {name: send.request for name, send in self._sends.items() if send.prompt.salt}
-        return (sends | {name: one.request for name, one in self._followed.items() if one.salt}).values()
+    def adapted(self, request_ids: Iterable[str]) -> list[Request]:
+        """Those of these requests that have an adapter, and are saved or followed."""
+        adapted = []
+        for request_id in request_ids:
+            send, followed = self._sends.get(request_id), self._followed.get(request_id)
+            if send is not None and send.prompt.salt:
+                adapted.append(send.request)
+            elif followed is not None and followed.salt:
+                adapted.append(followed.request)
+        return adapted
 
     def drop(self, request_id: str, reason: str) -> None:
         """Saves no more of this request, and offers none."""
