@@ -82,10 +82,16 @@ class Lanes:
         self._absent = tuple(absent)
         self._peers: OrderedDict[str, Peer] = OrderedDict()  # by daemon id; who was chosen for last comes last
 
-    def route(self, to: DaemonRef, now: float) -> Route:
-        """For a handoff to this daemon. ended() must follow. Raises UnknownTransport if there is no lane to it."""
+    def route(self, to: DaemonRef, now: float, *, before: Route | None = None) -> Route:
+        """For a handoff to this daemon. taken() may follow, ended() must. Raises UnknownTransport if there is no lane.
+
+        `before`: what it was given when it last asked, which it keeps unless that lane was lost since.
+        """
+        if before is not None and before.losses == self._losses(before):
+            return before
+        if before is not None:
+            self.ended(before, proved=False)
         if to.daemon_id == self._me:
-            self._counters[f"handoffs_by_{LOCAL.scheme}"] += 1
             return Route(LOCAL)
         peer = self._peer(to)
         choice = choose(
@@ -101,8 +107,11 @@ class Lanes:
         route = Route(choice, to.daemon_id, lane, region, losses=rest.losses if rest is not None else 0)
         if rest is not None and rest.tried_by is None and now >= rest.until:
             rest.tried_by = route
-        self._counters[f"handoffs_by_{choice.scheme}"] += 1
         return route
+
+    def taken(self, route: Route) -> None:
+        """The handoff has what it needs here, and names this lane to its peer."""
+        self._counters[f"handoffs_by_{route.scheme}"] += 1
 
     def region(self, scheme: str) -> Region | None:
         """Where windows for puts by this lane are opened; None: we have no such lane."""
@@ -158,6 +167,11 @@ class Lanes:
                 for endpoint, rest in peer.rests.items()
             },
         }
+
+    def _losses(self, route: Route) -> int:
+        peer = self._peers.get(route.peer)
+        rest = peer.rests.get(route.choice.endpoint) if peer is not None else None
+        return rest.losses if rest is not None else 0
 
     def _peer(self, ref: DaemonRef) -> Peer:
         peer = self._peers.get(ref.daemon_id)

@@ -3,6 +3,9 @@
 Most puts of a handoff end, and most slabs of it arrive, while the next layer is computed, and nothing follows from it.
 A turn of the control thread for each is time that an engine on the same core does not have. Such events wait for the
 next turn, which on prefill's side comes with the next layer, and for LANES_S at the most. They know their own times.
+
+Nobody can tell beforehand what will be said: so failures (PutFailed, PeerLost, LaneFailed) are heard as late where no
+half is hurried, and new handoffs may take a lane that was lost up to LANES_S ago.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class SendingHalves:
         assert engine is not None
         engine_id = engine.info.engine_id
         try:
-            record.route = record.route or self._lanes.route(record.sender.handle.decode_daemon, now)
+            record.route = self._lanes.route(record.sender.handle.decode_daemon, now, before=record.route)
             claim = store.claim(
                 Owner("session", engine_id),
                 namespace_for(engine, message.tenant),
@@ -292,6 +292,7 @@ class SendingHalves:
     ) -> Reserve:
         """`kind`: of these blocks. `handle`: as text."""
         assert record.route is not None
+        self._lanes.taken(record.route)
         return Reserve(
             **self._desk.ids(record.sender.handle, lease_epoch=0),
             handle=handle,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+from one_host import PAGES, engine
 
 from pdx.daemon.lanes import REST_FIRST_S, REST_MAX_S, Lanes
+from pdx.daemon.sending import Outgoing, SendingHalves
 from pdx.errors import UnknownTransport
 from pdx.transport.loopback import LoopbackNet
 from pdx.transport.tcp import TcpLane
@@ -44,12 +47,16 @@ def lanes(counters: Counter[str]) -> Iterator[Lanes]:
 
 
 def schemes(lanes: Lanes, now: float, count: int = 3) -> list[str]:
-    return [lanes.route(PEER, now).scheme for _ in range(count)]
+    routes = [lanes.route(PEER, now) for _ in range(count)]
+    for route in routes:
+        lanes.taken(route)
+    return [route.scheme for route in routes]
 
 
 def test_within_the_daemon_no_lane_is_taken(lanes: Lanes, counters: Counter[str]) -> None:
     route = lanes.route(ME, 0.0)
     assert (route.scheme, route.lane, route.choice.reason) == ("local", None, "same daemon")
+    lanes.taken(route)
     lanes.ended(route, proved=True)
     assert counters["handoffs_by_local"] == 1
 
@@ -100,6 +107,38 @@ def test_a_loss_is_charged_to_the_living_one_too_if_a_late_handle_names_its_form
     lanes.route(PEER, 0.0)
     lanes.lost("loopback", BETTER, "fabric error", 1.0)
     assert schemes(lanes, 2.0) == ["tcp"] * 3
+
+
+def test_who_waits_for_room_is_given_another_lane_for_one_that_was_lost(lanes: Lanes, counters: Counter[str]) -> None:
+    desk = SimpleNamespace(store=SimpleNamespace(claim=lambda *_, **__: None), ports=SimpleNamespace(lease_s=1.0))
+    halves = SendingHalves(desk, None, lanes, None)  # type: ignore[arg-type]
+    sender = SimpleNamespace(handle=SimpleNamespace(decode_daemon=PEER))
+    asks = SimpleNamespace(tenant=b"", block_hashes=[], tail_hash=b"")
+    waits = Outgoing((b"h", 0), sender, PAGES, engine("P"), asks)  # type: ignore[arg-type]
+    taken = []
+    for now, is_lost in ((0.0, False), (0.1, True), (0.2, False), (99.0, False)):
+        if is_lost:
+            lanes.lost("loopback", BETTER, "fabric error", now)
+        assert not halves.claim(waits, now)
+        assert waits.route is not None
+        taken.append((waits.route, waits.route.scheme))
+    assert [scheme for _, scheme in taken] == ["loopback", "tcp", "tcp", "tcp"]
+    assert len({id(route) for route, _ in taken}) == 2, "a lane that was not lost is kept"
+    assert not counters["handoffs_by_loopback"] and not counters["handoffs_by_tcp"], "it has taken none yet"
+
+
+def test_who_tries_a_lane_while_it_waits_for_room_gives_the_trial_up_if_it_is_lost_again(lanes: Lanes) -> None:
+    lanes.route(PEER, 0.0)
+    lanes.lost("loopback", BETTER, "fabric error", 0.0)
+    trial = lanes.route(PEER, 10.0)
+    assert lanes.route(PEER, 11.0, before=trial) is trial
+    assert schemes(lanes, 11.0) == ["tcp"] * 3
+    lanes.lost("loopback", BETTER, "fabric error", 12.0)
+    assert lanes.route(PEER, 12.0, before=trial).scheme == "tcp"
+    again = lanes.route(PEER, 60.0)
+    assert again.scheme == "loopback"
+    lanes.ended(trial, proved=True)
+    assert schemes(lanes, 60.0) == ["tcp"] * 3, "it is the other one's trial now"
 
 
 def test_the_only_lane_of_a_pair_is_taken_while_it_rests(lanes: Lanes) -> None:
