@@ -28,8 +28,11 @@ from pdx.transport.sockets import Pipe, receive_exactly
 def greet_as_connector(connection: Pipe, key: bytes | None) -> None:
     """Returns once the acceptor is one of us. Raises WireError, PeerGone or OSError."""
     nonce = secrets.token_bytes(NONCE_BYTES)
-    _send(connection, Greeting(HELLO, key is not None, nonce))
-    challenge = _receive(connection, CHALLENGE)
+    try:
+        _send(connection, Greeting(HELLO, key is not None, nonce))
+        challenge = _receive(connection, CHALLENGE)
+    except ConnectionError as error:
+        raise PeerGone(f"the peer hung up before a word: it may be ending, or have too many peers ({error})") from error
     _check_same(key, challenge)
     if key is not None:
         _send(connection, Greeting(PROOF, True, proof(key, "connector", nonce, challenge.secret)))

@@ -13,13 +13,14 @@ import threading
 from collections.abc import Callable
 
 from pdx.errors import PdxError, PeerGone
+from pdx.limits import within_descriptors
 from pdx.transport.handshake import greet_as_acceptor, greet_as_connector
-from pdx.transport.sockets import connect, shut, tune
+from pdx.transport.sockets import connect, reset_on_close, shut, tune
 
 logger = logging.getLogger(__name__)
 
-# Peers that write into us: each is a descriptor and a few KiB.
-LINKS_MAX = 256
+# Peers that write into us, for as long as they live: each is a descriptor and a few KiB. With few descriptors, fewer.
+LINKS_MAX, LINKS_LEAST = 1024, 256
 # Each is a thread for as long as it takes to greet it; of those that connect to us the oldest makes room for a new one.
 STRANGERS_MAX = 64
 
@@ -69,8 +70,10 @@ class Door:
             self._poll.unregister(self._listening)
             self.is_deaf = True
             return
-        if link_count >= LINKS_MAX:
-            logger.warning("%s: refused %s: %d links are open", self._name, address, LINKS_MAX)
+        most = within_descriptors(LINKS_MAX, least=LINKS_LEAST)
+        if link_count >= most:
+            logger.warning("%s: refused %s: %d links are open", self._name, address, most)
+            reset_on_close(accepted)  # the peer is told why that may be (handshake)
             accepted.close()
             return
         if len(self._strangers) >= STRANGERS_MAX:

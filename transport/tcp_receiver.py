@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 
 from pdx.errors import PeerGone, TransportError, WireError
+from pdx.limits import within_descriptors
 from pdx.transport.api import LaneFailed
 from pdx.transport.frames import (
     FRAME_BYTES_MAX,
@@ -35,8 +36,9 @@ from pdx.transport.windows import WindowTable
 
 logger = logging.getLogger(__name__)
 
-# A few connections a peer; each costs a thread and, once it needs them, a MiB of buffers.
-CONNECTIONS_MAX = 512
+# A few connections a peer, who keeps them for as long as it lives; each costs a descriptor, a thread and, once it needs
+# them, a MiB of buffers. So this is how many hosts may put into one: 512 of the largest. With few descriptors, fewer.
+CONNECTIONS_MAX, CONNECTIONS_LEAST = 2048, 512
 # Who has not proved the key may be anybody: they have places of their own, and of those the oldest goes first.
 STRANGERS_MAX = 64
 # Out of descriptors, accept() fails at once and for ever: don't spin on it.
@@ -116,8 +118,10 @@ class TcpListener:
             select.select([self._wake], [], [], ACCEPT_RETRY_S)
             return
         strangers = [connection for connection in self._connections if not connection.is_proven]
-        if len(self._connections) - len(strangers) >= CONNECTIONS_MAX:
-            logger.warning("%s: refused %s: %d connections are open", self._name, address, CONNECTIONS_MAX)
+        most = within_descriptors(CONNECTIONS_MAX, least=CONNECTIONS_LEAST)
+        if len(self._connections) - len(strangers) >= most:
+            logger.warning("%s: refused %s: %d connections are open", self._name, address, most)
+            reset_on_close(accepted)  # the peer is told why that may be (handshake)
             accepted.close()
             return
         if len(strangers) >= STRANGERS_MAX:

@@ -245,6 +245,16 @@ def test_strangers_keep_out_each_other_only(monkeypatch: pytest.MonkeyPatch) -> 
         assert not losses_of(near.events, channel)
 
 
+def test_who_comes_when_all_places_are_taken_learns_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_receiver, "CONNECTIONS_MAX", 1)
+    with opened() as far, opened(seed=1) as near, opened(seed=3) as late:
+        near.put(near.lane.connect(far.lane.endpoint), far.region.open_window([]), [], notice=b"first")
+        far.wait_arrived(b"first")
+        channel = late.lane.connect(far.lane.endpoint)
+        late.wait_lost(channel)
+        assert "too many peers" in losses_of(late.events, channel)[0].reason
+
+
 def test_a_listener_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with opened() as far:
         monkeypatch.setattr(tcp_receiver.TcpListener, "_accept", lambda listener: 1 / 0)
