@@ -11,7 +11,7 @@ only to peers that proved the cluster key and named an open window. The contract
 not a byte can follow. On a "sender"-checked lane that is when the peer's lane has drained, or is gone; a peer that is
 merely stopped keeps the window, and so its slots in quarantine, until it goes on or dies. One that is gone without a
 word has its network's time to end what was under way. So has the sender: its ticket stays open as long as the library
-may read the source, and PeerLost comes before the end of a ticket that can't be ended in good time.
+may read the source, and PeerLost does not wait for the end of such a ticket.
 
 After a failure: a lost channel is lost for ever (connect() gives a new one), and a lane whose own thread failed says
 LaneFailed and loses all its channels and every later one; its windows then stay open for good, as nothing is left that

@@ -60,7 +60,8 @@ def check_peer_of_another_kind(make_pair: MakePair) -> None:
 
 
 def check_peer_killed(make_pair: MakePair) -> None:
-    """A dying peer: every open ticket ends, PutFailed before PeerLost, PeerLost once; later puts fail, not hang."""
+    """A dying peer: every open ticket ends, before PeerLost where nobody may read its source any more; PeerLost comes
+    once; later puts fail, not hang."""
     with sides(make_pair) as (pair, near, far, channel):
         window = far.region.open_window([Span(0, MEMORY_BYTES)])
         near.put(channel, window, [], notice=b"up")
@@ -72,7 +73,8 @@ def check_peer_killed(make_pair: MakePair) -> None:
             near.wait_end(ticket)
         loss_index = near.events.index(losses_of(near.events, channel)[0])
         ended_before = [event.ticket for event in near.events[:loss_index] if isinstance(event, PutDone | PutFailed)]
-        assert set(tickets) <= set(ended_before), "PeerLost came before the end of an open put"
+        are_over = near.lane.checked_by == "sender" or set(tickets) <= set(ended_before)
+        assert are_over, "PeerLost came before the end of an open put"
         late = near.put(channel, window, [], notice=b"late")
         assert isinstance(near.wait_end(late), PutFailed), "a put on a lost channel did not fail"
         assert len(losses_of(near.events, channel)) == 1, "PeerLost more than once"

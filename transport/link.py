@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 from pdx.errors import PeerGone
 from pdx.transport.link_messages import LinkMessage, MessageStream, encode
@@ -20,6 +21,7 @@ class Link:
         self._socket = connection
         self._stream = MessageStream()
         self._unsent = bytearray()
+        self._moved_s = 0.0  # when the peer last took something, or was first sent what it has not taken
         self._is_finished = False
 
     def fileno(self) -> int:
@@ -33,10 +35,16 @@ class Link:
     def is_congested(self) -> bool:
         return len(self._unsent) > CONGESTED_BYTES
 
+    def is_stuck(self, now: float, stall_s: float) -> bool:
+        """The peer was sent something and has taken nothing for so long."""
+        return bool(self._unsent) and now > self._moved_s + stall_s
+
     def send(self, message: LinkMessage) -> None:
         """Now, or as soon as flush() can; after finish() never. Raises OSError."""
         if self._is_finished:
             return
+        if not self._unsent:
+            self._moved_s = time.monotonic()
         self._unsent += encode(message)
         self.flush()
 
@@ -47,6 +55,7 @@ class Link:
             except BlockingIOError:
                 return
             del self._unsent[:sent_bytes]
+            self._moved_s = time.monotonic()
 
     def receive(self) -> list[LinkMessage]:
         """What is there. Raises PeerGone at the end of the stream, WireError, OSError."""

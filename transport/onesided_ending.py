@@ -2,7 +2,8 @@
 
 Until every write has ended nobody may reuse what it reads or what it writes to: hence the puts stay open, and the
 connection too, whose end says to the peer that nothing comes any more. BYE is said only if all ended well. What has not
-ended in time the fabric is asked to cut off; where it can't, the memory stays held. The loss is told before that.
+ended in time the fabric is asked to cut off; where it can't, the memory stays held. The loss is told at once, before
+what has not ended yet: for as long as it is not, new handoffs take the channel, and fail.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 # Longer than a NIC repeats a write into a dead host, and than the keep-alive of what goes over sockets.
 PATIENCE_S = 15.0
-# Who waits longer than this must know that the channel is lost, so that new handoffs take another lane.
-TELL_S = 2.0
 # What can't be cut off is asked for again so often.
 RETRY_S = 1.0
 
@@ -57,7 +56,6 @@ class Ending:
         self._failed: list[Transfer] = []
         self._is_in_doubt = is_in_doubt
         self._is_told = is_ours
-        self._tell_at_s = now + TELL_S
         self._cut_at_s = now + PATIENCE_S
         self._is_held = False
 
@@ -74,13 +72,13 @@ class Ending:
                 logger.exception("a write to %s can't be asked for", self._loss.endpoint)
                 self._failed.append(transfer)
             self._under_way.remove(transfer)
-        if now >= self._tell_at_s and (self._under_way or self._is_held):
-            self._tell_loss()
         if now < self._cut_at_s and (self._under_way or self._is_held):
+            self._tell_loss()
             return False
         if not self._has_broken():
             self._is_held = True
             self._cut_at_s = now + RETRY_S
+            self._tell_loss()
             return False
         self._end(is_clean=not (self._under_way or self._failed or self._is_in_doubt))
         return True

@@ -6,7 +6,7 @@ every peer that was granted it has said DRAINED, or can't write any more (which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pdx.errors import WireError
 from pdx.transport.api import Arrived, Event, Span, WindowClosed
@@ -97,6 +97,11 @@ class InboundPeer:
         self._grants = grants
         self._fabric = fabric
         self._metadata_sent = b""
+
+    def handle_all(self, messages: Iterable[LinkMessage]) -> None:
+        """In their order. Raises as handle() does; what follows is not handled then."""
+        for message in messages:
+            self.handle(message)
 
     def handle(self, message: LinkMessage) -> None:
         """Raises WireError, OSError: then the peer is not served any longer."""

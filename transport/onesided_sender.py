@@ -71,7 +71,10 @@ class _Permit:
 class OneSidedChannel:
     """Owned by the reactor's thread. Raises PeerGone, WireError or OSError when the channel is over: call retire()."""
 
-    def __init__(self, number: int, endpoint: str, *, fabric: Fabric, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self, number: int, endpoint: str, *, fabric: Fabric, emit: Callable[[Event], None], check: Callable[[], None]
+    ) -> None:
+        """`check` is called before every write, and raises PeerGone if what peers have granted may be over."""
         self.number = number
         self.endpoint = endpoint
         self.link: Link | None = None  # None: not greeted yet
@@ -79,6 +82,7 @@ class OneSidedChannel:
         self.moved_s = 0.0  # when a piece ended, or the first of those under way began
         self._fabric = fabric
         self._emit = emit
+        self._check = check
         self._peer = ""
         self._waiting: Queues[OneSidedPut] = Queues()  # the first of a queue may have begun
         self._begun: dict[bytes, deque[OneSidedPut]] = {}  # by queue
@@ -95,6 +99,11 @@ class OneSidedChannel:
     @property
     def is_idle(self) -> bool:
         return not self._put_count and (self.link is None or not self.link.unsent_bytes)
+
+    @property
+    def has_rights(self) -> bool:
+        """Some window was granted, or asked for."""
+        return bool(self._permits)
 
     def put(self, put: OneSidedPut, queue_name: bytes, urgency: float) -> None:
         if self._put_count >= PUTS_MAX:
@@ -118,10 +127,11 @@ class OneSidedChannel:
                 self._permits.pop(window, None)
                 self._fail_window(window, "the peer has no such window open")
             case Shut(window):
-                self._fail_window(window, "the peer closed the window")
                 permit = self._permits.get(window)
-                if permit is not None:
-                    permit.is_shut = True
+                if permit is None or permit.spans is None:  # each is answered: so there are no more than we asked for
+                    raise WireError("a window is shut that was not granted")
+                self._fail_window(window, "the peer closed the window")
+                permit.is_shut = True
                 self._drain(window, permit)
             case _:
                 raise WireError("a receiver's message from where only a sender's may come")
@@ -175,9 +185,9 @@ class OneSidedChannel:
         permit.target = Memory(grant.address, grant.length, grant.kind, grant.device)
         permit.spans = SpanSet(grant.spans)
 
-    def _drain(self, window: int, permit: _Permit | None) -> None:
-        if permit is None or not permit.begun:
-            self._permits.pop(window, None)
+    def _drain(self, window: int, permit: _Permit) -> None:
+        if not permit.begun:
+            del self._permits[window]
             self._link().send(Drained(window))
 
     def _post(self, now: float) -> bool:
@@ -217,6 +227,7 @@ class OneSidedChannel:
         piece = cut(put, bytes_max=PIECE_BYTES, copies_max=PIECE_COPIES_MAX)
         piece_bytes = sum(copy.length for copy in piece)
         if piece:
+            self._check()
             self._is_in_doubt = True
             transfer = self._fabric.write(self._peer, source=put.source, target=permit.target, copies=piece)
             self._is_in_doubt = False

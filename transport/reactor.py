@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from pdx.errors import PdxError, PeerGone, WireError
 from pdx.transport.api import Event, LaneFailed, PeerLost, PutFailed, Span
+from pdx.transport.attention import LOOK_S, Attention
 from pdx.transport.fabric import Fabric, Memory
 from pdx.transport.link import Link
 from pdx.transport.link_messages import LinkMessage, Shut
@@ -76,9 +77,7 @@ class Reactor:
         self._link_count = 0
         self._unheard: set[int] = set()  # descriptors of peers that take no answers, and so are not listened to
         self._held_back: set[int] = set()  # descriptors of links that are not watched while the mailbox is full
-        self._blocked_since: dict[int, float] = {}  # descriptor -> since when its peer takes no messages
-        self._looked_s = time.monotonic()  # at the descriptors
-        self._patient_until_s = 0.0
+        self._attention = Attention(stall_s)
         self._hurry_until_s = 0.0
         self._ticked_s = 0.0
         self._announced_s = 0.0
@@ -132,7 +131,9 @@ class Reactor:
         if self._is_over:
             self._emit(PeerLost(number, endpoint, "the lane failed"))
             return
-        self.channels[number] = OneSidedChannel(number, endpoint, fabric=self._fabric, emit=self._emit)
+        self.channels[number] = OneSidedChannel(
+            number, endpoint, fabric=self._fabric, emit=self._emit, check=self._attention.check
+        )
         self._door.connect(endpoint, lambda outcome: self._connected(number, outcome))
 
     def put(self, channel: int, put: OneSidedPut, queue: bytes, urgency: float) -> None:
@@ -166,13 +167,13 @@ class Reactor:
 
     def _turn(self) -> None:
         ready = self._wait()
-        self._look(time.monotonic())
+        self._look()
         self._run_commands()
         for descriptor, _ in ready:
             if descriptor == self._door.fileno():
                 self._door.accept(self._accepted, link_count=len(self._inbound))
             elif descriptor in self._inbound:
-                self._serve_inbound(self._inbound[descriptor])
+                self._serve_inbound(descriptor, self._inbound[descriptor])
             elif descriptor in self._outbound:
                 self._serve_outbound(self._outbound[descriptor])
         now = time.monotonic()
@@ -189,18 +190,20 @@ class Reactor:
             if all(self._may_pause(channel) for channel in self.channels.values()):
                 select.select([self._poll], [], [], TRANSFER_POLL_S)
             return self._poll.poll(0)
-        return self._poll.poll(TICK_S if self._is_stopped or self._is_due() else None)
+        if self._is_stopped or self._is_due():
+            return self._poll.poll(TICK_S)
+        return self._poll.poll(LOOK_S if any(channel.has_rights for channel in self.channels.values()) else None)
 
-    def _look(self, now: float) -> None:
-        """Who was away, or stood still with the whole machine, can't say that others have: it gives them time anew."""
-        if now > self._looked_s + self._stall_s / 2:
-            self._patient_until_s = now + self._stall_s
-        self._looked_s = now
+    def _look(self) -> None:
+        """Before anything is posted."""
+        for channel in [channel for channel in self.channels.values() if channel.has_rights]:
+            self._guarded(channel, lambda _: self._attention.check(), 0.0)
+        self._attention.look()
 
     def _is_due(self) -> bool:
         """Something has a deadline, or must be sent again and again, until a peer takes it."""
         return (
-            bool(self._endings or self._settling or self._blocked_since or self._held_back or self._door.is_deaf)
+            bool(self._endings or self._settling or self._held_back or self._door.is_deaf)
             or any(not channel.is_idle for channel in self.channels.values())
             or any(party.link.unsent_bytes for party in self._inbound.values())
         )
@@ -263,7 +266,6 @@ class Reactor:
             self._poll.unregister(link.fileno())
         self._held_back.discard(link.fileno())
         self._unheard.discard(link.fileno())
-        self._blocked_since.pop(link.fileno(), None)
 
     def _heed(self, link: Link) -> None:
         """Listens to a peer, or, while it does not take what it asks for, only for that."""
@@ -281,20 +283,30 @@ class Reactor:
 
     # --- peers that write into us ---
 
-    def _serve_inbound(self, party: InboundPeer) -> None:
+    def _serve_inbound(self, descriptor: int, party: InboundPeer) -> None:
+        messages: list[LinkMessage] = []
+        self._guarded_inbound(party, lambda: messages.extend(self._hear(party)))
+        self._obey()  # a window that is asked for here may have been opened since this turn began
+        if self._inbound.get(descriptor) is party:  # which a command may have ended: it is given nothing any more
+            self._guarded_inbound(party, lambda: party.handle_all(messages))
+
+    def _hear(self, party: InboundPeer) -> list[LinkMessage]:
+        if party.is_refused:
+            party.link.discard()
+        elif party.link.is_congested or party.link.fileno() in self._unheard:
+            party.link.flush()
+            self._heed(party.link)
+        elif self._mailbox.has_room:
+            return party.link.receive()
+        elif self._is_stopped:
+            raise WireError("we are too far behind to take its notices")
+        else:
+            self._hold_back(party.link)
+        return []
+
+    def _guarded_inbound(self, party: InboundPeer, step: Callable[[], None]) -> None:
         try:
-            if party.is_refused:
-                party.link.discard()
-            elif party.link.is_congested or party.link.fileno() in self._unheard:
-                party.link.flush()
-                self._heed(party.link)
-            elif self._mailbox.has_room:
-                for message in party.link.receive():
-                    party.handle(message)
-            elif self._is_stopped:
-                raise WireError("we are too far behind to take its notices")
-            else:
-                self._hold_back(party.link)
+            step()
         except WireError as error:
             self._refuse(party, str(error))
         except (OSError, PeerGone) as error:
@@ -376,7 +388,7 @@ class Reactor:
                 del self._settling[number]
                 self.grants.link_is_quiet(number)
         for channel in list(self.channels.values()):
-            if now > self._patient_until_s and channel.is_stuck(self._looked_s, self._stall_s):
+            if not self._attention.is_patient(now) and channel.is_stuck(self._attention.looked_s, self._stall_s):
                 self._lose(channel, f"peer did not move in {self._stall_s:g} s")
             elif channel.link is not None:
                 self._guarded(channel, lambda at, link=channel.link: self._flush(link, at), now)  # type: ignore[misc]
@@ -388,9 +400,7 @@ class Reactor:
 
     def _flush(self, link: Link, now: float) -> None:
         link.flush()
-        if not link.unsent_bytes:
-            self._blocked_since.pop(link.fileno(), None)
-        elif now > self._blocked_since.setdefault(link.fileno(), now) + self._stall_s and now > self._patient_until_s:
+        if link.is_stuck(now, self._stall_s) and not self._attention.is_patient(now):
             raise PeerGone("peer takes no messages any more")
 
     def _wind_down(self) -> None:

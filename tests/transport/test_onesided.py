@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from held_fabric import HeldFabric, wait_until
@@ -168,13 +169,15 @@ def test_a_writer_that_says_what_it_may_not_is_dropped(message: LinkMessage) -> 
     [
         Ask(1),
         Landed(1, b""),
+        Shut(1),
+        Shut(99),
         Granted(99, 0, 10, "DRAM", 0, [], b"1"),  # not asked for
         Granted(1, 4096, 10, "DRAM", 0, [Span(5, 6)], b"1"),
         Granted(1, (1 << 64) - 1, 10, "DRAM", 0, [], b"1"),
         Granted(1, 4096, 10, "DRAM", 0, [Span(0, 10)], b"no such process"),
         Granted(1, 4096, 10, "DRAM", 0, [Span(0, 10)], b""),
     ],
-    ids=["ask", "landed", "unasked", "outside", "overflow", "metadata", "no metadata"],
+    ids=["ask", "landed", "shut", "shut unasked", "unasked", "outside", "overflow", "metadata", "no metadata"],
 )
 def test_a_reader_that_says_what_it_may_not_costs_only_its_channel(message: LinkMessage) -> None:
     with opened() as side, reader(side) as (peer, channel):
@@ -323,6 +326,38 @@ def test_who_takes_no_answers_is_not_listened_to(monkeypatch: pytest.MonkeyPatch
         other = stack.enter_context(writer(side))
         other.link.send(Ask(window))
         assert isinstance(other.next(), Granted)
+
+
+def test_who_takes_a_little_now_and_then_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there is always something that it has not taken yet."""
+    clock = SimpleNamespace(now_s=0.0, monotonic=lambda: clock.now_s)
+    monkeypatch.setattr(link, "time", clock)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        limit_buffers(ours)
+        theirs.settimeout(WAIT_S)
+        sending = Link(ours)
+        for _ in range(16):
+            sending.send(Landed(1, bytes(60_000)))
+        for clock.now_s in range(4, 40, 4):
+            assert theirs.recv(60_000)
+            sending.flush()
+            assert sending.unsent_bytes and not sending.is_stuck(clock.now_s + 4, 5.0)
+        assert sending.is_stuck(clock.now_s + 6, 5.0)
+        while sending.unsent_bytes:
+            assert theirs.recv(60_000)
+            sending.flush()
+        assert not sending.is_stuck(clock.now_s + 6, 5.0)
+
+
+def test_who_comes_when_all_places_are_taken_learns_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onesided_door, "LINKS_MAX", 1)
+    with opened() as side, opened(seed=1) as late, writer(side) as peer:
+        peer.link.send(Ask(1))
+        assert peer.next() == Unknown(1)
+        channel = late.lane.connect(side.lane.endpoint)
+        late.wait_lost(channel)
+        assert "too many peers" in losses_of(late.events, channel)[0].reason
 
 
 def test_strangers_keep_out_each_other_only(monkeypatch: pytest.MonkeyPatch) -> None:

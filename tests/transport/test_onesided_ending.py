@@ -12,7 +12,7 @@ from held_fabric import HeldFabric, wait_until
 from raw_peers import opened, reader
 
 from pdx.errors import PeerGone
-from pdx.transport import onesided_ending, onesided_sender, reactor
+from pdx.transport import attention, onesided_ending, onesided_sender, reactor
 from pdx.transport.api import Copy, LaneFailed, PutDone, PutFailed, Span, WindowClosed
 from pdx.transport.link_messages import Ask, Landed
 from pdx.transport.side import WAIT_S, Side, ends_of, losses_of
@@ -54,17 +54,14 @@ def test_a_lost_channel_ends_with_its_writes(monkeypatch: pytest.MonkeyPatch) ->
         assert near.wait_end(waiting) == PutFailed(waiting, "cut")
         far.region.close_window(window)
         go_on(near, far)
-        assert not ends_of(near.events, ticket) and not losses_of(near.events, channel)
-        assert WindowClosed(window) not in far.events
+        assert not ends_of(near.events, ticket) and WindowClosed(window) not in far.events
         fabric.is_holding = False
-        near.wait_lost(channel)
-        assert near.events[-2:] == [PutFailed(ticket, "cut"), losses_of(near.events, channel)[0]]
+        assert near.wait_end(ticket) == PutFailed(ticket, "cut")
         far.wait_closed(window)
 
 
 def test_what_cannot_be_cut_off_stays_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is told, so that others take another lane; the memory is not to be reused at either end."""
-    monkeypatch.setattr(onesided_ending, "TELL_S", 0.0)
     monkeypatch.setattr(onesided_ending, "PATIENCE_S", 0.0)
     monkeypatch.setattr(onesided_ending, "RETRY_S", 0.0)
     fabric = HeldFabric()
@@ -81,13 +78,14 @@ def test_what_cannot_be_cut_off_stays_held(monkeypatch: pytest.MonkeyPatch) -> N
         assert len(losses_of(near.events, channel)) == 1
 
 
-def test_a_loss_is_told_long_before_anything_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onesided_ending, "TELL_S", 0.0)
+def test_a_loss_is_told_before_what_is_under_way_ends() -> None:
+    """At once: for as long as it is not, new handoffs take the channel."""
     fabric = HeldFabric()
-    with writing(fabric) as (near, _, channel, _, ticket):
+    with writing(fabric) as (near, far, channel, _, ticket):
         near.lane.break_channel(channel, "cut")  # type: ignore[attr-defined]
-        near.wait_lost(channel)
-        assert not ends_of(near.events, ticket)
+        go_on(near, far)
+        assert losses_of(near.events, channel) and not ends_of(near.events, ticket)
+        assert near.lane.connect(far.lane.endpoint) != channel
         fabric.is_holding = False
         assert near.wait_end(ticket) == PutFailed(ticket, "cut")
         assert len(losses_of(near.events, channel)) == 1
@@ -122,7 +120,6 @@ def test_a_lane_that_closes_ends_what_is_held(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_put_that_was_posted_in_part_ends_when_the_fabric_has_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can say what of it still reads the source."""
-    monkeypatch.setattr(onesided_ending, "TELL_S", 0.0)
     monkeypatch.setattr(onesided_ending, "RETRY_S", 0.0)
     fabric, lets_go = HeldFabric(), threading.Event()
     fabric.failure = PeerGone("the second copy could not be posted")
@@ -208,3 +205,61 @@ def test_who_stood_still_does_not_say_that_others_did() -> None:
         assert held.wait(10.0)
         peer.grant_nothing(1)
         assert near.wait_end(ticket) == PutDone(ticket)
+
+
+class Away:
+    """The clock that also counts while the host is suspended, as this lane sees it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._later_s = 0.0
+        boot_s = attention._boot_s
+        monkeypatch.setattr(attention, "_boot_s", lambda: boot_s() + self._later_s)
+
+    def suspend(self) -> None:
+        self._later_s += 10 * attention.AWAY_S
+
+
+@pytest.mark.parametrize("in_mid_turn", [False, True])
+def test_who_was_away_posts_nothing_more_through_what_it_was_granted(
+    in_mid_turn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers may have taken it for dead, and use their slots for others."""
+    monkeypatch.setattr(onesided_sender, "FLYING_PIECES_MAX", 1)
+    monkeypatch.setattr(onesided_sender, "PIECE_BYTES", 4)
+    away, fabric = Away(monkeypatch), HeldFabric()
+    with writing(fabric) as (near, far, channel, _, ticket):
+
+        def resume() -> None:
+            away.suspend()
+            fabric.is_holding = False
+
+        if in_mid_turn:
+            near.lane._reactor.call(resume)  # type: ignore[attr-defined]
+        else:
+            resume()
+        assert isinstance(near.wait_end(ticket), PutFailed)
+        near.wait_lost(channel)
+        assert "stood still" in losses_of(near.events, channel)[0].reason
+        assert len(fabric.written) == 1
+        assert near.lane.connect(far.lane.endpoint) != channel
+
+
+def test_an_idle_channel_that_holds_a_window_is_lost_too_and_one_that_holds_none_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    away, fabric = Away(monkeypatch), HeldFabric()
+    fabric.is_holding = False
+    with (
+        opened(seed=1, make_fabric=lambda: fabric) as near, opened() as far,
+        reader(near) as (holds, first), reader(near) as (idle, second),
+    ):  # fmt: skip
+        done = near.put(first, 1, SOME, notice=b"n")
+        holds.grant(1, at=far, span=Span(0, 10))
+        assert near.wait_end(done) == PutDone(done)
+        away.suspend()
+        late = near.put(first, 1, SOME, notice=b"late")
+        assert isinstance(near.wait_end(late), PutFailed) and len(fabric.written) == 1
+        near.wait_lost(first)
+        done = near.put(second, 2, SOME, notice=b"n")
+        idle.grant(2, at=far, span=Span(0, 10))
+        assert near.wait_end(done) == PutDone(done)
