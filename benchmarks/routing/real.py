@@ -17,6 +17,7 @@ from benchmarks.harness.arms import BUDGETS, DAEMON_SETTINGS, DECODE_CPUS, ENGIN
 from benchmarks.harness.measure import completion, percentile, prompt_of, stream
 from benchmarks.harness.part import Part
 from benchmarks.harness.rig import Rig, post, wait_until
+from benchmarks.model import element_bytes
 from pdx.admin import ClearRequest
 from pdx.client import DaemonClient
 from pdx.errors import PdxError
@@ -24,7 +25,8 @@ from pdx.kv import LocalKv
 from pdx.router.choice.policy import PolicyName
 
 ENGINES = {"P0": "prefill", "P1": "prefill", "D0": "decode", "D1": "decode"}
-ARENA = "192MiB"  # 4,300 tokens of the demo model with 32-bit numbers; the engine's own cache has 5,800
+# 4,300 tokens of the demo model, and 5,800 in an engine's own cache, by the bytes of its numbers.
+ARENA_MIB, CACHE_MIB = 48, 64
 ANSWER_S = 300.0
 RESET_S = 20.0
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
@@ -119,11 +121,13 @@ class Quartet:
         self._rig: Rig = scratch.rig("real")
         self._router: Part = self._routed("round_robin")
         cores = {"prefill": PREFILL_CPUS, "decode": DECODE_CPUS}
+        arena, cache_bytes = f"{ARENA_MIB * element_bytes()}MiB", CACHE_MIB * element_bytes() << 20
+        flags = (*ENGINE_FLAGS, "--kv-cache-memory-bytes", str(cache_bytes))
         for name, role in ENGINES.items():
             host = f"host-{name}"
-            self._rig.start_daemon(host, cpus=cores[role], **{**DAEMON_SETTINGS, "arena": ARENA})
+            self._rig.start_daemon(host, cpus=cores[role], **{**DAEMON_SETTINGS, "arena": arena})
             self._rig.start_engine(
-                name, role, host, cpu=cores[role], flags=ENGINE_FLAGS, environment=ENVIRONMENT
+                name, role, host, cpu=cores[role], flags=flags, environment=ENVIRONMENT
             )  # fmt: skip
         self._rig.wait_routable(len(ENGINES))
         self._tools: list[DaemonClient] = [self._rig.tool(f"host-{name}") for name in ENGINES]
