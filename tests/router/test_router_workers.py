@@ -69,13 +69,17 @@ async def workers(tmp_path: Path, *engines: FakeEngine, count: int = 2) -> Async
 
 
 async def on_new_connections(url: str, count: int) -> list[aiohttp.ClientResponse]:
-    """So many requests, each by a connection of its own, which the kernel spreads."""
+    """So many requests, each by a connection of its own, which the kernel spreads.
+
+    Where a worker or the hub was started anew, daemons tell all anew, and for a moment no worker knows their engines:
+    whoever is answered so comes again.
+    """
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as client:
-        replies = []
-        for _ in range(count):
+        replies: list[aiohttp.ClientResponse] = []
+        while len(replies) < count:
             async with client.post(url + "/v1/completions", json=PROMPT) as reply:
-                await reply.read()
-                replies.append(reply)
+                if reply.status != 503 or b"no engine has joined" not in await reply.read():
+                    replies.append(reply)
         return replies
 
 
