@@ -87,9 +87,10 @@ class Lanes:
 
         `before`: what it was given when it last asked, which it keeps unless that lane was lost since.
         """
-        if before is not None and before.losses == self._losses(before):
-            return before
         if before is not None:
+            rest = self._rest(before)
+            if before.losses == (rest.losses if rest is not None else 0):
+                return before
             self.ended(before, proved=False)
         if to.daemon_id == self._me:
             return Route(LOCAL)
@@ -120,12 +121,11 @@ class Lanes:
 
     def ended(self, route: Route, *, proved: bool) -> None:
         """The handoff is over. `proved`: bytes went this way, and the peer has checked them."""
-        peer = self._peers.get(route.peer)
-        rest = peer.rests.get(route.choice.endpoint) if peer is not None else None
-        if peer is None or rest is None:
+        rest = self._rest(route)
+        if rest is None:
             return
         if proved and rest.losses == route.losses:
-            del peer.rests[route.choice.endpoint]
+            del self._peers[route.peer].rests[route.choice.endpoint]
         elif rest.tried_by is route:
             rest.tried_by = None
 
@@ -168,10 +168,10 @@ class Lanes:
             },
         }
 
-    def _losses(self, route: Route) -> int:
+    def _rest(self, route: Route) -> Rest | None:
+        """None: this endpoint was not lost, or has proved itself since."""
         peer = self._peers.get(route.peer)
-        rest = peer.rests.get(route.choice.endpoint) if peer is not None else None
-        return rest.losses if rest is not None else 0
+        return peer.rests.get(route.choice.endpoint) if peer is not None else None
 
     def _peer(self, ref: DaemonRef) -> Peer:
         peer = self._peers.get(ref.daemon_id)
