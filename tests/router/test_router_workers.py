@@ -33,6 +33,9 @@ from pdx.router.workers.texts import END, read_text, serve_text
 from pdx.wire import MAGIC, WIRE_VERSION
 
 REACHED_S = 20.0
+# Answers that all come from one of two workers by chance: once in 2 ** 40. While the other knows no engine yet many are
+# asked for, and 12 in a row were seen among them.
+IN_A_ROW = 40
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 
 
@@ -69,17 +72,13 @@ async def workers(tmp_path: Path, *engines: FakeEngine, count: int = 2) -> Async
 
 
 async def on_new_connections(url: str, count: int) -> list[aiohttp.ClientResponse]:
-    """So many requests, each by a connection of its own, which the kernel spreads.
-
-    Where a worker or the hub was started anew, daemons tell all anew, and for a moment no worker knows their engines:
-    whoever is answered so comes again.
-    """
+    """So many requests, each by a connection of its own, which the kernel spreads."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as client:
-        replies: list[aiohttp.ClientResponse] = []
-        while len(replies) < count:
+        replies = []
+        for _ in range(count):
             async with client.post(url + "/v1/completions", json=PROMPT) as reply:
-                if reply.status != 503 or b"no engine has joined" not in await reply.read():
-                    replies.append(reply)
+                await reply.read()
+                replies.append(reply)
         return replies
 
 
@@ -110,7 +109,7 @@ async def answers_are(url: str, count: int) -> None:
 async def _serve_and_lose_one(tmp_path: Path) -> None:
     p, d = FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
     async with workers(tmp_path, p, d) as (url, leader):
-        await ready(url, 12)
+        await ready(url, IN_A_ROW)
         replies = await on_new_connections(url, 30)
         assert {reply.status for reply in replies} == {200}
         assert {reply.headers["x-pdx-handoff"] for reply in replies} != {"none"}
@@ -124,7 +123,7 @@ async def _serve_and_lose_one(tmp_path: Path) -> None:
             os.kill(victim, signal.SIGKILL)
             await until(lambda victim=victim: victim not in processes.of_sessions({leader}), "it is gone")
             await until(lambda: len(processes.of_sessions({leader})) == 4, "it was started anew")
-            await ready(url, 12)
+            await ready(url, IN_A_ROW)
         replies = await on_new_connections(url, 10)
         assert [reply.status for reply in replies] == [200] * 10
         await answers_are(url, 40)  # nothing that was counted is lost, nor counted twice
