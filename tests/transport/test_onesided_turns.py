@@ -65,7 +65,8 @@ def test_who_is_lost_in_that_turn_is_not_heard_any_more(monkeypatch: pytest.Monk
             raise BrokenPipeError
         send(link, message)
 
-    with opened() as side, writer(side) as peer:
+    # The first is closed when that peer is sure to write no more: behind the second, which nobody may write into.
+    with opened(settle_s=2.0) as side, writer(side) as peer:
         first, second = (side.region.open_window([Span(0, 100)]) for _ in range(2))
         peer.link.send(Ask(first))
         assert isinstance(peer.next(), Granted)
