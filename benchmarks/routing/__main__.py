@@ -101,6 +101,8 @@ def judge_real(scratch: Scratch, report: Report) -> None:
         report.figures[f"{name}, real"] = figures
         rows += [(name, policy, *each.values()) for policy, each in figures.items()]
         theirs, ours = found["round_robin"], found["prefix"]
+        if workload.least is None:
+            continue
         ratio = round(ours.requests_per_s / theirs.requests_per_s, 2)
         report.bar(f"{name}, real: throughput over round robin's", ratio, f">= {workload.least}",
                    ratio >= workload.least, unit="x")  # fmt: skip
