@@ -45,6 +45,8 @@ LATE_S = 1.0  # a turn that comes so much later than it should has not heard of 
 TICK_S = 0.1  # resolution of health polls and of a silent daemon's expiry
 DRAIN_LOOK_S = 0.02  # how often a draining router looks whether the last request has ended
 CLOSE_S = 0.5  # connections get this long when all is over
+CATCH_UP_S = 2.0  # a worker listens after so long, whatever it has heard of engines
+CATCH_UP_LOOK_S = 0.02
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +171,10 @@ async def running(options: Options) -> AsyncIterator[Router]:
         )  # fmt: skip
         if options.own_metrics:
             await serve_text(stack, Path(options.own_metrics), front.own_metrics)
+        keeper = asyncio.create_task(_keep(outside, named))
+        stack.push_async_callback(_cancelled, keeper)
+        if options.hub:
+            await _caught_up(control, directory)
         http = await _listen(stack, _front_runner(front, options), options.host, options.port, shared=bool(options.hub))
         admin_url = ""
         if options.admin_port is not None:
@@ -180,8 +186,6 @@ async def running(options: Options) -> AsyncIterator[Router]:
                 metrics=front.metrics_page, token=options.admin_token,
             )  # fmt: skip
             admin_url = await _listen(stack, _admin_runner(admin, options), options.admin_host, options.admin_port)
-        keeper = asyncio.create_task(_keep(outside, named))
-        stack.push_async_callback(_cancelled, keeper)
         yield Router(Published(http=http, control=control.endpoint, admin=admin_url), outside, keeper)
 
 
@@ -226,6 +230,15 @@ def _admin_runner(admin: Admin, options: Options) -> web.BaseRunner:
         max_field_size=HEADER_BYTES_MAX,
         keepalive_timeout=options.idle_s,
     )
+
+
+async def _caught_up(control: Control, directory: Directory) -> None:
+    """One worker of several knows what the others know, as far as that can be: clients are theirs meanwhile."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(CATCH_UP_S):
+            await control.caught_up()
+            while directory.joining():  # noqa: ASYNC110 - each way in which an engine may change would have to tell
+                await asyncio.sleep(CATCH_UP_LOOK_S)
 
 
 async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int, *, shared: bool = False) -> str:

@@ -21,6 +21,9 @@ RECEIVE_QUEUE_MAX = 1024
 # Welcomes and cancels are small; a daemon that reads none for so long has died.
 SEND_QUEUE_MAX = 1024
 HELLO_S = 0.5
+# The names of no daemon. A worker says hello by the first, the second time by nothing more; the hub that it has told
+# all with the first.
+HELLO, NEW, TOLD = b"", b"new", b"told"
 # No keys, another key than the cluster's, or one that is not on the list. Of what is no ZeroMQ there is no event.
 REFUSED_PEERS = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -40,6 +43,9 @@ class Control(Protocol):
 
     async def send(self, name: bytes, frame: bytes) -> None:
         """At once. Raises ZMQError if this daemon is gone, or reads nothing."""
+
+    async def caught_up(self) -> None:
+        """Returns when what somebody remembers of what daemons have said has been received."""
 
     def close(self) -> None:
         """Idempotent."""
@@ -81,6 +87,9 @@ class ControlSocket:
     async def send(self, name: bytes, frame: bytes) -> None:
         await self._socket.send_multipart([name, frame], flags=zmq.NOBLOCK)
 
+    async def caught_up(self) -> None:
+        """Nobody does."""
+
     def close(self) -> None:
         self._socket.disable_monitor()
         self._failures.close(linger=0)
@@ -106,15 +115,25 @@ class SharedControl:
         self._socket.sndhwm = SEND_QUEUE_MAX
         self._socket.setsockopt(zmq.IDENTITY, b"worker %d" % worker)
         self._socket.connect(hub)
+        self._told = asyncio.Event()
 
     async def run(self) -> None:
         """Says again and again that it is there: a hub that was started anew does not know."""
+        await self._socket.send_multipart([HELLO, NEW])
         while True:
-            await self._socket.send_multipart([b"", b""])
             await asyncio.sleep(HELLO_S)
+            await self._socket.send_multipart([HELLO, b""])
 
     async def receive(self) -> list[bytes]:
-        return await self._socket.recv_multipart()
+        while True:
+            frames = await self._socket.recv_multipart()
+            if frames != [HELLO, TOLD]:
+                return frames
+            self._told.set()
+
+    async def caught_up(self) -> None:
+        """The hub does."""
+        await self._told.wait()
 
     async def send(self, name: bytes, frame: bytes) -> None:
         await self._socket.send_multipart([name, frame], flags=zmq.NOBLOCK)

@@ -1,25 +1,31 @@
 """The process that several workers of one router share: it has the control socket, and adds up the metrics.
 
 To daemons it is the router: what they say goes to every worker, what a worker says goes to the daemon that it names.
-(Cancels and questions bear ids that one worker knows; the answers go to all, and mean nothing to the others.) Frames
-that are none of the protocol's end here.
+(Cancels and questions bear ids that one worker knows; the answers go to all, and mean nothing to the others.) A worker
+that follows a dead one hears at once what each daemon has announced last. Frames that are none of the protocol's end
+here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import zmq
 import zmq.asyncio
 
 from pdx.errors import VersionMismatch, WireError
-from pdx.router.engines.control import ControlSocket
+from pdx.router.engines.control import HELLO, NEW, TOLD, ControlSocket
+from pdx.router.engines.directory import DAEMON_SILENT_S
+from pdx.router.engines.registry import DAEMONS_MAX
 from pdx.router.engines.versions import OtherVersions
 from pdx.router.metrics import Metrics, Moment
 from pdx.router.workers.merging import Totals
 from pdx.router.workers.texts import read_text
-from pdx.wire import ROUTER, decoder_of
+from pdx.wire import ROUTER, Announce, decoder_of
 
 HUNG_ASK_S = 5.0  # a worker may be busy for seconds, with a large body say
 HUNG_ASKS = 2  # in a row: one may be lost when all of the host was stopped for a while
@@ -48,6 +54,7 @@ class Hub:
         self._metrics = metrics
         self._others = OtherVersions(control)
         self._workers: set[bytes] = set()
+        self._announced: OrderedDict[bytes, tuple[float, bytes]] = OrderedDict()  # name -> when, frame; oldest first
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
@@ -71,7 +78,7 @@ class Hub:
             try:
                 if len(frames) != 2:
                     raise WireError(f"{len(frames)} frames instead of 2")
-                _decode(frames[1])
+                message = _decode(frames[1])
             except VersionMismatch as error:
                 self._metrics.bad_frames.inc()
                 await self._others.met(frames[0], error)
@@ -79,6 +86,8 @@ class Hub:
             except WireError:
                 self._metrics.bad_frames.inc()
                 continue
+            if isinstance(message, Announce):
+                self._remember(*frames, leaving=message.leaving)
             for worker in list(self._workers):
                 try:
                     await self._socket.send_multipart([worker, *frames], flags=zmq.NOBLOCK)
@@ -88,6 +97,8 @@ class Hub:
     async def _to_daemons(self) -> None:
         while True:
             worker, *frames = await self._socket.recv_multipart()
+            if frames == [HELLO, NEW]:
+                await self._tell(worker)
             self._workers.add(worker)
             if len(frames) != 2 or not frames[0]:
                 continue  # its hello
@@ -95,6 +106,21 @@ class Hub:
                 await self._control.send(*frames)
             except zmq.ZMQError:
                 self._metrics.undelivered.inc()
+
+    def _remember(self, name: bytes, frame: bytes, *, leaving: bool) -> None:
+        self._announced.pop(name, None)
+        if not leaving:
+            self._announced[name] = time.monotonic(), frame
+        if len(self._announced) > DAEMONS_MAX:
+            self._announced.popitem(last=False)
+
+    async def _tell(self, worker: bytes) -> None:
+        """A new one what it has missed; not what is so old that it would be forgotten by now."""
+        since = time.monotonic() - DAEMON_SILENT_S
+        fresh = [[name, frame] for name, (at, frame) in self._announced.items() if at > since]
+        with suppress(zmq.ZMQError):  # more than there is room for: it hears the rest within a second
+            for frames in [*fresh, [HELLO, TOLD]]:
+                await self._socket.send_multipart([worker, *frames], flags=zmq.NOBLOCK)
 
 
 class AddedUp:

@@ -25,17 +25,18 @@ from prometheus_client import generate_latest
 
 from pdx.curve import lock
 from pdx.launch import processes
-from pdx.router.engines.control import ControlSocket
+from pdx.router.engines.control import ControlSocket, SharedControl
 from pdx.router.metrics import Metrics
 from pdx.router.workers.hub import AddedUp, Hub, Places
 from pdx.router.workers.merging import Totals, added
 from pdx.router.workers.texts import END, read_text, serve_text
-from pdx.wire import MAGIC, WIRE_VERSION
+from pdx.wire import MAGIC, ROUTER, WIRE_VERSION, Announce, decoder_of
 
 REACHED_S = 20.0
 # Answers that all come from one of two workers by chance: once in 2 ** 40. While the other knows no engine yet many are
 # asked for, and 12 in a row were seen among them.
 IN_A_ROW = 40
+decode = decoder_of(ROUTER)
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 
 
@@ -99,6 +100,15 @@ async def ready(url: str, count: int) -> None:
                 in_a_row = in_a_row + 1 if reply.status == 200 else 0
 
 
+async def all_know(url: str) -> None:
+    """Two workers listen, and none of them does so without knowing both engines."""
+    await until(lambda: listening(url) == 2, "both listen")
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as client:
+        for _ in range(IN_A_ROW):
+            async with client.get(url + "/readyz?engines=2") as reply:
+                assert reply.status == 200, await reply.text()
+
+
 async def answers_are(url: str, count: int) -> None:
     """All workers have said so: they are added up every second."""
     async with aiohttp.ClientSession() as client:
@@ -123,7 +133,7 @@ async def _serve_and_lose_one(tmp_path: Path) -> None:
             os.kill(victim, signal.SIGKILL)
             await until(lambda victim=victim: victim not in processes.of_sessions({leader}), "it is gone")
             await until(lambda: len(processes.of_sessions({leader})) == 4, "it was started anew")
-            await ready(url, IN_A_ROW)
+            await all_know(url)
         replies = await on_new_connections(url, 10)
         assert [reply.status for reply in replies] == [200] * 10
         await answers_are(url, 40)  # nothing that was counted is lost, nor counted twice
@@ -289,6 +299,47 @@ async def test_one_answer_missed_is_no_hanging(monkeypatch: pytest.MonkeyPatch) 
         async with await asyncio.start_unix_server(answer, places.metrics_of(1, 2)):
             assert [await added_up.refresh() for _ in range(5)] == [[], [], [], ["metrics-1-2"], []]
             silent.set()
+
+
+@within(20)
+async def test_a_new_worker_hears_of_those_who_are_there_and_of_nobody_else() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        places, metrics = Places(Path(folder)), Metrics()
+        control = ControlSocket("tcp://127.0.0.1:0", cluster_key=KEY, metrics=metrics)
+        hub = Hub(control, places, metrics)
+        running = asyncio.create_task(hub.run())
+        first = SharedControl(places.control, control.endpoint, worker=0)
+        saying = asyncio.create_task(first.run())
+        try:
+            stays, leaves = (FakeDaemon(daemon_ref(name), []) for name in ("stays", "leaves"))
+            async with stays.announcing(control.endpoint, every_s=60), leaves.announcing(control.endpoint, every_s=60):
+                assert {await announced(first) for _ in range(2)} == {("stays", False), ("leaves", False)}
+                await leaves.announce(leaving=True)
+                assert await announced(first) == ("leaves", True)
+                saying.cancel()
+                first.close()
+                first = SharedControl(places.control, control.endpoint, worker=0)
+                saying = asyncio.create_task(first.run())
+                told = asyncio.create_task(first.caught_up())
+                assert await announced(first) == ("stays", False)
+                hears = asyncio.create_task(announced(first))  # which also takes the hub's word that this was all
+                await told
+                hears.cancel()
+        finally:
+            for task in (running, saying):
+                task.cancel()
+            await asyncio.wait({running, saying})
+            first.close()
+            hub.close()
+            control.close()
+
+
+async def announced(control: SharedControl) -> tuple[str, bool]:
+    """The next announcement: whose, and whether it is the last one."""
+    while True:
+        message = decode((await control.receive())[1])
+        if isinstance(message, Announce):
+            return message.daemon.daemon_id, message.leaving
 
 
 @within(20)
