@@ -7,7 +7,7 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -45,7 +45,7 @@ LATE_S = 1.0  # a turn that comes so much later than it should has not heard of 
 TICK_S = 0.1  # resolution of health polls and of a silent daemon's expiry
 DRAIN_LOOK_S = 0.02  # how often a draining router looks whether the last request has ended
 CLOSE_S = 0.5  # connections get this long when all is over
-CATCH_UP_S = 2.0  # a worker listens after so long, whatever it has heard of engines
+CATCH_UP_S = 3.0  # a worker that follows another listens after so long, whatever it has heard of engines
 CATCH_UP_LOOK_S = 0.02
 
 _log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 30.0  # what is under way at the first signal gets this long
     workers: int = 1
     worker: int = 0  # which of them this is; it shares its port if it has a hub
+    follows: bool = False  # another worker of that number, which others did without meanwhile
     hub: str = ""  # where workers of one router get what daemons say; empty: this is the only one
     own_metrics: str = ""  # the Unix socket where this worker tells its metrics, and the one that has those of all
     all_metrics: str = ""
@@ -173,8 +174,8 @@ async def running(options: Options) -> AsyncIterator[Router]:
             await serve_text(stack, Path(options.own_metrics), front.own_metrics)
         keeper = asyncio.create_task(_keep(outside, named))
         stack.push_async_callback(_cancelled, keeper)
-        if options.hub:
-            await _caught_up(control, directory)
+        if options.follows:
+            await _caught_up(control, lambda: [*directory.joining(), *named.missing()])
         http = await _listen(stack, _front_runner(front, options), options.host, options.port, shared=bool(options.hub))
         admin_url = ""
         if options.admin_port is not None:
@@ -232,12 +233,12 @@ def _admin_runner(admin: Admin, options: Options) -> web.BaseRunner:
     )
 
 
-async def _caught_up(control: Control, directory: Directory) -> None:
-    """One worker of several knows what the others know, as far as that can be: clients are theirs meanwhile."""
+async def _caught_up(control: Control, awaited: Callable[[], Sequence[str]]) -> None:
+    """It knows the engines that the others know, as far as that can be: clients are theirs meanwhile."""
     with suppress(TimeoutError):
         async with asyncio.timeout(CATCH_UP_S):
             await control.caught_up()
-            while directory.joining():  # noqa: ASYNC110 - each way in which an engine may change would have to tell
+            while awaited():  # noqa: ASYNC110 - each way in which an engine may change would have to tell
                 await asyncio.sleep(CATCH_UP_LOOK_S)
 
 

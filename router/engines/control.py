@@ -21,8 +21,8 @@ RECEIVE_QUEUE_MAX = 1024
 # Welcomes and cancels are small; a daemon that reads none for so long has died.
 SEND_QUEUE_MAX = 1024
 HELLO_S = 0.5
-# The names of no daemon. A worker says hello by the first, the second time by nothing more; the hub that it has told
-# all with the first.
+# Between a worker and the hub, in place of a daemon's name: hello. With it, what a worker is until it has been told all
+# that others know, and that it has been.
 HELLO, NEW, TOLD = b"", b"new", b"told"
 # No keys, another key than the cluster's, or one that is not on the list. Of what is no ZeroMQ there is no event.
 REFUSED_PEERS = (
@@ -119,10 +119,9 @@ class SharedControl:
 
     async def run(self) -> None:
         """Says again and again that it is there: a hub that was started anew does not know."""
-        await self._socket.send_multipart([HELLO, NEW])
         while True:
+            await self._socket.send_multipart([HELLO, b"" if self._told.is_set() else NEW])
             await asyncio.sleep(HELLO_S)
-            await self._socket.send_multipart([HELLO, b""])
 
     async def receive(self) -> list[bytes]:
         while True:

@@ -27,6 +27,7 @@ from pdx.router.workers.merging import Totals
 from pdx.router.workers.texts import read_text
 from pdx.wire import ROUTER, Announce, decoder_of
 
+HEARD_S = 1.5  # after its start daemons have connected again and said that they are there, as they do every second
 HUNG_ASK_S = 5.0  # a worker may be busy for seconds, with a large body say
 HUNG_ASKS = 2  # in a row: one may be lost when all of the host was stopped for a while
 
@@ -53,6 +54,7 @@ class Hub:
         self._control = control
         self._metrics = metrics
         self._others = OtherVersions(control)
+        self._began_at = time.monotonic()
         self._workers: set[bytes] = set()
         self._announced: OrderedDict[bytes, tuple[float, bytes]] = OrderedDict()  # name -> when, frame; oldest first
         self._context = zmq.asyncio.Context()
@@ -115,11 +117,14 @@ class Hub:
             self._announced.popitem(last=False)
 
     async def _tell(self, worker: bytes) -> None:
-        """A new one what it has missed; not what is so old that it would be forgotten by now."""
-        since = time.monotonic() - DAEMON_SILENT_S
-        fresh = [[name, frame] for name, (at, frame) in self._announced.items() if at > since]
+        """A new one what it has missed, less what is so old that it would be forgotten by now. It asks until that is
+        all: a hub that was started anew itself has to hear it first."""
+        now = time.monotonic()
+        words = [[name, frame] for name, (at, frame) in self._announced.items() if now - at < DAEMON_SILENT_S]
+        if now - self._began_at >= HEARD_S:
+            words.append([HELLO, TOLD])
         with suppress(zmq.ZMQError):  # more than there is room for: it hears the rest within a second
-            for frames in [*fresh, [HELLO, TOLD]]:
+            for frames in words:
                 await self._socket.send_multipart([worker, *frames], flags=zmq.NOBLOCK)
 
 

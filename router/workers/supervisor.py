@@ -183,6 +183,7 @@ class Workers:
             self._options,
             hub=self._places.control,
             worker=worker,
+            follows=self._lives > self._count,
             own_metrics=str(metrics),
             all_metrics=str(self._places.metrics),
             admin_port=self._options.admin_port if first else None,

@@ -18,25 +18,17 @@ from typing import IO
 
 import aiohttp
 import pytest
-import zmq
-import zmq.asyncio
 from engine_fakes import KEY, FakeDaemon, FakeEngine, daemon_ref, metric, reaches, until, within
-from prometheus_client import generate_latest
 
-from pdx.curve import lock
 from pdx.launch import processes
-from pdx.router.engines.control import ControlSocket, SharedControl
 from pdx.router.metrics import Metrics
-from pdx.router.workers.hub import AddedUp, Hub, Places
-from pdx.router.workers.merging import Totals, added
-from pdx.router.workers.texts import END, read_text, serve_text
-from pdx.wire import MAGIC, ROUTER, WIRE_VERSION, Announce, decoder_of
+from pdx.router.workers.hub import AddedUp, Places
+from pdx.router.workers.texts import END
 
 REACHED_S = 20.0
 # Answers that all come from one of two workers by chance: once in 2 ** 40. While the other knows no engine yet many are
 # asked for, and 12 in a row were seen among them.
 IN_A_ROW = 40
-decode = decoder_of(ROUTER)
 PROMPT = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 8}
 
 
@@ -301,70 +293,6 @@ async def test_one_answer_missed_is_no_hanging(monkeypatch: pytest.MonkeyPatch) 
             silent.set()
 
 
-@within(20)
-async def test_a_new_worker_hears_of_those_who_are_there_and_of_nobody_else() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        places, metrics = Places(Path(folder)), Metrics()
-        control = ControlSocket("tcp://127.0.0.1:0", cluster_key=KEY, metrics=metrics)
-        hub = Hub(control, places, metrics)
-        running = asyncio.create_task(hub.run())
-        first = SharedControl(places.control, control.endpoint, worker=0)
-        saying = asyncio.create_task(first.run())
-        try:
-            stays, leaves = (FakeDaemon(daemon_ref(name), []) for name in ("stays", "leaves"))
-            async with stays.announcing(control.endpoint, every_s=60), leaves.announcing(control.endpoint, every_s=60):
-                assert {await announced(first) for _ in range(2)} == {("stays", False), ("leaves", False)}
-                await leaves.announce(leaving=True)
-                assert await announced(first) == ("leaves", True)
-                saying.cancel()
-                first.close()
-                first = SharedControl(places.control, control.endpoint, worker=0)
-                saying = asyncio.create_task(first.run())
-                told = asyncio.create_task(first.caught_up())
-                assert await announced(first) == ("stays", False)
-                hears = asyncio.create_task(announced(first))  # which also takes the hub's word that this was all
-                await told
-                hears.cancel()
-        finally:
-            for task in (running, saying):
-                task.cancel()
-            await asyncio.wait({running, saying})
-            first.close()
-            hub.close()
-            control.close()
-
-
-async def announced(control: SharedControl) -> tuple[str, bool]:
-    """The next announcement: whose, and whether it is the last one."""
-    while True:
-        message = decode((await control.receive())[1])
-        if isinstance(message, Announce):
-            return message.daemon.daemon_id, message.leaving
-
-
-@within(20)
-async def test_the_hub_tells_a_daemon_of_another_version_so() -> None:
-    """Workers never see its frames: the hub can't read them."""
-    metrics = Metrics()
-    with tempfile.TemporaryDirectory() as folder, zmq.asyncio.Context() as context:
-        control = ControlSocket("tcp://127.0.0.1:0", cluster_key=KEY, metrics=metrics)
-        hub = Hub(control, Places(Path(folder)), metrics)
-        running = asyncio.create_task(hub.run())
-        try:
-            with context.socket(zmq.DEALER) as daemon:
-                daemon.linger = 0
-                lock(daemon, KEY, server=False)
-                daemon.connect(control.endpoint)
-                await daemon.send(MAGIC + bytes([WIRE_VERSION + 1]) + b"\x80")
-                assert (await daemon.recv())[:4] == MAGIC + bytes([WIRE_VERSION])
-        finally:
-            running.cancel()
-            await asyncio.wait({running})
-            hub.close()
-            control.close()
-    assert value(generate_latest(metrics.registry), "pdx_router_bad_frames_total") == 1
-
-
 @pytest.mark.parametrize(("flag", "shared"), [("--port", False), ("--port", True), ("--control", False)])
 def test_a_taken_port_is_one_line(flag: str, shared: bool, tmp_path: Path) -> None:
     """`shared`: as another router's workers have it."""
@@ -378,93 +306,3 @@ def test_a_taken_port_is_one_line(flag: str, shared: bool, tmp_path: Path) -> No
     assert done.returncode == 2
     assert done.stderr.startswith("pdx-router: can't listen on ")
     assert len(done.stderr.splitlines()) == 1
-
-
-def some(count: int, *, under_way: int = 0, engines: int = 0) -> bytes:
-    metrics = Metrics()
-    for _ in range(count):
-        metrics.requests.labels(model='a "b" c', code="200").inc()
-        metrics.ttft_s.of("m").observe(0.5)
-    metrics.in_flight.set(under_way)
-    metrics.engines.labels(role="decode").set(engines)
-    return generate_latest(metrics.registry)
-
-
-def value(text: bytes, sample: str) -> float:
-    return float(next(line.rpartition(" ")[2] for line in text.decode().splitlines() if line.startswith(sample + " ")))
-
-
-def test_texts_are_added_up() -> None:
-    text = added([some(3, under_way=1, engines=2), some(4, under_way=2, engines=2)])
-    assert value(text, 'pdx_router_requests_total{code="200",model="a \\"b\\" c"}') == 7
-    assert value(text, 'pdx_router_ttft_seconds_bucket{le="+Inf",model="m"}') == 7
-    assert value(text, 'pdx_router_ttft_seconds_sum{model="m"}') == 3.5
-    assert value(text, "pdx_router_inflight") == 3
-    assert value(text, 'pdx_router_engines{role="decode"}') == 2
-    assert text.decode().count("# TYPE pdx_router_inflight gauge") == 1
-    assert "_created" not in text.decode()
-
-
-def test_names_with_any_characters_are_added_up() -> None:
-    metrics = Metrics()
-    for odd in "\u2028\x0b\x0c\x85\x1c\r\n":
-        metrics.requests.labels(model=f"a{odd}b", code="200").inc()
-    text = generate_latest(metrics.registry)
-    assert added([text, text]).count(b'code="200",model="a') == 7
-    assert added([text, text]).count(b" 2.0\n") == 7
-
-
-def test_a_text_that_cannot_be_added_up_costs_nobody_elses(caplog: pytest.LogCaptureFixture) -> None:
-    totals = Totals()
-    text = b"# HELP a_total x\n# TYPE a_total counter\na_total 3.0\n"
-    for broken in (b"a_total three\n", b"# TYPE\n", b"# TYPE a_total\n", b"\xff\n"):
-        totals.heard({"w0": text, "w1": text})
-        totals.heard({"w0": text, "w1": broken})
-        assert b"a_total 6.0" in totals.added(b""), "its last text stands"
-    totals.heard({"w0": text})
-    assert b"a_total 6.0" in totals.added(b"")
-    assert len(caplog.records) == 1
-
-
-def test_no_counter_falls_when_a_process_ends() -> None:
-    totals = Totals()
-    line = 'pdx_router_requests_total{code="200",model="a \\"b\\" c"}'
-    totals.heard({"0-1": some(3, under_way=1), "1-2": some(4)})
-    totals.heard({"1-2": some(5)})
-    assert value(totals.added(b""), line) == 8
-    assert value(totals.added(b""), "pdx_router_inflight") == 0
-    totals.heard({"1-2": some(5), "0-3": some(1)})
-    totals.heard({"1-2": some(6), "0-3": some(2)})
-    assert value(totals.added(some(1)), line) == 12
-
-
-def test_a_process_that_is_silent_for_a_while_is_not_counted_twice() -> None:
-    totals = Totals()
-    text = b"# HELP a_total x\n# TYPE a_total counter\na_total 3.0\n"
-    for texts in ({"w0": text}, {"w0": b""}, {"w0": text}):
-        totals.heard(texts)
-        assert b"a_total 3.0" in totals.added(b"")
-
-
-def test_a_text_is_read_to_its_end(tmp_path: Path) -> None:
-    """Longer than what one read brings, or a socket holds."""
-    text = b"".join(b"metric_%d 1.0\n" % number for number in range(100_000))
-
-    async def test() -> None:
-        async with AsyncExitStack() as stack:
-            await serve_text(stack, tmp_path / "text", lambda: text)
-            assert await read_text(tmp_path / "text") == text
-
-    asyncio.run(test())
-
-
-def test_half_a_text_is_none(tmp_path: Path) -> None:
-    async def killed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"metric_1 1.0\nmetric_2 1")
-        writer.close()
-
-    async def test() -> None:
-        async with await asyncio.start_unix_server(killed, tmp_path / "text"):
-            assert await read_text(tmp_path / "text") == b""
-
-    asyncio.run(test())
