@@ -44,6 +44,7 @@ from pdx.wire import (
 log = logging.getLogger("pdx.client")
 
 ANSWER_BYTES_MAX = 64 << 10
+ANSWER_S = 10.0  # of a daemon that listens
 SEND_QUEUE_MAX = 10_000
 # Plain numbers: an operation on an enum's flags takes a microsecond, and every step has several.
 EVENTS, READABLE, WRITABLE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
@@ -99,6 +100,7 @@ class DaemonClient:
         deadline = time.monotonic() + deadline_s
         while True:
             connection = connect(run_dir, config, deadline, start=start and config.start_daemon, again=again)
+            deadline = max(deadline, time.monotonic() + ANSWER_S)
             try:
                 connection.settimeout(max(0.1, deadline - time.monotonic()))
                 connection.send(encode(hello))

@@ -19,11 +19,17 @@ from pdx.errors import ConfigError, DaemonGone
 
 LAST_BYTES = 64 << 10  # of a log: its last line is in them
 CONNECT_RETRY_S = 0.05
+TOUCHED_BYTES_PER_S = 100 << 20  # half of what a slow host was seen to do
+TOUCHED_S_MAX = 3600.0
 
 
 def connect(run_dir: Path, config: Config, deadline: float, *, start: bool, again: bool) -> socket.socket:
-    """Connects to the daemon's socket, starting the daemon at most once."""
+    """Connects to the daemon's socket, starting the daemon at most once.
+
+    One that is being started touches each page of its arena before it listens: `deadline` is later by so long.
+    """
     started = False
+    touched_by = deadline + min(TOUCHED_S_MAX, config.arena_bytes / TOUCHED_BYTES_PER_S)
     pause = select.poll()
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -34,6 +40,7 @@ def connect(run_dir: Path, config: Config, deadline: float, *, start: bool, agai
             connection.close()
         else:
             return connection
+        ends_at = deadline
         if start:
             with (run_dir / configuration.LOCK_NAME).open("a") as lock:
                 if _locked(lock):
@@ -43,7 +50,8 @@ def connect(run_dir: Path, config: Config, deadline: float, *, start: bool, agai
                     left = configuration.left_flags(run_dir) if again else None
                     _start_daemon(run_dir, configuration.flags_of(config) if left is None else left, lock)
                     started = True
-        if time.monotonic() > deadline:
+                ends_at = touched_by
+        if time.monotonic() > ends_at:
             raise DaemonGone(f"no pdxd answers in {run_dir} ({configuration.chooser_of(run_dir)})")
         pause.poll(CONNECT_RETRY_S * 1000)
 
@@ -99,6 +107,8 @@ def _daemon_environment() -> dict[str, str]:
     """The environment, with a path by which the child finds this very package, and without what a CPU worker has set
     for its own threads: a preloaded libgomp binds the daemon to the core on which that worker spins."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_WORKERS_OWN)}
+    if environment.get("PDX_CONFIG"):  # a daemon is started from another directory
+        environment["PDX_CONFIG"] = str(Path(environment["PDX_CONFIG"]).absolute())
     return environment | configuration.import_path()
 
 

@@ -38,7 +38,7 @@ from pdx.router.request_log import RequestLog
 from pdx.router.standing.breaker import BreakerSettings
 from pdx.router.standing.standing import Standing
 from pdx.router.workers.texts import serve_text
-from pdx.whole import write_whole
+from pdx.whole import remove, write_whole
 from pdx.wire import Announce
 
 LATE_S = 1.0  # a turn that comes so much later than it should has not heard of anybody meanwhile
@@ -104,6 +104,8 @@ async def serve(options: Options) -> None:
         loop.add_signal_handler(number, signals.put_nowait, number)
     if options.life is not None:
         loop.add_reader(options.life, _orphaned, signals, options.life)
+    if options.publish and not options.follows:  # who waits for it must not read what an earlier router has left
+        remove(Path(options.publish))
     async with running(options) as router:
         published, keeper = router.published, router.keeper
         _log.info("listening on %s, control on %s", published.http, published.control)

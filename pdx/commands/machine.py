@@ -16,11 +16,13 @@ from pathlib import Path
 
 from pdx import __version__, config
 from pdx.addresses import family_of
+from pdx.buffer.arena import RESERVE_BYTES
 from pdx.buffer.headroom import memory_available
 from pdx.commands.finding import Finding
 from pdx.config import Config
 from pdx.errors import ConfigError, PdxError
 from pdx.launch.gpus import visible_gpus
+from pdx.layout import CONTROL_BYTES
 from pdx.transport.rdma import rdma_here
 
 ENGINE_VERSION = "0.32."
@@ -72,7 +74,7 @@ def _kernel() -> Finding:
 def _memory(settings: Config) -> Finding:
     available_bytes = memory_available()
     line = f"arena {settings.arena_bytes >> 20} MiB of {available_bytes >> 20} MiB available"
-    if settings.arena_bytes < available_bytes:
+    if CONTROL_BYTES + settings.arena_bytes + RESERVE_BYTES <= available_bytes:
         return Finding(item="memory", state="ok", line=line)
     return Finding(item="memory", state="missing", line=line, fix="set PDX_ARENA to less")
 
@@ -117,11 +119,11 @@ def _router_ports() -> Finding:
 
 
 def _descriptors() -> Finding:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= DESCRIPTORS:
-        return Finding(item="open files", state="ok", line=f"{_limit(soft)} a process")
-    fix = f"ulimit -n {DESCRIPTORS}"
-    return Finding(item="open files", state="missing", line=f"{soft} a process are too few for a daemon", fix=fix)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # to which daemons and routers raise theirs
+    if hard == resource.RLIM_INFINITY or hard >= DESCRIPTORS:
+        return Finding(item="open files", state="ok", line=f"{_limit(hard)} a process")
+    fix = f"ulimit -Hn {DESCRIPTORS}, as root"
+    return Finding(item="open files", state="missing", line=f"{hard} a process are too few for a daemon", fix=fix)
 
 
 def _engine() -> Finding:

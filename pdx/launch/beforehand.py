@@ -5,7 +5,9 @@ Loading an engine takes minutes, and its log is long. Each question is asked by 
 
 from __future__ import annotations
 
-from pathlib import Path
+import argparse
+import math
+import os
 
 from pdx import config
 from pdx.config import Config
@@ -15,10 +17,21 @@ from pdx.transport.sockets import parse_endpoint
 from pdx.transport.tls import lane_tls
 
 
+def seconds(text: str) -> float:
+    """A flag's. Raises ArgumentTypeError for what no wait could last."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write seconds, e.g. 900")
+    return value
+
+
 def check_model(model: str) -> None:
     """Raises ConfigError for a path that leads nowhere. Whatever else it is, the engine must find it."""
-    if model.startswith((".", "/")) and not Path(model).exists():
-        raise ConfigError(f"MODEL {model}: there is no such file or folder")
+    if model.startswith((".", "/")) and not os.path.exists(model):
+        raise ConfigError(f"MODEL {model}: there is no such file or folder, or it can't be looked at")
 
 
 def check_daemon(settings: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +23,11 @@ CONNECTOR_MODULE = "pdx.engine.vllm.connector"
 OUR_FLAG = "--kv-transfer-config"
 TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
 LORA_FLAG = "--lora-modules"
+NAME_FLAG = "--served-model-name"
+# Two engines at vLLM's default would each ask for most of the machine's memory, or of the GPU that they share.
+KV_CACHE_BYTES = 1 << 30
+GPU_MEMORY_SHARE = 0.9  # of all engines of a GPU together: vLLM's default for one
+MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 # Settings of pdx are no flags of vLLM's, which would say only that it knows none such. (It has an --api-key, too.)
 ELSEWHERE = {
     **{
@@ -51,6 +57,11 @@ class EngineSpec:
     @property
     def url(self) -> str:
         return f"http://{authority(self.host, self.port)}"
+
+    @property
+    def served_name(self) -> str:
+        """What clients call the model: the first name, where it was given some."""
+        return served_name(self.model, self.flags)
 
 
 def command(spec: EngineSpec) -> list[str]:
@@ -84,6 +95,24 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     if spec.gpus:
         added["CUDA_VISIBLE_DEVICES"] = spec.gpus
     return added
+
+
+def memory_flags(flags: Sequence[str], *, gpus: int, engines: int) -> tuple[str, ...]:
+    """What lets so many engines be on so many GPUs, or on none, unless `flags` say that already."""
+    if any(flag.replace("_", "-").startswith(MEMORY_FLAGS) for flag in flags):
+        return ()
+    if not gpus:
+        return ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
+    on_one = math.ceil(engines / gpus)
+    return () if on_one == 1 else ("--gpu-memory-utilization", f"{GPU_MEMORY_SHARE / on_one:.2f}")
+
+
+def served_name(model: str, flags: Sequence[str]) -> str:
+    for flag, following in zip(flags, [*flags[1:], ""], strict=False):
+        name, _, value = flag.partition("=")
+        if name.replace("_", "-") == NAME_FLAG:
+            return value or following or model
+    return model
 
 
 def _cores_by_rank(spec: EngineSpec) -> str:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdx import config
 from pdx.config import FLAGS
-from pdx.launch.engine import EngineSpec
+from pdx.launch.engine import EngineSpec, memory_flags
 from pdx.launch.shares import shares
 
-# Two engines at vLLM's default would each ask for most of the machine's memory, or of the GPU that they share.
-KV_CACHE_BYTES = 1 << 30
-GPU_MEMORY_SHARE = 0.9  # of all engines of a GPU together: vLLM's default for one
 # `pdx up` ends its daemons itself; until then one that waits for slow engines must not take itself for left alone.
 LINGER_S = 1e9
-MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+END_S = 20.0  # beside what it writes: the tier closes, and engines let go
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +45,11 @@ class DaemonSpec:
     run_dir: Path
     settings: Mapping[str, str]
     cpus: str
+
+    @property
+    def grace_s(self) -> float:
+        """How long its end may take: it writes what is nowhere else."""
+        return END_S + config.load(self.settings).disk_flush_s
 
     def command(self) -> list[str]:
         flags = ["--run-dir", str(self.run_dir), "--linger-s", str(LINGER_S)]
@@ -100,7 +102,7 @@ def design(wish: Wish, ground: Ground) -> Fleet:
                 "run_dir": str(hosting[role].run_dir),
                 "start_daemon": False,  # of one that an engine has started nobody here would know
             },
-            flags=(*_memory_flags(wish.flags, gpus=len(ground.gpus), engines=len(roles)), *wish.flags),
+            flags=(*memory_flags(wish.flags, gpus=len(ground.gpus), engines=len(roles)), *wish.flags),
         )
         for index, role in enumerate(roles)
     )
@@ -113,12 +115,3 @@ def _of_daemon(wish: Wish, name: str) -> dict[str, str]:
     if wish.hosts > 1 and "disk" in settings:
         settings["disk"] = str(Path(settings["disk"]) / name)
     return settings
-
-
-def _memory_flags(flags: Sequence[str], *, gpus: int, engines: int) -> tuple[str, ...]:
-    if any(flag.replace("_", "-").startswith(MEMORY_FLAGS) for flag in flags):
-        return ()
-    if not gpus:
-        return ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
-    on_one = math.ceil(engines / gpus)
-    return () if on_one == 1 else ("--gpu-memory-utilization", f"{GPU_MEMORY_SHARE / on_one:.2f}")

@@ -16,5 +16,6 @@ def visible_gpus() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return tuple(takewhile(_NAME.fullmatch, map(str.strip, visible.split(","))))
-    numbers = [match[1] for path in Path("/dev").glob("nvidia*") if (match := re.fullmatch(r"nvidia(\d+)", path.name))]
-    return tuple(sorted(numbers, key=int))
+    # CUDA counts those that a container was given from 0, whatever their devices are called.
+    found = sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in Path("/dev").glob("nvidia*"))
+    return tuple(map(str, range(found)))

@@ -19,6 +19,8 @@ import time
 PR_SET_PDEATHSIG = 1
 WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
 EXIT_CANNOT_START = 127
+CORES_MAX = 1 << 16
+KILLED_LOOK_S = 1.0
 FOREVER_S = 3600.0  # a look at the command once an hour costs nothing
 
 
@@ -59,7 +61,10 @@ def parse_cpus(text: str) -> set[int]:
     cores: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
-        cores.update(range(int(first), int(last or first) + 1))
+        span = range(int(first), int(last or first) + 1)
+        if not span or span.stop > CORES_MAX:
+            raise ValueError(f"{part} names no cores")
+        cores.update(span)
     return cores
 
 
@@ -71,6 +76,7 @@ def _wait(pid: int, grace_s: float) -> None:
         received = signal.sigtimedwait(WATCHED, timeout_s)
         if received is None and deadline is not None:
             _signal_group(pid, signal.SIGKILL)
+            deadline = time.monotonic() + KILLED_LOOK_S  # one may hang in the kernel
         elif received is not None and received.si_signo != signal.SIGCHLD and deadline is None:
             deadline = time.monotonic() + grace_s
             # Only the leader: a server that is told ends its own workers in order.

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pdx.launch.engine import EngineSpec
 from pdx.launch.supervise import ChildDied, Supervisor
 
-AGAIN_S = 60.0  # what dies again within this time of its new start would go on dying
+# What has died is started anew, later each time: of a daemon that was killed the arena stays as long as engines map it,
+# and another may not fit beside it. What dies more often within AGAIN_S would go on dying.
+PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+AGAIN_S = 60.0
 
 
 def serve_on(
@@ -23,22 +26,26 @@ def serve_on(
     Engines may die while one of the role `needed` is left. What `restart` names is started anew.
     """
     alive = {spec.name: spec.role for spec in engines}
-    started_at: dict[str, float] = {}
+    deaths: dict[str, list[float]] = {}
+    due: dict[str, float] = {}  # name -> when it is started anew
     while True:
+        now = time.monotonic()
+        for name in [name for name, at in due.items() if at <= now]:
+            del due[name]
+            (restart or {})[name]()
         try:
-            supervisor.wait()
+            supervisor.wait(min(due.values()) - now if due else None)
         except ChildDied as died:
-            start = (restart or {}).get(died.name)
             was_engine = alive.pop(died.name, None) is not None
             now = time.monotonic()
-            if start is not None and now - started_at.get(died.name, -AGAIN_S) >= AGAIN_S:
-                what = "it is started anew, empty"
+            deaths[died.name] = lately = [at for at in deaths.get(died.name, []) if now - at < AGAIN_S] + [now]
+            if died.name in (restart or {}) and len(lately) <= len(PAUSES_S):
+                pause_s = PAUSES_S[len(lately) - 1]
+                due[died.name] = now + pause_s
+                what = f"it is started anew{f' in {pause_s:g} s' if pause_s else ''}, empty"
             elif was_engine and needed in alive.values():
                 what = f"the others serve on: {', '.join(alive)}"
             else:
                 raise
             supervisor.bury(died.name)
             supervisor.say(f"{str(died).partition(';')[0]}; {what}")
-            if start is not None:
-                started_at[died.name] = now
-                start()

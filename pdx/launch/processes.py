@@ -54,9 +54,15 @@ def kill(pids: Collection[int]) -> None:
                 left.remove(pidfd)
 
 
-def shared_memory_of(pids: Collection[int]) -> set[Path]:
-    """The files under /dev/shm that these processes map. An engine that is killed has no time to unlink its own."""
-    mapped = {inode for pid in pids for inode in _mapped_inodes(str(pid))}
+def shared_memory() -> set[int]:
+    """The files under /dev/shm that there are, by inode."""
+    return {_inode_of(path) for path in SHARED_MEMORY.iterdir()}
+
+
+def shared_memory_of(pids: Collection[int], *, but: Collection[int] = ()) -> set[Path]:
+    """The files of ours under /dev/shm that these processes map, `but` these. An engine that is killed has no time to
+    unlink its own."""
+    mapped = {inode for pid in pids for inode in _mapped_inodes(str(pid))} - set(but)
     return {path for path in SHARED_MEMORY.iterdir() if _inode_of(path) in mapped}
 
 
@@ -70,7 +76,8 @@ def unlink_unused(paths: Collection[Path]) -> None:
     }
     for path in left:
         if _inode_of(path) not in mapped:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else's, perhaps
+                path.unlink()
 
 
 def _mapped_inodes(pid: str) -> set[int]:
@@ -83,7 +90,9 @@ def _mapped_inodes(pid: str) -> set[int]:
 
 
 def _inode_of(path: Path) -> int:
+    """0: it is gone, or not ours."""
     try:
-        return path.stat().st_ino
-    except OSError:  # gone
+        found = path.stat()
+    except OSError:
         return 0
+    return found.st_ino if found.st_uid == os.getuid() else 0

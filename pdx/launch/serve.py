@@ -15,10 +15,12 @@ from pdx import config
 from pdx.errors import ConfigError, PdxError
 from pdx.launch import beforehand, engine
 from pdx.launch.engine import EngineSpec
+from pdx.launch.gpus import visible_gpus
 from pdx.launch.guard import parse_cpus
 from pdx.launch.outlive import serve_on
 from pdx.launch.ports import answers, free_ports, ports_from
-from pdx.launch.publish import publish
+from pdx.launch.publish import publish, published
+from pdx.launch.shares import shares
 from pdx.launch.supervise import Interrupted, Supervisor
 from pdx.whole import check_place
 
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--cpus: there is no core {min(absent)} here, or this process may not use it")
         beforehand.check_model(options.model)
         beforehand.check_engines(config.load(options.settings))
-        specs = plan(options, ports=_ports(options))
+        specs = plan(options, ports=_ports(options), gpus=visible_gpus())
     except PdxError as error:
         print(f"pdx serve: {error}", file=sys.stderr)
         return 2
@@ -77,24 +79,29 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def plan(options: argparse.Namespace, *, ports: Sequence[int]) -> list[EngineSpec]:
-    """The engines to start, one per port."""
-    role = engine.ROLES[options.kv_role]
+def plan(options: argparse.Namespace, *, ports: Sequence[int], gpus: Sequence[str] = ()) -> list[EngineSpec]:
+    """The engines to start, one per port. Several of them divide the GPUs, or the memory."""
+    role, several = engine.ROLES[options.kv_role], len(ports) > 1
     base = options.name or role
+    if not config.is_loopback(options.host):
+        base += f"-{options.host}"
+    shared = shares(gpus if several else (), len(ports))
+    memory = engine.memory_flags(options.engine_flags, gpus=len(gpus), engines=len(ports)) if several else ()
     settings = {key: value for key, value in options.settings.items() if key not in KEPT_FROM_LOGS}
     return [
         EngineSpec(
-            # With its port, a name is unique among engines that were started apart.
-            name=base if options.name and len(ports) == 1 else f"{base}-{port}",
+            # With host and port, a name is unique among a router's engines, however many have started them.
+            name=f"{base}-{port}" if several or not options.name else options.name,
             role=role,
             model=options.model,
             host=options.host,
             port=port,
             cpus=options.cpus,
+            gpus=",".join(share),
             settings=settings,
-            flags=options.engine_flags,
+            flags=(*memory, *options.engine_flags),
         )
-        for port in ports
+        for port, share in zip(ports, shared, strict=True)
     ]
 
 
@@ -103,7 +110,7 @@ def _run(specs: Sequence[EngineSpec], options: argparse.Namespace) -> int:
     secrets = {f"PDX_{name.upper()}": settings[name] for name in KEPT_FROM_LOGS if name in settings}
     supervisor = Supervisor(echo=True)
     try:
-        with supervisor:
+        with supervisor, published(options.publish):
             for spec in specs:
                 supervisor.start(
                     spec.name, engine.command(spec), env=engine.environment(spec) | secrets, cpus=spec.cpus
@@ -111,9 +118,9 @@ def _run(specs: Sequence[EngineSpec], options: argparse.Namespace) -> int:
             probes = {spec.name: answers(f"{spec.url}/health") for spec in specs}
             supervisor.wait_ready(probes, deadline_s=options.ready_timeout_s)
             for spec in specs:
-                supervisor.say(f"{spec.name} ({spec.role}) serves {spec.model} at {spec.url}")
+                supervisor.say(f"{spec.name} ({spec.role}) serves {spec.served_name} at {spec.url}")
             if options.publish:
-                publish(options.publish, {"engines": [_published(spec) for spec in specs]})
+                publish(options.publish, {"engines": [_published(spec) for spec in specs]}, say=supervisor.say)
             serve_on(supervisor, specs, needed=engine.ROLES[options.kv_role])
     except Interrupted:
         supervisor.say(str(supervisor.stopped))
@@ -125,7 +132,7 @@ def _run(specs: Sequence[EngineSpec], options: argparse.Namespace) -> int:
 
 
 def _published(spec: EngineSpec) -> dict[str, str]:
-    return {"name": spec.name, "role": spec.role, "url": spec.url, "model": spec.model}
+    return {"name": spec.name, "role": spec.role, "url": spec.url, "model": spec.served_name}
 
 
 def _ports(options: argparse.Namespace) -> list[int]:
@@ -146,10 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--router", action="append", metavar="ENDPOINT",
         help="a router's control endpoint, e.g. tcp://127.0.0.1:5700; say it again for each of several")  # fmt: skip
     add("--port", type=int, metavar="PORT", help="HTTP port of the first server (default: free ones)")
-    add("--name", default="", help="engine name in logs and metrics (default: the role and port)")
+    add("--name", default="", help="engine name in logs and metrics (default: the role, host and port)")
     add("--cpus", default="", metavar="CORES", help="pin every process and OpenMP thread, e.g. 0-3")
     add("--publish", type=Path, metavar="FILE", help="write names and URLs to this JSON file when ready")
-    add("--ready-timeout-s", type=float, default=READY_S, metavar="S", help=f"default {READY_S:.0f}")
+    add("--ready-timeout-s", type=beforehand.seconds, default=READY_S, metavar="S", help=f"default {READY_S:.0f}")
     of_daemon = parser.add_argument_group("settings of the host's pdxd, if these engines start it, and of their own")
     for name in SETTINGS:
         config.add_flag(of_daemon, name)

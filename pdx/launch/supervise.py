@@ -67,6 +67,7 @@ class Child:
     colour: int
     log: IO[bytes] | None
     outlives: bool  # it is told to stop when those that do not have ended
+    grace_s: float
     last_lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=LAST_LINES))
     partial: bytes = b""  # of a line whose end has not come yet
 
@@ -109,9 +110,11 @@ class Supervisor:
         self.stopped = Stopped(processes=0, left=0)  # what the last stop() that ended something did
         self._restore: dict[int, Any] = {}
         self._shared: set[Path] = set()  # files in shared memory that commands have made
+        self._others_shared: set[int] = set()  # those that were there before, by inode: a model may be one
 
     def __enter__(self) -> Supervisor:
         self._screen.start()
+        self._others_shared = processes.shared_memory()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
@@ -144,12 +147,15 @@ class Supervisor:
         env: Mapping[str, str] | None = None,
         cpus: str = "",
         outlives: bool = False,
+        grace_s: float | None = None,
     ) -> None:
         """Starts `command` with `env` added to the environment, pinned to `cpus` ("0,2-3") if given.
 
-        `outlives`: others need it to their very end, so it is told to stop when they have ended.
+        `outlives`: others need it to their very end, so it is told to stop when they have ended. `grace_s`: where it
+        needs longer for its end than others.
         """
-        guarded = [sys.executable, guard.__file__, str(os.getpid()), str(self._grace_s), cpus, *command]
+        grace_s = self._grace_s if grace_s is None else grace_s
+        guarded = [sys.executable, guard.__file__, str(os.getpid()), str(grace_s), cpus, *command]
         process = subprocess.Popen(
             guarded,
             env={**os.environ, **(env or {})},
@@ -163,7 +169,7 @@ class Supervisor:
         log = (self._log_dir / f"{name}.log").open("ab") if self._log_dir else None
         colour = COLOURS[len(self._children) % len(COLOURS)]
         pidfd = os.pidfd_open(process.pid)
-        child = Child(name=name, process=process, pidfd=pidfd, colour=colour, log=log, outlives=outlives)
+        child = Child(name, process, pidfd, colour, log, outlives, grace_s)
         self._children.append(child)
         self._selector.register(process.stdout, selectors.EVENT_READ, child)
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
@@ -224,7 +230,7 @@ class Supervisor:
         for child in reversed(self._alive(children)):
             child.process.terminate()
         # The guards kill their groups after the grace themselves; the second is for them to do it.
-        deadline = time.monotonic() + self._grace_s + 1.0
+        deadline = time.monotonic() + max((child.grace_s for child in children), default=0.0) + 1.0
         while self._alive(children) and not self._signalled and (left_s := deadline - time.monotonic()) > 0:
             self._turn(left_s)
 
@@ -343,7 +349,7 @@ class Supervisor:
     def _note_shared(self) -> set[int]:
         """Looks what shared memory the commands use while they can still be asked. Returns their sessions."""
         sessions = {child.process.pid for child in self._children}
-        self._shared |= processes.shared_memory_of(processes.of_sessions(sessions))
+        self._shared |= processes.shared_memory_of(processes.of_sessions(sessions), but=self._others_shared)
         return sessions
 
     @staticmethod

@@ -23,12 +23,12 @@ from pdx.launch.fleet import DaemonSpec, Fleet, Ground, Wish, design
 from pdx.launch.gpus import visible_gpus
 from pdx.launch.outlive import serve_on
 from pdx.launch.ports import answers, free_ports
-from pdx.launch.publish import publish
+from pdx.launch.publish import publish, published
 from pdx.launch.supervise import Interrupted, Supervisor
 from pdx.whole import check_place
 
 READY_S = 600.0
-ROUTER_READY_S = DAEMON_READY_S = 60.0  # the arena's pages are touched once: a minute is good for 12 GiB on a slow host
+ROUTER_READY_S = 60.0
 # What is given to all that is started, and what only one daemon of several could have.
 SET_HERE = ("run_dir", "linger_s", "router", "start_daemon", "control")
 ONE_DAEMONS = ("host", "control_port", "lane_port", "tls_cert", "tls_key", "tls_ca")
@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace, base: Path) -> int:
     supervisor = Supervisor(log_dir=base / "logs", echo=options.logs)
     try:
         fleet = design(wish, _ground(base, engines=wish.prefill + wish.decode, pin=not options.no_pin))
-        with supervisor:
+        with supervisor, published(options.publish):
             environ = {**config.import_path(), "PDX_KEY_FILE": options.key_file or str(_write_key(base))}
             _start(supervisor, fleet, options, environ)
             supervisor.say(f"logs:  {base / 'logs'}, kept if all this ends with an error")
@@ -123,7 +123,8 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, en
     for daemon in fleet.daemons:
         _start_daemon(supervisor, daemon, environ)
     supervisor.wait_ready(
-        {daemon.name: (daemon.run_dir / config.INFO_NAME).exists for daemon in fleet.daemons}, deadline_s=DAEMON_READY_S
+        {daemon.name: (daemon.run_dir / config.INFO_NAME).exists for daemon in fleet.daemons},
+        deadline_s=options.ready_timeout_s,  # each page of the arena is touched first
     )
     engines = [replace(spec, settings={**spec.settings, "router": router["control"]}) for spec in fleet.engines]
     for spec in engines:
@@ -132,12 +133,13 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, en
     probes["router"] = answers(f"{url}/readyz?engines={len(engines)}")
     supervisor.wait_ready(probes, deadline_s=options.ready_timeout_s)
     if options.publish:
-        publish(options.publish, _published(supervisor, router, environ["PDX_KEY_FILE"], fleet.daemons, engines))
+        told = _published(supervisor, router, environ["PDX_KEY_FILE"], fleet.daemons, engines)
+        publish(options.publish, told, say=supervisor.say)
     supervisor.say(f"ready: {url}")
-    supervisor.say(
-        f"try:   curl -s {url}/v1/completions -H 'Content-Type: application/json' "
-        f"-d '{json.dumps({'model': options.wish.model, 'prompt': 'The capital of France is', 'max_tokens': 8})}'"
-    )
+    model = engine.served_name(options.wish.model, options.wish.flags)
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 8})
+    ask = ["curl", "-s", f"{url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+    supervisor.say(f"try:   {shlex.join(ask)}")
     for daemon in fleet.daemons:
         ask = ["pdx", "kv", "stats", "--run-dir", str(daemon.run_dir)]
         supervisor.say(f"keeps: {shlex.join(ask)}")
@@ -147,7 +149,9 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, en
 
 def _start_daemon(supervisor: Supervisor, daemon: DaemonSpec, environ: dict[str, str]) -> None:
     (daemon.run_dir / config.INFO_NAME).unlink(missing_ok=True)  # of one that was killed
-    supervisor.start(daemon.name, daemon.command(), env=environ, cpus=daemon.cpus, outlives=True)
+    supervisor.start(
+        daemon.name, daemon.command(), env=environ, cpus=daemon.cpus, outlives=True, grace_s=daemon.grace_s
+    )
 
 
 def _start_router(
@@ -222,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--logs", action="store_true", help="show all logs, prefixed, which go to files anyway")
     add("--no-pin", action="store_true", help="do not pin engines to cores")
     add("--publish", type=Path, metavar="FILE", help="write all addresses to this JSON file when ready")
-    add("--ready-timeout-s", type=float, default=READY_S, metavar="S", help=f"default {READY_S:.0f}")
+    add("--ready-timeout-s", type=beforehand.seconds, default=READY_S, metavar="S", help=f"default {READY_S:.0f}")
     of_daemons = parser.add_argument_group("settings of the daemons, and of their engines")
     for name in SETTINGS:
         config.add_flag(of_daemons, name)

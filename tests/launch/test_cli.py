@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -127,9 +128,21 @@ def test_draining_nobody_in_particular_is_refused(capsys: pytest.CaptureFixture[
 def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
     target = tmp_path / "at.json"
     for value in ({"a": 1}, {"a": 2}):
-        publish(target, value)
+        publish(target, value, say=pytest.fail)
         assert json.loads(target.read_text()) == value
     assert [path.name for path in tmp_path.iterdir()] == ["at.json"]
+
+
+def test_what_can_not_be_published_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def full(path: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    publish(tmp_path / "at.json", {"a": 1}, say=said.append)
+    assert said == [f"nothing is published in {tmp_path / 'at.json'}: No space left on device"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_publish_follows_links_and_replaces_files_only(tmp_path: Path) -> None:
@@ -137,7 +150,7 @@ def test_publish_follows_links_and_replaces_files_only(tmp_path: Path) -> None:
     target.write_text("{}")
     link.symlink_to(target)
     check_place(link, flag="--publish")
-    publish(link, {"a": 1})
+    publish(link, {"a": 1}, say=pytest.fail)
     assert json.loads(target.read_text()) == {"a": 1}
     assert link.is_symlink()
     os.mkfifo(pipe)

@@ -130,5 +130,6 @@ def test_pins() -> None:
 
 def test_parse_cpus() -> None:
     assert guard.parse_cpus("0,2-4") == {0, 2, 3, 4}
-    with pytest.raises(ValueError):
-        guard.parse_cpus("all")
+    for text in ("all", "3-1", "0-99999999999", "-1", ""):
+        with pytest.raises(ValueError):
+            guard.parse_cpus(text)

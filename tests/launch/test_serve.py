@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from daemon.fleet import until
 from programs import pdx, read_until
 
 from pdx.config import load
@@ -112,6 +113,51 @@ def test_replicas_have_names_and_ports_of_their_own() -> None:
     assert len({spec.url for spec in specs}) == 3
 
 
+def test_names_differ_between_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that hears of two engines of one name takes the first."""
+    monkeypatch.setenv("PDX_RUN_DIR", "/nowhere")
+    specs = [*planned("m", "--kv-role", "decode", "--host", "192.0.2.1")]
+    specs += planned("m", "--kv-role", "decode", "--host", "192.0.2.2", "--replicas", "2", "--name", "d")
+    assert [spec.name for spec in specs] == ["decode-192.0.2.1-21000", "d-192.0.2.2-21000", "d-192.0.2.2-21001"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "dealt", "memory"),
+    [
+        ((), (), ["", ""], ("--kv-cache-memory-bytes", "1073741824")),
+        (("0",), (), ["0", "0"], ("--gpu-memory-utilization", "0.45")),
+        (("0", "1"), (), ["0", "1"], ()),
+        (("0", "1", "2", "3"), ("-tp=2",), ["0,1", "2,3"], ()),
+        (("0",), ("--gpu-memory-utilization=0.3",), ["0", "0"], ()),
+    ],
+)
+def test_replicas_divide_gpus_and_memory(
+    gpus: tuple[str, ...], flags: tuple[str, ...], dealt: list[str], memory: tuple[str, ...]
+) -> None:
+    options = serve.parse(["m", "--kv-role", "both", "--replicas", "2", *flags])
+    specs = serve.plan(options, ports=[21000, 21001], gpus=gpus)
+    assert [spec.gpus for spec in specs] == dealt
+    assert [spec.flags for spec in specs] == [(*memory, *flags)] * 2
+    (alone,) = serve.plan(serve.parse(["m", "--kv-role", "both", *flags]), ports=[21000], gpus=gpus)
+    assert (alone.gpus, alone.flags) == ("", flags), "one has what vLLM gives it"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [((), "m"), (("--served-model-name", "a", "b"), "a"), (("--served_model_name=c",), "c"), (("--seed", "1"), "m")],
+)
+def test_what_clients_call_the_model(flags: tuple[str, ...], name: str) -> None:
+    (spec,) = planned("m", "--kv-role", "both", *flags)
+    assert spec.served_name == name
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-1", "soon"])
+def test_a_time_that_no_wait_could_last(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serve.parse(["m", "--kv-role", "both", "--ready-timeout-s", text])
+    assert "is no time" in capsys.readouterr().err
+
+
 def test_one_replica_keeps_its_name() -> None:
     (spec,) = planned("m", "--kv-role", "decode", "--name", "d")
     assert spec.name == "d"
@@ -126,6 +172,7 @@ def test_one_replica_keeps_its_name() -> None:
         (["m", "--kv-role", "both", "--kv-transfer-config.kv_role=x"], "written by pdx"),
         (["m", "--kv-role", "both", "--arena", "much"], "'much' is not a size"),
         (["m", "--kv-role", "both", "--cpus", "all"], "not a list of cores"),
+        (["m", "--kv-role", "both", "--cpus", "3-1"], "not a list of cores"),
         (["m", "--kv-role", "both", "--replicas", "0"], "must be positive"),
         (["m", "--kv-role", "both", "--publish", "/no/such/x"], "there is no folder /no/such"),
         (["m", "--kv-role", "both", "--policy=prefix"], "--policy is a setting of pdx-router, .* PDX_ROUTER_POLICY=…"),
@@ -187,11 +234,12 @@ def test_a_whole_life(tmp_path: Path, number: signal.Signals) -> None:
     core = str(min(os.sched_getaffinity(0)))
     with serving(tmp_path, "--replicas", "2", "--cpus", core, "--enforce-eager") as process:
         lines = read_until(process, "decode-", " at http://", count=2)
+        until((tmp_path / "engines.json").exists, "published")
+        published = json.loads((tmp_path / "engines.json").read_text())["engines"]
         process.send_signal(number)
         out, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, out
     assert out.splitlines()[-1] == "pdx: stopped 2 processes, 0 left"
-    published = json.loads((tmp_path / "engines.json").read_text())["engines"]
     assert [found["role"] for found in published] == ["decode", "decode"]
     said = [json.loads(line.partition("| ")[2]) for line in lines if "| {" in line]
     assert {options["port"] for options in said} == {int(found["url"].rpartition(":")[2]) for found in published}
@@ -200,6 +248,7 @@ def test_a_whole_life(tmp_path: Path, number: signal.Signals) -> None:
         assert options["env"] == {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_OMP_THREADS_BIND": core}
         assert options["prefix_caching_hash_algo"] == "sha256_cbor"
         assert options["enforce_eager"]
+    assert not (tmp_path / "engines.json").exists()
 
 
 def test_engines_outlive_each_other_until_none_is_left(tmp_path: Path) -> None:

@@ -200,6 +200,36 @@ def test_a_killed_guard_leaves_nothing(tmp_path: Path) -> None:
         assert processes.of_sessions({guard_pid}) == []
 
 
+def test_what_was_in_shared_memory_before_stays_there(tmp_path: Path) -> None:
+    """A model, say, that a command maps: its own segments are removed, nobody else's."""
+    code = (
+        "import mmap, signal, sys; files = [open(name, 'r+b' if number else 'w+b') for number, name in"
+        " enumerate(sys.argv[1:])]; files[0].truncate(4096); maps = [mmap.mmap(file.fileno(), 4096) for file in files];"
+        "print('up', flush=True); signal.pause()"
+    )
+    own, theirs = (processes.SHARED_MEMORY / f"pdx-test-{os.getpid()}-{which}" for which in ("own", "theirs"))
+    theirs.write_bytes(bytes(4096))
+    try:
+        with Supervisor(out=io.StringIO(), log_dir=tmp_path) as supervisor:
+            supervisor.start("a", [sys.executable, "-c", code, str(own), str(theirs)])
+            supervisor.wait_ready({"a": lambda: logged(tmp_path / "a.log", "up")}, deadline_s=WAIT_S)
+        assert not own.exists()
+        assert theirs.exists()
+    finally:
+        theirs.unlink()
+
+
+def test_one_may_have_a_longer_grace_than_others(tmp_path: Path) -> None:
+    slow = (
+        "import select, signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); print('up', flush=True);"
+        "signal.sigwait([signal.SIGTERM]); select.select([], [], [], 1.5); print('written', flush=True)"
+    )
+    with Supervisor(out=io.StringIO(), log_dir=tmp_path, grace_s=0.2) as supervisor:
+        supervisor.start("a", [sys.executable, "-c", slow], grace_s=WAIT_S, outlives=True)
+        supervisor.wait_ready({"a": lambda: logged(tmp_path / "a.log", "up")}, deadline_s=WAIT_S)
+    assert logged(tmp_path / "a.log", "written")
+
+
 def test_who_is_buried_leaves_nothing(tmp_path: Path) -> None:
     """A guard that is killed takes only its command along, which may have started others."""
     code = f"import subprocess, sys; subprocess.run([sys.executable, *{SLEEPER[1:]!r}])"

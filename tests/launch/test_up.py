@@ -41,7 +41,7 @@ def test_what_it_says_can_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert out.splitlines()[-1] == "pdx: stopped 5 processes, 0 left"
 
 
-def test_a_daemon_that_is_killed_is_started_anew_once_a_minute(tmp_path: Path) -> None:
+def test_a_daemon_that_is_killed_is_started_anew_and_later_the_next_time(tmp_path: Path) -> None:
     file = tmp_path / "fleet.json"
     with pdx("up", "m", "--publish", str(file), *FLAGS) as process:
         read_until(process, "pdx: watch:")
@@ -50,11 +50,24 @@ def test_a_daemon_that_is_killed_is_started_anew_once_a_minute(tmp_path: Path) -
         read_until(process, "pdxd-a ended with exit code 137; it is started anew, empty")
         until(lambda: engines_in(run_dir) == {"prefill-0", "decode-0"}, "the engines attach to the next")
         kill_daemon(run_dir)
+        read_until(process, "pdxd-a ended with exit code 137; it is started anew in 1 s, empty")
+        until(lambda: engines_in(run_dir) == {"prefill-0", "decode-0"}, "the engines attach to that one")
+        log = (run_dir.parent / "logs" / "pdxd-a.log").read_text()
+        assert log.count("serving: arena 4 MiB") == 3, "all lives are told"
+        process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 1
-    assert "pdx: pdxd-a ended with exit code 137" in out
+    assert process.returncode == 0, out
+    assert not file.exists(), "it would tell of what is no more"
+
+
+def test_what_an_earlier_run_has_published_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.json"
+    file.write_text("{}")
+    with pdx("up", "m", "--publish", str(file), "--no-such-flag", *FLAGS) as process:
+        out, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1, out
+    assert not file.exists()
     logs = Path(out.splitlines()[-1].removeprefix("pdx: logs are in "))
-    assert (logs / "pdxd-a.log").read_text().count("serving: arena 4 MiB") == 2, "both lives are told"
     shutil.rmtree(logs.parent)
 
 
