@@ -1,4 +1,4 @@
-"""Who may ask: API keys, the tenants that they stand for, and the web origins whose pages may read answers.
+"""Who may ask: API keys, the tenants that they stand for, and the web origins whose pages may ask and read answers.
 
 Keys are kept as digests and compared in constant time, all of them at every request, so that neither memory nor timing
 tells one. A key may have a tenant: then its requests carry that tenant's `cache_salt`, whatever the client says, and
@@ -100,10 +100,19 @@ def read_keys(given: Sequence[str], file: str) -> ApiKeys:
 
 
 class Origins:
-    """Web pages of these origins may read answers (CORS); "*" is all of them."""
+    """Web pages of these origins may ask, and read answers (CORS); "*" is all of them."""
 
     def __init__(self, allowed: Sequence[str]) -> None:
         self._allowed = frozenset(allowed)
+
+    def may_ask(self, headers: Mapping[str, str]) -> bool:
+        """A browser sends some requests of any page without a preflight, and says only whose they are. A page that was
+        served under the name that it asks, by a proxy before both, is none of another's."""
+        origin = headers.get("Origin", "")
+        if not origin or self._allowed & {origin, "*"}:
+            return True
+        named = origin.partition("://")[2].lower()
+        return bool(named) and named == headers.get("Host", "").lower()
 
     def headers(self, origin: str) -> dict[str, str]:
         """What an answer to a page of this origin says; nothing, unless it is allowed."""

@@ -165,6 +165,8 @@ class Front:
             return None
         if self._local_only and not names_loopback(client.headers):
             raise _Refused(403, "host", "without API keys (--api-key) this router answers to localhost only")
+        if not self._door.origins.may_ask(client.headers):
+            raise _Refused(403, "origin", "pages of this origin may not ask (--cors-origin)")
         if not keys:
             return None
         caller = keys.caller(client.headers)
@@ -178,7 +180,7 @@ class Front:
         wanted = client.headers.get("Access-Control-Request-Headers", "")
         headers = self._door.origins.preflight(client.headers["Origin"], wanted)
         if not headers:
-            raise _Refused(403, "origin", "pages of this origin may not ask")
+            raise _Refused(403, "origin", "pages of this origin may not ask (--cors-origin)")
         return web.Response(status=204, headers=headers)
 
     def snapshot(self) -> Snapshot:

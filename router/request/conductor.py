@@ -390,7 +390,8 @@ class Conductor:
         if action.retry_after_s:
             headers["Retry-After"] = str(action.retry_after_s)
         self._response = answer = web.Response(status=action.status, body=action.body, headers=headers)
-        self._observe_first_byte()
+        if action.status == 200:
+            self._observe_first_byte()
         await answer.prepare(self._client)
         await answer.write_eof()
 
@@ -429,14 +430,16 @@ class Conductor:
         code = self._response.status if self._response is not None else CLIENT_GONE_CODE
         self._record.end(code, time.monotonic())
         metrics.requests.labels(model=self._model, code=str(code)).inc()
-        metrics.e2e_s.of(self._model).observe(time.monotonic() - self._started_at)
-        metrics.journeys.labels(way=journey.way).inc()
+        if code == 200:  # what is soon refused is not soon answered
+            metrics.e2e_s.of(self._model).observe(time.monotonic() - self._started_at)
+        if journey.decode is not None:
+            metrics.journeys.labels(way=journey.way).inc()
+        if journey.reason:
+            (metrics.alone if journey.decode is not None else metrics.refused).labels(reason=journey.reason).inc()
         if journey.unseeded:
             metrics.unseeded.labels(reason=journey.unseeded).inc()
         if journey.handoff_id:
             metrics.handoffs.labels(outcome=journey.outcome).inc()
-        if journey.reason:
-            metrics.alone.labels(reason=journey.reason).inc()
         metrics.repeats.inc(journey.repeats)
         metrics.held_back.inc(journey.held_back)
         if self._outside.request_log is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,25 @@ def test_origins() -> None:
     assert Origins(["*"]).headers("https://b")["Access-Control-Allow-Origin"] == "https://b"
 
 
+@pytest.mark.parametrize(
+    ("allowed", "headers", "may"),
+    [
+        ((), {}, True),
+        ((), {"Host": "a"}, True),
+        ((), {"Origin": "https://b", "Host": "a"}, False),
+        ((), {"Origin": "null", "Host": "a"}, False),
+        ((), {"Origin": "null", "Host": ""}, False),
+        ((), {"Origin": "http://[", "Host": "a"}, False),
+        ((), {"Origin": "https://a:8443", "Host": "A:8443"}, True),
+        (["https://b"], {"Origin": "https://b", "Host": "a"}, True),
+        (["https://b"], {"Origin": "http://b", "Host": "a"}, False),
+        (["*"], {"Origin": "https://c", "Host": "a"}, True),
+    ],
+)
+def test_pages_that_may_ask(allowed: Sequence[str], headers: dict[str, str], may: bool) -> None:
+    assert Origins(allowed).may_ask(headers) == may
+
+
 @within(20)
 async def test_a_router_with_keys() -> None:
     p, d = FakeEngine("p0", "prefill"), FakeEngine("d0", "decode")
@@ -159,7 +179,8 @@ async def test_web_pages() -> None:
                 assert (reply.status, reply.headers["Access-Control-Allow-Origin"]) == (status, "https://a")
         status, _, headers = await router.ask(PROMPT, headers=page)
         assert (status, headers["Access-Control-Allow-Origin"]) == (401, "https://a"), "a page may read why"
-        _, _, headers = await router.ask(PROMPT, headers={"Origin": "https://b", "x-api-key": ALICE})
+        status, answer, headers = await router.ask(PROMPT, headers={"Origin": "https://b", "x-api-key": ALICE})
+        assert (status, "--cors-origin" in answer["error"]["message"]) == (403, True), "it came without a preflight"
         assert "Access-Control-Allow-Origin" not in headers
 
 

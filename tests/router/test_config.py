@@ -164,7 +164,7 @@ def test_every_setting_reaches_the_server() -> None:
     for struct, other in ((plain, changed), (plain.settings, changed.settings), (plain.door, changed.door)):
         same = {name for name in type(struct).__struct_fields__ if getattr(struct, name) == getattr(other, name)}
         # The token and the key come from files; the rest is what workers tell each other.
-        told = {"hub", "worker", "own_metrics", "all_metrics", "life"}
+        told = {"hub", "worker", "follows", "own_metrics", "all_metrics", "life"}
         assert same <= {"admin_token", "cluster_key"} | told
     assert (changed.door.body_bytes_max, changed.settings.budgets.grant_s, changed.idle_s) == (1 << 20, 4.0, 5.0)
 

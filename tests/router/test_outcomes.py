@@ -67,6 +67,9 @@ async def test_a_full_queue_and_one_that_does_not_move() -> None:
         assert int(headers["Retry-After"]) >= 1
         status, answer, headers = await second
         assert (status, answer["error"]["code"], headers["x-pdx-reason"]) == (504, 504, "queue_timeout")
+        for reason in ("queue_full", "queue_timeout"):
+            assert await router.metric(f'pdx_router_refused_total{{reason="{reason}"}}') == 1
+        assert await router.metric('pdx_router_ttft_seconds_count{model="smol"}') == 0, "a refusal is no first byte"
         status, answer, _ = await router.ask(PROMPT, headers={"x-pdx-priority": "high"})
         assert (status, "x-pdx-priority" in answer["error"]["message"]) == (400, True)
         first.cancel()
