@@ -4,16 +4,18 @@ Prefill: time to the first token of a pair whose prefill engine pushes every pag
 included) over that of a plain engine, and CPU seconds of the prefill engine with its pdxd over the plain engine's.
 Decode: inter-token latency of an engine with the connector over a plain engine's, alone and while another request's
 prompt is prefilled on the other core, its pages arrive and are loaded; a plain engine has a plain one on the other
-core, idle or at work. That is a ratio of medians, and a load falls into one gap of a hundred or a few: what a stream
-loses to the load itself is judged apart, by the gaps from the moment decode is asked to its answer, beside those of a
-plain engine that is asked for a prompt in its own cache, and thus does all that decode does but load. Every ratio is of
-one round; rounds go through the arms there and back (ABBA), and whoever is not measured is stopped. Of
-two equal engines one may be a tenth faster for minutes, or for as long as it lives: all have their memory in huge pages
-and are started anew several times, and the intervals are of lives, drawn with their rounds. The control is a second
-plain engine, and its ratio to the first what this machine can tell apart at all. The naive variant is the same pair
-whose daemons poll instead of sleeping, each on its engine's core; it must miss every bar of a ratio. That of the loads
-is a plain engine that computes the prompt where the stream is. (Loads that take a prompt in one step are none: that is
-a few milliseconds at this length.) A life takes a quarter of an hour, the full run an hour and a half.
+core, idle or at work. Hosts have cores beside those that compute: both daemons are on the core whose engine is not
+measured, decode's when that is prefill's, and the other way round. That is a ratio of medians, and a load falls into
+one gap of a hundred or a few: what a stream loses to the load itself is judged apart, by the gaps from the moment
+decode is asked to its answer, beside those of a plain engine that is asked for a prompt in its own cache, and thus does
+all that decode does but load. Every ratio is of one round; rounds go through the arms there and back (ABBA), and
+whoever is not measured is stopped. Of two equal engines one may be a tenth faster for minutes, or for as long as it
+lives: all have their memory in huge pages and are started anew several times, and the intervals are of lives, drawn
+with their rounds. The control is a second plain engine, and its ratio to the first what this machine can tell apart at
+all. The naive variant is the same pair whose daemons poll instead of sleeping, each on its engine's core; it must miss
+every bar of a ratio. That of the loads is a plain engine that computes the prompt where the stream is. (Loads that take
+a prompt in one step are none: that is a few milliseconds at this length.) A life takes a quarter of an hour, the full
+run an hour and a half.
 """
 
 from __future__ import annotations
@@ -235,6 +237,8 @@ class Tax:
             if name not in PAIRS:
                 stack.enter_context(self._active(name, 0))
             arm = stack.enter_context(self._active(name, 1))
+            for daemon in ("pdxd-a", "pdxd-b") if name == PDX else ():
+                stack.enter_context(self.pair.part(daemon).moved(PREFILL_CPUS))
             if learns is not None:
                 self._ask(self._decoder(name), arm.model, self.plan.prompt_tokens + 1, 1, learns)
             self._ask(self._decoder(name), arm.model, STEADY_PROMPT, SETTLING_TOKENS)
