@@ -84,6 +84,15 @@ def test_a_handoff_between_two_schedulers(prefill: Engine, decode: Engine, count
     assert [(m.ok, m.pages) for m in ends] == [(True, blocks * LAYERS)]
 
 
+def test_layers_have_hooks_in_steps_that_save_and_in_no_others(prefill: Engine, decode: Engine) -> None:
+    prefill.add("p", tokens_of(150), sending())  # three steps of 64 tokens
+    prefill.run()
+    assert prefill.hooked == 3 * LAYERS
+    decode.add("d", tokens_of(150), loading(), max_tokens=4)
+    decode.run()
+    assert decode.hooked == 0
+
+
 @pytest.mark.parametrize("count", [20, 31, 32, 64, 150])
 def test_decode_goes_on_behind_prefill_s_first_token(prefill: Engine, decode: Engine, count: int) -> None:
     """With blocks of 32: the seed opens a block, lies in the tail, or makes the tail a full block."""

@@ -150,6 +150,7 @@ class Engine:
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, hashing)
         self.outputs: list[Any] = []
         self.counts: Counter[str] = Counter()  # pdx's own, as they reach vLLM's metrics
+        self.hooked = 0  # layers whose hooks were called
 
     def add(
         self,
@@ -223,14 +224,18 @@ class Engine:
             spans[request_id] = range(end - count, end)
             assert self.holds(self.scheduler.requests[request_id], end - count), "it would attend to something else"
         for name in reversed(self.tensors):  # in model order
-            self.worker.wait_for_layer_load(name)
+            hooked = self.worker.has_connector_metadata()
+            if hooked:
+                self.worker.wait_for_layer_load(name)
             for request_id, span in spans.items():
                 request = self.scheduler.requests[request_id]
                 blocks = next(blocks for layer, blocks, _ in self._tables(request_id) if layer == name)
                 for position in span:
                     row = self._kv(name, request.all_token_ids[position], position)
                     self._row(name, blocks, position)[:] = row
-            self.worker.save_kv_layer(name, self.tensors[name], None)  # type: ignore[arg-type]
+            if hooked:
+                self.worker.save_kv_layer(name, self.tensors[name], None)  # type: ignore[arg-type]
+                self.hooked += 1
 
     def _row(self, name: str, blocks: list[int], position: int) -> torch.Tensor:
         block = blocks[position // BLOCK_TOKENS]

@@ -102,6 +102,10 @@ class PdxConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(connector_metadata, StepMetadata)
         self._worker.begin(connector_metadata.step)
 
+    def has_connector_metadata(self) -> bool:
+        """Asked at each layer of a forward pass: whether its hooks, which only save, have anything to do."""
+        return self._worker_side is not None and self._worker_side.saves
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         self._worker.load()
 

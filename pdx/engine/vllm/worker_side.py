@@ -118,6 +118,11 @@ class WorkerSide:
                 self._loading[request_id].reason = "dropped"
         self._began_at = self._clock()
 
+    @property
+    def saves(self) -> bool:
+        """Whether this step does."""
+        return self._saving is not None
+
     def save_layer(self, layer_name: str) -> None:
         """In the forward pass, after the attention of this layer: its KV of every request in the step is written."""
         layer = self._layers.number_of.get(layer_name)
