@@ -29,7 +29,7 @@ from benchmarks.routing.workloads import TTFT_P95_S, WORKLOADS, Workload
 from pdx.router.choice.policy import PolicyName
 
 SIMULATED_S, SERVED_S = 90.0, 90.0
-QUICK_SIMULATED_S, QUICK_SERVED_S = 15.0, 24.0
+QUICK_SIMULATED_S, QUICK_SERVED_S = 60.0, 24.0  # with less time caches are not full yet, and policies alike
 QUICK_SERVED = ("shared prefixes",)  # sessions of one turn: the others need longer to be under way
 POLICIES: tuple[PolicyName, PolicyName] = ("round_robin", "prefix")
 
