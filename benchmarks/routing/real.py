@@ -32,7 +32,8 @@ from pdx.router.choice.policy import PolicyName
 ENGINES = {"P0": "prefill", "P1": "prefill", "D0": "decode", "D1": "decode"}
 # 4,300 tokens of the demo model, and 5,800 in an engine's own cache, by the bytes of its numbers.
 ARENA_MIB, CACHE_MIB = 48, 64
-# As small as vLLM has them on CPUs, as they are on GPUs; there the default is 128, more than a turn is long.
+# The smallest that vLLM's vectorised kernels for CPUs take. The default there is 128, more than a turn is long; on GPUs
+# it is 16.
 BLOCK_TOKENS = 32
 ANSWER_S = 300.0
 RESET_S = 20.0
