@@ -44,7 +44,7 @@ from pdx.wire import (
 log = logging.getLogger("pdx.client")
 
 ANSWER_BYTES_MAX = 64 << 10
-ANSWER_S = 10.0  # of a daemon that listens
+ANSWER_S = 10.0  # of a daemon that listens late
 SEND_QUEUE_MAX = 10_000
 # Plain numbers: an operation on an enum's flags takes a microsecond, and every step has several.
 EVENTS, READABLE, WRITABLE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
@@ -100,9 +100,10 @@ class DaemonClient:
         deadline = time.monotonic() + deadline_s
         while True:
             connection = connect(run_dir, config, deadline, start=start and config.start_daemon, again=again)
-            deadline = max(deadline, time.monotonic() + ANSWER_S)
+            left_s = deadline - time.monotonic()
             try:
-                connection.settimeout(max(0.1, deadline - time.monotonic()))
+                # Late is a daemon with a large arena, which may answer still.
+                connection.settimeout(max(0.1, left_s) if left_s > 0 else ANSWER_S)
                 connection.send(encode(hello))
                 frame, descriptors, _, _ = socket.recv_fds(connection, ANSWER_BYTES_MAX, 1)
                 if not frame:

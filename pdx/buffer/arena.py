@@ -47,7 +47,7 @@ class Arena(Headers):
         Raises MemoryShort, with nothing taken, if the machine or its cgroup can't give that much.
         """
         bytes_total = round_up(max(bytes_total, CONTROL_BYTES), ALIGN_BYTES)
-        _check_memory(bytes_total)
+        check_memory(bytes_total)
         fd = os.memfd_create("pdx-arena", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, bytes_total)
@@ -111,7 +111,8 @@ class Arena(Headers):
         return f"<Arena {self.bytes_total / _MIB:g} MiB, {state}>"
 
 
-def _check_memory(bytes_total: int) -> None:
+def check_memory(bytes_total: int) -> None:
+    """Raises MemoryShort unless an arena of so many bytes fits."""
     available = memory_available()
     if bytes_total + RESERVE_BYTES > available:
         fitting_mib = max(0, available - RESERVE_BYTES) // _MIB

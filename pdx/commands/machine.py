@@ -16,11 +16,11 @@ from pathlib import Path
 
 from pdx import __version__, config
 from pdx.addresses import family_of
-from pdx.buffer.arena import RESERVE_BYTES
+from pdx.buffer.arena import check_memory
 from pdx.buffer.headroom import memory_available
 from pdx.commands.finding import Finding
 from pdx.config import Config
-from pdx.errors import ConfigError, PdxError
+from pdx.errors import ConfigError, MemoryShort, PdxError
 from pdx.launch.gpus import visible_gpus
 from pdx.layout import CONTROL_BYTES
 from pdx.transport.rdma import rdma_here
@@ -74,9 +74,11 @@ def _kernel() -> Finding:
 def _memory(settings: Config) -> Finding:
     available_bytes = memory_available()
     line = f"arena {settings.arena_bytes >> 20} MiB of {available_bytes >> 20} MiB available"
-    if CONTROL_BYTES + settings.arena_bytes + RESERVE_BYTES <= available_bytes:
-        return Finding(item="memory", state="ok", line=line)
-    return Finding(item="memory", state="missing", line=line, fix="set PDX_ARENA to less")
+    try:
+        check_memory(CONTROL_BYTES + settings.arena_bytes)
+    except MemoryShort:
+        return Finding(item="memory", state="missing", line=line, fix="set PDX_ARENA to less")
+    return Finding(item="memory", state="ok", line=line)
 
 
 def _cores() -> Finding:

@@ -61,7 +61,7 @@ class EngineSpec:
     @property
     def served_name(self) -> str:
         """What clients call the model: the first name, where it was given some."""
-        return served_name(self.model, self.flags)
+        return _value_of(self.flags, NAME_FLAG) or self.model
 
 
 def command(spec: EngineSpec) -> list[str]:
@@ -107,14 +107,6 @@ def memory_flags(flags: Sequence[str], *, gpus: int, engines: int) -> tuple[str,
     return () if on_one == 1 else ("--gpu-memory-utilization", f"{GPU_MEMORY_SHARE / on_one:.2f}")
 
 
-def served_name(model: str, flags: Sequence[str]) -> str:
-    for flag, following in zip(flags, [*flags[1:], ""], strict=False):
-        name, _, value = flag.partition("=")
-        if name.replace("_", "-") == NAME_FLAG:
-            return value or following or model
-    return model
-
-
 def _cores_by_rank(spec: EngineSpec) -> str:
     """As vLLM reads them: "0-3" for one rank, "0,1|2,3" for two."""
     ranks = _tensor_parallel_size(spec.flags)
@@ -125,12 +117,17 @@ def _cores_by_rank(spec: EngineSpec) -> str:
 
 def _tensor_parallel_size(flags: Sequence[str]) -> int:
     """As far as it can be read: what is no number is left to the engine's own parser."""
+    given = _value_of(flags, *TENSOR_PARALLEL)
+    return max(1, int(given)) if given.isdecimal() else 1
+
+
+def _value_of(flags: Sequence[str], *names: str) -> str:
+    """What the first of them that is there is given. Empty: nothing, or none is."""
     for flag, following in zip(flags, [*flags[1:], ""], strict=False):
         name, _, value = flag.partition("=")
-        if name.replace("_", "-") in TENSOR_PARALLEL:
-            given = value or following
-            return max(1, int(given)) if given.isdecimal() else 1
-    return 1
+        if name.replace("_", "-") in names:
+            return value or following
+    return ""
 
 
 def _adapters(flags: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdx import config
 from pdx.config import FLAGS
 from pdx.launch.engine import EngineSpec, memory_flags
 from pdx.launch.shares import shares
 
 # `pdx up` ends its daemons itself; until then one that waits for slow engines must not take itself for left alone.
 LINGER_S = 1e9
-END_S = 20.0  # beside what it writes: the tier closes, and engines let go
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +43,6 @@ class DaemonSpec:
     run_dir: Path
     settings: Mapping[str, str]
     cpus: str
-
-    @property
-    def grace_s(self) -> float:
-        """How long its end may take: it writes what is nowhere else."""
-        return END_S + config.load(self.settings).disk_flush_s
 
     def command(self) -> list[str]:
         flags = ["--run-dir", str(self.run_dir), "--linger-s", str(LINGER_S)]

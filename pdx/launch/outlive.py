@@ -25,6 +25,7 @@ def serve_on(
 
     Engines may die while one of the role `needed` is left. What `restart` names is started anew.
     """
+    again = restart or {}
     alive = {spec.name: spec.role for spec in engines}
     deaths: dict[str, list[float]] = {}
     due: dict[str, float] = {}  # name -> when it is started anew
@@ -32,14 +33,14 @@ def serve_on(
         now = time.monotonic()
         for name in [name for name, at in due.items() if at <= now]:
             del due[name]
-            (restart or {})[name]()
+            again[name]()
         try:
             supervisor.wait(min(due.values()) - now if due else None)
         except ChildDied as died:
             was_engine = alive.pop(died.name, None) is not None
             now = time.monotonic()
             deaths[died.name] = lately = [at for at in deaths.get(died.name, []) if now - at < AGAIN_S] + [now]
-            if died.name in (restart or {}) and len(lately) <= len(PAUSES_S):
+            if died.name in again and len(lately) <= len(PAUSES_S):
                 pause_s = PAUSES_S[len(lately) - 1]
                 due[died.name] = now + pause_s
                 what = f"it is started anew{f' in {pause_s:g} s' if pause_s else ''}, empty"

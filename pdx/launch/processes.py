@@ -76,8 +76,7 @@ def unlink_unused(paths: Collection[Path]) -> None:
     }
     for path in left:
         if _inode_of(path) not in mapped:
-            with contextlib.suppress(OSError):  # somebody else's, perhaps
-                path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _mapped_inodes(pid: str) -> set[int]:

@@ -24,7 +24,7 @@ from pdx.launch.gpus import visible_gpus
 from pdx.launch.outlive import serve_on
 from pdx.launch.ports import answers, free_ports
 from pdx.launch.publish import publish, published
-from pdx.launch.supervise import Interrupted, Supervisor
+from pdx.launch.supervise import GRACE_S, Interrupted, Supervisor
 from pdx.whole import check_place
 
 READY_S = 600.0
@@ -136,8 +136,7 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, en
         told = _published(supervisor, router, environ["PDX_KEY_FILE"], fleet.daemons, engines)
         publish(options.publish, told, say=supervisor.say)
     supervisor.say(f"ready: {url}")
-    model = engine.served_name(options.wish.model, options.wish.flags)
-    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 8})
+    body = json.dumps({"model": engines[0].served_name, "prompt": "The capital of France is", "max_tokens": 8})
     ask = ["curl", "-s", f"{url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
     supervisor.say(f"try:   {shlex.join(ask)}")
     for daemon in fleet.daemons:
@@ -149,9 +148,8 @@ def _start(supervisor: Supervisor, fleet: Fleet, options: argparse.Namespace, en
 
 def _start_daemon(supervisor: Supervisor, daemon: DaemonSpec, environ: dict[str, str]) -> None:
     (daemon.run_dir / config.INFO_NAME).unlink(missing_ok=True)  # of one that was killed
-    supervisor.start(
-        daemon.name, daemon.command(), env=environ, cpus=daemon.cpus, outlives=True, grace_s=daemon.grace_s
-    )
+    grace_s = GRACE_S + config.load(daemon.settings).disk_flush_s  # it writes what is nowhere else
+    supervisor.start(daemon.name, daemon.command(), env=environ, cpus=daemon.cpus, outlives=True, grace_s=grace_s)
 
 
 def _start_router(

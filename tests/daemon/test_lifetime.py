@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from daemon.fleet import DEADLINE_S, PAGES, Daemon, Fleet, prompt_of, until
 from wire_samples import ENGINE
 
 from pdx.client import Attachment, DaemonClient
-from pdx.config import LOCK_NAME, LOG_NAME, SOCKET_NAME, Config, load
+from pdx.config import LOG_NAME, SOCKET_NAME, Config, load
 from pdx.daemon.main import LOG_BYTES_MAX
 from pdx.errors import ConfigError, DaemonGone, Refused
 from pdx.launch.ports import free_ports
@@ -200,17 +199,6 @@ def test_settings_in_a_file_of_a_relative_name_are_the_daemons_too(
     monkeypatch.setenv("PDX_CONFIG", "pdx.yaml")
     with DaemonClient.attach(load({"run_dir": str(settings.run_path), "linger_s": "0.2"}), SCHEDULER) as client:
         assert client.attached.arena_bytes >= 6 << 20
-
-
-def test_a_daemon_that_starts_has_time_to_touch_its_arena(settings: Config, tmp_path: Path) -> None:
-    """Whoever else starts one waits as long for it."""
-    settings.run_path.mkdir(mode=0o700)
-    larger, began = msgspec.structs.replace(settings, arena="64MiB"), time.monotonic()
-    with (settings.run_path / LOCK_NAME).open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DaemonGone, match="no pdxd answers"):
-            DaemonClient.attach(larger, TOOL, deadline_s=0.1)
-    assert time.monotonic() - began >= 0.1 + 0.64
 
 
 def test_a_daemon_that_cannot_start_says_why_to_its_client(settings: Config, tmp_path: Path) -> None:
